@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -42,14 +43,17 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 
-STUDIES = {
-    path.relative_to(ROOT).as_posix(): f"{path.parent.name.replace('_', '-')}.md"
-    for path in sorted((ROOT / "studies").glob("*/README.md"))
+ELSEWHERE = {
+    **{
+        path.relative_to(ROOT).as_posix(): f"{path.parent.name.replace('_', '-')}.md"
+        for path in sorted((ROOT / "studies").glob("*/README.md"))
+    },
+    **{path.relative_to(ROOT).as_posix(): path.name for path in sorted((ROOT / "advice/docs").glob("*.md"))},
 }
-"""The pages of studies, by their file."""
+"""The pages of studies and of lora-advice, which lie in other folders, by their file."""
 
 PAGES = {
-    **STUDIES,
+    **ELSEWHERE,
     "lorabench/claims/judge.py": "claims.md",
     "lorabench/store/schemas.py": "columns.md",
     f"{PUBLISHED}/calibration.csv": "all-calibration.md",
@@ -66,7 +70,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File
 
     texts = {
-        **{name: study_page(ROOT / file) for file, name in STUDIES.items()},
+        **{name: page_of(ROOT / file) for file, name in ELSEWHERE.items()},
         "claims.md": claims_page(),
         "columns.md": columns_page(),
         "all-calibration.md": calibration_page(),
@@ -98,10 +102,13 @@ def site_links(markdown: str, to_docs: str = "") -> str:
     return re.sub(rf"\[([^]\[]*)]\({to_docs}\.\./[^)]*\)", r"\1", markdown)
 
 
-def study_page(file: Path) -> str:
-    """Return the page of a study with links as of a page in docs/."""
-    text = re.sub(r"\]\(\.\./(?=\w)", "](../studies/", file.read_text(encoding="utf-8"))
-    return re.sub(r"\]\(\.\./docs/(?=[\w-]+\.md)", "](", text.replace("](../../", "](../"))
+def page_of(file: Path) -> str:
+    """Return the text of a page in another folder with links as of a page in docs/."""
+
+    def link(match: re.Match[str]) -> str:
+        return f"]({os.path.relpath(file.parent / match[1], ROOT / 'docs')}"
+
+    return re.sub(r"\]\((?!https?:|#)([^)#\s]+)", link, file.read_text(encoding="utf-8"))
 
 
 def claims_page() -> str:

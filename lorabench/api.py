@@ -1,7 +1,6 @@
-"""The functions for other programs: `judge` and `fit_lr`.
+"""The functions for other programs, `judge` and `fit_lr`, whose names, arguments and records are stable.
 
-Their names, arguments and records are stable (docs/tables.md). Importing this module takes no time, since each function
-imports what it needs when it is called.
+Each imports what it needs when it is called.
 """
 
 from __future__ import annotations
@@ -32,22 +31,18 @@ def judge(
 
     Args:
         tables: data frames by the name of their table, of which `runs` is needed and `curves`, `test_losses`, `compute`
-            and `counts` are used; or a folder with such tables in parquet or CSV, as a finished or an exported preset
-            has them; or the folder of a source, which has a file `source.yaml`. Their columns are those of
-            docs/tables.md, losses in nats per token and accuracies as shares. A claim that lacks a column is not
-            tested, and its reason names the column.
+            and `counts` are used; or a folder with such tables in parquet or CSV; or the folder of a source, which has
+            a file `source.yaml`. Their columns are those of docs/tables.md. A claim that lacks one is not tested.
         claims: the ids of the claims to judge, such as `B1`; all by default.
         margins: the smallest effects that matter, any of: `loss`, a share of the fall of the loss from the base to full
             fine-tuning; `final_loss`, a share of the final loss of full fine-tuning, which holds where it is less;
             `reward`, a share of the gain in accuracy; and `lr_factor`, the factor up to which two learning rates count
             as the same. Those that are not given are those of the shipped presets: 0.02, 0.1, 0.1 and 1.6.
-        noise: the noise of final losses over seeds from elsewhere, for supervised runs with one seed. A source states
-            its own.
+        noise: the noise of final losses over seeds from elsewhere, for supervised runs with one seed.
 
     Returns:
-        A row for each claim with the columns `lorabench.store.schemas.CLAIMS`, such as `claim_id`, `verdict`,
-        `estimate`, `ci_low`, `ci_high`, `unit` and `reason`. For a source there is a row for each claim and model,
-        and the columns `source`, `model`, `scale`, `parameters` and `doubts` come first.
+        A row for each claim with the columns `lorabench.store.schemas.CLAIMS`. For a source there is a row for each
+        claim and model, and the columns `source`, `model`, `scale`, `parameters` and `doubts` come first.
 
     Raises:
         UserError: a table, claim or margin does not exist or has a value that is not allowed.
@@ -86,20 +81,18 @@ def judge(
 
 @dataclass(frozen=True)
 class LrFit:
-    """The optimal learning rate (LR) of one sweep by a fit, and the loss there; NaN where the runs do not tell."""
+    """The optimal learning rate (LR) of one sweep by a fit, and the loss there, each with the ends of its 95% interval.
+
+    NaN stands where the runs do not tell. The interval of the loss is for the mean over new seeds; test examples have
+    no part in it.
+    """
 
     lr: float
-    """The LR at which the fitted loss is lowest."""
     lr_low: float
-    """The lower end of its 95% interval."""
     lr_high: float
-    """The upper end."""
     loss: float
-    """The fitted loss at that LR, in the unit of the losses."""
     loss_low: float
-    """The lower end of its 95% interval, for the mean over new seeds; test examples have no part in it."""
     loss_high: float
-    """The upper end."""
     inside: bool
     """Whether the optimal LR lies between LRs of the sweep with a probability of 95% or more."""
     problems: tuple[str, ...]
@@ -113,14 +106,12 @@ def fit_lr(runs: pd.DataFrame, noise: Noise | None = None) -> LrFit:
 
     The loss is a slightly asymmetric parabola in the logarithm of the LR. All runs of the table are of one method in
     one setting, and differ in LR and seed alone. The interval of the optimal LR has the noise within seeds, and that of
-    the loss, which is the mean over new seeds, also what each seed does to all LRs; `judge` fits several methods
-    together, in which this cancels.
+    the loss also what each seed does to all LRs; `judge` fits several methods together, in which this cancels.
 
     Args:
         runs: a row for each run, with the columns `lr`, `loss` (the final loss in nats per token; null or infinite of a
             run that diverged) and `seed` (a whole number; without the column all runs have one seed).
-        noise: the noise of losses over seeds from elsewhere, for runs with one seed; without it one seed has no
-            intervals.
+        noise: the noise of losses over seeds from elsewhere, without which one seed has no intervals.
 
     Raises:
         UserError: a column is missing, a value is not allowed, or two runs have the same LR and seed.
@@ -137,53 +128,12 @@ def fit_lr(runs: pd.DataFrame, noise: Noise | None = None) -> LrFit:
         >>> fit.inside, fit.problems
         (True, ())
     """
+    import numpy as np
     import pandas as pd
 
     from lorabench.analysis.arms import arm_label
     from lorabench.analysis.comparison import Judging, comparisons
     from lorabench.analysis.estimate import unknown
-
-    # The estimator sees no difference between methods; that of an arm without a rank is full fine-tuning.
-    arm = {"model": "model", "dataset": "dataset", "method": "fullft", "rank": None, "placement": None}
-    table = _checked_sweep(runs)
-    diverged = table["loss"].isna()
-    table = table.assign(
-        **arm,
-        run_id=table.index.map("row {}".format),
-        batch_size=1,
-        steps=1,
-        status=diverged.map({True: "diverged", False: "done"}),
-        final_valid_nll=table["loss"],
-        final_test_nll=table["loss"],
-    )
-    [sweep] = comparisons(table, pd.DataFrame(), Judging(noise=noise))
-    [fitted], label = sweep.arms, arm_label(arm)
-    optimum, minimum = (found.get(label, unknown()) for found in (sweep.fit.optima, sweep.fit.minima))
-    (low, high), (loss_low, loss_high) = optimum.interval(), minimum.interval()
-    problems = sweep.problems([fitted], resolved=True)
-    further = (lr for problem in problems if problem.remedy for _, lr in problem.remedy.lrs)
-    return LrFit(
-        lr=math.exp(optimum.value),
-        lr_low=math.exp(low),
-        lr_high=math.exp(high),
-        loss=minimum.value,
-        loss_low=loss_low,
-        loss_high=loss_high,
-        inside=sweep.fit.resolved.get(label, False),
-        problems=tuple(problem.text.removeprefix(f"{label}: ") for problem in problems),
-        next_lr=next(further, None),
-    )
-
-
-def _checked_sweep(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the LRs, seeds and losses of a sweep as numbers, numbered from row 0; a loss that is not finite is null.
-
-    Raises:
-        UserError: see `fit_lr`.
-    """
-    import numpy as np
-    import pandas as pd
-
     from lorabench.store.checks import refuse_rows
 
     if missing := [name for name in ("lr", "loss") if name not in runs]:
@@ -199,7 +149,26 @@ def _checked_sweep(runs: pd.DataFrame) -> pd.DataFrame:
     refuse_rows(named, text, "row", "loss", "numbers, and null or infinity of a run that diverged")
     twice = numbers.duplicated(["lr", "seed"])
     refuse_rows(named, twice, "row", "lr", "each once with a seed, since all runs are of one method in one setting")
-    checked: pd.DataFrame = numbers.assign(
-        seed=numbers["seed"].astype(int), loss=numbers["loss"].where(np.isfinite(numbers["loss"]))
+    losses = numbers["loss"].where(np.isfinite(numbers["loss"]))
+    # The estimator sees no difference between methods; that of an arm without a rank is full fine-tuning.
+    arm = {"model": "model", "dataset": "dataset", "method": "fullft", "rank": None, "placement": None}
+    columns = arm | {"batch_size": 1, "steps": 1, "final_valid_nll": losses, "final_test_nll": losses}
+    columns |= {"seed": numbers["seed"].astype(int), "run_id": numbers.index.map("row {}".format)}
+    columns |= {"status": losses.isna().map({True: "diverged", False: "done"})}
+    [sweep] = comparisons(numbers.assign(**columns), pd.DataFrame(), Judging(noise=noise))
+    [fitted], label = sweep.arms, arm_label(arm)
+    optimum, minimum = (values.get(label, unknown()) for values in (sweep.fit.optima, sweep.fit.minima))
+    problems = sweep.problems([fitted], resolved=True)
+    further = (lr for problem in problems if problem.remedy for _, lr in problem.remedy.lrs)
+    (low, high), (loss_low, loss_high) = optimum.interval(), minimum.interval()
+    return LrFit(
+        lr=math.exp(optimum.value),
+        lr_low=math.exp(low),
+        lr_high=math.exp(high),
+        loss=minimum.value,
+        loss_low=loss_low,
+        loss_high=loss_high,
+        inside=sweep.fit.resolved.get(label, False),
+        problems=tuple(problem.text.removeprefix(f"{label}: ") for problem in problems),
+        next_lr=next(further, None),
     )
-    return checked

@@ -88,11 +88,14 @@ class Condition:
     @cached_property
     def determining(self) -> dict[str, Any]:
         """The fields that determine a run's result, for `Run.run_id`."""
-        condition = {k: v for k, v in asdict(self).items() if k not in {"model", "dataset", "rollouts"}}
-        if self.rollouts is not None:
+        condition = {name: value for name, value in asdict(self).items() if name not in ("model", "dataset")}
+        if self.rollouts is None:
+            del condition["rollouts"]
+        else:
+            del condition["rollouts"]["mean_response_tokens"]
             # A sampler counts unless it is the project's own.
-            free = {"mean_response_tokens"} | ({"sampler"} if self.rollouts.sampler == "own" else set())
-            condition["rollouts"] = {k: v for k, v in asdict(self.rollouts).items() if k not in free}
+            if self.rollouts.sampler == "own":
+                del condition["rollouts"]["sampler"]
         return condition
 
 
@@ -183,20 +186,17 @@ class Lattice:
         middle = self.lr(round(low + high) / 2)
         return middle if min(lr, other) < middle < max(lr, other) else None
 
-    def reachable(self, lowest: float, highest: float) -> list[float]:
-        """Return every LR that a walk from LRs between two may come to."""
-        first = math.floor(self._position(lowest)) - self.further
-        last = math.ceil(self._position(highest)) + self.further
+    def reachable(self, lrs: Sequence[float]) -> list[float]:
+        """Return every LR that a walk from ascending LRs may come to."""
+        first = math.floor(self._position(lrs[0])) - self.further
+        last = math.ceil(self._position(lrs[-1])) + self.further
         return [self.lr(position / 2) for position in range(2 * first, 2 * last + 1)]
 
 
 @dataclass(frozen=True)
 class Racing:
-    """When one of the three LRs around the best gets no more seeds.
-
-    The losses of an LR minus those of the best one, paired by seed, are tested by a one-sided t-test, whose variance is
-    pooled over the LRs.
-    """
+    """When one of the three LRs around the best gets no more seeds: by a one-sided t-test of its losses minus those of
+    the best one, paired by seed, with a variance that is pooled over the LRs."""
 
     level: float
     """The level of the test, by which an LR that is no worse would be given up in this share of sweeps."""
@@ -240,8 +240,7 @@ class Sweep:
     def sweep_id(self) -> str:
         """The sweep's name for files: its condition's label, and a hash of its runs."""
         walk = [] if self.lattice is None else [asdict(self.lattice), self.seeds.around]
-        if self.lattice is not None and self.seeds.racing is not None:
-            walk.append(asdict(self.seeds.racing))
+        walk += [asdict(self.seeds.racing)] if self.lattice and self.seeds.racing else []
         return f"{self.condition.label}-{digest([[run.run_id for run in self.grid()], self.seeds.best, *walk], 8)}"
 
     @property
@@ -285,13 +284,12 @@ class Sweep:
     def possible_runs(self) -> Iterator[Run]:
         """Yield every run that the sweep may have, whichever LR proves the best; some may come twice."""
         yield from self.grid()
-        reachable = self.lattice.reachable(min(self.lrs), max(self.lrs)) if self.lattice else []
-        for lr in (*self.lrs, *reachable):
+        for lr in (*self.lrs, *(self.lattice.reachable(self.lrs) if self.lattice else [])):
             yield from (Run(self.condition, lr, seed) for seed in self.seeds.leading(self.seeds.best))
 
     @cached_property
     def run_ids(self) -> frozenset[str]:
-        """The run_id of every run that the sweep may have, whichever LR proves the best."""
+        """The run_id of every run that the sweep may have."""
         return frozenset(run.run_id for run in self.possible_runs())
 
 
@@ -354,11 +352,9 @@ def validation_loss(record: Mapping[str, Any]) -> float:
 
 
 def lowest(losses: Mapping[float, float], tie: float = 0.0) -> float | None:
-    """Return the LR with the lowest loss, the lowest LR of equally good ones; None if no loss is finite.
+    """Return the LR with the lowest loss, the lowest LR of those that are equal up to `tie`.
 
-    Args:
-        losses: the loss at each LR; NaN, and infinity for a run that diverged, do not count.
-        tie: the difference up to which two losses are equal.
+    NaN, and infinity for a run that diverged, do not count; None if no loss is finite.
     """
     finite = {lr: loss for lr, loss in losses.items() if math.isfinite(loss)}
     least = min(finite.values(), default=math.nan)

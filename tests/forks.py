@@ -51,6 +51,10 @@ def _run(command: Sequence[str], folder: Path, environment: Mapping[str, str], o
         from snakemake.cli import main
 
         main()
+    elif command[0] == "lora-advice":
+        from lora_advice.cli import run
+
+        run()
     else:
         from lorabench.cli.commands import app
 

@@ -8,11 +8,11 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from lorabench.cli import advice
+from lorabench.cli import commands
 from lorabench.cli.commands import app
 
 
-@pytest.mark.parametrize("name", advice.COMMANDS)
+@pytest.mark.parametrize("name", commands.ADVICE)
 def test_all_words_go_to_the_command_of_the_other_package(monkeypatch, name):
     calls = []
 
@@ -24,14 +24,14 @@ def test_all_words_go_to_the_command_of_the_other_package(monkeypatch, name):
         assert asked == {"group": "lorabench.commands", "name": name}
         return [Entry()]
 
-    monkeypatch.setattr(advice, "entry_points", entry_points)
+    monkeypatch.setattr(commands, "entry_points", entry_points)
     words = ["a.yaml", "--json", "--help", "--", "-b"]
     assert CliRunner().invoke(app, [name, *words]).exit_code == 0
     assert calls == [([name, *words], "lorabench")]
 
 
 def test_one_sentence_says_how_to_install_them(monkeypatch):
-    monkeypatch.setattr(advice, "entry_points", lambda **asked: [])
+    monkeypatch.setattr(commands, "entry_points", lambda **asked: [])
     result = CliRunner().invoke(app, ["audit", "a.yaml"])
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "lorabench: `lorabench audit` needs the package lora-advice: pip install lora-advice\n"
@@ -43,4 +43,4 @@ def test_the_help_lists_them_and_imports_nothing_of_them():
         "assert 'lora_advice' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert all(name in done.stdout for name in advice.COMMANDS)
+    assert all(name in done.stdout for name in commands.ADVICE)

@@ -12,7 +12,7 @@ from .conftest import REPOSITORY
 # What dependencies bring along (lm-eval's extra `ifeval`, math-verify), and vLLM, which users install themselves.
 BROUGHT = {"langdetect", "nltk", "sympy", "vllm"}
 
-OWN = {"lorabench", "studies", "benchmarks"}
+OWN = {"lorabench", "lora_advice", "advice", "studies", "benchmarks"}
 
 
 def test_every_imported_package_is_a_dependency():

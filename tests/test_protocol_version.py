@@ -33,7 +33,6 @@ CODE = (
     "lorabench/models/bf16_products.py",
     "lorabench/models/passes.py",
     "lorabench/models/lora.py",
-    "lorabench/models/nf4.py",
     "lorabench/config/fields.py",
     "lorabench/training/distributed.py",
     "lorabench/training/loss.py",

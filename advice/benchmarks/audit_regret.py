@@ -2,7 +2,7 @@
 
     python -m advice.benchmarks.audit_regret
 
-These files are written into paper_figures/published/evidence:
+These files are written into paper_figures/published/evidence; `python workflow/scripts/facts.py .` then ships them:
 
 - `lr_curvatures.csv`: the curvatures of each model and dataset in a source, over all batch sizes, lengths and arms: the
   sum of what runs lose over the sum of their squared distances from the optimum in ln LR, of all runs within a factor
@@ -41,6 +41,7 @@ from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.published import published_sweeps
 from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, grid_optimum, known_optima
+from lorabench.sources.lr_optima import rounded as digits
 from lorabench.sources.measurements import PROJECT
 from lorabench.sources.studies import Study, read_studies, source_folders
 from lorabench.store.io import write_csv
@@ -119,11 +120,8 @@ def _arms(
     for _, arm in table[table["source"] == "tinker-cookbook"].groupby(["model", "rank"]):
         about = {"task": "sft", "source": AUTHORS, "batch_size": 128.0, "steps": 780.0, "alpha": ALPHA}
         yield arm.assign(status="done"), arm.iloc[0][["family", "width"]].to_dict() | about, math.nan
-    own = {
-        optimum.model: {"family": optimum.family, "width": optimum.width}
-        for optimum in known
-        if optimum.source == PROJECT
-    }
+    project = [optimum for optimum in known if optimum.source == PROJECT]
+    own = {optimum.model: {"family": optimum.family, "width": optimum.width} for optimum in project}
     for path in [folder / f"{figure}.csv" for folder in presets for figure in _FIGURES]:
         if not path.is_file():
             continue
@@ -137,13 +135,10 @@ def _arms(
             bases = dict(zip(base_rows["dataset"], base_rows["nll"], strict=True))
         points = table[table["element"].isin(["accuracy" if rl else "loss", "diverged"])]
         points = points[points["placement"].fillna("all").eq("all") & points["model"].isin(list(own))]
-        points = points.assign(
-            loss=1 - points["accuracy"] if rl else points["nll"],
-            status=np.where(points["element"].eq("diverged"), "diverged", "done"),
-        )
-        for (model, *_), arm in points.groupby(
-            ["model", "dataset", "batch_size", "steps", "method", "rank"], dropna=False
-        ):
+        status = np.where(points["element"].eq("diverged"), "diverged", "done")
+        points = points.assign(loss=1 - points["accuracy"] if rl else points["nll"], status=status)
+        keys = ["model", "dataset", "batch_size", "steps", "method", "rank"]
+        for (model, *_), arm in points.groupby(keys, dropna=False):
             about = {"task": "rl" if rl else "sft", "source": PROJECT, "alpha": ALPHA} | own[str(model)]
             yield arm, about, bases.get(arm["dataset"].iloc[0], math.nan)
 
@@ -155,10 +150,8 @@ def _rows(arm: pd.DataFrame, about: dict[str, Any], base: float) -> list[dict[st
     if len(grid) < MIN_LRS or sound.empty:
         return []
     rl, best = about["task"] == "rl", float(sound.min())
-    names = {
-        name: arm[name].iloc[0] for name in ("model", "dataset", "method", "rank", "batch_size", "steps") if name in arm
-    }
-    about = names | about
+    names = ("model", "dataset", "method", "rank", "batch_size", "steps")
+    about = {name: arm[name].iloc[0] for name in names if name in arm} | about
     gain = base - best
     if rl and not gain > 0:
         return []
@@ -255,14 +248,10 @@ def _pool(optima: Sequence[LrOptimum]) -> dict[str, Any]:
     return {
         "sources": len(pooled.sources),
         "measured": measured,
-        "shares": [_digits(share / total) for share, _, _ in parts],
-        "means": [list(map(_digits, means)) for _, means, _ in parts],
-        "variances": [list(map(_digits, variances)) for _, _, variances in parts],
+        "shares": [digits(share / total) for share, _, _ in parts],
+        "means": [list(map(digits, means)) for _, means, _ in parts],
+        "variances": [list(map(digits, variances)) for _, _, variances in parts],
     }
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def held_to(runs: pd.DataFrame, optima: Sequence[LrOptimum]) -> pd.DataFrame:
@@ -331,20 +320,15 @@ def main() -> None:
     out = Path() / PUBLISHED / "evidence"
     with atomic_path(out / "lr_evidence.json") as path:
         path.write_text(json.dumps(evidence(optima, curvatures(runs))) + "\n")
-    tables = {
-        "lr_curvatures": curvatures(runs),
-        "lr_regret": rows,
-        "lr_regret_inside": inside(rows),
-        "lr_regret_alarms": alarms(rows),
-    }
-    for name, table in tables.items():
-        write_csv(rounded(table), out / f"{name}.csv")
+    tables = {"curvatures": curvatures(runs), "regret": rows, "regret_inside": inside(rows)}
+    for name, table in (tables | {"regret_alarms": alarms(rows)}).items():
+        write_csv(rounded(table), out / f"lr_{name}.csv")
 
 
 def rounded(table: pd.DataFrame) -> pd.DataFrame:
     """Return a table with its numbers to four digits."""
     numbers = table.select_dtypes("float")
-    return table.assign(**numbers.map(lambda value: float(f"{value:.4g}")))
+    return table.assign(**numbers.map(digits))
 
 
 if __name__ == "__main__":

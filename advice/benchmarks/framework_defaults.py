@@ -2,8 +2,8 @@
 
     python -m advice.benchmarks.framework_defaults CLONES
 
-CLONES is a folder with a clone of each repository in `FRAMEWORKS`, bare or not, below OWNER/NAME or OWNER+NAME. Only
-the pinned commits are read. It writes `framework_defaults.csv`, one row for each run that a file states, and
+CLONES is a folder with a clone of each repository in `frameworks.csv`, bare or not, below OWNER/NAME or OWNER+NAME.
+Only the pinned commits are read. It writes `framework_defaults.csv`, one row for each run that a file states, and
 `framework_findings.csv`, one row for each finding above a note, into paper_figures/published/evidence, with a picture,
 and the tables of advice/docs/defaults.md. The tables hold facts of the files, with repository, commit and path; no file
 is copied.
@@ -12,6 +12,7 @@ is copied.
 from __future__ import annotations
 
 import argparse
+import csv
 import io
 import math
 import subprocess
@@ -51,28 +52,8 @@ class Framework(NamedTuple):
     folder: str
 
 
-FRAMEWORKS = (
-    Framework(
-        "Axolotl",
-        "axolotl-ai-cloud/axolotl",
-        "067b021c8b87a9e5e380b9173c704cf7340e30f5",
-        "2026-07-24",
-        "examples",
-    ),
-    Framework(
-        "LLaMA-Factory",
-        "hiyouga/LLaMA-Factory",
-        "ff6d4d12eeb035d6ce06805a5733dd7b29f2ac30",
-        "2026-08-18",
-        "examples",
-    ),
-    Framework(
-        "torchtune", "pytorch/torchtune", "bd2a0fc7c31430972728494fa01aaeeb0ebf1ba1", "2026-04-23", "recipes/configs"
-    ),
-    Framework("TRL", "huggingface/trl", "f2cd57710ae345ea6428ae95363267fcf38a3dc8", "2026-07-24", "examples"),
-    Framework("verl", "volcengine/verl", "b178a3cd56f58b2d502255daba591e92833930a7", "2026-01-29", "examples"),
-    Framework("NeMo RL", "NVIDIA-NeMo/RL", "7ea279abfbeb698b092856d0dab61e7cf39bc909", "2026-08-22", "examples"),
-)
+with Path(__file__).with_name("frameworks.csv").open(newline="") as file:
+    FRAMEWORKS = [Framework(**row) for row in csv.DictReader(file)]
 
 SAID = (
     *("task", "method", "model", "bits", "lr", "schedule", "optimizer"),
@@ -112,17 +93,12 @@ def runs_of(framework: Framework, folder: Path) -> tuple[pd.DataFrame, pd.DataFr
     findings = alone + compare_runs(configs)
     about = {"framework": framework.name, "repository": framework.repository, "commit": framework.commit}
     runs = pd.DataFrame([about | _run(config, folder, findings) for config in configs])
-    rows = [
-        about
-        | {"path": _below(finding.path, folder), "run": finding.run, "line": finding.line}
-        | {
-            "level": finding.level,
-            "code": finding.code,
-            "message": finding.message.replace(f"{folder.as_posix()}/", ""),
-        }
-        for finding in findings
-        if finding.level != "note"
-    ]
+    rows = []
+    for finding in findings:
+        if finding.level != "note":
+            row = about | {"path": _below(finding.path, folder), "run": finding.run, "line": finding.line}
+            row |= {"level": finding.level, "code": finding.code}
+            rows.append(row | {"message": finding.message.replace(f"{folder.as_posix()}/", "")})
     return runs, pd.DataFrame(rows)
 
 
@@ -171,20 +147,12 @@ def page_parts(runs: pd.DataFrame, findings: pd.DataFrame) -> Iterator[str]:
     yield ""
     yield f"The {COSTLIEST} runs that are expected to lose most, one of each model, method and learning rate:"
     yield ""
-    columns = [
-        "framework, file",
-        "model, method",
-        "learning rate",
-        "recommended, 95% interval",
-        "share of the gain lost",
-    ]
-    yield f"| {' | '.join(columns)} |"
+    columns = ["framework, file", "model, method", "learning rate", "recommended, 95% interval"]
+    yield f"| {' | '.join(columns)} | share of the gain lost |"
     yield "|---|---|---|---|---|"
     flagged = runs[runs["errors"].str.contains(r"\b(?:rl-)?lr\b") | runs["warnings"].str.contains(r"\b(?:rl-)?lr\b")]
-    unlike = flagged.sort_values("share_low", ascending=False, kind="stable").drop_duplicates(
-        ["framework", "model", "method", "lr"]
-    )
-    for row in unlike.head(COSTLIEST).itertuples(index=False):
+    costly = flagged.sort_values("share_low", ascending=False, kind="stable")
+    for row in costly.drop_duplicates(["framework", "model", "method", "lr"]).head(COSTLIEST).itertuples(index=False):
         link = f"https://github.com/{row.repository}/blob/{row.commit}/{row.path}"
         method = "LoRA" if row.method == "lora" else "full fine-tuning"
         kind = " in RL" if row.task == "rl" else ""

@@ -138,7 +138,7 @@ def _rows(optimum: LrOptimum, pooled: PooledLr, own: LrOptimum | None, fullft: P
         fullft: the optima of full fine-tuning of the other sources.
     """
     stated = pooled_optimum(optimum)
-    place, shift = stated.place, stated.shift
+    place, shift = stated.pooled.place, stated.shift
     measured, error = (stated.pooled.log_lr, stated.pooled.error) if optimum.counts else (math.nan, 0.0)
     intervals = {p: pooled.predict(place, p, error=error) for p in PROBABILITIES}
     batch = 0.0 if math.isnan(place.batch_size) else math.log(place.batch_size / REFERENCE["batch_size"])
@@ -243,10 +243,8 @@ def compared(sources: pd.DataFrame) -> pd.DataFrame:
         number of sources where the rule is closer than the law; `against_pooled` and `closer_than_pooled` likewise.
         `inside_80` and `inside_95` are the shares of sources' optima inside of the intervals, a mean over sources.
     """
-    tables = [_compared(sources, (AUTHORS,))]
     lora = sources[sources["method"] == "lora"]
-    if len(lora):
-        tables.append(_compared(lora, (AUTHORS, PROJECT)))
+    tables = [_compared(sources, (AUTHORS,)), *([_compared(lora, (AUTHORS, PROJECT))] if len(lora) else [])]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -266,13 +264,11 @@ def _compared(sources: pd.DataFrame, without: Sequence[str]) -> pd.DataFrame:
         ratios = {"": mean, "_low": mean - half, "_high": mean + half}
         return pd.DataFrame({f"against_{other}{end}": np.exp(logs) for end, logs in ratios.items()})
 
-    def closer(other: str) -> pd.Series[int]:
-        return groups[f"over_{other}"].agg(lambda logs: int((logs < 0).sum()))
-
+    closer = {other: groups[f"over_{other}"].agg(lambda logs: int((logs < 0).sum())) for other in ("law", "pooled")}
     table = groups.agg(sources=("log", "count"), off=("log", "mean"), rms=("square", "mean"), worst=("log", "max"))
     table = table.assign(off=np.exp(table["off"]), rms=np.exp(np.sqrt(table["rms"])), worst=np.exp(table["worst"]))
-    table = table.join(against("law")).assign(closer=closer("law"))
-    table = table.join(against("pooled")).assign(closer_than_pooled=closer("pooled"))
+    table = table.join(against("law")).assign(closer=closer["law"])
+    table = table.join(against("pooled")).assign(closer_than_pooled=closer["pooled"])
     shares = groups.agg(
         inside_80=("inside_80", "mean"),
         inside_95=("inside_95", "mean"),

@@ -22,6 +22,7 @@ FORMATS = (*CHATS, "prompt/completion", "prompt/response", "instruction/output",
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 _CHARS_PER_TOKEN = 3.0
 """A rough guess: English prose has about 4 characters per token, code and digits about 2."""
+_NOT_JSON = "not JSON"
 
 Messages = list[dict[str, str]]
 """Turns in their order, each with `role` and `content`; of a plain text, one turn of the role `text`."""
@@ -60,7 +61,17 @@ def read_data(path: Path, form: str | None = None) -> UserData:
     """
     if form is not None and form not in FORMATS:
         raise UserError(f"format {form!r}: allowed: {', '.join(FORMATS)}")
-    form, unusable, usable, chars, one_answer = form or _chosen_format(path), Counter[str](), 0, 0, True
+    if form is None:
+        columns = next((list(row) for row in _rows(path) if isinstance(row, dict)), [])
+        forms = [known for known in FORMATS if set(known.split("/")) <= set(columns)]
+        chosen = [known for known in forms if known in CHATS][:1] or [known for known in forms if "/" in known] or forms
+        if len(chosen) > 1:
+            raise UserError(f"{path} may be read as {' or '.join(chosen)}; --format says as which")
+        if not chosen:
+            names = ", ".join(repr(name)[:80] for name in columns[:20]) or "none"
+            raise UserError(f"{path} has the columns {names}; needed are those of one format: {', '.join(FORMATS)}")
+        form = chosen[0]
+    unusable, usable, chars, one_answer = Counter[str](), 0, 0, True
     for messages in examples(path, form, unusable):
         usable += 1
         chars += len(messages[-1]["content"])
@@ -88,18 +99,6 @@ def examples(path: Path, form: str, unusable: Counter[str] | None = None) -> Ite
                 unusable[str(error)] += 1
 
 
-def _chosen_format(path: Path) -> str:
-    columns = next((list(row) for row in _rows(path) if isinstance(row, dict)), [])
-    forms = [form for form in FORMATS if set(form.split("/")) <= set(columns)]
-    chosen = [form for form in forms if form in CHATS][:1] or [form for form in forms if "/" in form] or forms
-    if len(chosen) == 1:
-        return chosen[0]
-    if chosen:
-        raise UserError(f"{path} may be read as {' or '.join(chosen)}; --format says as which")
-    names = ", ".join(repr(name)[:80] for name in columns[:20]) or "none"
-    raise UserError(f"{path} has the columns {names}; needed are those of one format: {', '.join(FORMATS)}")
-
-
 def _rows(path: Path) -> Iterator[Any]:
     """Yield the rows of a file; one that is no mapping is no example."""
     if path.suffix not in (".jsonl", ".json", ".csv"):
@@ -109,30 +108,29 @@ def _rows(path: Path) -> Iterator[Any]:
             if path.suffix == ".csv":
                 csv.field_size_limit(50_000_000)
                 yield from csv.DictReader(file)
-            elif path.suffix == ".json" and not file.read(4096).lstrip().startswith("{"):
-                file.seek(0)
+                return
+            is_array = path.suffix == ".json" and not file.read(4096).lstrip().startswith("{")
+            file.seek(0)
+            if is_array:
                 rows = json.load(file)
                 if not isinstance(rows, list):
                     raise UserError(f"{path} must be an array of objects, or hold one object per line")
                 yield from rows
-            else:
-                file.seek(0)
-                yield from (_json(line) for line in file if line.strip())
+                return
+            for line in filter(str.strip, file):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    row = _NOT_JSON
+                yield row
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _json(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return "not JSON"
 
 
 def _messages(row: Any, form: str) -> Messages:
     """Return the turns of a row, or raise the reason why it is not an example of that format."""
     if not isinstance(row, dict):
-        raise _UnusableRowError("not JSON" if row == "not JSON" else "not an object")
+        raise _UnusableRowError(_NOT_JSON if row == _NOT_JSON else "not an object")
     if form == "text":
         return [{"role": "text", "content": _text(row.get("text"))}]
     if form in CHATS:

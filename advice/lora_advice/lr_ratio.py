@@ -47,14 +47,8 @@ def movement_ratio(setting: Setting, fullft_lr: float) -> float:
 def converted_lr(lr: float, here: Setting, there: Setting, fullft_growth: float = 1.0) -> float:
     """Convert LoRA's optimal LR from one setting of a model to another.
 
-    By the theory, LR sqrt(1 + (LR / u*)^2) alpha (1 + k/r) is c d times the optimal LR of full fine-tuning, which does
-    not depend on alpha and the rank.
-
-    Args:
-        lr: the optimal LR of LoRA at `here`.
-        here: the setting that it is from, of one width with `there`.
-        there: the setting to convert it to.
-        fullft_growth: the optimal LR of full fine-tuning there over that here, for another length or batch size.
+    By the theory, LR sqrt(1 + (LR / u*)^2) alpha (1 + k/r) is c d times full fine-tuning's optimal LR, which does not
+    depend on alpha and the rank; `fullft_growth` is that LR there over that here, for another length or batch size.
     """
     target = lr * math.hypot(1.0, lr / here.unit) * here.scale * fullft_growth / there.scale
     return _root(1 / there.unit, target)

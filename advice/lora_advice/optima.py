@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,13 @@ from lora_advice.user_model import shipped_base, shipped_bases
 
 OWN, PROJECT = "your own presets", "lorabench"
 """The names of the optima that the user's presets measured, and of those that this project did."""
-
 PROBABILITY = 0.8
 """The probability that the optimal LR of a further source lies in the recommended interval."""
-
-NAN = math.nan
-# An attribute is outside of the evidence if the nearest value with evidence is further away than this factor.
 _NEAR = 2.0
-# An own model counts as of the same size if its number of parameters differs by less than this share.
+"""An attribute is outside of the evidence if the nearest value with evidence is further away than this factor."""
 _SAME_SIZE = 0.02
-_MATCHES = {
-    "yes": "; LoRA matches",
-    "no": "; LoRA does not match",
-    "undecided": "; undecided whether LoRA matches",
-}
+"""An own model counts as of the same size if its number of parameters differs by less than this share."""
+_MATCHES = {"yes": "; LoRA matches", "no": "; LoRA does not match", "undecided": "; undecided whether LoRA matches"}
 
 
 @dataclass(frozen=True)
@@ -49,25 +41,23 @@ class LrOptimum:
     family: str = ""
     dataset: str = ""
     method: str = ""
-    rank: float = NAN
-    width: float = NAN
-    batch_size: float = NAN
+    rank: float = math.nan
+    width: float = math.nan
+    batch_size: float = math.nan
     """Examples per step; in RL, responses per step."""
-    steps: float = NAN
-    alpha: float = NAN
+    steps: float = math.nan
+    alpha: float = math.nan
     rl: bool = False
-    lr: float = NAN
-    error: float = NAN
+    lr: float = math.nan
+    error: float = math.nan
     """The standard error of ln LR; NaN where the optimum is at the edge of its grid."""
     counts: bool = False
     remark: str = ""
-    mean_lr: float = 1.0
-    """The mean LR of a run over its highest."""
-    lr_low: float = NAN
+    lr_low: float = math.nan
     """Of own runs: the ends of the 95% interval, the number of the model's parameters, what identifies its weights, and
     whether LoRA matches full fine-tuning."""
-    lr_high: float = NAN
-    parameters: float = NAN
+    lr_high: float = math.nan
+    parameters: float = math.nan
     weights: str = ""
     matches: str = ""
 
@@ -82,12 +72,8 @@ class LrOptimum:
         """The optimum for pooling, at ALPHA."""
         unknown = self.method == "lora" and math.isnan(self.alpha)
         error = math.hypot(self.error, ALPHA_EXPONENT * math.log(2) if unknown else 0.0)
-        return Optimum(self.source, self.model, self.place, math.log(self.lr) + self.shift, error)
-
-    @property
-    def place(self) -> Place:
-        """Where the optimum lies: family, width, method, batch size and steps."""
-        return Place.at(self.family, self.width, self.method, self.batch_size, self.steps)
+        place = Place.at(self.family, self.width, self.method, self.batch_size, self.steps)
+        return Optimum(self.source, self.model, place, math.log(self.lr) + self.shift, error)
 
 
 @dataclass(frozen=True)
@@ -141,8 +127,7 @@ def read_optima(path: Path) -> list[LrOptimum]:
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             try:
-                known = {name: readers[kinds[name]](text) for name, text in row.items() if name in kinds and text}
-                optimum = LrOptimum(**known)
+                optimum = LrOptimum(**{name: readers[kinds[name]](row[name]) for name in kinds if row.get(name)})
                 if optimum.counts and not (optimum.lr > 0 and optimum.error > 0):
                     raise ValueError("an optimum that counts has an LR and an error above 0")
             except (TypeError, ValueError) as error:
@@ -160,36 +145,27 @@ class KnownOptima:
         Raises:
             UserError: a table of optima can't be read.
         """
-        self.model = model
-        published = read_optima(FACTS / "lr_optima.csv")
-        own = {path: read_optima(path) for path in sorted(results.glob("*/tables/optima.csv"))}
-        self.optima = published + [optimum for table in own.values() for optimum in table]
-        identity = cache(lambda: _identity(model.name))
-        known_as = {
-            name for base in shipped_bases().values() if base["weights"] == identity() for name in base["names"]
-        }
-        self.same = {(PROJECT, name) for name in known_as}
-        """The sources and names by which they have this very model, not one of its family and width alone."""
+        self.model, self.optima = model, read_optima(FACTS / "lr_optima.csv")
+        identity, bases = _identity(model.name), shipped_bases().values()
+        # The sources and names by which they have this very model, not one of its family and width alone.
+        self._same = {(PROJECT, name) for base in bases if base["weights"] == identity for name in base["names"]}
         self.seen: list[SeenOptimum] = []
-        for path, table in own.items():
-            for optimum in table:
+        for path in sorted(results.glob("*/tables/optima.csv")):
+            for optimum in read_optima(path):
+                self.optima.append(optimum)
                 alike = (optimum.family, optimum.width) == (model.family, model.width)
                 if alike and model.parameters and abs(optimum.parameters / model.parameters - 1) < _SAME_SIZE:
-                    is_same = bool(optimum.weights) and optimum.weights.startswith(identity() or "unknown")
-                    self.same |= {(OWN, optimum.model)} if is_same else set()
+                    is_same = bool(optimum.weights) and optimum.weights.startswith(identity or "unknown")
+                    self._same |= {(OWN, optimum.model)} if is_same else set()
                     self.seen.append(_seen(optimum, is_same, path.parents[1]))
         self._pools: dict[tuple[str, bool], PooledLr] = {}
 
     def recommend(
         self, method: str, batch_size: float, steps: float, rl: bool = False
     ) -> tuple[tuple[float, float, float], LrSources]:
-        """Recommend the LR of a method for the model.
+        """Recommend the LR of a method, `lora` at ALPHA or `fullft`, for the model.
 
-        Args:
-            method: `lora`, at ALPHA, or `fullft`.
-            batch_size: examples per step; in RL, responses per step.
-            steps: NaN if they are not known.
-            rl: whether the runs are of RL.
+        The batch size is in examples per step, in RL in responses; steps that are not known are NaN.
 
         Returns:
             The LR with the ends of the interval of PROBABILITY for the optimum of a source that nobody has seen, and
@@ -200,7 +176,7 @@ class KnownOptima:
             self._pools[method, rl] = PooledLr([optimum.pooled for optimum in chosen])
         place = Place.at(self.model.family, self.model.width, method, batch_size, steps)
         named = ((optimum.source, optimum.model) for optimum in reversed(chosen))
-        measured = next((pair for pair in named if pair in self.same), None)
+        measured = next((pair for pair in named if pair in self._same), None)
         predicted = self._pools[method, rl].predict(place, PROBABILITY, measured)
         shares = []
         for source, weight in sorted(predicted.weights.items(), key=lambda item: -abs(round(item[1], 3))):
@@ -223,11 +199,8 @@ class KnownOptima:
                 f"The law has no exponent for the family {self.model.family!r}: the learning rates rest on the middle "
                 f"of those of {names}, and their intervals are wider for it."
             )
-        for field, name, value in (
-            ("width", "width", self.model.width),
-            ("batch_size", "batch size", batch_size),
-            ("steps", "length, in steps,", steps),
-        ):
+        places = {"width": self.model.width, "batch_size": batch_size, "steps": steps}
+        for (field, value), name in zip(places.items(), ("width", "batch size", "length, in steps,"), strict=True):
             measured = (getattr(optimum, field) for optimum in self.optima if optimum.counts and not optimum.rl)
             known = sorted(other for other in measured if math.isfinite(other / value))
             nearest = min(known, key=lambda other: abs(math.log(other / value)), default=value)

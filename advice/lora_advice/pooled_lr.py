@@ -45,8 +45,7 @@ ALPHA_EXPONENT = -0.75
 _OFFSET = 5.0
 UNKNOWN, UNKNOWN_WIDTH = math.log(4), math.log(2)
 # The grid of the standard deviations between and within sources, in ln LR: up to factors of 20 and 3.
-_BETWEEN = np.linspace(0.0, 3.0, 31)
-_WITHIN = np.linspace(0.0, 1.2, 13)
+_BETWEEN, _WITHIN = np.linspace(0.0, 3.0, 31), np.linspace(0.0, 1.2, 13)
 
 
 @dataclass(frozen=True)
@@ -65,18 +64,26 @@ class Place:
     def at(cls, family: str, width: float, method: str, batch_size: float, steps: float) -> Place:
         """Return the place of a model and a method, `fullft` or `lora`.
 
-        Args:
-            family: the transformers model type. Without an exponent of its own, the law is the middle of its families.
-            width: the hidden size; NaN if it is not known.
-            method: the method.
-            batch_size: examples per step, or responses per step in RL.
-            steps: the number of steps.
+        The family is the transformers model type; without an exponent of its own, the law is the middle of its
+        families. The width is NaN if it is not known. The batch size is in examples per step, in RL in responses.
         """
         names = [lineage(family)] if lineage(family) in EXPONENTS else list(EXPONENTS)
         logs = [math.log(law_lr(name, PIVOT if math.isnan(width) else width, method)) for name in names]
         family_error = (max(logs) - min(logs)) / 2
         width_error = UNKNOWN_WIDTH * max(EXPONENTS[name] for name in names) if math.isnan(width) else 0.0
         return cls(sum(logs) / len(logs), math.hypot(family_error, width_error), batch_size, steps)
+
+    @property
+    def terms(self) -> np.ndarray:
+        """What the coefficients multiply, (3,): 1, and ln of batch size and steps over their reference."""
+        logs = [math.log(getattr(self, name) / reference) for name, reference in REFERENCE.items()]
+        return np.array([1.0, *(0.0 if math.isnan(log) else log for log in logs)])
+
+    @property
+    def unknown_variance(self) -> float:
+        """The variance of ln LR by what is not known of the place."""
+        unknown = [prior for name, prior in PRIORS.items() if math.isnan(getattr(self, name))]
+        return self.law_error**2 + sum((prior.mean**2 + prior.sd**2) * UNKNOWN**2 for prior in unknown)
 
 
 @dataclass(frozen=True)
@@ -94,11 +101,10 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted natural logarithm of an optimal LR."""
+    """The predicted natural logarithm of an optimal LR, and the ends of the interval with the asked probability."""
 
     mean: float
     low: float
-    """The lower end of the interval with the asked probability."""
     high: float
     weights: dict[str, float]
     """By source: how much the prediction moves if all its ln LRs rise by 1."""
@@ -108,27 +114,23 @@ class PooledLr:
     """The optima of one method, pooled."""
 
     def __init__(self, optima: Sequence[Optimum]) -> None:
-        """Fit the optima.
-
-        Raises:
-            ValueError: there are fewer than two sources, or an error is not above 0.
-        """
+        """Fit the optima of at least two sources, each with an error above 0 (else ValueError)."""
         self.sources = sorted({optimum.source for optimum in optima})
         if len(self.sources) < 2:
             raise ValueError(f"pooling needs two sources; there are {len(self.sources)}")
         values = np.array([[optimum.log_lr, optimum.error] for optimum in optima])
         if not (np.isfinite(values).all() and (values[:, 1] > 0).all()):
             raise ValueError("every optimum needs a number and an error above 0")
-        self._source = np.array([[optimum.source == name for name in self.sources] for optimum in optima], float)
-        self.design = np.array([_terms(optimum.place) for optimum in optima])
+        self._models = [(optimum.source, optimum.model) for optimum in optima]
+        self._source = np.array([[source == name for name in self.sources] for source, _ in self._models], float)
+        self.design = np.array([optimum.place.terms for optimum in optima])
         self.prior = np.array([_OFFSET**2, *(prior.sd**2 for prior in PRIORS.values())])
         self.means = np.array([0.0, *(prior.mean for prior in PRIORS.values())])
         laws = np.array([optimum.place.log_law for optimum in optima])
         self.rest = values[:, 0] - laws - self.design @ self.means
-        error = values[:, 1] ** 2 + [_unknown_variance(optimum.place) for optimum in optima]
+        error = values[:, 1] ** 2 + [optimum.place.unknown_variance for optimum in optima]
         common = (self.design * self.prior) @ self.design.T + np.diag(error)
         same = self._source @ self._source.T
-        self._models = [(optimum.source, optimum.model) for optimum in optima]
         alike = np.array([[pair == other for other in self._models] for pair in self._models], float)
         self.grid = [(between, within) for between in _BETWEEN for within in _WITHIN]
         self.inverses, log_likelihood = [], []
@@ -142,25 +144,17 @@ class PooledLr:
         self.shares = likelihood / likelihood.sum()
 
     def predict(
-        self,
-        place: Place,
-        probability: float = 0.8,
-        measured: tuple[str, str] | None = None,
-        error: float = 0.0,
+        self, place: Place, probability: float = 0.8, measured: tuple[str, str] | None = None, error: float = 0.0
     ) -> Prediction:
-        """Predict the optimum of a further condition.
+        """Predict the optimum of a further condition, of a further source or of a `measured` source and model.
 
-        Args:
-            place: the condition.
-            probability: that of the interval.
-            measured: the condition's source and model, if the optima have them; by default a further source.
-            error: the standard error with which the optimum will be measured, which widens the interval.
+        The standard error with which the optimum will be measured widens the interval.
         """
-        terms = _terms(place)
+        terms = place.terms
         at_source = np.array([measured is not None and source == measured[0] for source, _ in self._models], float)
         at_model = np.array([pair == measured for pair in self._models], float)
         covariance = self.design @ (self.prior * terms)
-        own = float(terms**2 @ self.prior) + _unknown_variance(place) + error**2
+        own = float(terms**2 @ self.prior) + place.unknown_variance + error**2
         means, variances, gains = [], [], []
         for (between, within), inverse in zip(self.grid, self.inverses, strict=True):
             with_optima = covariance + between**2 * at_source + within**2 * at_model
@@ -170,29 +164,16 @@ class PooledLr:
             gains.append(gain)
         centre, spread = np.array(means), np.sqrt(variances)
         weights = (self.shares @ np.array(gains)) @ self._source
-
         heavy = self.shares > 1e-12
         parts = [*zip(self.shares[heavy].tolist(), centre[heavy].tolist(), spread[heavy].tolist(), strict=True)]
-
-        def quantile(share: float) -> float:
-            """Return a quantile of the mixture of normal distributions, by bisection."""
+        ends = []
+        # The quantiles of the mixture of normal distributions, by bisection.
+        for quantile in ((1 - probability) / 2, (1 + probability) / 2):
             low, high = float((centre - 12 * spread).min()), float((centre + 12 * spread).max())
             while high - low > 1e-12:
                 middle = (low + high) / 2
                 below = sum(weight * math.erfc((mean - middle) / sd / math.sqrt(2)) / 2 for weight, mean, sd in parts)
-                low, high = (middle, high) if below < share else (low, middle)
-            return low
-
-        low, high = quantile((1 - probability) / 2), quantile((1 + probability) / 2)
+                low, high = (middle, high) if below < quantile else (low, middle)
+            ends.append(low)
         by_source = dict(zip(self.sources, weights.tolist(), strict=True))
-        return Prediction(float(self.shares @ centre), low, high, by_source)
-
-
-def _terms(place: Place) -> np.ndarray:
-    logs = [math.log(getattr(place, name) / reference) for name, reference in REFERENCE.items()]
-    return np.array([1.0, *(0.0 if math.isnan(log) else log for log in logs)])
-
-
-def _unknown_variance(place: Place) -> float:
-    unknown = [prior for name, prior in PRIORS.items() if math.isnan(getattr(place, name))]
-    return place.law_error**2 + sum((prior.mean**2 + prior.sd**2) * UNKNOWN**2 for prior in unknown)
+        return Prediction(float(self.shares @ centre), ends[0], ends[1], by_source)

@@ -15,7 +15,7 @@ from typing import Any
 from lora_advice import formats, lr_ratio
 from lora_advice.errors import UserError
 from lora_advice.models import ModelFacts
-from lora_advice.optima import PROBABILITY, KnownOptima, LrSources, SeenOptimum
+from lora_advice.optima import PROBABILITY, KnownOptima, LrSources, SeenOptimum, SourceShare
 from lora_advice.theory import ALPHA, EXPONENTS, SHORT_RATIO, lineage
 from lora_advice.user_model import find_model, lora_parameters, model_of_config
 from lora_advice.variants import VARIANT_NAMES, Variant, alpha_factor, lr_rule, measured_factor
@@ -101,15 +101,11 @@ def recommend(
     steps: int | None = None,
     results: Path = Path("results"),
 ) -> Recommendation:
-    """Recommend settings for a model.
+    """Recommend settings for a model as from `find_model`, the name that it takes, or the content of a `config.json`.
 
-    Args:
-        model: a model as from `find_model`, or the name that it takes, or the content of a `config.json`.
-        tokens: the number of scored tokens of the training data; None if unknown.
-        examples: the number of training examples; None if unknown.
-        batch_size: the number of examples per step; None for the recommended one.
-        steps: the number of steps; None for an epoch of the data, or if there are no data, for a length not known.
-        results: the folder of your own finished presets, whose optimal learning rates count too.
+    The data have so many scored tokens and examples, as far as they are known. None stands for the recommended batch
+    size, in examples per step, and for the steps of an epoch, or without data for a length that is not known. The
+    optimal learning rates of your own finished presets in the folder `results` count too.
 
     Raises:
         UserError: the model is not known, the batch size is larger than the data, or a table in `results` can't be
@@ -123,33 +119,57 @@ def recommend(
     batch = batch_size or recommended_batch(count)
     length = float(steps or (max(1, count // batch) if examples or tokens else math.nan))
     rank, known = recommended_rank(model, tokens), KnownOptima(model, results)
-    settings, rl_settings, sources_of_lr = {}, {}, {}
+    settings, rl_settings, sources_of_lr = dict[str, Setting](), dict[str, Setting](), {}
     rl_batch, rl_length = GROUP_SIZE * PROBLEMS_PER_STEP, steps or RL_STEPS
     for method, title in TITLES.items():
-        lr, sources_of_lr[method] = known.recommend(method, batch, length)
-        why = f"pooled over {len(sources_of_lr[method].sources)} sources; {PROBABILITY:.0%} interval"
-        measured_by = sources_of_lr[method].measured_by
-        why += f"; {measured_by} measured this model" if measured_by else ""
-        settings[f"{method}_lr"] = Setting(f"{title} learning rate", lr[0], why, *lr[1:])
-        lr, sources = known.recommend(method, rl_batch, rl_length, rl=True)
+        (lr, *ends), sources = known.recommend(method, batch, length)
+        why = f"pooled over {len(sources.sources)} sources; {PROBABILITY:.0%} interval"
+        why += f"; {sources.measured_by} measured this model" if sources.measured_by else ""
+        settings[f"{method}_lr"] = Setting(f"{title} learning rate", lr, why, *ends)
+        sources_of_lr[method] = sources
+        (lr, *ends), sources = known.recommend(method, rl_batch, rl_length, rl=True)
         why = f"pooled over {len(sources.sources)} sources; {PROBABILITY:.0%} interval; they differ much, so sweep it"
-        rl_settings[f"rl_{method}_lr"] = Setting(f"{title} learning rate in RL", lr[0], why, *lr[1:])
-    why = "the authors' rule: a LoRA parameter for each scored token, and 32 by default"
-    settings |= rl_settings | {"rank": Setting("LoRA rank", rank, why)}
-    settings["lora_parameters"] = Setting("LoRA parameters", lora_parameters(model, rank), "counted")
-    why = "the paper: attention alone is worse"
-    settings["placement"] = Setting("layers with LoRA", "all, and the unembedding", why)
-    settings["alpha"] = Setting("alpha, at every rank", ALPHA, "the paper")
-    settings["schedule"] = Setting("learning rate over time", "constant, no warm-up", "the paper")
-    why = "your choice" if batch_size else "the paper: both methods do best at small batches, LoRA above all"
-    settings["batch_size"] = Setting("batch size", batch, why)
-    notes = [
-        *known.outside(batch, length),
-        f"The learning rates in reinforcement learning (RL) are for {rl_length} steps of {rl_batch} responses.",
-        *_notes(model, rank, length, tokens),
+        rl_settings[f"rl_{method}_lr"] = Setting(f"{title} learning rate in RL", lr, why, *ends)
+    parameters = lora_parameters(model, rank)
+    small = "the paper: both methods do best at small batches, LoRA above all"
+    settings |= rl_settings | {
+        "rank": Setting(
+            "LoRA rank", rank, "the authors' rule: a LoRA parameter for each scored token, and 32 by default"
+        ),
+        "lora_parameters": Setting("LoRA parameters", parameters, "counted"),
+        "placement": Setting("layers with LoRA", "all, and the unembedding", "the paper: attention alone is worse"),
+        "alpha": Setting("alpha, at every rank", ALPHA, "the paper"),
+        "schedule": Setting("learning rate over time", "constant, no warm-up", "the paper"),
+        "batch_size": Setting("batch size", batch, "your choice" if batch_size else small),
+    }
+    notes = known.outside(batch, length)
+    notes.append(
+        f"The learning rates in reinforcement learning (RL) are for {rl_length} steps of {rl_batch} responses."
+    )
+    if length < SHORT_STEPS:
+        notes.append(
+            f"The run has {length:.0f} steps. Below {SHORT_STEPS} the paper gives an optimal LR of LoRA of "
+            f"about {SHORT_RATIO:g} times that of FullFT, in place of 10."
+        )
+    if model.width < SMALLEST_WIDTH and lineage(model.family) in EXPONENTS:
+        notes.append(
+            f"Width {model.width} is below the widths that the law was shown for: its form is an extrapolation."
+        )
+    if tokens is not None:
+        if parameters < tokens:
+            notes.append(
+                f"Rank {rank} has {parameters:,} parameters for {tokens:,.0f} scored tokens, and a higher rank is not "
+                "recommended here: LoRA may run out of capacity; compare with full fine-tuning."
+            )
+        # One bit per token and two bits per parameter are the numbers in the paper's discussion of capacity.
+        notes.append(
+            f"About {tokens / 1e6:.3g} Mbit in the data at one bit per token (the cost of memorizing them; "
+            f"generalizing takes less), {2 * parameters / 1e6:.3g} Mbit in the adapter at two bits per parameter."
+        )
+    notes.append(
         "`lorabench init` writes a preset that measures these settings on your own data, and `lorabench plan` says "
-        "what it costs.",
-    ]
+        "what it costs."
+    )
     about = {"name": model.name, "family": model.family, "parameters": model.parameters, "hidden_size": model.width}
     return Recommendation(about, settings, sources_of_lr, tuple(known.seen), tuple(notes))
 
@@ -166,14 +186,8 @@ def convert(
 
     The theory `movement` converts it to another alpha and rank, and to other steps and batch sizes with FullFT's pooled
     LRs. In it rsLoRA and LoRA+ are LoRA with another alpha. LRs of other variants are LoRA's times what was measured.
-
-    Args:
-        model: the model, as from `find_model`.
-        lr: the LR that is known to be good; None for the recommended one of LoRA at alpha 32.
-        here: the run that it is from; what is None is as there.
-        there: the run to convert it to, whose length is needed.
-        tokens: the scored tokens of the data, by which rank and batch size are recommended where none is given.
-        results: see `recommend`.
+    An LR of None is the recommended one of LoRA at alpha 32. The scored tokens of the data decide on a rank and a batch
+    size where none is given; `results` is that of `recommend`.
 
     Raises:
         UserError: the number of steps is not known, or a table in `results` can't be read.
@@ -206,33 +220,6 @@ def convert(
     return Setting(f"{name} learning rate, converted", float(f"{converted:.2g}"), why, *ends)
 
 
-def _notes(model: ModelFacts, rank: int, steps: float, tokens: float | None) -> list[str]:
-    """Return sentences about short runs, narrow models, and the capacity of LoRA for the data."""
-    notes = []
-    if steps < SHORT_STEPS:
-        notes.append(
-            f"The run has {steps:.0f} steps. Below {SHORT_STEPS} the paper gives an optimal LR of LoRA of "
-            f"about {SHORT_RATIO:g} times that of FullFT, in place of 10."
-        )
-    if model.width < SMALLEST_WIDTH and lineage(model.family) in EXPONENTS:
-        notes.append(
-            f"Width {model.width} is below the widths that the law was shown for: its form is an extrapolation."
-        )
-    if tokens is not None:
-        parameters = lora_parameters(model, rank)
-        if parameters < tokens:
-            notes.append(
-                f"Rank {rank} has {parameters:,} parameters for {tokens:,.0f} scored tokens, and a higher rank is not "
-                "recommended here: LoRA may run out of capacity; compare with full fine-tuning."
-            )
-        # One bit per token and two bits per parameter are the numbers in the paper's discussion of capacity.
-        notes.append(
-            f"About {tokens / 1e6:.3g} Mbit in the data at one bit per token (the cost of memorizing them; "
-            f"generalizing takes less), {2 * parameters / 1e6:.3g} Mbit in the adapter at two bits per parameter."
-        )
-    return notes
-
-
 def recommendation_table(recommendation: Recommendation) -> None:
     """Print the settings with their sources, the optimal LRs of your own runs, and the notes."""
     rows: list[Sequence[str]] = []
@@ -240,16 +227,15 @@ def recommendation_table(recommendation: Recommendation) -> None:
         value = setting.value if isinstance(setting.value, str) else f"{setting.value:,}"
         rows.append((setting.what, lr_text(setting) if name.endswith("_lr") else value, setting.source))
     formats.print_table(("setting", "value", "source"), rows)
-    shares = {
-        method: {share.source: share for share in lr.sources} for method, lr in recommendation.sources_of_lr.items()
-    }
-    everyone = {share.source: share for lr in recommendation.sources_of_lr.values() for share in lr.sources}
-    weights = {name: sum(own[name].weight for own in shares.values() if name in own) for name in everyone}
+    by_source: dict[str, dict[str, SourceShare]] = {}
+    for method, sources in recommendation.sources_of_lr.items():
+        for share in sources.sources:
+            by_source.setdefault(share.source, {})[method] = share
     rows = []
-    for source in sorted(everyone, key=lambda name: -weights[name]):
-        row = [source, everyone[source].widths]
+    for source, shares in sorted(by_source.items(), key=lambda item: -sum(own.weight for own in item[1].values())):
+        row = [source, [*shares.values()][-1].widths]
         for method in TITLES:
-            share = shares[method].get(source)
+            share = shares.get(method)
             row += [_interval(share.low, share.high, 2), f"{share.weight:.0%}"] if share else [formats.DASH] * 2
         rows.append(row)
     laws = [formats.lr(recommendation.sources_of_lr[method].law) for method in TITLES]

@@ -13,6 +13,7 @@ import math
 import re
 import shlex
 import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -22,7 +23,7 @@ import jinja2
 import yaml
 
 from lora_advice import formats
-from lora_advice.data import CHATS, Messages, UserData, examples
+from lora_advice.data import CHATS, UserData, examples
 from lora_advice.errors import UserError
 from lora_advice.files import write_text
 from lora_advice.models import ModelFacts
@@ -49,7 +50,7 @@ _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 # The minus in `10-3` is an operator, not a sign.
 _ANY_NUMBER = rf"(?:(?<![\w)\]}}])-)?(?:{_NUMBER})"
-_BOX = r"\boxed{"
+_BOX = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 
 
 @dataclass(frozen=True)
@@ -78,19 +79,10 @@ def write_folder(
     data: UserData | str,
     choices: Choices,
 ) -> str:
-    """Write a new folder with a trainer's configuration, and the data in a form that it reads.
+    """Write a new folder with a trainer's configuration and the data; return the command that starts the training.
 
-    Args:
-        trainer: a key of TRAINERS.
-        folder: the folder to write.
-        model: the model, of a folder or the hub.
-        recommendation: the settings.
-        data: examples, or problems for verl; or the id of a dataset on the hub; or an empty text, with which the
-            configuration names a file that the user has to write.
-        choices: what differs from the recommendation.
-
-    Returns:
-        The command that starts the training.
+    The data are examples, or problems for verl; or the id of a dataset on the hub; or an empty text, with which the
+    configuration names a file that the user has to write.
 
     Raises:
         UserError: the folder exists, or the trainer does not support the model or the data.
@@ -99,23 +91,32 @@ def write_folder(
         raise UserError(f"trainer {trainer!r}: allowed: {', '.join(TRAINERS)}")
     if folder.exists():
         raise UserError(f"{folder} exists; --out names another folder")
-    template = _lacks_template(model)
+    # A folder with a tokenizer, which has no chat template; of the hub's models it is not known.
+    tokenizer, template = Path(model.name) / "tokenizer_config.json", False
+    if tokenizer.is_file() and not tokenizer.with_name("chat_template.jinja").is_file():
+        template = '"chat_template"' not in tokenizer.read_text(encoding="utf-8")
     _check(trainer, model, template, data, choices)
-    form, local = _form(trainer, data, template), isinstance(data, UserData) or not data
-    form = form if local else choices.columns or "messages"
+    local, form = isinstance(data, UserData) or not data, "messages"
+    if not local:
+        form = choices.columns or "messages"
+    elif isinstance(data, UserData) and data.form == "text":
+        form = "text"
+    elif trainer == "trl" and isinstance(data, UserData) and data.one_answer and not template:
+        # TRL finds the assistant's turns in templates that it knows; the last turn it finds in every template.
+        form = "pair"
     values = _values(model, recommendation, choices)
     values |= {"folder": str(folder), "out": str(folder / "out"), "form": form, "local": local}
     values["data"] = str(folder / "train.jsonl") if local else data
     if trainer == "torchtune":
         values |= _torchtune_model(model)
-    if isinstance(data, UserData) and choices.grader:
-        for name, problems in _problems(data, choices.grader).items():
-            write_text("".join(json.dumps(problem) + "\n" for problem in problems), folder / f"{name}.jsonl")
+    if isinstance(data, UserData):
+        files: Mapping[str, Iterable[dict[str, Any]]] = {"train": _rows(data, form)}
+        if choices.grader:
+            files = _problems(data, choices.grader)
+        for name, rows in files.items():
+            write_text("".join(json.dumps(row) + "\n" for row in rows), folder / f"{name}.jsonl")
         if choices.grader == "number":
             write_text(_rendered("verl_reward.py", {"number": repr(_ANY_NUMBER)}), folder / "reward.py")
-    elif isinstance(data, UserData):
-        rows = (json.dumps(_row(messages, form)) + "\n" for messages in examples(data.path, data.form))
-        write_text("".join(rows), folder / "train.jsonl")
     if template and form != "text":
         folder.mkdir(parents=True, exist_ok=True)
         values["template"] = str(folder / "chat_template.jinja")
@@ -127,64 +128,50 @@ def write_folder(
     method = "full fine-tuning" if choices.full else "LoRA"
     title = f"Written by `lora-advice trainer {trainer}`: {method} of {model.name}."
     # A comment must not leave its line.
-    heading = [f"# {' '.join(line.split())}" for line in (title, f"Start with: {command}")]
-    lines = [_aligned(line) for line in _rendered(name, values).splitlines()]
-    write_text("\n".join([*heading, *lines]) + "\n", folder / name)
+    lines = [f"# {' '.join(line.split())}" for line in (title, f"Start with: {command}")]
+    for line in _rendered(name, values).splitlines():
+        # The comment is what follows the last `#`.
+        setting, mark, comment = line.rpartition("  # ")
+        lines.append(f"{setting:<{_COMMENTS_FROM}}{mark}{comment}" if mark else line)
+    write_text("\n".join(lines) + "\n", folder / name)
     return command
-
-
-def _lacks_template(model: ModelFacts) -> bool:
-    """Return whether a model's folder has a tokenizer without a chat template; of the hub's models it is not known."""
-    folder = Path(model.name)
-    if not (folder / "tokenizer_config.json").is_file() or (folder / "chat_template.jinja").is_file():
-        return False
-    return '"chat_template"' not in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
 
 
 def _check(trainer: str, model: ModelFacts, template: bool, data: UserData | str, choices: Choices) -> None:
     """Raise a UserError if a trainer does not support a model, its data or a choice."""
+    grader, problems = choices.grader, data if isinstance(data, UserData) and choices.grader else None
     if shipped_base(model.name):
         raise UserError(f"{model.name} is a base of the suite, which no trainer knows by this name; name its folder")
-    if (trainer == "verl") != (choices.grader is not None and isinstance(data, UserData)):
+    if (trainer == "verl") != (problems is not None):
         raise UserError("verl, and no other trainer here, is for problems, which --data and --grader name")
-    if choices.grader and isinstance(data, UserData) and (data.form in CHATS or data.form == "text"):
-        raise UserError(f"{data.path}: problems have the columns question and answer; these are {data.form}")
-    if choices.grader and choices.grader not in RESPONSE_TOKENS:
-        raise UserError(f"grader {choices.grader!r}: allowed: {', '.join(RESPONSE_TOKENS)}")
+    if problems and (problems.form in CHATS or problems.form == "text"):
+        raise UserError(f"{problems.path}: problems have the columns question and answer; these are {problems.form}")
+    if grader and grader not in RESPONSE_TOKENS:
+        raise UserError(f"grader {grader!r}: allowed: {', '.join(RESPONSE_TOKENS)}")
     if choices.lr is None and (choices.rank or choices.alpha):
         raise UserError("--rank and --alpha need --lr, which `lora-advice convert` gives")
     if model.mixture and not choices.full and trainer in ("llamafactory", "verl"):
-        raise UserError(
-            f"{model.name} is a mixture of experts, which get no LoRA from {trainer}: --full trains them, and in SFT "
-            "trl and axolotl reach them"
-        )
+        reached = "--full trains them, and in SFT trl and axolotl reach them"
+        raise UserError(f"{model.name} is a mixture of experts, which get no LoRA from {trainer}: {reached}")
     if template and trainer == "verl":
         raise UserError(f"{model.name} has no chat template, and verl takes the tokenizer's: save one there first")
 
 
-def _form(trainer: str, data: UserData | str, template: bool) -> str:
-    """Return the columns of local data; a `pair` has the last turn in `completion`, and those before it in `prompt`."""
-    if isinstance(data, UserData) and data.form == "text":
-        return "text"
-    # TRL finds the assistant's turns in templates that it knows; the last turn it finds in every template.
-    pair = trainer == "trl" and isinstance(data, UserData) and data.one_answer and not template
-    return "pair" if pair else "messages"
-
-
-def _row(messages: Messages, form: str) -> dict[str, Any]:
-    if form == "text":
-        return {"text": messages[0]["content"]}
-    return {"prompt": messages[:-1], "completion": messages[-1:]} if form == "pair" else {"messages": messages}
+def _rows(data: UserData, form: str) -> Iterator[dict[str, Any]]:
+    """Yield examples with the columns that a trainer reads; a `pair` has the last turn in `completion`."""
+    for messages in examples(data.path, data.form):
+        if form == "text":
+            yield {"text": messages[0]["content"]}
+        elif form == "pair":
+            yield {"prompt": messages[:-1], "completion": messages[-1:]}
+        else:
+            yield {"messages": messages}
 
 
 def _rendered(name: str, values: dict[str, Any]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    loader = jinja2.FileSystemLoader(_TEMPLATES)
+    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
     environment.filters |= {"yaml": _yaml_text, "shell": shlex.quote}
     return environment.get_template(f"{name}.j2").render(values)
 
@@ -194,12 +181,6 @@ def _yaml_text(value: object) -> str:
     style = '"' if isinstance(value, str) and not re.fullmatch(r"[A-Za-z][\w./-]*", value) else None
     text = yaml.safe_dump(value, default_style=style, default_flow_style=True, width=math.inf, sort_keys=False)
     return str(text).removesuffix("...\n").strip()
-
-
-def _aligned(line: str) -> str:
-    """Return a line with its comment, which is what follows the last `#`, in a column."""
-    setting, mark, comment = line.rpartition("  # ")
-    return f"{setting:<{_COMMENTS_FROM}}{mark}{comment}" if mark else line
 
 
 def _values(model: ModelFacts, recommendation: Recommendation, choices: Choices) -> dict[str, Any]:
@@ -264,31 +245,16 @@ def _problems(data: UserData, grader: str) -> dict[str, list[dict[str, Any]]]:
     """Return problems as verl reads them, by the name of their file; a fifth of them is held out for the test."""
     rows = []
     for question, answer in examples(data.path, data.form):
-        solution = answer["content"].strip()
-        box, mark = solution.rpartition(_BOX), solution.rpartition("####")
-        short = _braced(box[2]) if box[1] else mark[2].strip().replace(",", "") if mark[1] else solution
-        prompt = question["content"].strip()
+        solution, prompt = answer["content"].strip(), question["content"].strip()
+        boxes, (_, mark, last) = _BOX.findall(solution), solution.rpartition("####")
+        short = boxes[-1].strip() if boxes else last.strip().replace(",", "") if mark else solution
         if grader == "number" and not re.fullmatch(rf"[-+]?(?:{_NUMBER})", short):
             raise UserError(f"{data.path}: the answer {short[:80]!r} is no number, as --grader number needs")
         prompt += "" if grader == "number" or r"\boxed" in prompt else r" Write your answer in \boxed{} format."
-        rows.append(
-            {
-                # verl grades this set of problems by the last box of a response.
-                "data_source": "number" if grader == "number" else "lighteval/MATH",
-                "prompt": [{"role": "user", "content": prompt}],
-                "reward_model": {"style": "rule", "ground_truth": short},
-            }
-        )
+        # verl grades the second set of problems by the last box of a response.
+        row: dict[str, Any] = {"data_source": "number" if grader == "number" else "lighteval/MATH"}
+        row |= {"prompt": [{"role": "user", "content": prompt}]}
+        rows.append(row | {"reward_model": {"style": "rule", "ground_truth": short}})
     Random(0).shuffle(rows)
     held_out = min(_MOST_HELD_OUT, max(1, round(len(rows) * _HELD_OUT)))
     return {"train": rows[held_out:], "test": rows[:held_out]}
-
-
-def _braced(text: str) -> str:
-    """Return the text up to the brace that closes it."""
-    depth = 1
-    for place, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return text[:place].strip()
-    return text.strip()

@@ -41,9 +41,15 @@ def find_model(name: str) -> ModelFacts:
         return model_of_config(base["config"], name)
     folder = Path(name)
     if folder.is_dir():
-        model = facts_of_config(read_config(folder), name)
-        files = sorted(folder.glob("*.safetensors"))
-        return replace(model, parameters=sum(map(_parameters_in, files)) or model.parameters)
+        model, parameters = facts_of_config(read_config(folder), name), 0
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(file, "numpy") as tensors:
+                    shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} is not a safetensors file") from error
+            parameters += sum(map(math.prod, shapes))
+        return replace(model, parameters=parameters or model.parameters)
     if folder.suffix == ".gguf":
         raise UserError(f"model {name!r} is a GGUF file: name the folder or hub id of the model it was made from")
     known = facts(name)
@@ -68,44 +74,31 @@ def model_of_config(config: Mapping[str, Any], name: str = "") -> ModelFacts:
     return facts_of_config(typed(ModelConfig, dict(config), f"config.json of model {shown!r}"), shown)
 
 
-def sizes_of(model: ModelFacts) -> Dimensions:
-    """Return the sizes of a model; of one whose sizes are not known, those of a Llama of its parameters and width.
+def lora_parameters(model: ModelFacts, rank: int) -> int:
+    """Return the number of parameters of LoRA with a rank on all layers and the unembedding.
+
+    In a mixture of experts the rank is divided by the active experts, and each matrix of an expert has its own LoRA. A
+    model whose sizes are not known counts as a Llama of its parameters and width.
 
     Raises:
         UserError: the number of parameters is not known either.
     """
-    if model.sizes:
-        return model.sizes
-    if not model.parameters:
-        raise UserError(
-            f"model {model.name!r} of the family {model.family!r} has sizes that are not known here; give the folder "
-            "with its files"
-        )
-    hidden, heads = model.width, max(1, model.width // 128)
-    # A small model has a small vocabulary too.
-    vocabulary = min(128_000, max(1, model.parameters // (4 * hidden)))
-    kv_heads, head_dim, intermediate = max(1, heads // 4), hidden // heads, round(3.5 * hidden)
-    llama = Dimensions("llama", hidden, 1, heads, kv_heads, head_dim, intermediate, vocabulary, tied=True)
-    layer = sum(linear.d_in * linear.d_out for linear in llama.linear.values() if linear.kind != "unembedding")
-    return replace(llama, layers=max(1, round((model.parameters - vocabulary * hidden) / layer)))
-
-
-def lora_parameters(model: ModelFacts, rank: int) -> int:
-    """Return the number of parameters of LoRA with a rank on all layers and the unembedding.
-
-    In a mixture of experts the rank is divided by the active experts, and each matrix of an expert has its own LoRA.
-    """
-    sizes = sizes_of(model)
-    own = max(1, rank // sizes.active_experts) if sizes.experts else rank
+    sizes = model.sizes
+    if sizes is None:
+        if not model.parameters:
+            raise UserError(
+                f"model {model.name!r} of the family {model.family!r} has sizes that are not known here; give the "
+                "folder with its files"
+            )
+        hidden, heads = model.width, max(1, model.width // 128)
+        # A small model has a small vocabulary too.
+        vocabulary = min(128_000, max(1, model.parameters // (4 * hidden)))
+        kv_heads, head_dim, intermediate = max(1, heads // 4), hidden // heads, round(3.5 * hidden)
+        llama = Dimensions("llama", hidden, 1, heads, kv_heads, head_dim, intermediate, vocabulary, tied=True)
+        layer = sum(linear.d_in * linear.d_out for linear in llama.linear.values() if linear.kind != "unembedding")
+        sizes = replace(llama, layers=max(1, round((model.parameters - vocabulary * hidden) / layer)))
+    expert_rank = max(1, rank // sizes.active_experts) if sizes.experts else rank
     return sum(
-        layer.number * (own if layer.kind == "experts" else rank) * (layer.d_in + layer.d_out)
+        layer.number * (expert_rank if layer.kind == "experts" else rank) * (layer.d_in + layer.d_out)
         for layer in sizes.linear.values()
     )
-
-
-def _parameters_in(file: Path) -> int:
-    try:
-        with safe_open(file, "numpy") as tensors:
-            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a safetensors file") from error

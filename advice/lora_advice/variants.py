@@ -1,10 +1,10 @@
 """By how much the best learning rate (LR) moves when somebody switches from LoRA to a variant of it.
 
-By the theory `movement` (docs/lr-ratio.md) rsLoRA is LoRA with alpha times the square root of the rank, and LoRA+, for
-the LR of A, LoRA with alpha times the LR of B over that of A. For the others it was measured: `variant_lrs.csv` has the
-best LR of a variant over that of LoRA, by rank, width of the model, and data. Its source is `variants` for the
-published runs of that preset (`workflow/scripts/facts.py` writes these rows), or the name of a source in
-docs/variants.md.
+By the theory `movement` (studies/lr_ratio/README.md) rsLoRA is LoRA with alpha times the square root of the rank, and
+LoRA+, for the LR of A, LoRA with alpha times the LR of B over that of A. For the others it was measured:
+`variant_lrs.csv` has the best LR of a variant over that of LoRA, by rank, width of the model, and data. Its source is
+`variants` for the published runs of that preset (`workflow/scripts/facts.py` writes these rows), or the name of a
+source in studies/variants/README.md.
 """
 
 from __future__ import annotations
@@ -14,36 +14,24 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from lora_advice.errors import UserError
+from lora_advice.theory import FACTS, SAME_LR
 
 Variant = Literal["lora", "rslora", "lora_plus", "dora", "pissa", "olora", "qlora"]
 
-VARIANT_NAMES: dict[Variant, str] = {
-    "lora": "LoRA",
-    "rslora": "rsLoRA",
-    "lora_plus": "LoRA+",
-    "dora": "DoRA",
-    "pissa": "PiSSA",
-    "olora": "OLoRA",
-    "qlora": "QLoRA",
-}
-
+VARIANT_NAMES: dict[Variant, str] = dict(
+    zip(get_args(Variant), ("LoRA", "rsLoRA", "LoRA+", "DoRA", "PiSSA", "OLoRA", "QLoRA"), strict=True)
+)
 LORA_PLUS_RATIO = 16.0
 """LR of B over LR of A in LoRA+, by its authors' recommendation."""
-
-SAME_LR = 1.6
-"""The factor up to which two LRs count as the same, as in the shipped presets."""
-
 _LAWS: dict[Variant, str] = {
     "rslora": "rsLoRA counts as LoRA with alpha times the square root of the rank; ",
     "lora_plus": f"LoRA+ counts, for the LR of A, as LoRA with {LORA_PLUS_RATIO:g} times the alpha, and B has "
     f"{LORA_PLUS_RATIO:g} times that LR; ",
 }
-
-TABLE = Path(__file__).parent / "facts" / "variant_lrs.csv"
+TABLE = FACTS / "variant_lrs.csv"
 
 
 @dataclass(frozen=True)
@@ -88,8 +76,11 @@ def lr_factor(variant: Variant, rank: float | None) -> LrFactor:
     wanted = rank if rank and rank > 0 else 32
     distances = [abs(math.log(measured / wanted)) for measured in ranks]
     near = [ratio for ratio, distance in zip(ratios, distances, strict=True) if math.isclose(distance, min(distances))]
-    where = f"at {_range('rank', ranks)} and {_range('width', widths)}"
-    return LrFactor(1.0 if same else math.sqrt(min(near) * max(near)), low, high, where)
+    places = []
+    for noun, values in (("rank", ranks), ("width", widths)):
+        ends = [f"{end:,}" for end in sorted({min(values), max(values)})]
+        places.append(f"{noun}{'s' if len(ends) > 1 else ''} {' to '.join(ends)}")
+    return LrFactor(1.0 if same else math.sqrt(min(near) * max(near)), low, high, f"at {' and '.join(places)}")
 
 
 def checked_variant(name: str) -> Variant:
@@ -112,10 +103,5 @@ def alpha_factor(variant: Variant, rank: float) -> float:
 
 def lr_rule(variant: Variant) -> str:
     """Return in words by which rule the best LR of a variant follows from that of LoRA, and what was measured."""
-    measured = f"the best LR of {VARIANT_NAMES[variant]} was measured as {lr_factor(variant, None)} (docs/variants.md)"
-    return f"{_LAWS.get(variant, '')}{measured}"
-
-
-def _range(noun: str, values: tuple[int, ...]) -> str:
-    low, high = min(values), max(values)
-    return f"{noun} {low:,}" if low == high else f"{noun}s {low:,} to {high:,}"
+    measured = f"the best LR of {VARIANT_NAMES[variant]} was measured as {lr_factor(variant, None)}"
+    return f"{_LAWS.get(variant, '')}{measured} (studies/variants/README.md)"

@@ -53,7 +53,7 @@ def test_arrays_and_csv_are_read(tmp_path, name, text):
         ("a.json", "[1", "can't be read: "),
         ("a.json", "5", "must be an array of objects"),
         ("a.jsonl", '{"x": 1}', "has the columns 'x'; needed are those of one format: messages, "),
-        ("a.jsonl", "", "has no rows with columns"),
+        ("a.jsonl", "", "has the columns none"),
         (
             "a.jsonl",
             '{"prompt": "a", "completion": "b", "response": "c"}',

@@ -6,14 +6,13 @@ import csv
 import json
 import math
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from lora_advice.cli import app
 from lora_advice.errors import UserError
-from lora_advice.optima import LrOptimum
 from lora_advice.recommend import LoraRun, convert, recommend
 from lora_advice.theory import FACTS
 from lora_advice.user_model import find_model
@@ -221,14 +220,6 @@ def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, arguments, message):
     assert result.exit_code == 2
     assert re.search(re.escape(message), result.stderr)
     assert result.stderr.count("\n") == 1
-
-
-def test_optima_of_lora_are_stated_at_alpha_32():
-    known = {"family": "llama", "width": 2000, "lr": 1e-4, "error": 0.1, "alpha": 16}
-    lora, fullft = (LrOptimum(method=method, **known) for method in ("lora", "fullft"))
-    assert lora.pooled.log_lr == pytest.approx(math.log(1e-4) - 0.75 * math.log(2))
-    assert fullft.pooled.log_lr == pytest.approx(math.log(1e-4))
-    assert replace(lora, alpha=math.nan).pooled.error > 0.5
 
 
 def test_a_table_of_optima_that_is_none_is_named(tmp_path):

@@ -23,54 +23,9 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 TRAINERS = ("trl", "axolotl", "llamafactory", "torchtune")
-# The keys that may be written, among those of Axolotl at 067b021c (src/axolotl/utils/schemas), of LLaMA-Factory at
-# ff6d4d12 (src/llamafactory/hparams, and TrainingArguments of transformers), of torchtune at bd2a0fc7 (its recipes, and
-# the parameters of the components) and of verl at b178a3cd (verl/trainer/config/_generated_ppo_trainer.yaml).
 KNOWN = {
-    "axolotl": """
-        adam_beta1 adam_beta2 adapter base_model bf16 chat_template chat_template_jinja datasets evals_per_epoch
-        gradient_accumulation_steps gradient_checkpointing learning_rate logging_steps lora_alpha lora_dropout lora_r
-        lora_rank_pattern lora_target_linear lora_target_parameters lr_scheduler max_grad_norm max_steps
-        micro_batch_size num_epochs optimizer output_dir sample_packing seed sequence_len tf32 val_set_size warmup_steps
-        weight_decay
-    """,
-    "llamafactory": """
-        adam_beta1 adam_beta2 bf16 cutoff_len dataset dataset_dir disable_gradient_checkpointing do_train eval_on_start
-        eval_strategy finetuning_type gradient_accumulation_steps learning_rate logging_steps lora_alpha lora_dropout
-        lora_rank lora_target lr_scheduler_type max_grad_norm max_steps model_name_or_path num_train_epochs optim
-        output_dir packing per_device_train_batch_size seed stage template val_size warmup_steps weight_decay
-    """,
-    "torchtune": """
-        batch_size checkpointer.checkpoint_dir checkpointer.checkpoint_files checkpointer.model_type
-        checkpointer.output_dir compile dataset.column dataset.conversation_column dataset.conversation_style
-        dataset.data_files dataset.source dataset.train_on_input device dtype enable_activation_checkpointing epochs
-        gradient_accumulation_steps log_every_n_steps log_level lr_scheduler.num_cycles lr_scheduler.num_warmup_steps
-        max_steps_per_epoch metric_logger.log_dir model.apply_lora_to_mlp model.lora_alpha model.lora_attn_modules
-        model.lora_dropout model.lora_rank optimizer.betas optimizer.lr optimizer.weight_decay optimizer_in_bwd
-        output_dir resume_from_checkpoint seed shuffle tokenizer.max_seq_len tokenizer.merges_file tokenizer.path
-    """,
-    "verl": """
-        actor.entropy_coeff actor.grad_clip actor.loss_agg_mode actor.optim.betas actor.optim.lr
-        actor.optim.lr_scheduler_type actor.optim.lr_warmup_steps actor.optim.weight_decay
-        actor.ppo_micro_batch_size_per_gpu actor.ppo_mini_batch_size actor.use_kl_loss algorithm.adv_estimator
-        algorithm.norm_adv_by_std_in_grpo custom_reward_function.path data.filter_overlong_prompts
-        data.max_prompt_length data.max_response_length data.seed data.train_batch_size data.train_files data.val_files
-        model.enable_gradient_checkpointing model.lora_alpha model.lora_rank model.path model.target_modules
-        rollout.load_format rollout.log_prob_micro_batch_size_per_gpu rollout.n rollout.name rollout.temperature
-        rollout.tensor_model_parallel_size trainer.default_local_dir trainer.logger trainer.n_gpus_per_node
-        trainer.save_freq trainer.test_freq trainer.total_epochs trainer.total_training_steps
-    """,
-}
-COMPONENTS = {
-    "torch.optim.AdamW",
-    "torchtune.datasets.chat_dataset",
-    "torchtune.models.qwen3.lora_qwen3_8b_base",
-    "torchtune.models.qwen3.qwen3_8b_base",
-    "torchtune.models.qwen3.qwen3_tokenizer",
-    "torchtune.modules.loss.LinearCrossEntropyLoss",
-    "torchtune.training.FullModelHFCheckpointer",
-    "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
-    "torchtune.training.metric_logging.DiskLogger",
+    trainer: set(keys.split())
+    for trainer, keys in yaml.safe_load(Path(__file__).with_name("known_keys.yaml").read_text()).items()
 }
 
 
@@ -127,9 +82,9 @@ def test_trainers_know_every_key_and_the_audit_reads_what_was_recommended(tmp_pa
     for trainer in TRAINERS:
         settings, text, _ = written(trainer, tmp_path / trainer, qwen, *options)
         keys = flat(settings) if trainer == "torchtune" else settings
-        assert {value for key, value in keys.items() if key.endswith("_component_")} <= COMPONENTS
+        assert {value for key, value in keys.items() if key.endswith("_component_")} <= KNOWN["components"]
         named = {key for key in keys if not key.endswith("_component_")}
-        assert trainer == "trl" or named <= set(KNOWN[trainer].split())
+        assert trainer == "trl" or named <= KNOWN[trainer]
         assert any("lora" in key or value == "lora" for key, value in keys.items()) != full
         assert all(re.fullmatch(r"\w+:", line) for line in text.splitlines() if "# " not in line)
         if trainer == "torchtune":
@@ -240,7 +195,7 @@ def test_verl_gets_problems_and_a_reward(tmp_path, shipped, grader):
     assert result.exit_code == 0, result.stderr
     text = (folder / "verl.sh").read_text()
     keys = re.findall(r"^  '?(?:actor_rollout_ref\.)?([\w.]+)=.*  # .+$", text, re.MULTILINE)
-    assert set(keys) <= set(KNOWN["verl"].split())
+    assert set(keys) <= KNOWN["verl"]
     # Beside them there are a heading of two lines, the ends of the array, and the command.
     assert len(keys) == len(text.splitlines()) - 5
     [[config], _, _] = read_paths([folder])

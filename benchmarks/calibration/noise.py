@@ -238,13 +238,8 @@ def _rl(tables: Tables) -> dict[str, float]:
         run_share = 1 - levels.rl_problem_common - levels.rl_problem_arm
         problem_variance = run_share * minimum.value * (1 - minimum.value) / N_PROBLEMS
         luck = math.sqrt(max(comparison.fit.sigma**2 - problem_variance, 0.0) / 2)
-        parts.append(
-            {
-                "rl_curvature": float(np.median(list(comparison.fit.curvature.values()))),
-                "rl_arm_seed": luck,
-                "rl_run": luck,
-                "rl_base": float(comparison.runs["base_reward"].astype(float).mean()),
-                "rl_tuned": 1 - minimum.value,
-            }
-        )
+        curvature = float(np.median(list(comparison.fit.curvature.values())))
+        base = float(comparison.runs["base_reward"].astype(float).mean())
+        measured = {"rl_curvature": curvature, "rl_base": base, "rl_tuned": 1 - minimum.value}
+        parts.append(measured | {"rl_arm_seed": luck, "rl_run": luck})
     return {str(name): float(value) for name, value in pd.DataFrame(parts).median().items()}

@@ -92,19 +92,13 @@ def _of_sweep(sweep: Sweep) -> ArmDesign:
 
 
 def power_of_plan(
-    plan: Plan,
-    worlds: int,
-    claim_ids: Sequence[str] = (),
-    processes: int = 1,
-    making: Making | None = None,
+    plan: Plan, worlds: int, claim_ids: Sequence[str] = (), processes: int = 1, making: Making | None = None
 ) -> pd.DataFrame:
     """Judge made-up worlds with the design of a plan's sweeps, and count the right verdicts.
 
     Args:
-        plan: the plan of a preset.
         worlds: the number of worlds for each claim and size of the effect.
         claim_ids: the claims; by default all that calibration covers and the preset has runs for.
-        processes: the number of processes.
         making: how the worlds are made, by default with the noise of `laptop`; its design is that of the plan.
 
     Returns:

@@ -134,20 +134,19 @@ Counts = dict[tuple[str, float], Counter[Seen]]
 def counted(
     worlds: int = 500, claim_ids: Sequence[str] = (), processes: int = 1, making: Making | None = None
 ) -> Counts:
-    """Judge made-up worlds and count the verdicts.
+    """Judge made-up worlds, an even number for each claim and size of the effect, and count the verdicts.
 
-    Args:
-        worlds: the number of worlds for each claim and size of the effect; an odd number is raised by 1.
-        claim_ids: the claims; by default all that calibration covers.
-        processes: the number of processes.
-        making: how the worlds are made.
+    Without `claim_ids` all claims are judged that calibration covers.
 
     Raises:
         UserError: calibration does not cover a claim.
     """
+    known = {claim.claim_id: claim for claim in COVERED}
+    if unknown := [claim_id for claim_id in claim_ids if claim_id not in known]:
+        raise UserError(f"calibration does not cover {', '.join(unknown)}; allowed: {', '.join(known)}")
     by_scene: dict[str, list[str]] = {}
-    for claim in covered(claim_ids):
-        by_scene.setdefault(claim.scene, []).append(claim.claim_id)
+    for claim_id in claim_ids or known:
+        by_scene.setdefault(known[claim_id].scene, []).append(claim_id)
     of_scenes = [(scene, claims, making or Making()) for scene, claims in by_scene.items()]
     return counted_on(of_scenes, worlds, processes)
 
@@ -173,26 +172,11 @@ def counted_on(scenes: Sequence[tuple[str, Sequence[str], Making]], worlds: int,
     return counts
 
 
-def covered(claim_ids: Sequence[str] = ()) -> list[Covered]:
-    """Return the claims of some ids, by default all that calibration covers.
-
-    Raises:
-        UserError: calibration does not cover a claim.
-    """
-    known = {claim.claim_id: claim for claim in COVERED}
-    if unknown := [claim_id for claim_id in claim_ids if claim_id not in known]:
-        raise UserError(f"calibration does not cover {', '.join(unknown)}; allowed: {', '.join(known)}")
-    return [known[claim_id] for claim_id in claim_ids] or list(COVERED)
-
-
 def shares(counts: Counts) -> pd.DataFrame:
     """Return the table of verdicts: a row for each claim and effect, with the columns COLUMNS."""
-    rows = [_row(claim, effect, counts[claim.claim_id, effect]) for claim, effect in _judged(counts)]
+    judged = [(claim, effect) for claim in COVERED for effect in EFFECTS if (claim.claim_id, effect) in counts]
+    rows = [_row(claim, effect, counts[claim.claim_id, effect]) for claim, effect in judged]
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def _judged(counts: Counts) -> list[tuple[Covered, float]]:
-    return [(claim, effect) for claim in COVERED for effect in EFFECTS if (claim.claim_id, effect) in counts]
 
 
 def _row(claim: Covered, effect: float, counts: Counter[Seen]) -> dict[str, object]:
@@ -233,7 +217,8 @@ def twins(counts: Counts) -> pd.DataFrame:
     for of_claim in counts.values():
         everything.update(of_claim)
     stated = {seen: number for seen, number in everything.items() if seen.p_again >= 0}
-    for claim_id in ["all", *dict.fromkeys(claim.claim_id for claim, _ in _judged(counts))]:
+    judged = {claim_id for claim_id, _ in counts}
+    for claim_id in ["all", *(claim.claim_id for claim in COVERED if claim.claim_id in judged)]:
         for low, high in pairwise(AGAIN_ENDS):
             chosen = {
                 seen: number

@@ -35,28 +35,14 @@ LR_MARGIN = math.log(DEFAULT_MARGINS.lr_factor)
 
 TEN = math.log(10.0)
 
-RUN: dict[str, Any] = {
-    "model": "made-up",
-    "dataset": "worked",
-    "batch_size": 8,
-    "steps": 1000,
-    "family": "llama",
-    "hidden_size": 128,
-}
+RUN: dict[str, Any] = {"model": "made-up", "dataset": "worked", "batch_size": 8, "steps": 1000}
+RUN |= {"family": "llama", "hidden_size": 128}
 
 
 def lora(rank: int, placement: str = "all", **columns: Any) -> dict[str, Any]:
     """Return the columns of a LoRA arm in the standard parametrization."""
-    return {
-        "method": "lora",
-        "rank": rank,
-        "placement": placement,
-        "alpha": 32.0,
-        "init_a": 1.0,
-        "lr_ratio": 1.0,
-        "trainable_params": 1000 * rank,
-        **columns,
-    }
+    standard = {"alpha": 32.0, "init_a": 1.0, "lr_ratio": 1.0, "trainable_params": 1000 * rank}
+    return {"method": "lora", "rank": rank, "placement": placement, **standard, **columns}
 
 
 def sign(random: np.random.Generator) -> int:
@@ -155,16 +141,9 @@ def _two_levels(early: float, late: float, steps: int) -> Curve:
 def placements(
     k: float, noise: NoiseLevels, random: np.random.Generator, family: str = "llama", mlp: float = 0.0
 ) -> list[MadeSweep]:
-    """Return a sweep of LoRA on all layers, on attention and on the MLP.
+    """Return a sweep of LoRA on all layers, on attention and on the MLP, which is `mlp` margins worse than all layers.
 
     Attention alone is k margins worse than the MLP at an equal number of parameters.
-
-    Args:
-        k: the size of the effect, in margins.
-        noise: the noise.
-        random: the random generator.
-        family: the family of the model.
-        mlp: the loss of the MLP minus that of all layers, in margins.
     """
     optimum, margin = an_optimum(random), noise.margin
     at, mlp_loss = optimum + TEN, noise.loss + mlp * margin
@@ -176,11 +155,6 @@ def placements(
         made_arm(lora(64, "mlp", trainable_params=50_000), at, mlp_loss, random, seeds=5),
     ]
     return [MadeSweep(arms, {**RUN, "steps": 100, "family": family})]
-
-
-def experts(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
-    """Return the placements of a mixture of experts."""
-    return placements(k, noise, random, family="qwen3_moe")
 
 
 def mlp_alone(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
@@ -219,14 +193,10 @@ def _beside_lora(
         made_arm(FULLFT, optimum, noise.loss, random),
         made_arm(lora(16), optimum + TEN, noise.loss, random),
         made_arm(lora(16, alpha=4 * ALPHA), at_rslora, noise.loss, random),
-        made_arm(
-            {**lora(16), "method": "dora"},
-            optimum + TEN + dora.get("lr", 0.0),
-            noise.loss + dora.get("loss", 0.0),
-            random,
-        ),
     ]
-    arms[-1] = replace(arms[-1], curvature=dora.get("curvature", 1.0))
+    at_dora, lowest = optimum + TEN + dora.get("lr", 0.0), noise.loss + dora.get("loss", 0.0)
+    made = made_arm({**lora(16), "method": "dora"}, at_dora, lowest, random)
+    arms.append(replace(made, curvature=dora.get("curvature", 1.0)))
     return [MadeSweep([replace(arm, repeats="around") for arm in arms], RUN, **sweep)]
 
 

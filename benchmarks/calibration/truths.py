@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -91,7 +92,7 @@ SCENES: dict[str, scenes.Scene] = {
     "batch sizes": scenes.batch_sizes,
     "placements": scenes.placements,
     "MLP alone": scenes.mlp_alone,
-    "experts": scenes.experts,
+    "experts": partial(scenes.placements, family="qwen3_moe"),
     "RL": rl.rl,
     "RL ranges": rl.rl_ranges,
     "RL placements": rl.rl_placements,

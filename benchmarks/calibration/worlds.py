@@ -194,12 +194,9 @@ def _curve(
     """Return the loss of an arm's runs after some steps without the noise of these steps, (runs, steps).
 
     Args:
-        arm: the arm.
         x: the distance in ln LR of each run from the arm's optimum.
         luck: what seeds and chance do to each run at its end.
         ends: the loss of the sweep's first arm at the end, and the last step.
-        noise: the noise.
-        steps: the steps.
     """
     lowest, last = ends
     done = progress(steps, last)

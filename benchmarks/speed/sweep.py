@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +33,6 @@ from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
 from lorabench.models.base import load_model, load_tokenizer, model_location
 from lorabench.models.lora import targets
 from lorabench.planning.plan import make_plan
-from lorabench.runs import Run, Sweep
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.training.loss import IGNORED
@@ -112,12 +111,6 @@ def execution(threads: int) -> dict[str, Any]:
     return {"threads": threads, "max_batch_tokens": 4096, "gflops": 50.0}
 
 
-def sweep_command(sweeps: Iterable[Sweep], path: Path) -> list[str]:
-    """Return the command that trains the sweep of a preset."""
-    [sweep] = sweeps
-    return lorabench("step", "train", sweep.sweep_id, path)
-
-
 def lorabench(*arguments: Any) -> list[str]:
     """Return a command of this project; the last argument is the preset."""
     *words, path = map(str, arguments)
@@ -148,53 +141,39 @@ def finish(*processes: subprocess.Popen[str]) -> None:
             raise SystemExit(f"{' '.join(process.args)} failed:\n{output[-3000:]}")  # type: ignore[arg-type]
 
 
-class Sweeps:
-    """The sweep trained by lorabench, in its own folders, with data and tokens prepared in advance.
-
-    Args:
-        processes: number of processes that divide the learning rates and threads among them.
-    """
-
-    def __init__(self, folder: Path, shape: Shape, processes: int = 1) -> None:
-        self.threads = max(1, shape.threads // processes)
-        shares = [shape.lrs[first::processes] for first in range(processes)]
-        shapes = [replace(shape, lrs=lrs, threads=self.threads) for lrs in shares]
-        self.jobs = [_Job(folder / str(number), share) for number, share in enumerate(shapes)]
-
-    def clear(self) -> None:
-        """Delete all runs."""
-        for job in self.jobs:
-            for path in job.results.iterdir():
-                if path.name not in ("data", "tokens"):
-                    shutil.rmtree(path)
-
-    def train(self) -> None:
-        """Train all runs."""
-        finish(*[start(sweep_command(job.plan.sweeps, job.path), job.folder, self.threads) for job in self.jobs])
-
-    def losses(self) -> LossesByLr:
-        """Return the final losses of the finished runs."""
-        return {run.lr: job.losses(run) for job in self.jobs for sweep in job.plan.sweeps for run in sweep.grid()}
-
-
-class _Job:
-    """The folder, the preset and the plan of a process."""
+class Training:
+    """The sweep trained by lorabench, in its own folder, with data and tokens prepared in advance."""
 
     def __init__(self, folder: Path, shape: Shape) -> None:
         folder.mkdir(parents=True)
-        self.folder, self.path, self.results = folder, folder / f"{NAME}.yaml", folder / "results" / NAME
+        self.folder, self.shape = folder, shape
+        self.path, self.results = folder / f"{NAME}.yaml", folder / "results" / NAME
         self.path.write_text(yaml.safe_dump(preset(shape)))
         self.plan = make_plan(load_preset(str(self.path)))
         finish(start(lorabench("step", "dataset", DATASET, self.path), folder, shape.threads))
         finish(start(lorabench("step", "tokens", MODEL, DATASET, self.path), folder, shape.threads))
 
-    def losses(self, run: Run) -> Losses:
-        """Return the final losses of a run; the test loss is NaN if it diverged."""
-        folder = RunFolder(self.results / "runs", run.run_id)
-        curves = pd.read_parquet(folder.curves)
-        train = curves[(curves["split"] == "train") & (curves["metric"] == "nll")].sort_values("step")["value"]
-        test = folder.read_record()["outcome"]["final_test_nll"]
-        return Losses(float(train.tail(LAST).mean()), math.nan if test is None else test)
+    def clear(self) -> None:
+        """Delete all runs."""
+        for path in self.results.iterdir():
+            if path.name not in ("data", "tokens"):
+                shutil.rmtree(path)
+
+    def train(self) -> None:
+        """Train all runs."""
+        [sweep] = self.plan.sweeps
+        finish(start(lorabench("step", "train", sweep.sweep_id, self.path), self.folder, self.shape.threads))
+
+    def losses(self) -> LossesByLr:
+        """Return the final losses of the finished runs; the test loss of a run that diverged is NaN."""
+        by_lr = {}
+        for run in self.plan.sweeps[0].grid():
+            folder = RunFolder(self.results / "runs", run.run_id)
+            curves = pd.read_parquet(folder.curves)
+            train = curves[(curves["split"] == "train") & (curves["metric"] == "nll")].sort_values("step")["value"]
+            test = folder.read_record()["outcome"]["final_test_nll"]
+            by_lr[run.lr] = Losses(float(train.tail(LAST).mean()), math.nan if test is None else test)
+        return by_lr
 
     def tokens(self) -> dict[Split, TokenizedSplit]:
         """Read the splits that are trained and tested on."""
@@ -211,7 +190,7 @@ def rows(split: TokenizedSplit, indices: Iterable[int]) -> dict[str, list[list[i
     return {"input_ids": [ids.tolist() for ids, _ in examples], "labels": labels}
 
 
-class Trainings:
+class OtherTraining:
     """The same runs trained by another trainer, each in its own process, one after another.
 
     Args:
@@ -219,15 +198,14 @@ class Trainings:
         like: the sweep whose runs and tokens are used.
     """
 
-    def __init__(self, folder: Path, shape: Shape, trainer: str, like: Sweeps) -> None:
+    def __init__(self, folder: Path, shape: Shape, trainer: str, like: Training) -> None:
         folder.mkdir()
         self.folder, self.shape = folder, shape
-        job = like.jobs[0]
-        data, run, protocol = job.tokens(), job.plan.sweeps[0].grid()[0], job.plan.preset.protocol
+        data, run, protocol = like.tokens(), like.plan.sweeps[0].grid()[0], like.plan.preset.protocol
         order = data_order(len(data["train"]), shape.steps, shape.batch_size, run.seed).ravel().tolist()
         Dataset.from_dict(rows(data["train"], order)).save_to_disk(folder / "train")
         Dataset.from_dict(rows(data["test"], range(len(data["test"])))).save_to_disk(folder / "test")
-        spec, condition = job.plan.preset.models[MODEL], run.condition
+        spec, condition = like.plan.preset.models[MODEL], run.condition
         assert condition.placement
         self.settings = {
             "trainer": trainer,
@@ -268,26 +246,10 @@ class Trainings:
 
 ARMS: dict[str, str] = {
     "lorabench": "lorabench",
-    "halves": "lorabench, two processes of one thread",
     "transformers": "Trainer and PEFT, a process per run",
     "trl": "TRL's SFTTrainer, a process per run",
 }
 """The name of each arm in the table, by its name on the command line."""
-
-
-def make_arm(name: str, folder: Path, shape: Shape, like: Sweeps) -> Sweeps | Trainings:
-    """Return an arm by its name on the command line, ready to train.
-
-    Args:
-        like: the sweep whose tokens other trainers use.
-    """
-    match name:
-        case "lorabench":
-            return Sweeps(folder, shape)
-        case "halves":
-            return Sweeps(folder, shape, processes=2)
-        case _:
-            return Trainings(folder, shape, name, like)
 
 
 def check_agreement(losses_by_arm: dict[str, LossesByLr], tolerance: float) -> None:
@@ -321,8 +283,12 @@ def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = sa
     if not chosen:
         return []
     with TemporaryDirectory() as scratch:
-        like = Sweeps(Path(scratch) / "data", shape)
-        arms = {name: make_arm(name, Path(scratch) / name, shape, like) for name in chosen}
+        # The other trainers use the tokens of this project.
+        own = Training(Path(scratch) / "lorabench", shape)
+        arms: dict[str, Training | OtherTraining] = {
+            name: own if name == "lorabench" else OtherTraining(Path(scratch) / name, shape, name, own)
+            for name in chosen
+        }
         seconds: dict[str, list[float]] = {name: [] for name in arms}
         of_cpu: dict[str, list[float]] = {name: [] for name in arms}
         for turn in range(shape.turns):

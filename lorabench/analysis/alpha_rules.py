@@ -1,7 +1,7 @@
 """Which arms stand for LoRA in a comparison: those whose alpha follows one rule, which need not be the paper's.
 
-The paper has alpha 32 at every rank. Others have another alpha, or one that grows with the rank, such as alpha = 2r. An
-experiment on the parametrization has several values at one rank, of which one is the standard.
+Others have another alpha than 32, or one that grows with the rank, such as alpha = 2r. An experiment on the
+parametrization has several values at one rank, of which one is the standard.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def judged_arms(runs: pd.DataFrame) -> pd.Series[bool]:
 def remarks_on_alpha(runs: pd.DataFrame, run_ids: Collection[str]) -> list[str]:
     """Return what a reader of a verdict on some of the runs must know of alpha in their comparisons.
 
-    It is the rule if it is not the paper's, and the arms that are left out if it is not, or if they have ranks that no
-    other arm has. A verdict on several values of alpha has no remark.
+    It is the rule, and the arms that are left out, if it is not the paper's or they have ranks that no other arm has. A
+    verdict on several values of alpha has no remark.
     """
     if not len(run_ids):
         return []

@@ -4,15 +4,16 @@ An arm is everything that an LR sweep leaves fixed: a method (FullFT, or LoRA of
 parametrization) on one model and dataset, at one batch size and number of steps. Its runs differ in learning rate and
 seed only.
 
-Estimators pick a learning rate by the column `validation_loss` and report the column `test_loss`; lower is better. In
-supervised fine-tuning both are the NLL in nats per scored token (`with_losses`), and in reinforcement learning the
-error rate from 0 to 1 (`rewards.with_error_rates`). Tables on disk do not have these columns.
+Estimators pick a learning rate by the column `validation_loss` and report `test_loss`; lower is better. They are the
+NLL in nats per scored token (`with_losses`), in reinforcement learning the error rate (`rewards.with_error_rates`).
+Tables on disk do not have these columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import pandas as pd
 
@@ -34,6 +35,9 @@ OPTIONAL = ["steps", *STANDARD, "eps"]
 """Columns of ARM that a table may lack; all of its runs then count as having the same value."""
 
 _INTEGERS = ("rank", "batch_size", "steps")
+
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made")
 
 
 def with_arm_columns(runs: pd.DataFrame) -> pd.DataFrame:
@@ -62,6 +66,20 @@ def arm_label(arm: Mapping[str, Any] | pd.Series) -> str:
     return " ".join(words)
 
 
+def kept(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
+    """Keep in the first argument, as its `made`, what a function makes of it and of arms, labels or other texts."""
+
+    @wraps(function)
+    def once(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
+        made: dict[Any, Made] = vars(args[0]).setdefault("made", {})
+        key = (function, *(arm_label(each) if isinstance(each, dict) else each for each in args[1:]), *kwargs.items())
+        if key not in made:
+            made[key] = function(*args, **kwargs)
+        return made[key]
+
+    return once
+
+
 def arm_labels(rows: pd.DataFrame) -> list[str]:
     """Return the short name of the arm of each row, as `arm_label` does, but fast."""
     names = [name for name in ARM if name in rows]
@@ -84,7 +102,7 @@ def in_experiments(runs: pd.DataFrame, names: Sequence[str]) -> pd.Series[bool]:
 
 
 def check_runs(runs: pd.DataFrame) -> None:
-    """Check that no arm has two runs with one LR and seed; the table is one that `check_table` lets pass.
+    """Check that no arm has two runs with one LR and seed.
 
     Raises:
         UserError: An arm has two runs with the same LR and seed.

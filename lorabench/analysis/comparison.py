@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property, wraps
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_runs, each_arm, with_arm_columns, with_losses
-from lorabench.analysis.curves import metric_points, split_curves
+from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_runs, each_arm, kept, with_arm_columns, with_losses
+from lorabench.analysis.curves import metric_points
 from lorabench.analysis.estimate import Estimate, ExampleLosses
 from lorabench.analysis.finding import MIN_SEEDS, N_AGAIN, Finding, UnjudgedError, again, decide, error_rate, nats
 from lorabench.analysis.fit_rows import MAX_STEP
 from lorabench.analysis.loss_fit import LossFit, Noise, fit_losses
 from lorabench.analysis.rules import LEVEL, Above, Margin, Problem, Remedy, Rule, Verdict, Within, gain_margin
-from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS, Margins
-from lorabench.config.predictions import Predictions
+from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS, Margins, Predictions
 from lorabench.store.checks import is_rl
 
 MIN_LRS = 3
@@ -37,7 +36,7 @@ Task = Literal["sft", "rl"]
 OVERSHOOT: dict[Task, float] = {"sft": 1.0, "rl": 0.5}
 """How many margins a fitted minimum may lie below the lowest mean of the runs at an LR, or two of its standard errors.
 
-Between two LRs that are a factor of 2.4 apart, a parabola as steep as was measured falls by up to 0.9 margins of SFT. A
+Between LRs that are a factor of 2.4 apart, a parabola as steep as was measured falls by up to 0.9 margins of SFT. A
 loss that is flat and then rises steeply seems to fall by more, and so does an accuracy that breaks down.
 """
 
@@ -68,36 +67,8 @@ class Judging:
     """What studies predict."""
 
 
-class Keeper:
-    """Keeps what functions make of it, such as tables of its arms, so that each is made once (see `kept`)."""
-
-    @cached_property
-    def made(self) -> dict[Hashable, Any]:
-        """What was made, by function and arguments."""
-        return {}
-
-
-Owner = TypeVar("Owner", bound=Keeper)
-Arguments = ParamSpec("Arguments")
-Made = TypeVar("Made")
-
-
-def kept(function: Callable[Concatenate[Owner, Arguments], Made]) -> Callable[Concatenate[Owner, Arguments], Made]:
-    """Keep in the first argument what a function makes of it; further arguments are arms, or can be hashed."""
-
-    @wraps(function)
-    def once(owner: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
-        key = (function, *(arm_label(each) if isinstance(each, dict) else each for each in args), *kwargs.items())
-        if key not in owner.made:
-            owner.made[key] = function(owner, *args, **kwargs)
-        made: Made = owner.made[key]
-        return made
-
-    return once
-
-
 @dataclass(frozen=True)
-class Comparison(Keeper):
+class Comparison:
     """Arms that can be compared, with their runs: FullFT and LoRA on one model, dataset, batch size and length."""
 
     label: str
@@ -173,42 +144,39 @@ class Comparison(Keeper):
     @cached_property
     def margin(self) -> Margin:
         """The smallest difference of test losses that matters; in RL of error rates."""
-        arm = self.fullft or min(self.arms, key=self._lowest)
+        lowest = {arm_label(arm): self.fit.lowest.get(arm_label(arm), (0.0, math.inf))[1] for arm in self.arms}
+        arm = self.fullft or min(self.arms, key=lambda arm: lowest[arm_label(arm)])
         label, margins = arm_label(arm), self.judging.margins
+        loss = lowest[label]
         if self.is_rl:
             base = float(self.runs["base_reward"].astype(float).mean()) if "base_reward" in self.runs else math.nan
-            return gain_margin(margins.reward, 1 - self._lowest(arm) - base, label, rewarded=True)
+            return gain_margin(margins.reward, 1 - loss - base, label, rewarded=True)
         points = self.points("validation", "nll")
         at_start = points[(points["step"] == 0) & points["run_id"].isin(self.runs["run_id"])]
         tuned = with_losses(self.at_optimum(arm))["validation_loss"]
         gain = float(at_start["value"].astype(float).mean()) - float(tuned.astype(float).mean())
         if math.isnan(gain):
-            loss = self._lowest(arm)
             rule = f"{SHARE_OF_LOSS:.0%} of the loss ({loss:.3f} nats), since the base's loss is not known"
             return Margin(SHARE_OF_LOSS * loss, rule)
-        of_gain, loss = gain_margin(margins.loss, gain, label), self._lowest(arm)
+        of_gain = gain_margin(margins.loss, gain, label)
         if of_gain.problem or of_gain.value <= margins.final_loss * loss:
             return of_gain
         rule = f"{100 * margins.final_loss:.3g}% of the final loss of {label} ({loss:.3f} nats)"
         return Margin(margins.final_loss * loss, f"{rule}, which is less than {of_gain.rule}")
 
-    def _lowest(self, arm: Arm) -> float:
-        minimum = self.fit.minima.get(arm_label(arm))
-        return math.inf if minimum is None else minimum.value
-
     @kept
     def at_optimum(self, arm: Arm) -> pd.DataFrame:
-        """Return the finished runs of an arm at the LR of its grid that is nearest to its fitted optimum.
+        """Return the finished runs of an arm at the LR of its grid that is nearest to its fitted optimum, or else the
+        best one.
 
-        Of the LRs within a factor of MAX_STEP of the optimum, those with the most seeds come first, since further
-        seeds are trained at one LR only. Without a fit, it is the LR with the lowest loss.
+        Of the LRs within a factor of MAX_STEP of it, those with the most seeds come first, as further seeds have one LR
+        only.
         """
         label = arm_label(arm)
-        grid, fitted = self.fit.grids.get(label), self.fit.optima.get(label)
-        done = self.rows[label][self.rows[label]["status"] == "done"]
+        grid, done = self.fit.grids.get(label), self.rows[label][self.rows[label]["status"] == "done"]
         if grid is None or done.empty:
             return done
-        target = float(np.log(grid.lrs[grid.centre])) if fitted is None else fitted.value
+        target, _ = self.fit.lowest.get(label, (float(np.log(grid.lrs[grid.centre])), math.nan))
         seeds = done.groupby("lr")["seed"].nunique()
         distance = pd.Series(np.abs(np.log(seeds.index.to_numpy(float)) - target), seeds.index)
         near = distance[distance <= math.log(MAX_STEP)]
@@ -217,12 +185,7 @@ class Comparison(Keeper):
         return at_chosen
 
     def problems(self, arms: Sequence[Arm], resolved: bool = False) -> list[Problem]:
-        """Return the reasons against a verdict on the fitted minima of arms.
-
-        Args:
-            arms: the arms that are compared.
-            resolved: whether the optimal LRs themselves are judged, so that they must be resolved by their grids.
-        """
+        """Return the reasons against a verdict on fitted minima of arms, or, if `resolved`, on their optimal LRs."""
         labels = [arm_label(arm) for arm in arms]
         problems = [problem for label in labels if (problem := self._grid_problem(label, resolved))]
         if problems:
@@ -278,8 +241,8 @@ class Comparison(Keeper):
     def reopened(self, arms: Iterable[Arm], resolved: bool = False) -> np.ndarray:
         """Return the replicates of the arms (see `finding`) that have a reason against a verdict, (N_AGAIN,).
 
-        It is that the optimum of an arm lies nearest to the first or last LR of its grid, or that the grid does not
-        resolve it, if `resolved`. See `problems`, which gives the reasons of the runs themselves.
+        It is that an optimum lies nearest to the first or last LR of its grid, or, if `resolved`, that the grid does
+        not resolve it.
         """
         lost = np.zeros(N_AGAIN, bool)
         for label in map(arm_label, arms):
@@ -303,6 +266,21 @@ class Comparison(Keeper):
         """Return the fitted minimum of the test loss (in RL the error rate) of an arm minus that of another."""
         return self.fit.gap(arm_label(arm), arm_label(other))
 
+    def decide(
+        self,
+        rule: Rule,
+        estimate: Estimate,
+        text: str,
+        arms: Sequence[Arm],
+        margin_rule: str,
+        problems: Sequence[Problem] = (),
+        resolved: bool = False,
+    ) -> Finding:
+        """Apply a rule to a number that follows from fitted minima of arms, or, if `resolved`, from their optimal LRs;
+        `problems` are added to theirs."""
+        problems, reopened = [*self.problems(arms, resolved), *problems], self.reopened(arms, resolved)
+        return decide(rule, estimate, text, self.run_ids(arms), problems, margin_rule, reopened)
+
     def gap_text(self, arm: Arm, other: Arm) -> str:
         """Return the gap as text, with the parts of its error."""
         gap = self.gap(arm, other)
@@ -312,16 +290,12 @@ class Comparison(Keeper):
             text += "; the error from test examples is not known"
         return text + self.fit.noise_text
 
-    def judge_gap(self, rule: Callable[[float], Rule], arm: Arm, other: Arm, margin: Margin | None = None) -> Finding:
-        """Judge the gap of an arm to another by the rule that a function makes from the margin (`Within.margin`).
-
-        The margin is that of the comparison unless it is given.
-        """
-        margin = margin or self.margin
-        problems = [*self.problems([arm, other]), *([Problem(margin.problem)] if margin.problem else [])]
-        text, ids = self.gap_text(arm, other), self.run_ids([arm, other])
-        reopened = self.reopened([arm, other])
-        return decide(rule(margin.value), self.gap(arm, other), text, ids, problems, margin.rule, reopened)
+    def judge_gap(self, rule: Callable[[float], Rule], arm: Arm, other: Arm) -> Finding:
+        """Judge the gap of an arm to another by the rule that a function makes from the margin (`Within.margin`)."""
+        margin = self.margin
+        gap, text = self.gap(arm, other), self.gap_text(arm, other)
+        problems = [Problem(margin.problem)] if margin.problem else []
+        return self.decide(rule(margin.value), gap, text, [arm, other], margin.rule, problems)
 
     def equal_losses(self, arm: Arm, other: Arm, better_too: bool = False) -> Finding:
         """Judge whether the losses of two arms are the same within the margin, or the first's is lower if allowed."""
@@ -337,9 +311,8 @@ def _further_lr(label: str, lr: float) -> Remedy:
 
 
 def comparisons(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | None = None) -> list[Comparison]:
-    """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length.
-
-    The table `curves` may hold those of other runs, too; each comparison gets those of its own.
+    """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length, each with its
+    curves.
 
     Raises:
         UserError: see `check_runs`.
@@ -351,10 +324,14 @@ def comparisons(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | Non
     groups: list[Any] = [(*keys, runs)] if len(keys) == 1 else list(runs.groupby(COMPARED, dropna=False))
     # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.
     varied = runs.groupby(["model", "dataset"])[["batch_size", "steps"]].nunique().gt(1).any()
-    own_curves = split_curves(curves, [rows for _, rows in groups])
+    own_curves: dict[int, pd.DataFrame] = {}
+    if "run_id" in curves:
+        part_of = {run_id: part for part, (_, rows) in enumerate(groups) for run_id in rows["run_id"]}
+        own_curves = dict(iter(curves.groupby(curves["run_id"].map(part_of))))
     parts = []
-    for ((model, dataset, batch_size, steps), rows), points in zip(groups, own_curves, strict=True):
+    for part, ((model, dataset, batch_size, steps), rows) in enumerate(groups):
         setting = f" batch {batch_size}" if varied["batch_size"] else f" {steps} steps" if varied["steps"] else ""
+        points = own_curves.get(part, curves.iloc[:0])
         parts.append(Comparison(f"{model}/{dataset}{setting}", rows, points, judging or Judging()))
     return parts
 

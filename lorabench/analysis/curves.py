@@ -1,7 +1,7 @@
 """Curves: a metric by step, of single runs, of an arm by seed, of one arm minus another, and of early ranks.
 
-A seed fixes the order of the data, so two runs of one seed see the same batches, and the difficulty of a batch cancels
-in the difference of their training losses. That makes the difference far less noisy than either loss.
+A seed fixes the order of the data, so the difficulty of a batch cancels in the difference of the training losses of two
+runs of one seed, which is far less noisy than either loss.
 """
 
 from __future__ import annotations
@@ -26,20 +26,6 @@ from lorabench.analysis.slopes import mean_log_step, slopes_by_seed
 def curves_of(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Return the curves of some runs; a table without the column run_id is returned unchanged."""
     return curves[curves["run_id"].isin(runs["run_id"])] if "run_id" in curves else curves
-
-
-def split_curves(curves: pd.DataFrame, parts: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
-    """Return the curves of the runs of each part of a table `runs`, each in the order of the table `curves`.
-
-    A single part gets the whole table, and so does each part if the table has no column run_id.
-    """
-    if len(parts) == 1 or "run_id" not in curves:
-        return [curves] * len(parts)
-    part_of = {run_id: part for part, runs in enumerate(parts) for run_id in runs["run_id"]}
-    part = curves["run_id"].map(part_of).fillna(len(parts)).to_numpy(int)
-    order = np.argsort(part, kind="stable")
-    ordered, ends = curves.iloc[order], np.searchsorted(part[order], range(len(parts) + 1))
-    return [ordered.iloc[start:end] for start, end in pairwise(ends.tolist())]
 
 
 def metric_points(
@@ -68,13 +54,34 @@ def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", 
     return runs.merge(points, on="run_id").sort_values(["run_id", "step"])
 
 
+def at_step(runs: pd.DataFrame, curves: pd.DataFrame, step: int) -> pd.DataFrame:
+    """Return the supervised runs as if training had ended at a step; with a constant LR a run begins as a short one.
+
+    Both final losses are the validation NLL at that step, since the test loss is measured only after the last step. A
+    run that diverged later is done. A run that ended earlier, or has no validation loss at that step, is left out.
+    """
+    points = metric_points(curves, "validation", "nll").set_index("run_id")
+    at_that_step = points.loc[points["step"] == step, "value"].groupby(level=0).first()
+    loss = runs["run_id"].map(at_that_step.astype(float)).astype(float)
+    loss = loss.where(loss.abs() < math.inf)
+    ends = runs.reindex(columns=["diverged_at", "steps"]).astype(float)
+    diverged = (runs["status"] == "diverged") & loss.isna() & ~(ends["diverged_at"] > step)
+    kept = (loss.notna() | diverged) & ~(ends["steps"] < step)
+    status = diverged[kept].map({True: "diverged", False: "done"})
+    as_of = runs[kept].assign(steps=step, status=status, final_valid_nll=loss[kept], final_test_nll=loss[kept])
+    return as_of.astype({"steps": "Int64"})
+
+
+def at_end(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs table with the final validation NLL as both final losses, to compare with `at_step`."""
+    return runs.assign(final_test_nll=runs["final_valid_nll"])
+
+
 def curves_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     """Return the curve of one arm with a row for each step (index, ascending) and a column for each seed.
 
-    Args:
-        runs: columns run_id, seed, and optionally weight. A seed has one run, or several whose curves are summed by
-            their weights (see `runs_at_optimum`).
-        points: columns run_id, step, value, as from `metric_points`; those of other runs do not count.
+    A seed has one run, or several whose curves are summed by the column weight (see `runs_at_optimum`). The points are
+    those of `metric_points`, of these and of other runs.
     """
     seeds, seed = np.unique(runs["seed"].to_numpy(int), return_inverse=True)
     weights = runs["weight"].astype(float).fillna(1.0).to_numpy() if "weight" in runs else np.ones(len(runs))
@@ -94,22 +101,21 @@ def curves_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(whole, index, columns).dropna(how="all").dropna(how="all", axis="columns")
 
 
-def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation", metric: str = "nll") -> pd.DataFrame:
-    """Compute each arm's pointwise minimum of a metric over its LR grid (the runs with its first seed).
+def envelopes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Compute each arm's pointwise minimum of the validation NLL over its LR grid (the runs with its first seed).
 
-    A diverged run counts up to its last finite value. The curves may have the columns examples and tokens.
+    A diverged run counts up to its last finite value.
 
     Returns:
-        One row per arm and step, ascending: step, examples and tokens (seen by that step), value (in the metric's
-        unit; NLL is in nats per token), lr and run_id (of the run with the lowest value there), n_runs (number of runs
-        with a value there).
+        One row per arm and step, ascending: step, examples and tokens (seen by that step, where the curves have them),
+        value, lr and run_id (of the run with the lowest value there), n_runs (with a value there).
 
     Raises:
         UserError: See `check_runs`.
     """
     check_runs(runs)
     columns = ["step", "examples", "tokens", "value", "lr", "run_id", "n_runs"]
-    all_points = metric_points(curves, split, metric, ["run_id", "step", "examples", "tokens", "value"])
+    all_points = metric_points(curves, "validation", "nll", ["run_id", "step", "examples", "tokens", "value"])
     rows: list[dict[Any, Any]] = []
     for arm, arm_runs in each_arm(runs):
         # Sorting by LR breaks ties, so that the result does not depend on the order of the table.
@@ -121,16 +127,15 @@ def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation
 
 
 Numbers = Callable[[pd.DataFrame], "pd.Series[float]"]
-"""Function from curves by step to one number for each column, such as a mean or a slope; it is linear in the curves."""
+"""A function from curves by step to one number for each column, such as a mean or a slope; it is linear in the
+curves."""
 
 
 def log_windows(steps: ArrayLike, number: int, first: int = 2) -> list[tuple[int, int]]:
-    """Return the first and last step of windows that are equally long on a logarithmic axis.
+    """Return the first and last step of windows of ascending steps that are equally long on a logarithmic axis.
 
-    Args:
-        steps: the steps, ascending.
-        number: the number of windows; there are fewer if the steps do not suffice for one each.
-        first: the first step that counts. Before the first update all arms are the base model.
+    There are fewer than `number` windows if the steps do not suffice for one each. Steps before `first` do not count:
+    before the first update all arms are the base model.
     """
     steps = np.asarray(steps, int)
     steps = steps[steps >= first]
@@ -179,10 +184,6 @@ class PairedCurves:
         """The last step that all seeds have; 0 without steps."""
         return int(self.by_seed.index.max()) if len(self.by_seed) else 0
 
-    def windows(self, number: int, first: int = 2) -> list[tuple[int, int]]:
-        """Return windows of the steps; see `log_windows`."""
-        return log_windows(self.by_seed.index, number, first)
-
     def _estimate(self, numbers: Numbers, name: str) -> Estimate:
         """Estimate a number of the curves, as its mean over seeds with the error of the LRs at which they are taken."""
         mean = mean_over_seeds(numbers(self.by_seed.astype(float)), f"{self.name} {name}")
@@ -191,8 +192,8 @@ class PairedCurves:
     def means(self, windows: Sequence[tuple[int, int]]) -> list[Estimate]:
         """Estimate the mean difference in each window of steps, with the error of a mean over seeds.
 
-        The steps of a run are no substitute for seeds: a seed shifts whole stretches of the difference, in some windows
-        by far more than its steps scatter. So no window borrows degrees of freedom from its steps or other windows.
+        Steps are no substitute for seeds, which shift whole stretches of the difference, in some windows more than in
+        others: no window borrows degrees of freedom from its steps or other windows.
         """
 
         def mean(low: int, high: int) -> Numbers:
@@ -205,13 +206,11 @@ class PairedCurves:
         return self._estimate(lambda curves: slopes_by_seed(curves.loc[first:]), f"slope from {first}")
 
     def crossing(self, first: int, level: float) -> Estimate:
-        """Estimate where the line through the difference against log10(step), from a step on, reaches a level.
+        """Estimate log10 of the step where the line through the difference against log10(step), from a step on, reaches
+        a level.
 
-        The line may reach it before that step. The mean line of the seeds gives the value. The error is that of what
-        the line has above the level there, divided by the slope.
-
-        Returns:
-            log10(step); it is unknown if the difference does not grow.
+        The line may reach it before that step; it is unknown if the difference does not grow. The mean line of the
+        seeds gives the value. The error is that of what the line has above the level there, divided by the slope.
         """
         curves = self.by_seed.loc[first:]
         slopes, y = slopes_by_seed(curves), curves.astype(float).mean()
@@ -251,16 +250,7 @@ def scan(
     """Judge the difference in every window of steps; the claim must hold in each.
 
     It is contradicted if one of the k windows contradicts it at the k-th part of the level, so that the intervals hold
-    for all windows at once.
-
-    Args:
-        rule: the rule for each window.
-        curves: the paired curves.
-        windows: the first and last step of each window; at least one.
-        text: the difference as text, with {} in place of its number.
-        problems: see `decide`.
-        margin_rule: see `decide`.
-        number: formats a difference.
+    for all windows at once. In the text {} stands for the difference, which `number` formats; see also `decide`.
     """
     findings = []
     for window, estimate in zip(windows, curves.means(windows), strict=True):
@@ -285,8 +275,8 @@ class EarlyDifference:
     curves: PairedCurves
     """The difference, by the steps and the seeds that both ranks finished."""
     sigma_batch: float
-    """Standard deviation of the training NLL over seeds, and so over batches, pooled over both ranks and all steps.
-    It is NaN with fewer than two seeds."""
+    """Standard deviation of the training NLL over seeds, and so over batches, pooled over both ranks and all steps, or
+    NaN."""
     by_inverse_rank: pd.DataFrame = field(repr=False)
     """For each pair of ranks with runs at that LR and these seeds: low, high, inverse (1/low - 1/high) and difference
     (the mean over seeds and steps)."""
@@ -295,10 +285,8 @@ class EarlyDifference:
 
 
 def compared_ranks(ranks: Iterable[int]) -> tuple[int, int] | None:
-    """Return the ranks that stand for the paper's 16 and 256: the lowest from PAPER_RANK up, and the highest.
-
-    Without two such ranks it is the lowest above 1 and the highest; None without two ranks above 1.
-    """
+    """Return the ranks that stand for the paper's 16 and 256, if any: the lowest from PAPER_RANK up, or else above 1,
+    and the highest."""
     for lowest in (PAPER_RANK, 2):
         enough = sorted({rank for rank in ranks if rank >= lowest})
         if len(enough) > 1:
@@ -309,8 +297,7 @@ def compared_ranks(ranks: Iterable[int]) -> tuple[int, int] | None:
 def inverse_rank_fit(by_inverse_rank: pd.DataFrame) -> tuple[float, float]:
     """Fit the differences of pairs of ranks, as of `EarlyDifference`, as a multiple of 1/low - 1/high, as theory says.
 
-    Returns:
-        The factor in nats per token, and the share of the sum of squares that it explains; NaN without two pairs.
+    Return the factor in nats per token, and the share of the sum of squares that it explains; NaN without two pairs.
     """
     if len(by_inverse_rank) < 2:
         return math.nan, math.nan
@@ -322,17 +309,12 @@ def inverse_rank_fit(by_inverse_rank: pd.DataFrame) -> tuple[float, float]:
 def early_difference(runs: pd.DataFrame, curves: pd.DataFrame, first_steps: float = math.inf) -> EarlyDifference | None:
     """Compute the training NLL of a rank minus that of a higher one (see `compared_ranks`), at one LR that both have.
 
-    If they share several LRs, the LR with the most paired seeds is taken, and the lowest of equals.
-
-    Args:
-        runs: LoRA runs that differ in rank, LR and seed only: columns run_id, rank, lr, seed, status.
-        curves: columns run_id, step, split, metric, value.
-        first_steps: the last step to include.
-
-    Returns:
-        The difference; None if there are no two ranks above 1 that share an LR and a finished seed.
+    If they share several LRs, the LR with the most paired seeds is taken, and the lowest of equals. None if there are
+    no two ranks above 1 that share an LR and a finished seed. The runs differ in rank, LR and seed only.
     """
     pair = compared_ranks([int(rank) for rank in runs["rank"].dropna()])
+    if pair is None:
+        return None
     points = metric_points(curves, "train", "nll")
     points = points[points["step"] <= first_steps].astype({"value": float})
     by_lr: dict[float, dict[int, pd.DataFrame]] = {}
@@ -342,10 +324,10 @@ def early_difference(runs: pd.DataFrame, curves: pd.DataFrame, first_steps: floa
     paired_seeds = {
         at: [seed for seed in by_rank[pair[0]] if seed in by_rank[pair[1]]]
         for at, by_rank in by_lr.items()
-        if pair and set(pair) <= set(by_rank)
+        if set(pair) <= set(by_rank)
     }
     lr = max(paired_seeds, key=lambda at: len(paired_seeds[at]), default=None)
-    if pair is None or lr is None or not paired_seeds[lr]:
+    if lr is None or not paired_seeds[lr]:
         return None
     seeds = paired_seeds[lr]
     losses = {rank: by_seed[seeds] for rank, by_seed in by_lr[lr].items() if set(seeds) <= set(by_seed)}

@@ -1,13 +1,10 @@
 """Estimates: numbers with the distribution of their error, from which intervals of any level are taken.
 
-An error has two independent parts: one from seeds (weights, data order), which more seeds make smaller, and one from
-the examples of the test split, which only more examples make smaller, or more groups where examples share a source.
-Each part is kept as draws, so that a function of several estimates has an interval too, and estimates from one fit keep
-their correlation.
-
-The same draws are used every time: they are quantiles of the error's distribution, at points that fill the unit cube
-evenly and lie in an order that belongs to the name of the error. So the ends of an interval are continuous in the data;
-docs/estimates.md says how precise they are.
+An error has two independent parts: one from seeds (weights, data order), and one from the examples of the test split,
+or from their groups where they share a source. Each is kept as draws, so that a function of several estimates has an
+interval too, and estimates from one fit keep their correlation. The draws are quantiles of the error's distribution, at
+points that fill the unit cube evenly and lie in an order that belongs to the name of the error. So the ends of an
+interval are continuous in the data; docs/estimates.md says how precise they are.
 """
 
 from __future__ import annotations
@@ -31,7 +28,6 @@ N_DRAWS = int(os.environ.get("LORABENCH_DRAWS", 2**16))
 sets a smaller one, since errors of its intervals average out over many worlds."""
 
 _SHARES = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
-"""Shares of a distribution, equally far apart, (N_DRAWS,)."""
 
 POWER = 0.8
 """The probability with which an effect of the smallest detectable size would have been seen."""
@@ -103,9 +99,8 @@ def _standard_error(part: np.ndarray) -> float:
 def combined(function: Callable[..., ArrayLike], *estimates: Estimate) -> Estimate:
     """Return a function of estimates, with the error that follows from theirs.
 
-    Args:
-        function: maps one number or array for each estimate to a number or array; it must work element by element.
-        estimates: their draws are taken together, so that those of one fit keep their correlation.
+    The function maps one number or array for each estimate to a number or array, element by element. Draws are taken
+    together, so that those of one fit keep their correlation.
     """
     value = float(np.asarray(function(*(each.value for each in estimates))))
     seed_part = np.asarray(function(*(each.value + each.seed_part for each in estimates))) - value
@@ -127,10 +122,10 @@ def exact(value: float) -> Estimate:
 
 
 def student(value: float, error: float, dof: float, name: str, n_seeds: int = 0) -> Estimate:
-    """Return a number with a t distributed error, given its standard error.
+    """Return a number with a t distributed error, given its standard error; it is not known below one degree of
+    freedom.
 
-    With fewer than one degree of freedom the error is not known. Draws of different names are independent, and those of
-    one name are always the same.
+    Draws of different names are independent, and those of one name are always the same.
     """
     known = dof >= 1 and math.isfinite(error)
     seed_part = error * shuffled(_t_quantiles(dof), name) if known else np.full(N_DRAWS, math.nan)
@@ -154,8 +149,7 @@ def mean_over_seeds(values: Sequence[float] | ArrayLike, name: str) -> Estimate:
 def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray, name: str) -> Estimate:
     """Estimate the ratio of the means of paired values, (n,) each; NaN if the denominator's mean is not positive.
 
-    The error is that of a ratio estimator, from the residuals numerator - ratio * denominator, in which variation that
-    the paired values share cancels. It is not known with fewer than two pairs.
+    Its error, from the residuals numerator - ratio * denominator, lacks what the pairs share; two pairs are needed.
     """
     n = len(numerator)
     mean = float(denominator.mean()) if n else math.nan
@@ -189,11 +183,11 @@ def multivariate_student(
 ) -> np.ndarray:
     """Return draws of a multivariate t distribution around 0, (N_DRAWS, numbers), by the name of the numbers.
 
-    The covariance is that if the degrees of freedom, which all numbers share, were many, (numbers, numbers). Without
-    the places of some `chosen` numbers, the draws are those of all.
+    The covariance, (numbers, numbers), is that if the degrees of freedom, which all share, were many. The draws are
+    those of the `chosen` places, or of all.
     """
     root = cholesky_root(covariance)
-    even = _even_points(math.ceil(len(root) / _BLOCK), normal=True)[:, : len(root)]
+    even = _even_points(math.ceil(len(root) / _BLOCK))[:, : len(root)]
     # One chi-squared draw for all numbers makes normal ones multivariate t. Any part of the points is even as well, so
     # its draws can be combined with them in ascending order.
     errors = np.sqrt(np.diag(covariance))
@@ -208,8 +202,8 @@ def multivariate_student(
 def cholesky_root(covariance: np.ndarray) -> np.ndarray:
     """Return a lower triangular root of a covariance, (numbers, numbers), in which a number may follow from others.
 
-    The root is continuous in the covariance. Eigenvectors are not: a small change of the covariance turns them, or
-    exchanges their signs. A negligible share is added to each variance; the root of a number without error is 3e-5.
+    It is continuous in the covariance, as eigenvectors are not. A negligible share is added to each variance; the root
+    of a number without error is 3e-5.
     """
     errors = np.sqrt(np.diag(covariance))
     scales = np.where(errors > 0, errors, 1.0)
@@ -227,16 +221,14 @@ _BLOCK = 32
 
 
 @lru_cache(maxsize=4)
-def _even_points(blocks: int, normal: bool = False) -> np.ndarray:
-    """Return points, (N_DRAWS, _BLOCK * blocks), that fill the unit cube evenly, as any part of them does, or with
-    `normal` the numbers with these shares of a normal distribution."""
-    if normal:
-        return np.asarray(ndtri(_even_points(blocks)))
+def _even_points(blocks: int) -> np.ndarray:
+    """Return normal numbers, (N_DRAWS, _BLOCK * blocks), whose quantiles fill the unit cube evenly, as any part of them
+    does."""
     from scipy.stats.qmc import Sobol  # takes half a second to import
 
     # Half of a step keeps the points, which are whole steps, off 0.
     points = Sobol(_BLOCK * blocks + 1, seed=np.random.default_rng(0)).random(N_DRAWS) + 2.0**-31
-    return np.asarray(points[np.argsort(points[:, 0], kind="stable"), 1:])
+    return np.asarray(ndtri(points[np.argsort(points[:, 0], kind="stable"), 1:]))
 
 
 def shuffled(draws: np.ndarray, name: str) -> np.ndarray:
@@ -271,9 +263,9 @@ class ExampleLosses:
     """The losses of runs by test example, from the table `test_losses`.
 
     Test examples that share their source, such as a package or a document, err together. The error of a mean loss is
-    therefore found by leaving out one group of examples at a time (the jackknife by clusters), and has a t distribution
-    with one degree of freedom less than there are groups. MacKinnon, Nielsen and Webb, "Cluster-robust inference: A
-    guide to empirical practice" (2023), recommend both for few groups.
+    therefore found by leaving out one group of examples at a time (the jackknife by clusters), with a t distribution
+    with one degree of freedom less than there are groups, as MacKinnon, Nielsen and Webb recommend for few groups
+    ("Cluster-robust inference: A guide to empirical practice", 2023).
     """
 
     nats: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
@@ -285,38 +277,30 @@ class ExampleLosses:
 
     @classmethod
     def of(cls, table: pd.DataFrame) -> ExampleLosses:
-        """Read the table `test_losses`: columns run_id, example, loss, tokens, and optionally group.
-
-        An example without a group is its own group.
-
-        Raises:
-            UserError: see `check_test_losses`.
-        """
+        """Read the table `test_losses`, which `check_test_losses` checks; an example without a group is its own."""
         if table.empty:
             return cls()
         check_test_losses(table)
         groups = pd.factorize(table["group"])[0] if "group" in table else np.full(len(table), -1)
         groups = np.where(groups < 0, -1 - table["example"].to_numpy(int), groups)
-        place, run_ids = pd.factorize(table["run_id"])
         # A groupby of as many short groups is slow.
-        example, ends = table["example"].to_numpy(float), np.cumsum(np.bincount(place))[:-1]
-        columns = [table["loss"].to_numpy(float), table["tokens"].to_numpy(float), groups]
-        steps = np.diff(place)
-        if not ((steps > 0) | ((steps == 0) & (np.diff(example) > 0))).all():
-            order = np.lexsort((example, place))
-            columns = [values[order] for values in columns]
-        parts = (np.split(values, ends) for values in columns)
+        place, run_ids = pd.factorize(table["run_id"])
+        order, ends = np.lexsort((table["example"].to_numpy(float), place)), np.cumsum(np.bincount(place))[:-1]
+        columns = table["loss"].to_numpy(float), table["tokens"].to_numpy(float), groups
+        parts = (np.split(values[order], ends) for values in columns)
         return cls(*(dict(zip(map(str, run_ids), of_runs, strict=True)) for of_runs in parts))
 
     def influences(self, run_ids: Sequence[str]) -> np.ndarray | None:
         """Return what groups of test examples do to the mean losses of runs on one test split, (runs, groups).
 
-        The product with their transpose is the covariance of the mean losses over other groups. Influences are NaN
-        where there is one group only. None if a run lacks its losses or the runs have different splits.
+        The product with their transpose is the covariance of the mean losses over other groups. They are NaN where
+        there is one group only. None if a run lacks its losses or the runs have different splits.
         """
         if not len(run_ids) or any(run_id not in self.nats for run_id in run_ids):
             return None
-        splits = [(self.tokens[run_id], self._groups_of(run_id)) for run_id in run_ids]
+        splits = [
+            (self.tokens[run_id], self.groups.get(run_id, np.arange(len(self.tokens[run_id])))) for run_id in run_ids
+        ]
         tokens, groups = splits[0]
         if any(not (np.array_equal(split[0], tokens) and np.array_equal(split[1], groups)) for split in splits):
             return None
@@ -330,16 +314,12 @@ class ExampleLosses:
         falls: np.ndarray = (nats - means * tokens) / (total - tokens)
         return falls * math.sqrt((n - 1) / n)
 
-    def _groups_of(self, run_id: str) -> np.ndarray:
-        return self.groups[run_id] if run_id in self.groups else np.arange(len(self.tokens[run_id]))
-
 
 def example_draws(influences: np.ndarray, test_split: str) -> np.ndarray:
-    """Draw the error from test examples of several numbers, (N_DRAWS, numbers), given the influences of groups on them.
+    """Draw the error from test examples of several numbers, (N_DRAWS, numbers), from the influences of groups on them.
 
-    Args:
-        influences: (numbers, groups), as from `ExampleLosses.influences` or sums of those; NaN gives NaN.
-        test_split: names the test split; numbers of one split have their draws in common.
+    These are (numbers, groups), as from `ExampleLosses.influences` or sums of those; NaN gives NaN. Numbers of one test
+    split, which is named, have their draws in common.
     """
     n = influences.shape[1]
     multipliers, numbers = _multipliers(test_split, n), influences.T.astype(np.float32)
@@ -370,18 +350,10 @@ def without_run_noise(
 
     Two runs of one arm differ on single test examples by chance alone. The spread between runs, which makes the error
     from seeds, contains these differences, and the influences of examples contain them, too. Only a difference that an
-    example makes to all runs of an arm, or to the shape of its loss against the LR, is an error of its own. The
-    influences on the runs are fitted like their mean losses, and the variance of the residuals is taken from that of
-    the coefficients.
-
-    Args:
-        influences: what each group does to each run's mean loss, (runs, groups); see `ExampleLosses.influences`.
-        design: the design matrix of the fit, (runs, coefficients).
-        hat: makes coefficients from losses, (coefficients, runs).
-        covariance: the covariance of runs over the variance of their noise, (runs, runs).
-
-    Returns:
-        Influences on the coefficients, (coefficients, groups), otherwise changed as little as possible.
+    example makes to all runs of an arm, or to the shape of its loss against the LR, is an error of its own. So the
+    influences on the runs, (runs, groups), are fitted like their mean losses, and the variance of the residuals is
+    taken from that of the coefficients. `hat`, (coefficients, runs), makes coefficients from losses, and the covariance
+    of runs is that over the variance of their noise.
     """
     effects = hat @ influences
     # A coefficient that is held near a value known before the runs takes less than a degree of freedom.

@@ -1,12 +1,12 @@
 """Findings: the verdict on a claim with its numbers, its reason and the runs behind it.
 
-docs/verdicts.md explains the verdicts. With its verdict a finding carries those of N_AGAIN replicates, which are new
-runs of the same design on other seeds and other test examples. The truth is off the estimate by a draw of the error,
-and a new estimate is off the truth by another draw, so a replicate is the estimate shifted by the sum of two
-independent draws. The error itself is measured anew, with as many degrees of freedom. A replicate has the same number
-in all comparisons, so that what their errors share stays shared. The share of replicates with the verdict of the
-finding is `p_again`. A replicate whose optimal learning rate moves too far has a reason against a verdict
-(`Comparison.reopened`); other reasons stay as they are.
+With its verdict a finding carries those of N_AGAIN replicates, which are new runs of the same design on other seeds and
+other test examples. The truth is off the estimate by a draw of the error, and a new estimate is off the truth by
+another draw, so a replicate is the estimate shifted by the sum of two independent draws. Its error is measured anew,
+with as many degrees of freedom. A replicate has the same number in all comparisons, so that what their errors share
+stays shared. The share of replicates with the verdict of the finding is `p_again`. A replicate whose optimal LR moves
+too far has a reason against a verdict (`Comparison.reopened`); other reasons stay as they are. docs/verdicts.md
+explains the verdicts.
 """
 
 from __future__ import annotations
@@ -15,24 +15,14 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import fdtri
 
+from lorabench.analysis import rules
 from lorabench.analysis.estimate import Estimate
-from lorabench.analysis.rules import (
-    AS_IT_IS,
-    DECIDED,
-    LEVEL,
-    NewRuns,
-    Problem,
-    Remedy,
-    Rule,
-    Verdict,
-    cheapest,
-    student_shape,
-)
+from lorabench.analysis.rules import DECIDED, LEVEL, Problem, Remedy, Rule, Verdict
 from lorabench.utils.formats import with_interval
 
 MIN_SEEDS = 3
@@ -53,10 +43,8 @@ SEVERITY: tuple[Verdict, ...] = (
     "not seen here",
     "contradicted",
 )
-"""The verdicts by their rank: of several, the last one decides.
-
-The sign is right in all comparisons only if none of them is open, so an open one comes before it.
-"""
+"""The verdicts by their rank: of several, the last decides. The sign is right in all comparisons only if none is
+open."""
 
 _CONFIRMED, _RIGHT_SIGN, _OPEN, _CONTRADICTED = map(
     SEVERITY.index, ("confirmed", "right sign, below the margin", "inconclusive", "contradicted")
@@ -151,14 +139,12 @@ def decide(
     margin_rule: str = "",
     reopened: np.ndarray | None = None,
 ) -> Finding:
-    """Apply a rule to an estimate.
+    """Apply a rule to an estimate with its text; if its error is not known, or with any problem, the finding is
+    inconclusive.
 
     Args:
-        rule: what the claim says about the number.
-        estimate: the number with its error; if the error is not known, the finding is inconclusive.
-        text: the numbers as text.
         run_ids: ids of the runs behind it, in any order; ids may repeat.
-        problems: reasons against a verdict; with any, the finding is inconclusive.
+        problems: reasons against a verdict.
         margin_rule: the rule that gives the margin, as text.
         reopened: which replicates have a reason against a verdict, (N_AGAIN,); by default none has.
     """
@@ -177,9 +163,9 @@ def decide(
     if problems:
         return judged
 
-    runs = AS_IT_IS
+    runs = rules.AS_IT_IS
     if high > low:
-        runs = NewRuns(*(np.concatenate(both) for both in zip(AS_IT_IS, again(estimate), strict=True)))
+        runs = rules.NewRuns(*(np.concatenate(both) for both in zip(rules.AS_IT_IS, again(estimate), strict=True)))
     confirmed, against = rule.confirmed(estimate, runs), rule.against(estimate, runs)
     failed = np.where(rule.right_sign(estimate, runs), _RIGHT_SIGN, _CONTRADICTED)
     verdicts = np.where(confirmed, _CONFIRMED, np.where(against <= LEVEL, failed, _OPEN)).astype(np.int8)
@@ -187,22 +173,22 @@ def decide(
         verdicts[1:][reopened[: len(verdicts) - 1]] = _OPEN
     judged = judged.with_outcomes(Outcomes(verdicts, against))
     # A claim that fails in one comparison may be open as one of several (see `worst`).
-    return judged if judged.verdict == "confirmed" else replace(judged, remedy=cheapest(rule, estimate))
+    return judged if judged.verdict == "confirmed" else replace(judged, remedy=rules.cheapest(rule, estimate))
 
 
-def again(estimate: Estimate) -> NewRuns:
+def again(estimate: Estimate) -> rules.NewRuns:
     """Return the replicates of an estimate."""
     # The draws lie in a random order, so that different ones are independent.
     errors = estimate.draws[: 2 * N_AGAIN] - estimate.value
-    return NewRuns(errors[:N_AGAIN] + errors[N_AGAIN:], _widths(round(student_shape(estimate.ordered)[1], 1)))
+    return rules.NewRuns(
+        errors[:N_AGAIN] + errors[N_AGAIN:], _widths(round(rules.student_shape(estimate.ordered)[1], 1))
+    )
 
 
 @lru_cache(maxsize=2**14)
 def _widths(dof: float) -> np.ndarray:
-    """Return the errors of replicates over that of the estimate, (N_AGAIN,), which has some degrees of freedom.
-
-    Both are estimated, so that the ratio of their squares has an F distribution.
-    """
+    """Return the errors of replicates over that of the estimate, (N_AGAIN,): the ratio of their squares has an F
+    distribution."""
     shares = np.random.default_rng(0).permutation((np.arange(N_AGAIN) + 0.5) / N_AGAIN)
     return np.asarray(np.sqrt(fdtri(dof, dof, shares)))
 
@@ -216,10 +202,7 @@ def finding(
     interval: tuple[float, float] = (math.nan, math.nan),
     strain: float = -math.inf,
 ) -> Finding:
-    """Build a finding whose verdict does not follow from an `Estimate`; with any problem it is inconclusive.
-
-    See `decide` for the arguments; `interval` is the 95% interval of the number that was judged.
-    """
+    """Build a finding whose verdict does not follow from an `Estimate`; see `decide`. The interval is the 95% one."""
     return Finding(
         verdict="inconclusive" if problems else verdict,
         reason="; ".join([text, *(problem.text for problem in problems)]),
@@ -235,7 +218,7 @@ def finding(
 def worst(findings: Sequence[Finding]) -> Finding:
     """Return the finding that decides over several: by the rank of its verdict (see SEVERITY), then by strain.
 
-    With k findings that have a verdict, a claim fails in one of them at the k-th part of the level only (see `rules`).
+    With k findings that have a verdict, a claim fails in one of them at the k-th part of the level only.
     """
     # The first of the highest rank decides, so that the most strained one comes first.
     ordered = sorted(findings, key=lambda judged: -judged.strain)
@@ -248,19 +231,16 @@ def worst(findings: Sequence[Finding]) -> Finding:
     decisive = verdicts.argmax(axis=0)
     # A finding may be one of several in turn, so that the corrections multiply.
     corrected = np.minimum(1.0, np.take_along_axis(against, decisive[None], 0)[0] * tested)
-    judged = ordered[decisive[0]].with_outcomes(Outcomes(verdicts.max(axis=0), corrected))
-    return _with_remedy(judged, [ordered[at] for at in np.flatnonzero(verdicts[:, 0] == _OPEN)], int(tested[0]))
-
-
-def _with_remedy(judged: Finding, opened: Sequence[Finding], tested: int) -> Finding:
-    """Return the finding that decides over several with the number of seeds, or of examples, that decides them all."""
+    judged = ordered[int(decisive[0])].with_outcomes(Outcomes(verdicts.max(axis=0), corrected))
     if judged.remedy is None or judged.remedy.plan is None:
         return judged
+    # The remedy is the number of seeds, or of examples, that decides all.
     plans = [judged.remedy.plan]
     if plans[0].holds:  # The finding nearest to failing holds, so that a confirmation of all is ahead.
-        plans = [each.remedy.plan for each in opened if each.remedy is not None and each.remedy.plan is not None]
-    together = sum(each.open for each in plans)
-    remedies = [replace(each, tests=each.tests * tested, open=together).remedy() for each in plans]
+        opened = [ordered[at].remedy for at in np.flatnonzero(verdicts[:, 0] == _OPEN).tolist()]
+        plans = [remedy.plan for remedy in opened if remedy is not None and remedy.plan is not None]
+    still_open = sum(plan.open for plan in plans)
+    remedies = [replace(plan, tests=plan.tests * int(tested[0]), open=still_open).remedy() for plan in plans]
     return replace(judged, remedy=max(remedies, key=lambda remedy: remedy.size, default=judged.remedy))
 
 
@@ -306,32 +286,22 @@ def error_rate(estimate: Estimate) -> str:
     return with_interval(estimate.value, *estimate.interval(), 4, "+", " in error rate")
 
 
-Unit = Callable[[float], float]
-"""A monotonic function from the unit of a rule to that of the reader."""
-
-
-def in_unit(judged: Finding, unit: Unit, unit_of_difference: Unit | None = None) -> Finding:
-    """Return a finding with its numbers in another unit.
+def in_unit(
+    judged: Finding, unit: Callable[[float], float], unit_of_difference: Callable[[float], float] | None = None
+) -> Finding:
+    """Return a finding with its numbers in another unit, such as ratios for logarithms.
 
     Args:
         judged: the finding in the unit of its rule.
-        unit: gives the estimate, its interval and the margin in the other unit; if it decreases, ends are exchanged.
+        unit: a monotonic function of the estimate, its interval and the margin; if it decreases, ends are exchanged.
         unit_of_difference: gives the detectable effect in the other unit; by default it is unchanged, as for a shift.
     """
-    low, high = sorted((unit(judged.ci_low), unit(judged.ci_high)))
-    margin_low, margin_high = sorted((unit(judged.margin_low), unit(judged.margin_high)))
-    part_low, part_high = sorted((unit(judged.part_low), unit(judged.part_high)))
-    return replace(
-        judged,
-        estimate=unit(judged.estimate),
-        ci_low=low,
-        ci_high=high,
-        margin_low=margin_low,
-        margin_high=margin_high,
-        part_low=part_low,
-        part_high=part_high,
-        detectable=unit_of_difference(judged.detectable) if unit_of_difference else judged.detectable,
-    )
+    ends: dict[str, Any] = {}
+    for name in ("ci", "margin", "part"):
+        low, high = f"{name}_low", f"{name}_high"
+        ends[low], ends[high] = sorted((unit(getattr(judged, low)), unit(getattr(judged, high))))
+    detectable = unit_of_difference(judged.detectable) if unit_of_difference else judged.detectable
+    return replace(judged, estimate=unit(judged.estimate), detectable=detectable, **ends)
 
 
 def exponential(logarithm: float) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -89,9 +88,9 @@ class ArmGrid:
 def arm_grid(runs: np.ndarray) -> ArmGrid | None:
     """Return the LRs of an arm from its `run_array`; None if no run finished.
 
-    The window is centred by the mean of validation and test loss, which is less noisy than either. The test loss is the
-    one that is fitted, so its lowest must not lie at the edge of the grid either. Both are means over the seeds that
-    finished at all LRs of the first seed.
+    The window is centred by the mean of validation and test loss, which is less noisy than either. The test loss is
+    fitted, so its lowest must not lie at the edge either. Both are means over the seeds that finished at all LRs of the
+    first seed.
     """
     first = runs["seed"] == runs["seed"].min()
     usable = first & runs["done"]
@@ -172,40 +171,16 @@ class FitRows:
 
     runs: np.ndarray
     """As from `run_array`, (runs,)."""
-
-    @cached_property
-    def in_arm(self) -> dict[str, np.ndarray]:
-        """Whether each run is of an arm, by the label of each arm that is fitted, (runs,)."""
-        labels = dict.fromkeys(self.runs["label"].tolist())
-        return {label: np.asarray(self.runs["label"] == label, bool) for label in labels}
-
-    @cached_property
-    def ends(self) -> dict[str, tuple[float, float]]:
-        """The lowest and the highest x of each arm."""
-        x = self.runs["x"]
-        return {label: (float(x[chosen].min()), float(x[chosen].max())) for label, chosen in self.in_arm.items()}
-
-    @cached_property
-    def seeds(self) -> list[int]:
-        """The seeds, ascending."""
-        return sorted(set(self.runs["seed"].tolist()))
-
-    @cached_property
-    def cells(self) -> np.ndarray:
-        """The number of the cell of each run, one for each arm and seed, (runs,)."""
-        pairs = self.runs[["label", "seed"]].tolist()
-        place = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
-        return np.array([place[pair] for pair in pairs], int)
-
-    @cached_property
-    def same_arm_and_seed(self) -> np.ndarray:
-        """1 where two runs are of one arm and seed, 0 elsewhere, (runs, runs)."""
-        return np.asarray(self.cells[:, None] == self.cells, float)
-
-    @cached_property
-    def weights(self) -> np.ndarray:
-        """The square root of the number of seeds in each row, (runs,); weighted rows all have the variance of a run."""
-        return np.asarray(np.sqrt(self.runs["n"].astype(float)))
+    in_arm: dict[str, np.ndarray]
+    """Whether each run is of an arm, by the label of each arm that is fitted, (runs,)."""
+    ends: dict[str, tuple[float, float]]
+    """The lowest and the highest x of each arm."""
+    seeds: list[int]
+    """The seeds, ascending."""
+    cells: np.ndarray
+    """The number of the cell of each run, one for each arm and seed, (runs,)."""
+    weights: np.ndarray
+    """The square root of the number of seeds in each row, (runs,); weighted rows all have the variance of a run."""
 
     def design(self, curvatures: Sequence[Sequence[str]], bends: Mapping[str, Bend] | None = None) -> np.ndarray:
         """Return the columns: an intercept and a slope by arm, a curvature by group of arms, contrasts of seeds.
@@ -225,19 +200,13 @@ class FitRows:
         return np.column_stack(columns)
 
     def solve(self, design: np.ndarray, prior: np.ndarray | None = None, ratio: float | None = None) -> Solution | None:
-        """Solve for a ratio of variances, by default its mean by their restricted likelihood.
+        """Solve for a ratio of the variances of v and e, by default its mean by their restricted likelihood; None if
+        undetermined.
 
         Where further seeds have one LR only, the runs say little about the ratio, and the one with the largest
-        likelihood is often 0, which takes all LRs of a seed for independent runs and the errors for too small.
-
-        Args:
-            design: as from `design`.
-            prior: what is known before the runs, (sums, coefficients): sums of coefficients that are about 0, each
-                times the standard deviation of e over its own. They count as further runs, with a loss of 0.
-            ratio: the variance of v over that of e.
-
-        Returns:
-            The solution; None if the runs, with what is known before them, do not determine all coefficients.
+        likelihood is often 0, which takes all LRs of a seed for independent runs and the errors for too small. What is
+        known before the runs is the `prior`, (sums, coefficients): sums of coefficients that are about 0, each times
+        the standard deviation of e over its own. They count as further runs, with a loss of 0.
         """
         runs, p = design.shape
         design = np.vstack([self.weights[:, None] * design, np.zeros((0, p)) if prior is None else prior])
@@ -247,7 +216,7 @@ class FitRows:
         y = np.concatenate([self.weights * self.runs["test_loss"], np.zeros(n - runs)])
         if ratio is None:
             ratio = self._mean_ratio(design, y)
-        covariance = np.eye(runs) + ratio * self.same_arm_and_seed
+        covariance = np.eye(runs) + ratio * (self.cells[:, None] == self.cells)
         inverse = np.eye(n)
         inverse[:runs, :runs] = np.linalg.inv(covariance)
         unscaled = np.linalg.inv(design.T @ inverse @ design)
@@ -282,14 +251,19 @@ class FitRows:
 
 
 def counted_rows(arms: Mapping[str, np.ndarray], grids: Mapping[str, ArmGrid]) -> FitRows | None:
-    """Return the runs that count for a fit, if any: the finished ones at the LRs of their arm's window.
-
-    `arms` holds the `run_array` of each arm by its label.
-    """
+    """Return the runs that count, if any: of each arm's `run_array` the finished ones at the LRs of its window."""
     parts = []
     for label, grid in grids.items():
         if len(grid.window) >= 2:
             counted = arms[label][arms[label]["done"] & np.isin(arms[label]["lr"], grid.lrs[grid.window])]
             counted["label"], counted["x"] = label, np.log(counted["lr"] / grid.lrs[grid.centre])
             parts.append(counted)
-    return FitRows(np.concatenate(parts)) if parts else None
+    if not parts:
+        return None
+    runs = np.concatenate(parts)
+    in_arm = {label: np.asarray(runs["label"] == label, bool) for label in dict.fromkeys(runs["label"].tolist())}
+    x, pairs = runs["x"], runs[["label", "seed"]].tolist()
+    ends = {label: (float(x[chosen].min()), float(x[chosen].max())) for label, chosen in in_arm.items()}
+    place = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+    cells, weights = np.array([place[pair] for pair in pairs], int), np.sqrt(runs["n"].astype(float))
+    return FitRows(runs, in_arm, ends, sorted(set(runs["seed"].tolist())), cells, weights)

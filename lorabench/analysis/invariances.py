@@ -1,13 +1,10 @@
 """Parametrization of LoRA: runs that its invariances make equivalent, and measures of how far runs differ.
 
 LoRA has four hyperparameters: alpha, the initial scale of A and the LRs of A and B. Two are redundant: with Adam at
-epsilon 0, training depends on them only through
-
-    update scale   alpha * init_a * LR_B   the size of the first updates of W
-    time scale     init_a / LR_A           the number of steps until A has moved away from its initial value
-
-according to the paper's section on parametrization and invariances. LR_A is `lr`, LR_B is `lr * lr_ratio`, and init_a
-is in units of 1/sqrt(d_in).
+epsilon 0, training depends on them only through the update scale alpha * init_a * LR_B, the size of the first updates
+of W, and the time scale init_a / LR_A, the number of steps until A has moved away from its initial value, according to
+the paper's section on parametrization and invariances. LR_A is `lr`, LR_B is `lr * lr_ratio`, and init_a is in units of
+1/sqrt(d_in).
 """
 
 from __future__ import annotations
@@ -75,10 +72,7 @@ def invariance_pairs(runs: pd.DataFrame, plus: bool = False) -> pd.DataFrame:
     """Return the pairs of `run_pairs` that test the invariance: equivalent pairs, and others as a control.
 
     The paper's argument holds at epsilon 0, so only the smallest epsilon with equivalent pairs is used. The control
-    has the same settings and seeds.
-
-    With `plus`, only equivalent pairs are used in which one run has unequal LRs of A and B (LoRA+) and the other has
-    equal LRs.
+    has the same settings and seeds. With `plus`, one run of equivalent pairs has unequal LRs of A and B (LoRA+).
     """
     pairs = run_pairs(runs)
     wanted = pairs["equivalent"]
@@ -112,9 +106,8 @@ def update_growth(pairs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Compute how much more a step changes W where A moves than where A is still, at the last step that both record.
 
     Returns:
-        The pairs (of `fixed_a_controls`) whose metric `update_norm` has such steps, and the columns step and growth:
-        the norm of the change of W by that step in the fast run over that in the slow run, each relative to the change
-        by its first step.
+        The pairs (of `fixed_a_controls`) that have such steps, step and growth: the change of W by that step
+        (`update_norm`) in the fast run over that in the slow run, each relative to the change by its first step.
     """
     norms = metric_points(curves, "train", "update_norm").pivot(index="run_id", columns="step", values="value")
     rows = []
@@ -130,8 +123,8 @@ def differences(pairs: pd.DataFrame, curves: pd.DataFrame, first_steps: int) -> 
     """Compute how far the training losses of paired runs (see `run_pairs`) differ, up to a step.
 
     Returns:
-        One row per pair and step that both runs have: the pair's columns, pair (its number), step, difference (largest
-        absolute difference of the training NLL up to that step, nats per token).
+        The pair's columns for each step that both runs have, pair (its number), step, difference (the largest of the
+        training NLL up to that step, nats per token).
     """
     pairs = pairs.reset_index(drop=True).rename_axis("pair").reset_index()
     losses = metric_points(curves, "train", "nll")
@@ -146,14 +139,12 @@ def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Compute the loss decrease by the first update per unit of LR, by rule and rank, at A's standard initial scale.
 
     Adam's first update of B is LR_B per entry, so that the decrease is proportional to LR_B. Runs with the same rank,
-    alpha and seed measure the same number whatever their LRs and number of steps, and are averaged.
-
-    The curves have the metric `descent` at step 1.
+    alpha and seed measure the same number and are averaged.
 
     Returns:
-        One row per model, dataset, placement, batch_size, eps, rule (of RULES), rank and seed: alpha, descent (nats
-        per unit of LR), run_ids. A rule other than the paper's has rows only if at least two ranks follow it, not all
-        with the standard alpha; if ranks follow it with several factors, the factor with the most ranks is used.
+        One row per model, dataset, placement, batch_size, eps, rule (of RULES), rank and seed: alpha, descent (nats per
+        unit of LR), run_ids. A rule other than the paper's needs two ranks, not all with the standard alpha; of several
+        factors, the one with the most ranks counts.
     """
     scaled = with_scales(runs)
     scaled = scaled[scaled["init_a"] == STANDARD["init_a"]]
@@ -206,10 +197,9 @@ def move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Compute the number of steps until A has moved by its initial norm, interpolated on logarithmic axes.
 
     Returns:
-        The LoRA runs that have the metric `a_moved`, which is relative to that norm, with update_scale, time_scale,
-        step (NaN where it is not known), and what is known instead: `limit`, a step, and `bound`, which is 1 if the
-        number of steps is at least the limit, since A did not move that far by the last record, -1 if it is at most
-        the limit, since A had done so by its first record, and 0 if it is the limit.
+        The LoRA runs that have the metric `a_moved`, with step (NaN where it is not known), and what is known instead:
+        `limit`, a step, and `bound`, which is 1 if the number of steps is at least the limit, since A did not move that
+        far, -1 if it is at most the limit, since A had done so by its first record, and 0 if it is the limit.
     """
     scaled, times = with_scales(runs), []
     for run_id, points in train_curves(scaled, curves, "a_moved").groupby("run_id"):
@@ -226,9 +216,7 @@ def move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute the change of W by single steps per unit of LR, in the longest standard LoRA runs at their fitted optima.
-
-    The runs are of one model and dataset, and the curves have the metric `update_norm`.
+    """Compute the change of W by single steps in the longest standard LoRA runs of a dataset at their fitted optima.
 
     Returns:
         The columns of these runs with step and size (Frobenius norm over all layers, per unit of the LR of A).

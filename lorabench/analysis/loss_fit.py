@@ -18,26 +18,19 @@ rows, the seed noise is that of their deviations, pooled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TypeVar
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.linalg import helmert
 
-from lorabench.analysis.arms import arm_label, arm_places, with_arm_columns, with_losses
-from lorabench.analysis.estimate import (
-    N_DRAWS,
-    Estimate,
-    ExampleLosses,
-    combined,
-    example_draws,
-    multivariate_student,
-    unknown,
-    without_run_noise,
-)
+from lorabench.analysis import estimate
+from lorabench.analysis.arms import arm_label, arm_places, kept, with_arm_columns, with_losses
+from lorabench.analysis.estimate import N_DRAWS, Estimate, ExampleLosses
 from lorabench.analysis.fit_rows import ArmGrid, Bend, FitRows, Solution, arm_grid, counted_rows, run_array
 
 SPREAD = 0.7
@@ -47,8 +40,7 @@ ASYMMETRY = 0.3
 """The standard deviation, before the runs, of the asymmetry of the loss over its curvature, per unit of ln LR."""
 
 LEAST_WEIGHTS = 1e-3, 0.03
-"""Floors on the prior weights of (curvature, asymmetry), relative to the weight of one run; they hold where there is
-hardly any noise."""
+"""Floors on the prior weights of (curvature, asymmetry), relative to that of a run, where there is hardly any noise."""
 
 LEAST_SIZE = 0.1
 """The least curvature of an arm over the mean of all by which its asymmetry is scaled."""
@@ -86,55 +78,11 @@ class Noise:
         return cls(sigma, int(min(dof, BORROWED_DOF)), source)
 
 
-Value = TypeVar("Value")
+class ByArm(UserDict[str, Any]):
+    """What a fit says of each arm, by arm label: functions, which are called when it is asked for."""
 
-
-class ByArm(Mapping[str, Value]):
-    """What a fit says of each arm, by arm label; it is made when it is asked for."""
-
-    def __init__(self, labels: Collection[str], make: Callable[[str], Value]) -> None:
-        self._labels, self._make = labels, make
-
-    def __getitem__(self, label: str) -> Value:
-        if label not in self._labels:
-            raise KeyError(label)
-        return self._make(label)
-
-    def __contains__(self, label: object) -> bool:
-        return label in self._labels
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._labels)
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-
-@dataclass(frozen=True)
-class _Errors:
-    """What draws of the errors of a fit's coefficients are made from; those of all at once take much memory."""
-
-    seed_parts: tuple[tuple[np.ndarray, int, str], ...]
-    """Of each independent part of the error from seeds: the covariance of the coefficients `order`, its degrees of
-    freedom, and a name for its draws; empty where the error is not known."""
-    order: tuple[int, ...]
-    """The places of these coefficients."""
-    influences: np.ndarray | None
-    """What groups of test examples do to each coefficient, (coefficients, groups); None where this is not known."""
-    test_split: str
-    n_examples: int
-    n_groups: int
-
-    def by_seed(self, places: list[int]) -> np.ndarray:
-        """Return draws of some coefficients' error from seeds, (N_DRAWS, places)."""
-        if not self.seed_parts:
-            return np.full((N_DRAWS, len(places)), math.nan)
-        chosen = [self.order.index(at) for at in places]
-        return np.asarray(sum(multivariate_student(*part, chosen) for part in self.seed_parts))
-
-    def by_example(self, places: list[int]) -> np.ndarray | None:
-        """Return draws of some coefficients' error from test examples, (N_DRAWS, places), if it is known."""
-        return None if self.influences is None else example_draws(self.influences[places], self.test_split)
+    def __getitem__(self, label: str) -> Any:
+        return super().__getitem__(label)()
 
 
 @dataclass(frozen=True)
@@ -161,54 +109,28 @@ class LossFit:
     noise_text: str
     """What a reason says at its end about the errors: where the seed noise was measured, if not by these runs, and from
     how many groups the test examples come, if from fewer than FEW_GROUPS."""
-    estimated: Callable[[str], tuple[Estimate, Estimate, bool]] = field(repr=False)
-    """Makes of an arm what `optima`, `minima` and `resolved` hold."""
+    optima: Mapping[str, Estimate] = field(repr=False)
+    """The natural logarithm of the optimal LR of each arm."""
+    minima: Mapping[str, Estimate] = field(repr=False)
+    """The lowest loss of each arm, in the unit of the loss."""
+    resolved: Mapping[str, bool] = field(repr=False)
+    """Whether the optimum of each arm lies between LRs of its grid with a probability of 95% or more."""
 
-    @cached_property
-    def _made(self) -> dict[str, tuple[Estimate, Estimate, bool]]:
-        return {}
-
-    def _estimates(self, label: str) -> tuple[Estimate, Estimate, bool]:
-        if label not in self._made:
-            self._made[label] = self.estimated(label)
-        return self._made[label]
-
-    @property
-    def minima(self) -> Mapping[str, Estimate]:
-        """The lowest loss of each arm, in the unit of the loss."""
-        return ByArm(self.lowest, lambda label: self._estimates(label)[1])
-
-    @property
-    def optima(self) -> Mapping[str, Estimate]:
-        """The natural logarithm of the optimal LR of each arm."""
-        return ByArm(self.lowest, lambda label: self._estimates(label)[0])
-
-    @property
-    def resolved(self) -> Mapping[str, bool]:
-        """Whether the optimum of each arm lies between LRs of its grid with a probability of 95% or more."""
-        return ByArm(self.lowest, lambda label: self._estimates(label)[2])
-
+    @kept
     def gap(self, label: str, other: str) -> Estimate:
         """Return the minimum of one arm minus that of another; the seeds are those that both have."""
-        return self._difference("gap", self.minima, label, other)
+        return self._difference(self.minima, label, other)
 
+    @kept
     def log_ratio(self, label: str, other: str) -> Estimate:
         """Return the natural logarithm of the ratio of the optimal LRs of two arms."""
-        return self._difference("log ratio", self.optima, label, other)
+        return self._difference(self.optima, label, other)
 
-    @cached_property
-    def _differences(self) -> dict[tuple[str, str, str], Estimate]:
-        # Several claims ask for the same gaps and log ratios.
-        return {}
-
-    def _difference(self, name: str, numbers: Mapping[str, Estimate], label: str, other: str) -> Estimate:
+    def _difference(self, numbers: Mapping[str, Estimate], label: str, other: str) -> Estimate:
         if label not in numbers or other not in numbers:
-            return unknown()
-        key = (name, label, other)
-        if key not in self._differences:
-            difference = combined(np.subtract, numbers[label], numbers[other])
-            self._differences[key] = replace(difference, n_seeds=len(self.seeds[label] & self.seeds[other]))
-        return self._differences[key]
+            return estimate.unknown()
+        difference = estimate.combined(np.subtract, numbers[label], numbers[other])
+        return replace(difference, n_seeds=len(self.seeds[label] & self.seeds[other]))
 
 
 def fit_losses(
@@ -221,33 +143,52 @@ def fit_losses(
     """Fit the final losses of the arms of one comparison.
 
     Args:
-        runs: runs of one model, dataset, batch size and length: columns run_id, ARM, lr, seed, status, and the losses
-            (see `with_losses`); for rows that are means of several seeds also n_seeds and final_test_nll_sd.
+        runs: runs of one model, dataset, batch size and length: run_id, ARM, lr, seed, status, and the losses (see
+            `with_losses`); for rows that are means of several seeds also n_seeds and final_test_nll_sd.
         examples: the losses by test example; without them their error is not known.
         noise: seed noise from elsewhere, for a comparison with one seed.
         name: names the comparison, for the draws of the error from seeds.
-        test_split: names the test split, for the draws of the error from examples. Fits with one test split draw the
-            same examples, so that their difference keeps what they have in common.
+        test_split: names the test split. Fits with one test split draw the same examples, whose error cancels in
+            differences.
     """
     runs = with_arm_columns(with_losses(runs))
     every_run = run_array(runs)
     arms = {arm_label(arm): every_run[places] for arm, places in arm_places(runs)}
     grids = {label: grid for label, rows in arms.items() if (grid := arm_grid(rows))}
     counted = counted_rows(arms, grids)
-    if counted is not None:
-        noise = (_noise_of_rows(counted) or noise) if len(counted.seeds) < 2 else None
+    if counted is not None and len(counted.seeds) > 1:
+        noise = None
+    elif counted is not None:
+        means = counted.runs[(counted.runs["n"] > 1) & np.isfinite(counted.runs["sd"])]
+        if len(means):
+            pooled = math.sqrt(float(((means["n"] - 1) * means["sd"] ** 2).sum() / (means["n"] - 1).sum()))
+            noise = Noise(pooled, int((means["n"] - 1).sum()), "the standard deviations in the table")
     fitted = None if counted is None else _fitted(counted, noise)
     if counted is None or fitted is None:
-
-        def no_arm(label: str) -> tuple[Estimate, Estimate, bool]:
-            raise KeyError(label)
-
-        return LossFit(grids, {}, {}, math.nan, 0, {}, {}, {}, "", no_arm)
+        return LossFit(grids, {}, {}, math.nan, 0, {}, {}, {}, "", {}, {}, {})
     solution, places_by_arm, bends = fitted
-    sigma, dof, known = _seed_noise(counted, solution, noise)
-    examples = examples or ExampleLosses()
-    errors = _errors(counted, solution, places_by_arm, dof if known else 0, examples, name, test_split)
-    losses = _without_seeds(counted, solution, places_by_arm)
+    sigma, dof = math.nan, 0
+    if len(counted.seeds) > 1 or noise is not None:
+        sigma, dof = math.sqrt(solution.variance * (1 + solution.ratio)), solution.dof
+    if noise is None and solution.ratio > 0 and not math.isnan(sigma):
+        # The error lies between the cells of arm and seed, of which there are fewer than runs.
+        cells = int(counted.cells.max()) + 1
+        dof = max(1, min(dof, cells - len(counted.in_arm) - (len(counted.seeds) - 1)))
+    # The first draws are the most even, so the coefficients come first on which the most numbers depend: all depend on
+    # the asymmetry, an optimum on a curvature and a slope besides, and a minimum on an intercept, too.
+    by_kind = [list(dict.fromkeys(kind)) for kind in zip(*places_by_arm.values(), strict=True)]
+    order = [place for kind in reversed(by_kind) for place in kind]
+    seed_parts = _seed_parts(counted, solution, order, dof, f"seeds of {name}") if dof and sigma > 0 else []
+    fitted_ids, influences, n_examples, n_groups = counted.runs["run_id"].tolist(), None, 0, 0
+    on_runs = examples.influences(fitted_ids) if examples else None
+    if examples and on_runs is not None:
+        hat, weighted = solution.hat / counted.weights, counted.weights[:, None] * on_runs
+        influences = estimate.without_run_noise(weighted, solution.design, hat, solution.covariance)
+        n_examples, n_groups = len(examples.tokens[fitted_ids[0]]), on_runs.shape[1]
+    of_seeds = solution.coefficients.copy()
+    of_seeds[[place for own in places_by_arm.values() for place in own]] = 0.0
+    # The losses without the effects of their seeds that all arms share.
+    losses = counted.runs["test_loss"] - solution.design @ of_seeds / counted.weights
     lowest, measured, curvature, seeds, run_ids = {}, {}, {}, {}, {}
     for label, chosen in counted.in_arm.items():
         places = places_by_arm[label]
@@ -257,22 +198,30 @@ def fit_losses(
         seeds[label] = frozenset(seed + k for seed, n in counted.runs[chosen][["seed", "n"]].tolist() for k in range(n))
         position, value = map(float, _vertex(solution.coefficients[places], counted.ends[label], bends.get(label)))
         lowest[label] = math.log(grids[label].lrs[grids[label].centre]) + position, value
-        measured[label] = _lowest_mean(counted.runs[chosen], losses[chosen], sigma)
+        at_lrs = chosen & (counted.runs["lr"] == np.unique(counted.runs["lr"][chosen])[:, None])
+        by_lr = [float(np.average(losses[at], weights=counted.runs["n"][at])) for at in at_lrs]
+        best = int(np.argmin(by_lr))
+        measured[label] = by_lr[best], sigma / math.sqrt(counted.runs["n"][at_lrs[best]].sum())
 
+    @cache
     def estimated(label: str) -> tuple[Estimate, Estimate, bool]:
+        # Draws of all coefficients at once would take much memory.
         grid, places, ends, bend = grids[label], places_by_arm[label], counted.ends[label], bends.get(label)
-        own = solution.coefficients[places]
-        value = _vertex(own, ends, bend)
-        by_seed, drawn = _vertex(own + errors.by_seed(places), ends, bend), errors.by_example(places)
-        by_example = None if drawn is None else _vertex(own + drawn, ends, bend)
+        own, drawn = solution.coefficients[places], np.full((N_DRAWS, len(places)), math.nan)
+        if seed_parts:
+            chosen = [order.index(place) for place in places]
+            drawn = np.asarray(sum(estimate.multivariate_student(*part, chosen) for part in seed_parts))
+        value, by_seed, by_example = _vertex(own, ends, bend), _vertex(own + drawn, ends, bend), None
+        if influences is not None:
+            by_example = _vertex(own + estimate.example_draws(influences[places], test_split), ends, bend)
         position, minimum = (
             Estimate(
                 float(value[part]),
                 by_seed[part] - value[part],
                 None if by_example is None else by_example[part] - value[part],
                 len(seeds[label]),
-                errors.n_examples,
-                errors.n_groups,
+                n_examples,
+                n_groups,
             )
             for part in (0, 1)
         )
@@ -283,27 +232,12 @@ def fit_losses(
         return optimum, minimum, bounded and position.known and float(outside.mean()) <= 0.025
 
     text = "" if noise is None else f"; seed noise from {noise.source}"
-    if 1 < errors.n_groups < min(errors.n_examples, FEW_GROUPS):
-        text += f"; the {errors.n_examples} test examples come from {errors.n_groups} groups"
-    return LossFit(grids, lowest, measured, sigma, dof, curvature, seeds, run_ids, text, estimated)
-
-
-def _without_seeds(rows: FitRows, solution: Solution, places: Places) -> np.ndarray:
-    """Return the losses without the effects of their seeds that all arms share, (runs,)."""
-    effects = solution.coefficients.copy()
-    effects[[place for own in places.values() for place in own]] = 0.0
-    return np.asarray(rows.runs["test_loss"] - solution.design @ effects / rows.weights)
-
-
-def _lowest_mean(runs: np.ndarray, losses: np.ndarray, sigma: float) -> tuple[float, float]:
-    """Return the lowest of the mean losses at the LRs of an arm's runs, and its standard error.
-
-    A row of n seeds counts n times; sigma is the standard deviation of a run's loss.
-    """
-    at_lrs = runs["lr"] == np.unique(runs["lr"])[:, None]
-    means = [float(np.average(losses[at], weights=runs["n"][at])) for at in at_lrs]
-    best = int(np.argmin(means))
-    return means[best], sigma / math.sqrt(runs["n"][at_lrs[best]].sum())
+    if 1 < n_groups < min(n_examples, FEW_GROUPS):
+        text += f"; the {n_examples} test examples come from {n_groups} groups"
+    optima, minima, resolved = (
+        ByArm({label: lambda label=label, part=part: estimated(label)[part] for label in lowest}) for part in range(3)
+    )
+    return LossFit(grids, lowest, measured, sigma, dof, curvature, seeds, run_ids, text, optima, minima, resolved)
 
 
 def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[str, Bend]] | None:
@@ -329,8 +263,15 @@ def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[
     bends = {
         label: Bend(float(_vertex(first.coefficients[places[label]], rows.ends[label])[0]), 1.0) for label in labels
     }
-    free = _with_free_curvatures(rows, bends, first) if noise is None else None
-    noisy = free if free and free.variance > 0 else first
+    noisy = first
+    if noise is None:
+        # With curvatures of which nothing is known, they do not count as noise or hide it. An arm with two LRs shares
+        # the curvature of another one.
+        determined = [label for label, chosen in rows.in_arm.items() if len(np.unique(rows.runs["x"][chosen])) >= 3]
+        others = [label for label in labels if label not in determined]
+        design = rows.design([determined[:1] + others, *([label] for label in determined[1:])], bends)
+        free = rows.solve(design, _known_asymmetry(first, design, curvature))
+        noisy = free if free and free.variance > 0 else first
     places = {label: [*places[label][:2], 2 * arms + number] for number, label in enumerate(labels)}
     fitted, used = first, bends
     for _ in range(2):
@@ -350,16 +291,6 @@ def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[
     return replace(fitted, variance=noisy.variance, dof=noisy.dof), places, used
 
 
-def _with_free_curvatures(rows: FitRows, bends: Mapping[str, Bend], first: Solution) -> Solution | None:
-    """Return a fit in which nothing is known of the curvatures, so that they do not count as noise or hide it."""
-    determined = [label for label, chosen in rows.in_arm.items() if len(set(rows.runs["x"][chosen].tolist())) >= 3]
-    # An arm with two LRs shares the curvature of another one.
-    others = [label for label in rows.in_arm if label not in determined]
-    design = rows.design([determined[:1] + others, *([label] for label in determined[1:])], bends)
-    curvature = float(first.coefficients[2 * len(bends)])
-    return rows.solve(design, _known_asymmetry(first, design, curvature))
-
-
 def _known_asymmetry(noisy: Solution, design: np.ndarray, curvature: float) -> np.ndarray:
     """Return what is known of the asymmetry, the last column of a design, as a row for `FitRows.solve`."""
     return _weight(noisy, ASYMMETRY * curvature, LEAST_WEIGHTS[1]) * np.eye(design.shape[1])[-1:]
@@ -370,72 +301,24 @@ def _weight(noisy: Solution, deviation: float, least: float) -> float:
     return max(math.sqrt(noisy.variance) / deviation, least)
 
 
-def _noise_of_rows(rows: FitRows) -> Noise | None:
-    """Return the pooled seed noise of rows that are means of several seeds, if any."""
-    several = rows.runs[(rows.runs["n"] > 1) & np.isfinite(rows.runs["sd"])]
-    dof = several["n"] - 1
-    if not len(several):
-        return None
-    pooled = math.sqrt(float((dof * several["sd"] ** 2).sum() / dof.sum()))
-    return Noise(pooled, int(dof.sum()), "the standard deviations in the table")
-
-
-def _seed_noise(rows: FitRows, solution: Solution, noise: Noise | None) -> tuple[float, int, bool]:
-    """Return the standard deviation of a run, its degrees of freedom, and whether the error from seeds is known."""
-    if len(rows.seeds) < 2 and noise is None:
-        return math.nan, 0, False
-    sigma, dof = math.sqrt(solution.variance * (1 + solution.ratio)), solution.dof
-    if noise is None and solution.ratio > 0:
-        # The error lies between the cells of arm and seed, of which there are fewer than runs.
-        dof = max(1, min(dof, len(set(rows.cells.tolist())) - len(rows.in_arm) - (len(rows.seeds) - 1)))
-    return sigma, dof, dof >= 1 and sigma > 0
-
-
-def _errors(
-    rows: FitRows,
-    solution: Solution,
-    places: Places,
-    dof: int,
-    examples: ExampleLosses,
-    name: str,
-    test_split: str,
-) -> _Errors:
-    """Return what draws of the errors of coefficients are made from; with 0 as `dof`, that from seeds is unknown.
-
-    No number of an arm depends on the contrasts of seeds, so their errors are left out.
-    """
-    # The first draws are the most even, so the coefficients come first on which the most numbers depend: all depend on
-    # the asymmetry, an optimum on a curvature and a slope besides, and a minimum on an intercept, too.
-    by_kind = [list(dict.fromkeys(kind)) for kind in zip(*places.values(), strict=True)]
-    order = tuple(place for kind in reversed(by_kind) for place in kind)
-    seed_parts = _seed_parts(rows, solution, order, dof, f"seeds of {name}") if dof else ()
-    run_ids = rows.runs["run_id"].tolist()
-    on_runs, influences, n_examples, n_groups = examples.influences(run_ids), None, 0, 0
-    if on_runs is not None:
-        weighted, hat = rows.weights[:, None] * on_runs, solution.hat / rows.weights
-        influences = without_run_noise(weighted, solution.design, hat, solution.covariance)
-        n_examples, n_groups = len(examples.tokens[run_ids[0]]), on_runs.shape[1]
-    return _Errors(seed_parts, order, influences, test_split, n_examples, n_groups)
-
-
 def _seed_parts(
-    rows: FitRows, solution: Solution, order: tuple[int, ...], dof: int, name: str
-) -> tuple[tuple[np.ndarray, int, str], ...]:
-    """Return the independent parts of the error from seeds; see `_Errors`.
+    rows: FitRows, solution: Solution, order: list[int], dof: int, name: str
+) -> list[tuple[np.ndarray, int, str]]:
+    """Return the independent parts of the error from seeds: a covariance of coefficients, its dof and a name for draws.
 
-    The contrasts of seeds hold all that seeds do to one arm alone. Its optimum then has the error of the noise within
-    seeds. Its minimum is that over new seeds: it has, in addition, the error of the mean of the seeds' effects.
+    No number of an arm depends on the contrasts of seeds, which hold all that seeds do to an arm alone. Its optimum
+    then has the error of the noise within seeds, and its minimum also that of the mean of the seeds' effects.
     """
     covariance, seeds = solution.variance * solution.unscaled[np.ix_(order, order)], len(rows.seeds)
     if len(rows.in_arm) > 1 or seeds < 2:
-        return ((covariance, dof, name),)
+        return [(covariance, dof, name)]
     # The effect of a seed moves the intercept alone, and by its share in the mean, unless rows differ in weight.
     in_seed = rows.cells[:, None] == np.unique(rows.cells)
-    weighted, moved = ((hat @ in_seed)[list(order)] for hat in (solution.hat / rows.weights, solution.hat))
+    weighted, moved = ((hat @ in_seed)[order] for hat in (solution.hat / rows.weights, solution.hat))
     within = covariance - solution.variance * solution.ratio * weighted @ weighted.T
     effects = solution.coefficients[3 : 2 + seeds]
     variance = float(effects @ effects + effects.sum() ** 2) / (seeds - 1)
-    return (within, solution.dof, f"runs, {name}"), (variance * moved @ moved.T, seeds - 1, name)
+    return [(within, solution.dof, f"runs, {name}"), (variance * moved @ moved.T, seeds - 1, name)]
 
 
 def _vertex(
@@ -443,8 +326,8 @@ def _vertex(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return position and value of the lowest point of parabolas or cubics between two ends, (n,) each.
 
-    Coefficients are the intercept, slope and curvature of each parabola, (n, 3), and for cubics also the asymmetry,
-    (n, 4), which the arm's `bend` applies.
+    Coefficients are the intercept, slope and curvature, (n, 3), of cubics also the asymmetry, (n, 4), which `bend`
+    applies.
     """
     intercept, slope, curvature = coefficients.T[:3]
     centre, asymmetry = (0.0, 0.0) if bend is None else (bend.centre, bend.size * coefficients.T[3])

@@ -1,13 +1,12 @@
 """The paper's law of the optimal LR, which depends on the method and the model's family and hidden size.
 
-    LR = base * M * (2000 / hidden size) ** exponent        M is 1 for FullFT
+LR = base * M * (2000 / hidden size) ** exponent, where M is 1 for FullFT
 
-The paper prints the formula without a base LR; all constants are in the authors' later code, `get_lr` of
-`hyperparam_utils` in the repository thinking-machines-lab/tinker-cookbook. The paper fits the law by the summed regret,
-which is the rise of the loss at the predicted LR as a share of the lowest loss. Here the losses of an arm are a
-parabola in ln LR (see `loss_fit`), so its regret is the curvature over the lowest loss times the squared error of
-ln LR. The fit is therefore weighted least squares, and its constants are linear in the optima, so that draws of the
-optima's errors give those of the law's predictions.
+All constants are in the authors' later code, `get_lr` of `hyperparam_utils` in thinking-machines-lab/tinker-cookbook.
+The paper fits the law by the summed regret, which is the rise of the loss at the predicted LR as a share of the lowest
+loss. Here the losses of an arm are a parabola in ln LR (see `loss_fit`), so its regret is the curvature over the lowest
+loss times the squared error of ln LR. The fit is therefore weighted least squares, and its constants are linear in the
+optima, so that draws of the optima's errors give those of the law's predictions.
 """
 
 from __future__ import annotations
@@ -79,13 +78,10 @@ def fit_lr_law(optima: Sequence[ArmOptimum]) -> LrLaw | None:
 
 
 def prediction_errors(optima: Sequence[ArmOptimum], left_out: Sequence[Hashable] | None = None) -> np.ndarray:
-    """Return the matrix that maps the ln LR of n optima to the errors of the predictions (ln predicted - ln optimal).
+    """Return the matrix, (n, n), that maps the ln LR of optima to errors of predictions (ln predicted - ln optimal).
 
     By default the law is fitted to all optima. With a label for each in `left_out`, an optimum is predicted by the law
-    that is fitted to the optima with other labels.
-
-    Returns:
-        The matrix, shape (n, n); a row is NaN where the law is not determined.
+    that is fitted to the optima with other labels. A row is NaN where the law is not determined.
     """
     design, n = _design(optima), len(optima)
     labels = [None] * n if left_out is None else list(left_out)
@@ -203,10 +199,7 @@ def swept_models(comparisons: Sequence[Comparison]) -> list[list[SweptModel]]:
 
 def by_base(models: Sequence[SweptModel]) -> list[list[SweptModel]]:
     """Group models by their base, since models that were post-trained from one are not independent: bases scatter."""
-    groups: dict[tuple[object, ...], list[SweptModel]] = {}
-    for model in models:
-        groups.setdefault(model.base, []).append(model)
-    return list(groups.values())
+    return [[model for model in models if model.base == base] for base in dict.fromkeys(each.base for each in models)]
 
 
 def mean_of(numbers: Sequence[Estimate]) -> Estimate:
@@ -228,13 +221,8 @@ def slope_over_models(x: Sequence[float], y: Sequence[Estimate], groups: Sequenc
     """Estimate the slope of numbers of models on a property of the models, with an intercept for each group.
 
     The error is that of the numbers, drawn together, or else that from their scatter around the line, where this is
-    larger; then `n_seeds` is 0, since it is models that are too few.
-
-    Args:
-        x: the property of each model, such as ln of its hidden size.
-        y: the numbers, such as ln of an optimal LR; the slope is unknown if the error of one is.
-        groups: a label for each number; the slope is unknown if no group has two values of x.
-        name: names the slope, for draws.
+    larger; then `n_seeds` is 0, since it is models that are too few. The slope is unknown if no group has two values of
+    the property x, or the error of a number y is unknown.
     """
     places = np.asarray(x, float)
     own = np.array([[group == other for other in groups] for group in groups])

@@ -1,8 +1,8 @@
 """Memorization: how many bits an adapter stores of random facts, and how many bits a dataset holds at most.
 
-Random facts do not generalize, so whatever a model predicts of them it has stored. The loss is therefore measured on
-the facts that were trained on. For other data, the summed loss of the first epoch is the description length: the
-number of bits needed to store the whole dataset, an upper bound on the bits that can be learned from it.
+Random facts do not generalize, so the loss is measured on the facts that were trained on. For other data, the summed
+loss of the first epoch is the description length: the bits needed to store the whole dataset, an upper bound on what
+can be learned from it.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ def is_memorisation(runs: pd.DataFrame) -> pd.Series[bool]:
 def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs on random facts with bits_stored, and bits_per_parameter (per trainable parameter).
 
-    They are the entropy of the answers minus the summed NLL of the answers under the trained model, in bits. That NLL
-    includes the token that ends an answer, which costs almost nothing. The number is negative for a model that
-    predicts worse than a uniform guess, and NaN where a run diverged. It is made of the columns entropy_bits,
-    final_test_nll, test_scored_tokens and trainable_params.
+    They are the entropy of the answers minus their summed NLL under the trained model, in bits, which includes the
+    token that ends an answer and costs almost nothing. They are negative for a model that predicts worse than a uniform
+    guess, and NaN where a run diverged.
     """
     facts = with_arm_columns(runs[is_memorisation(runs)]).reindex(columns=list(dict.fromkeys([*runs, *ARM, *_NEEDED])))
     entropy, nll, tokens, params = (facts[name].to_numpy(float, na_value=math.nan) for name in _NEEDED)
@@ -47,13 +46,15 @@ def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
-    """Compute the bits that each arm stores of random facts at its lowest NLL, which is fitted.
+    """Compute the bits that each arm stores of random facts at its lowest NLL, which is fitted, or else the mean at
+    lr_best.
 
     Returns:
         One row per arm with a finished run: lr_best (nearest to the fitted optimum), n_seeds, trainable_params,
         bits_stored with its 95% interval (`_low`, `_high`; NaN with one seed), bits_per_parameter, run_ids (at
-        lr_best). Where the runs determine no minimum, the NLL is the mean at lr_best.
+        lr_best).
     """
+    columns = ["lr_best", "n_seeds", "trainable_params", "bits_stored", "bits_stored_low", "bits_stored_high"]
     rows = []
     for comparison in comparisons(runs[is_memorisation(runs)], pd.DataFrame()):
         for arm in comparison.arms:
@@ -65,10 +66,8 @@ def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
             minimum = comparison.fit.minima.get(label, at_lr)
             bits = stored(minimum, float(first["entropy_bits"]), float(first["test_scored_tokens"]))
             low, high = bits.interval()
-            row = {"bits_stored": bits.value, "bits_stored_low": low, "bits_stored_high": high}
-            row |= {"lr_best": first["lr"], "trainable_params": first["trainable_params"], "n_seeds": len(chosen)}
-            rows.append(arm | row | {"run_ids": list(chosen["run_id"])})
-    columns = ["lr_best", "n_seeds", "trainable_params", "bits_stored", "bits_stored_low", "bits_stored_high"]
+            numbers = [first["lr"], len(chosen), first["trainable_params"], bits.value, low, high]
+            rows.append(arm | dict(zip(columns, numbers, strict=True)) | {"run_ids": list(chosen["run_id"])})
     table = arm_table(rows, [*columns, "bits_per_parameter", "run_ids"])
     return table.assign(bits_per_parameter=table["bits_stored"].astype(float) / table["trainable_params"].astype(float))
 
@@ -76,12 +75,9 @@ def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
 def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
     """Compute a dataset's description length in bits: the summed loss of the first epoch, where every token is new.
 
-    The loss is that of FullFT at the best LR of its grid, or of the highest LoRA rank where FullFT has no finished run,
-    from the columns first_epoch_nats and first_epoch_scored_tokens.
-
     Returns:
-        One row per model, dataset, batch size and number of steps whose runs completed an epoch: ARM (the arm whose
-        loss it is), bits (mean over seeds), run_ids.
+        One row per comparison whose runs completed an epoch: ARM (FullFT, or the highest LoRA rank where it has no
+        finished run), bits (mean over seeds at the best LR of its grid), run_ids.
     """
     rows = []
     for comparison in comparisons(runs, pd.DataFrame()):
@@ -101,10 +97,8 @@ def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def stored(minimum: Estimate, entropy_bits: float, scored_tokens: float) -> Estimate:
-    """Return the bits that an arm stores of random facts, from its lowest NLL in nats per scored token.
-
-    The facts are all that there are, so the choice of the test examples adds no error.
-    """
+    """Return the bits that an arm stores of random facts, from its lowest NLL per scored token; test examples add no
+    error, as the facts are all that there are."""
     bits = combined(lambda nats: entropy_bits - nats * scored_tokens / math.log(2), minimum)
     return replace(bits, example_part=None, n_examples=0)
 
@@ -112,10 +106,8 @@ def stored(minimum: Estimate, entropy_bits: float, scored_tokens: float) -> Esti
 def late_growth(runs: pd.DataFrame, curves: pd.DataFrame) -> Estimate:
     """Estimate the share of its stored bits that an arm stored in the second half of its steps, as a mean over seeds.
 
-    It is near 0 where the arm no longer stores more, and NaN without curves or without stored bits.
-
-    The runs are those of one arm on random facts at one LR, one for each seed, whose validation split has the same
-    facts.
+    It is NaN without curves or without stored bits. The runs are those of an arm at one LR, one for each seed, whose
+    validation split has the same facts.
     """
     shares, facts = [], stored_bits(runs)[["run_id", "bits_stored", "test_scored_tokens"]]
     points = train_curves(facts, curves, split="validation")

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from scipy.special import ndtri
 
 from lorabench.analysis.alpha_rules import judged_arms
-from lorabench.analysis.arms import ARM, arm_label, with_arm_columns
-from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, Judging, comparisons, kept
-from lorabench.analysis.curves import LrError, PairedCurves, curves_by_seed, paired
-from lorabench.analysis.estimate import Estimate
-from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, exponential, in_unit
+from lorabench.analysis.arms import ARM, arm_label, kept, with_arm_columns
+from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, Judging, comparisons
+from lorabench.analysis.curves import LrError, PairedCurves, curves_by_seed, log_windows, paired
+from lorabench.analysis.estimate import N_DRAWS, Estimate, normal
+from lorabench.analysis.finding import MIN_SEEDS, Finding, exponential, in_unit
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.memorisation import is_memorisation
 from lorabench.analysis.rules import LEVEL, Problem, Remedy, Rule
@@ -37,29 +38,18 @@ MAX_LOST = 0.1
 
 
 def mean_lr(schedule: object) -> float:
-    """Return the mean LR of a run over its highest, by the name of its schedule; 1 where that says nothing.
-
-    It is a half where the LR falls to zero on a line or a cosine.
-    """
+    """Return the mean LR of a run over its highest, by the name of its schedule: a half where it falls to zero on a
+    line or a cosine."""
     return 0.5 if str(schedule).startswith(("linear", "cosine")) else 1.0
 
 
-@dataclass(frozen=True)
-class _Around:
-    """The runs at the three LRs around the fitted optimum of an arm, by seeds that have all three."""
-
-    runs: pd.DataFrame
-    weights: pd.DataFrame
-    """By LR, the weights with which losses give the coefficients of a parabola through them: the value at the optimum
-    (column 0), and the coefficients of the distance from it in ln LR (column 1) and of its square (column 2)."""
-
-    def weighted(self, power: int) -> pd.DataFrame:
-        """Return the runs with the weights of a coefficient in the column weight."""
-        return self.runs.assign(weight=self.runs["lr"].map(self.weights[power]))
-
-
 @kept
-def _around(comparison: Comparison, arm: Arm) -> _Around | None:
+def _around(comparison: Comparison, arm: Arm) -> pd.DataFrame | None:
+    """Return the runs at the three LRs around the fitted optimum of an arm, of the seeds that have all three, if any.
+
+    The columns 0 to 2 are the weights with which losses give the coefficients of a parabola through them: the value at
+    the optimum, and the coefficients of the distance from it in ln LR and of its square.
+    """
     label = arm_label(arm)
     grid, fitted = comparison.fit.grids.get(label), comparison.fit.optima.get(label)
     if grid is None or fitted is None or len(grid.window) < 3:
@@ -71,7 +61,8 @@ def _around(comparison: Comparison, arm: Arm) -> _Around | None:
     runs = comparison.rows[label]
     runs = runs[(runs["status"] == "done") & runs["lr"].isin(lrs.tolist())]
     complete = runs[runs.groupby("seed")["lr"].transform("nunique") == 3]
-    return None if complete.empty else _Around(complete, pd.DataFrame(powers.T, index=lrs))
+    weights = {power: complete["lr"].map(dict(zip(lrs, powers[power], strict=True))) for power in range(3)}
+    return None if complete.empty else pd.concat([complete, pd.DataFrame(weights)], axis=1)
 
 
 @kept
@@ -82,8 +73,8 @@ def runs_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
     them, which sum to 1 for each seed. Otherwise they are those of `Comparison.at_optimum`, with weight 1.
     """
     around = _around(comparison, arm)
-    if around is not None and around.runs["seed"].nunique() >= MIN_SEEDS:
-        return around.weighted(0)
+    if around is not None and around["seed"].nunique() >= MIN_SEEDS:
+        return around.drop(columns=[1, 2]).rename(columns={0: "weight"})
     return comparison.at_optimum(arm).assign(weight=1.0)
 
 
@@ -95,16 +86,18 @@ def curves_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
 
 @kept
 def lr_error(comparison: Comparison, arm: Arm) -> LrError | None:
-    """Return what the error of an arm's optimal LR does to its training NLL there.
+    """Return what the error of an arm's optimal LR does to its training NLL there; None if no seed has the LRs around
+    it.
 
-    How the curve changes with the LR is a parabola through the three LRs around the optimum, as a mean over the seeds
-    that have all three. None if no seed has.
+    How the curve changes with the LR is a parabola through these three LRs, as a mean over the seeds that have them.
     """
     around = _around(comparison, arm)
     if around is None:
         return None
     points = comparison.points("train", "nll")
-    by_power = {power: curves_by_seed(around.weighted(power), points).mean(axis=1) for power in (1, 2)}
+    by_power = {
+        power: curves_by_seed(around.rename(columns={power: "weight"}), points).mean(axis=1) for power in (1, 2)
+    }
     optimum = comparison.fit.optima[arm_label(arm)]
     return LrError(optimum.draws - optimum.value, pd.DataFrame(by_power))
 
@@ -125,12 +118,50 @@ def lr_errors(comparison: Comparison, arm: Arm, other: Arm) -> tuple[LrError, ..
     return tuple(error for error in (own, negative) if error is not None)
 
 
+def coupled(short: Comparison, full: Comparison, from_short: Estimate, from_full: Estimate, name: str) -> Estimate:
+    """Couple the error of a number from the losses at the end to that of one from the losses at a step of these runs.
+
+    A run that has luck at a step has some of it at the end too, so the errors are correlated as the residuals of the
+    runs are. That correlation is taken at the lower end of its 68% interval, since a large one makes the difference of
+    the numbers look precise, times the share of runs that both fits have; and no lower than 0. The number from the end
+    is returned with its draws reordered so that their ranks have this correlation.
+    """
+    if not (from_short.known and from_full.known):
+        return from_full
+    parts = {}
+    for key, part in (("short", short), ("full", full)):
+        off = []
+        for label, run_ids in part.fit.run_ids.items():
+            rows, (optimum, minimum) = part.rows[label].set_index("run_id").loc[list(run_ids)], part.fit.lowest[label]
+            distance = np.log(rows["lr"].astype(float)) - optimum
+            parabola = minimum + part.fit.curvature[label] * distance**2
+            off.append(rows[["seed"]].assign(residual=rows["final_test_nll"].astype(float) - parabola))
+        by_run = pd.concat(off)
+        parts[key] = by_run["residual"] - by_run.groupby("seed")["residual"].transform("mean")
+    residuals = pd.concat(parts, axis=1)
+    common = residuals.dropna()
+    products = float((common["short"] * common["full"]).sum())
+    squares = float((common["short"] ** 2).sum() * (common["full"] ** 2).sum())
+    dof, correlation = min(short.fit.dof, full.fit.dof), 0.0
+    if dof >= 2 and squares > 0:
+        # No correlation above 0.999 is believed.
+        lower = math.tanh(math.atanh(min(products / math.sqrt(squares), 0.999)) - 1 / math.sqrt(dof - 1))
+        correlation = max(0.0, lower) * len(common) / len(residuals)
+    order = np.argsort(from_short.seed_part, kind="stable")
+    scores = np.empty(N_DRAWS)
+    scores[order] = ndtri((np.arange(N_DRAWS) + 0.5) / N_DRAWS)
+    scores = correlation * scores + math.sqrt(1 - correlation**2) * normal(f"coupled {name}")
+    reordered = np.empty(N_DRAWS)
+    reordered[np.argsort(scores, kind="stable")] = np.sort(from_full.seed_part)
+    return replace(from_full, seed_part=reordered)
+
+
 def in_window(comparison: Comparison, low: int, high: int) -> Comparison:
     """Return the comparison by the mean training NLL of each run from one step to another.
 
-    Its fitted minimum of an arm is the lowest loss over LRs in these steps (the envelope). A fit has no bias towards
-    the arm with more LRs, as the lowest of several noisy losses has. A run that diverged later counts, and one that had
-    diverged by then bounds the lowest loss; other runs without all of these steps are left out.
+    Its fitted minimum of an arm is the lowest loss over LRs in these steps (the envelope), without the bias of the
+    lowest of several noisy losses. A run that diverged later counts, and one that had diverged by then bounds the
+    lowest loss; other runs without all of these steps are left out.
     """
     points = comparison.points("train", "nll")
     inside = points[points["step"].between(low, high)].astype({"value": float}).groupby("run_id")["value"]
@@ -141,9 +172,7 @@ def in_window(comparison: Comparison, low: int, high: int) -> Comparison:
     loss = runs["run_id"].map(means).astype(float)
     known = np.isfinite(loss)
     runs = runs.assign(
-        status=runs["status"].mask(known, "done"),
-        final_valid_nll=loss.where(known),
-        final_test_nll=loss.where(known),
+        status=runs["status"].mask(known, "done"), final_valid_nll=loss.where(known), final_test_nll=loss.where(known)
     )
     # The losses by test example, and seed noise from elsewhere, are those of final losses.
     judging = Judging(comparison.judging.margins)
@@ -172,16 +201,13 @@ def off_optimum(comparison: Comparison, arm: Arm, other: Arm, effect: float) -> 
 
     `effect` is the least difference that matters to the comparison, in nats per token.
     """
-
-    def lost(compared: Arm) -> float:
-        """Return the loss that an arm adds by its distance from its optimum; 0 if it is interpolated there."""
+    added = 0.0
+    for compared, sign in ((arm, 1), (other, -1)):
         label, runs = arm_label(compared), runs_at_optimum(comparison, compared)
-        fitted = comparison.fit.optima.get(label)
-        if fitted is None or runs.empty or (runs["weight"] != 1.0).any():
-            return 0.0
-        return comparison.fit.curvature[label] * (math.log(float(runs["lr"].iloc[0])) - fitted.value) ** 2
-
-    added = lost(arm) - lost(other)
+        # A curve that is interpolated at the optimum adds nothing.
+        if label in comparison.fit.lowest and len(runs) and (runs["weight"] == 1.0).all():
+            off = math.log(float(runs["lr"].iloc[0])) - comparison.fit.lowest[label][0]
+            added += sign * comparison.fit.curvature[label] * off**2
     if not abs(added) > MAX_LOST * effect:
         return []
     labels = f"{arm_label(arm)} and {arm_label(other)}"
@@ -195,8 +221,8 @@ class Departure:
     """Whether and where a curve leaves another for good; the steps are None if it has not left."""
 
     growth: Estimate | None
-    """The slope of the gap against log10(step) from there on, per tenfold steps. If the curve stays above to the end
-    but the gap does not grow, it is the slope from where it stays above; None if it does not stay above."""
+    """The slope of the gap against log10(step) from there on, per tenfold steps, or from where it stays above to the
+    end; None if it does not."""
     first: int | None = None
     """The first step of the window from which it has left."""
     before: int | None = None
@@ -211,15 +237,14 @@ class Departure:
 
 
 def paired_departure(curves: PairedCurves, margin: float) -> Departure:
-    """Find where one arm's loss leaves another's because the arm runs out of capacity.
+    """Find where one arm's loss leaves another's because the arm runs out of capacity, given their difference and the
+    margin.
 
-    `curves` is the loss of the arm minus that of the other, and `margin` the least gap that matters, in nats per token.
     The gap must lie above the margin in each window to the end, with an interval above 0 that holds for all WINDOWS
     windows at once. LoRA starts slowly, since B is zero, and a gap that shrinks again is no lack of capacity; so the
-    departure is the window with the smallest gap of these, from which on the gap must grow. The last window alone shows
-    no growth, so no departure is sought there.
+    departure is the window with the smallest gap of these, but not the last, from which on the gap must grow.
     """
-    windows = curves.windows(WINDOWS)
+    windows = log_windows(curves.by_seed.index, WINDOWS)
     level = 1 - LEVEL / max(1, len(windows))
     means = curves.means(windows)
     above = [gap.known and gap.value >= margin and gap.interval(level)[0] > 0 for gap in means]
@@ -237,19 +262,12 @@ def paired_departure(curves: PairedCurves, margin: float) -> Departure:
 
 
 def log_threshold(curves: PairedCurves, departure: Departure, margin: float) -> Estimate | str:
-    """Estimate where a rank runs out of capacity: where its gap to the highest rank reaches the margin.
+    """Estimate log10 of the step at which a rank runs out of capacity, or return as text why there is none.
 
-    The gap is that of a line, which is fitted against log10(step) from the window after that of the departure on.
-
-    Args:
-        curves: the loss of the rank minus that of the highest.
-        departure: that of these curves.
-        margin: in nats per token.
-
-    Returns:
-        log10(step), or as text why there is none. A rank that leaves at once never joined the shared curve, which does
-        not show when a lack of capacity sets in, since LoRA starts slowly. A line that reaches the margin before the
-        window before the departure, with 95% confidence, does not describe the gap.
+    There its gap to the highest rank (`curves`) reaches the margin, in nats per token. The gap is that of a line, which
+    is fitted against log10(step) from the window after that of the departure on. A rank that leaves at once never
+    joined the shared curve, which does not show when a lack of capacity sets in, since LoRA starts slowly. A line that
+    reaches the margin before the window before the departure, with 95% confidence, does not describe the gap.
     """
     if departure.first is None:
         return "does not leave"
@@ -275,12 +293,7 @@ def tokens_at(comparison: Comparison, arm: Arm, step: float) -> float:
 
 
 def fitted_noise(parts: Sequence[Comparison]) -> pd.DataFrame:
-    """Return the seed noise of comparisons, as their fits have it.
-
-    Returns:
-        One row per comparison: the columns COMPARED, sigma and dof (see `LossFit`; NaN if it is not known), n_runs
-        (that count for the fit).
-    """
+    """Return a row per comparison: COMPARED, sigma and dof (see `LossFit`; NaN if not known), n_runs (of the fit)."""
     rows = []
     for part in parts:
         sigma, n_runs = part.fit.sigma if part.fit.dof else math.nan, sum(map(len, part.fit.run_ids.values()))
@@ -290,12 +303,9 @@ def fitted_noise(parts: Sequence[Comparison]) -> pd.DataFrame:
 
 
 def pooled_noise(runs: pd.DataFrame, source: str) -> Noise:
-    """Return the seed noise of supervised runs: each comparison's variance, weighted by its degrees of freedom.
+    """Return the seed noise of supervised runs: each `LossFit`'s variance, weighted by its degrees of freedom.
 
-    The noise of a comparison is the sigma of its `LossFit`. Random facts are left out, since the loss on memorized
-    text varies far more.
-
-    `source` says where the runs are from, for the reasons of verdicts.
+    Random facts are left out, since the loss on memorized text varies far more. `source` says where the runs are from.
 
     Raises:
         UserError: the table lacks a column, or no comparison has two seeds.
@@ -339,12 +349,7 @@ def as_ratio(judged: Finding) -> Finding:
 
 
 def judge_ratio(comparison: Comparison, arm: Arm, other: Arm, rule: Rule, margin_rule: str = "") -> Finding:
-    """Judge the ratio of the optimal LR of an arm to that of another.
-
-    The rule is on the natural logarithm of the ratio, and the finding has its numbers as ratios.
-    """
+    """Judge the ratio of the optimal LRs of two arms by a rule on its natural logarithm; the finding has ratios."""
     log_ratio = comparison.fit.log_ratio(arm_label(arm), arm_label(other))
-    text, ids = ratio_text(comparison, arm, other), comparison.run_ids([arm, other])
-    problems = comparison.problems([arm, other], resolved=True)
-    reopened = comparison.reopened([arm, other], resolved=True)
-    return as_ratio(decide(rule, log_ratio, text, ids, problems, margin_rule, reopened))
+    text = ratio_text(comparison, arm, other)
+    return as_ratio(comparison.decide(rule, log_ratio, text, [arm, other], margin_rule, resolved=True))

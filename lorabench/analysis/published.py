@@ -39,11 +39,9 @@ def paper_numbers() -> dict[str, float]:
 
 
 def published_sweeps() -> pd.DataFrame:
-    """Return published final test losses by learning rate.
+    """Return published final test losses by LR (SWEEP_COLUMNS), a mean for each model, method, rank, placement and LR.
 
-    Returns:
-        The columns SWEEP_COLUMNS, one row per model, method, rank, placement and LR; runs with the same settings are
-        averaged. The source `tinker-cookbook` has the whole LR grid of LoRA, `michaelbzhu` the best LR of each arm.
+    The source `tinker-cookbook` has the whole LR grid of LoRA, `michaelbzhu` the best LR of each arm.
     """
     sweep = pd.read_csv(REFERENCE / "tinker_sft_sweep.csv")
     cells = sweep.groupby(["model", "rank", "lr"], as_index=False).agg(nll=("test_nll", "mean"))
@@ -95,31 +93,21 @@ def estimates_by_claim() -> Mapping[str, str]:
     }
     about = f"(Qwen3-4B, No Robots, one seed; {_REPLICATION})"
     llama = sweep_of("Llama-3.1-8B", "tulu3")
-    optima = {
-        int(rank): interpolated_optimum(llama[llama["rank"] == rank].sort_values("lr")) for rank in set(llama["rank"])
-    }
+    optima = {}
+    for rank in sorted(set(llama["rank"])):
+        grid = llama[llama["rank"] == rank].sort_values("lr")
+        # The best LR and its neighbours; it is at no edge.
+        place = grid["lr"].tolist().index(lowest(dict(zip(grid["lr"], grid["nll"], strict=True))))
+        around = grid.iloc[place - 1 : place + 2]
+        optima[int(rank)] = math.exp(vertex(np.log(around["lr"].to_numpy()), around["nll"].to_numpy()))
     low, high = min(optima), max(optima)
     shift = f"{optima[high] / optima[low]:.2f} from rank {low} to {high} (Llama-3.1-8B, Tulu3, one seed; {_TINKER})"
     return {claim: f"{value} {about}" for claim, value in values.items()} | {"B3": shift}
 
 
-def interpolated_optimum(grid: pd.DataFrame) -> float:
-    """Return the optimal LR of a grid, interpolated by a parabola through the best LR and its neighbours.
-
-    Args:
-        grid: rows with `lr` ascending and `nll`; the best LR must not be at an edge.
-    """
-    best = lowest(dict(zip(grid["lr"], grid["nll"], strict=True)))
-    place = grid["lr"].tolist().index(best)
-    neighbours = grid.iloc[place - 1 : place + 2]
-    return math.exp(vertex(np.log(neighbours["lr"].to_numpy()), neighbours["nll"].to_numpy()))
-
-
 def vertex(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the position of the lowest point of the parabola through three points whose middle is the lowest.
-
-    It is the middle position if the three values are equal.
-    """
+    """Return the position of the lowest point of the parabola through three points whose middle is the lowest, and that
+    position if all are equal."""
     (left, _, right), (rise_left, _, rise_right) = (x - x[1]).tolist(), (y - y[1]).tolist()
     curvature = rise_left * right - rise_right * left
     shift = (rise_left * right**2 - rise_right * left**2) / (2 * curvature) if curvature else 0.0

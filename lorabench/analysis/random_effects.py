@@ -35,20 +35,15 @@ class RandomEffects:
 
 
 def random_effects(values: Sequence[float], errors: Sequence[float]) -> RandomEffects:
-    """Summarize the measurements of several sources.
+    """Summarize the measurements of several sources, with standard errors.
 
     The true value of each source is a draw from a normal distribution around a mean. The variance between sources is
     estimated by the method of Paule and Mandel, the interval of the mean is that of Hartung and Knapp (t, k - 1 degrees
     of freedom), and the prediction interval (t, k - 2) is where the true value of a further source would lie.
-    statsmodels' `combine_effects` has the first two, and a test holds them together; it has no prediction interval, and
-    takes long to import.
-
-    Args:
-        values: a value for each source.
-        errors: their standard errors, all above 0.
+    statsmodels' `combine_effects` has the first two, and takes long to import; a test holds them together.
 
     Raises:
-        ValueError: there is no source, or an error is not above 0.
+        ValueError: there is no source, or a standard error is not above 0.
     """
     value, variance = np.asarray(values, float), np.asarray(errors, float) ** 2
     k = len(value)
@@ -80,15 +75,12 @@ def random_effects(values: Sequence[float], errors: Sequence[float]) -> RandomEf
 
 
 def p_of_groups(groups: Sequence[RandomEffects]) -> float:
-    """Return the probability that the means of groups of sources lie so far apart by chance (Welch's test).
+    """Return the probability that the means of two or more groups of sources lie so far apart by chance (Welch's test).
 
-    The error of a mean of k sources is known by k - 1 degrees of freedom only, and each group has its own variance
-    between sources. statsmodels' `anova_oneway` has the test for single values; a test holds them together. Where the
-    groups are alike it gives p < 0.05 in at most 5% of cases with equal variances, and in up to 8% with standard
-    deviations of 1 to 3 in groups of two to six sources.
-
-    Args:
-        groups: the summaries of two groups or more, of two sources or more each.
+    The error of a mean of k sources, at least 2, is known by k - 1 degrees of freedom only, and each group has its own
+    variance between sources. statsmodels' `anova_oneway` has the test for single values; a test holds them together.
+    Where the groups are alike it gives p < 0.05 in at most 5% of cases with equal variances, and in up to 8% with
+    standard deviations of 1 to 3 in groups of two to six sources.
     """
     means = np.array([group.mean for group in groups])
     weights = np.array([group.error for group in groups]) ** -2.0

@@ -53,9 +53,6 @@ def is_sick(runs: pd.DataFrame) -> pd.Series[bool]:
     A run is sick if more than MAX_TRUNCATED of its last responses are cut off. So is one whose test accuracy is not
     above both controls, if its entropy is below COLLAPSED or the base was more accurate by MIN_GAIN. A run whose
     accuracy is exactly that of the base, as after no reward at all, is no peak and not sick.
-
-    Args:
-        runs: columns final_truncated, final_entropy, base_reward, final_reward and CONTROLS, as far as they are known.
     """
     columns = ["final_truncated", "final_entropy", "base_reward", "final_reward", *CONTROLS]
     truncated, entropy, base, final, *controls = _numbers(runs, columns)
@@ -77,11 +74,7 @@ def beyond_controls(runs: pd.DataFrame) -> pd.Series[bool]:
 
 
 def leads(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the lead of each method over the controls.
-
-    Args:
-        runs: runs of RL with the columns model, dataset, method, rank, placement, lr, status, final_reward and
-            CONTROLS; sick runs do not count.
+    """Return the lead of each method over the controls in runs of RL that are not sick.
 
     Returns:
         One row per model, dataset and method: accuracy (the best mean over seeds at one LR, of any rank and placement),
@@ -100,8 +93,6 @@ def leads(runs: pd.DataFrame) -> pd.DataFrame:
 
 def sampler_mismatch(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Return the measures of the sampler against the learner over the steps of all runs of each arm of RL.
-
-    Runs of supervised fine-tuning are left out, and metrics that the curves lack become NaN.
 
     Returns:
         One row per arm: run_ids, kl_mean (nats per token), kl_max (the largest absolute value), ratio_mean, ratio_max,
@@ -133,15 +124,8 @@ def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward
     that got none any more: its policy would have stayed as it was. A sick run (see `is_sick`) counts as diverged,
     whatever its accuracy, so that it is never an optimum.
 
-    Args:
-        runs: columns task, status, final_valid_reward and the column that `test_reward` names; without the column task,
-            no run is RL. Columns that `is_sick` reads may be missing.
-        test_reward: the test accuracy to report: after the last step (`final_reward`), or at the evaluation with the
-            best validation accuracy (`best_reward`).
-
-    Returns:
-        The RL runs with status done or diverged, validation_loss = 1 - final_valid_reward and test_loss = 1 -
-        `test_reward`. With either test reward, the LR is picked by the validation accuracy after the last step.
+    The test accuracy is that after the last step (`final_reward`), or at the evaluation with the best validation
+    accuracy (`best_reward`). With either, the LR is picked by the validation accuracy after the last step.
     """
     rl = runs[is_rl(runs)]
     sick = is_sick(rl)
@@ -156,12 +140,6 @@ def reward_curves(
     runs: pd.DataFrame, curves: pd.DataFrame, split: str = "train", metric: str = "reward"
 ) -> pd.DataFrame:
     """Return a metric over training at the LR of each arm's grid that is nearest to its fitted optimum.
-
-    Args:
-        runs: as for `with_error_rates`.
-        curves: their curves, optionally with examples.
-        split: train, validation, test, or the name of a held-out problem set.
-        metric: a metric of the split, such as reward (train), accuracy (other splits), response_length.
 
     Returns:
         One row per arm and step, ascending: lr, step, episodes, mean and sd over the finished seeds that have the step
@@ -187,15 +165,12 @@ def reward_curves(
 
 
 def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
-    """Return the neighbouring LRs of an arm that are all equally good, so that its optimal LR is open.
+    """Return the neighbouring LRs of an arm that are all equally good, so that its optimal LR is open; empty if there
+    are none.
 
-    Policies that end at one and the same rule have one and the same accuracy, whatever their LR, and a parabola always
-    has an optimum. Two LRs are equally good if their test error rates agree exactly with every seed that both have; so
-    are three or more that can't be told from the best by the noise of the fit (two standard errors). Two such LRs are
-    no flat top, since the optimum may lie halfway between them.
-
-    Returns:
-        The LRs, ascending, with the best one of the grid among them; empty if the top is not flat.
+    Two LRs are equally good if their test error rates agree exactly with every seed that both have, as policies do that
+    end at one rule; so are three or more that can't be told from the best by the noise of the fit (two standard
+    errors). Two such LRs are no flat top, since the optimum may lie halfway between them.
     """
     grid = comparison.fit.grids.get(arm_label(arm))
     if grid is None:
@@ -240,14 +215,13 @@ def cost_of_a_miss(comparison: Comparison, arm: Arm) -> Estimate:
 
     An LR misses if it lies NEAR to FAR decades below or above the fitted optimum; the cost is 1 minus the mean accuracy
     there over the mean accuracy nearer to the optimum. Both are means over log LR of the test accuracy after the last
-    step, on the line between the means over seeds at neighbouring LRs; the line of the last two LRs goes on beyond
-    them. A breakdown counts with its accuracy, and a run without one has the accuracy 0. If the accuracy is a parabola
-    in log LR, an error of the optimum moves both means alike, and where the LRs lie hardly matters.
+    step, on the line between the means over seeds at neighbouring LRs, which goes on beyond the last two. A breakdown
+    counts with its accuracy, and a run without one has the accuracy 0.
 
     The error from seeds is that of the mean at each LR, from its own standard deviation, with Welch and Satterthwaite's
-    degrees of freedom, since breakdowns make some LRs noisier than others. An LR with one run is taken to be as noisy
-    as the noisiest that counts; where no LR has two, the noise of the fit stands in. An effect that a seed has on all
-    LRs of an arm cancels in its cost, but is counted, which is cautious.
+    degrees of freedom, since breakdowns make some LRs noisier than others. An LR with one run is as noisy as the
+    noisiest that counts; where no LR has two, the noise of the fit stands in. What a seed does to all LRs is counted,
+    which is cautious.
     """
     rows, fit = _by_lr(comparison, arm), comparison.fit
     lrs, cell, n_runs = np.unique(rows["lr"].to_numpy(float), return_inverse=True, return_counts=True)
@@ -297,11 +271,9 @@ def _by_lr(comparison: Comparison, arm: Arm) -> pd.DataFrame:
 
 
 def _mean_weights(decades: np.ndarray, reach: float) -> np.ndarray:
-    """Return the weight of each LR in the mean accuracy over log LR from -reach to reach.
+    """Return the weight of each LR in the mean accuracy over log LR from -reach to reach, (LRs,).
 
-    Args:
-        decades: the LRs in decades from the middle, ascending, (LRs,), two or more.
-        reach: the distance of both ends, in decades.
+    The LRs are in decades from the middle, ascending, two or more; so is the reach.
     """
     ends = np.union1d(decades[np.abs(decades) < reach], [-reach, reach])
     left = np.clip(np.searchsorted(decades, ends) - 1, 0, len(decades) - 2)

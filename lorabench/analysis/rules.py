@@ -1,7 +1,7 @@
 """Decision rules: from an estimate and a margin that was written down before the runs to a verdict, or to a remedy.
 
-docs/verdicts.md explains the two rules, `Within` and `Above`. A rule judges an estimate as it is, or as new runs of the
-same design would give it (see `finding`).
+A rule judges an estimate as it is, or as new runs of the same design would give it (see `finding`). docs/verdicts.md
+explains the rules.
 """
 
 from __future__ import annotations
@@ -94,13 +94,9 @@ class Within:
         """Return which runs have the claimed sign if they contradict, (runs,); an equality claims none."""
         return np.zeros(len(runs.shifts), bool)
 
-    @property
-    def _ends(self) -> list[float]:
-        return [end for end in (self.low, self.high) if math.isfinite(end)]
-
     def strain(self, estimate: Estimate) -> float:
         """Return how near the claim is to failing, as a share of the margin; larger is nearer."""
-        ends = self._ends
+        ends = [end for end in self.margins if math.isfinite(end)]
         if not ends:
             return math.nan
         middle, half = float(np.mean(ends)), (max(ends) - min(ends)) / 2
@@ -109,14 +105,8 @@ class Within:
         return (estimate.value if ends == [self.high] else -estimate.value) / max(abs(middle), 1e-12)
 
     def power(self, truth: float, error: float, dof: float, tests: int) -> tuple[float, float]:
-        """Return the probabilities of a confirmation and of a contradiction.
-
-        Args:
-            truth: the true number.
-            error: the standard error of its estimate.
-            dof: the degrees of freedom of that error.
-            tests: the number of comparisons that share the level of a contradiction.
-        """
+        """Return the probabilities of a confirmation and of a contradiction of the truth by an estimate with a standard
+        error and its degrees of freedom, where a number of tests share the level of a contradiction."""
         to_high, to_low = (self.high - truth) / error, (truth - self.low) / error
         one_sided, two_sided = (stdtrit(dof, 1 - level) for level in (LEVEL, LEVEL / 2 / tests))
         confirmed = stdtr(dof, to_high - one_sided) + stdtr(dof, to_low - one_sided) - 1
@@ -183,12 +173,17 @@ class Margin:
     problem: str | None = None
     """Why the rule can't be applied; the value is then NaN."""
 
+    @property
+    def problems(self) -> list[Problem]:
+        """Why the margin decides nothing, if so."""
+        if self.problem or not math.isfinite(self.value):
+            return [Problem(self.problem or "the margin is not known")]
+        return []
+
 
 def gain_margin(share: float, gain: float, tuned_arm: str, rewarded: bool = False) -> Margin:
-    """Return a margin that is a share, which the preset gives, of the gain from the base to a tuned arm.
-
-    The gain is in nats per token, or in RL (`rewarded`) in accuracy; NaN if it is not known.
-    """
+    """Return a margin that is a share of the gain from the base to a tuned arm, in nats per token, or in RL
+    (`rewarded`) in accuracy; NaN if the gain is not known."""
     quantity, unit = (" in accuracy", "") if rewarded else ("", " nats")
     rule = f"{100 * share:.3g}% of the gain{quantity} from the base to {tuned_arm} ({gain:.3f}{unit})"
     if not gain > 0:
@@ -311,10 +306,8 @@ _TAILS = stdtrit(_DOFS, 0.975) / stdtrit(_DOFS, 0.8413)
 
 
 def student_shape(draws: np.ndarray) -> tuple[float, float]:
-    """Return the standard error and the degrees of freedom, at most 1000, of the t distribution most like draws.
-
-    It has the width of their central 68% and of their central 95%.
-    """
+    """Return the standard error and degrees of freedom, at most 1000, of the t distribution with the width of the
+    central 68% and 95% of draws."""
     low, central_low, central_high, high = np.quantile(draws, [0.025, 0.1587, 0.8413, 0.975]).tolist()
     if not central_high > central_low:
         return 0.0, float(_DOFS[-1])

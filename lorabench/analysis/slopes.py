@@ -30,14 +30,11 @@ class Line:
 
 
 def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | None = None) -> Line:
-    """Fit log10(y) against log10(x) by ordinary least squares, with t intervals.
+    """Fit log10(y) against log10(x), (n,) each, by ordinary least squares, with t intervals.
 
-    Args:
-        x: positions, shape (n,); a point whose position or value is not positive and finite is left out.
-        y: values, shape (n,).
-        sigma: known lower bound of the standard deviation of log10(y); NaN stands for unknown. It keeps points that lie
-            on a line by chance from giving an interval that is too narrow.
-        groups: one label per point, shape (n,); each group has its own intercept, and all share the slope.
+    A point that is not positive and finite is left out. `sigma` is a known lower bound of the standard deviation of
+    log10(y), which keeps points that lie on a line by chance from giving an interval that is too narrow; it may be NaN.
+    Each of the groups, (n,), has its own intercept, and all share the slope.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     points = pd.DataFrame({"x": np.log10(np.where(x > 0, x, math.nan)), "y": np.log10(np.where(y > 0, y, math.nan))})
@@ -80,7 +77,7 @@ def mean_log_step(curves: pd.DataFrame) -> np.ndarray:
 def censored_slope(
     x: np.ndarray, y: np.ndarray, bound: np.ndarray, groups: np.ndarray, floor: float, name: str
 ) -> Estimate:
-    """Estimate the slope of a line where some values are only known to lie above or below a bound (Tobit regression).
+    """Estimate the slope of values y on x, (n,) each, some of which are only bounds (Tobit regression).
 
     The maximum likelihood is found by expectation maximization: a bounded value is replaced by its mean given the bound
     and the line. The degrees of freedom are those of the values that are known, and the error counts a bounded value by
@@ -88,12 +85,9 @@ def censored_slope(
     without a degree of freedom.
 
     Args:
-        x: positions, shape (n,).
-        y: values, or bounds of them, shape (n,).
-        bound: 0 for a value that is known, 1 if the true value is at least y, -1 if it is at most y, shape (n,).
-        groups: labels as whole numbers, shape (n,); each group has its own intercept.
+        bound: 0 for a value that is known, 1 if the true value is at least y, -1 if it is at most y, (n,).
+        groups: labels as whole numbers, (n,); each group has its own intercept.
         floor: the least standard deviation of a value around the line, so that few points can not seem exact.
-        name: names the slope, for draws.
     """
     # A group without a known value has its own intercept, so it says nothing about the slope.
     informed = np.isin(groups, groups[bound == 0])

@@ -28,15 +28,12 @@ _MEASURED = {
 def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
     """Compute the cost of a LoRA step divided by that of a FullFT step in the same setting.
 
-    Args:
-        compute: the table `compute`, with the columns FLOPS_COLUMNS; its other columns are optional.
-
     Returns:
-        One row per LoRA row, ascending in rank: the columns COMPUTE_SETTING, placement, rank, effective_width,
-        and flops_ratio (counted FLOPs of the linear layers), formula (2/3 + 2R/N, with rank R and width N, from the
-        paper's section on compute efficiency), relative_difference (of flops_ratio from formula), total_flops_ratio,
-        step_ratio (seconds per step) and memory_ratio (peak bytes). A ratio is NaN where a number is missing or the
-        setting has no FullFT row.
+        One row per LoRA row, ascending in rank: COMPUTE_SETTING, placement, rank, effective_width, and flops_ratio
+        (counted FLOPs of the linear layers), formula (2/3 + 2R/N, with rank R and width N, from the paper's section on
+        compute efficiency), relative_difference (of flops_ratio from formula), total_flops_ratio, step_ratio (seconds
+        per step) and memory_ratio (peak bytes). A ratio is NaN where a number is missing or the setting has no FullFT
+        row.
 
     Raises:
         UserError: A column of FLOPS_COLUMNS is missing, a method is unknown, LoRA has no rank, an arm appears twice in
@@ -85,14 +82,8 @@ def _flops_per_token(runs: pd.DataFrame) -> pd.Series[float]:
 
 
 def loss_by_flops(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute each arm's envelope of the validation NLL against the training FLOPs spent, the same on every token.
-
-    The runs have the columns train_flops and train_tokens.
-
-    Returns:
-        The rows of `envelopes` from step 1 on, with flops (of the run with the lowest loss there, up to that step).
-        Points without a known number of FLOPs are left out.
-    """
+    """Return the rows of `envelopes` from step 1 on with flops, the training FLOPs of the run with the lowest loss
+    there up to that step, where they are known; they are the same on every token."""
     points = envelopes(runs, curves)
     per_token = _flops_per_token(runs).set_axis(runs["run_id"])
     points["flops"] = points["tokens"].astype(float) * points["run_id"].map(per_token).astype(float)
@@ -105,12 +96,6 @@ def equal_flops_curves(runs: pd.DataFrame, others: pd.DataFrame, curves: pd.Data
     Both arms see the same batch at the same step, so that its difficulty cancels there, but not where the FLOPs are
     the same, which is at different steps. So the difference at a step is that on its batch, plus what `others` gains
     from the FLOPs by which it is ahead there, by its validation NLL, interpolated linearly in log FLOPs.
-
-    Args:
-        runs: the runs of one arm (see `curves_by_seed`), with the columns train_flops and train_tokens.
-        others: the runs of the other arm.
-        curves: their curves with the column tokens.
-        name: names the two arms, for draws.
 
     Returns:
         The loss of `others` minus that of `runs` by step of `runs` and seed, in nats per token. Steps of `runs` beyond

@@ -1,12 +1,9 @@
 """The paper's claims, each with a criterion and a function that judges it from the tidy tables.
 
-Each module judges the claims of one subject. A claim is a decorator, with its statement, its criterion and what it is
-judged on, above the function that judges one part of that; a new claim is such a function in a module that `judge`
-imports. `judge` lists the claims of all modules and judges them on tables. Studies declare theirs in the same way
-(`lorabench.utils.studies`).
+A claim is a decorator, with its statement, its criterion and what it is judged on, above the function that judges one
+part of that, in a module that `judge` imports. Studies declare theirs in the same way (`lorabench.utils.studies`).
 
 The first letter of an id is the claim's family: A learning curves and capacity, N stored bits, B learning rate, C early
 curves and parametrization, D batch size, E placement, M mixtures of experts, F reinforcement learning, G compute.
-Statements and numbers are the paper's; where the paper leaves open what would confirm a statement, its criterion here
-decides.
+Statements and numbers are the paper's; where it leaves open what would confirm a statement, its criterion here decides.
 """

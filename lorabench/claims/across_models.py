@@ -12,17 +12,7 @@ import numpy as np
 from lorabench.analysis import lr_law
 from lorabench.analysis.arms import STANDARD, arm_label
 from lorabench.analysis.estimate import N_DRAWS, Estimate, combined, generator, unknown
-from lorabench.analysis.finding import (
-    SEVERITY,
-    Finding,
-    Outcomes,
-    decide,
-    finding,
-    in_unit,
-    together,
-    without,
-    worst,
-)
+from lorabench.analysis.finding import SEVERITY, Finding, Outcomes, decide, finding, in_unit, together, without, worst
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Evidence, claim, condition, named_problems, number, problem_if, unjudged_if
@@ -41,7 +31,6 @@ MODELS = (
     f"FullFT and LoRA swept on at least {MIN_MODELS} models with the same data, batch size and length; seeds around "
     "the optima"
 )
-"""The runs that these claims need."""
 
 NAIVE_SLOPE, NAIVE_DIVISOR = 1.0, 2 * STANDARD["alpha"]
 """The slope of log ratio on log hidden size in the naive derivation, hidden size / (2 alpha), and the divisor there."""
@@ -66,16 +55,14 @@ def model_groups(evidence: Evidence) -> list[tuple[str, list[lr_law.SweptModel]]
 
     Groups of fewer than MIN_MODELS models are left out, unless no group is larger: then the largest are judged.
     """
-    groups = _swept_models(evidence)
+    groups, named = _swept_models(evidence), []
     largest = max(map(len, groups), default=0)
     unjudged_if(largest < 2, "no two models with FullFT and LoRA swept on the same data")
-    named = []
     for models in groups:
         if len(models) >= min(MIN_MODELS, largest):
             first = models[0].fullft
             length = f", {first['steps']} steps" if first["steps"] is not None else ""
-            name = f"{len(models)} models on {first['dataset']}, batch {first['batch_size']}{length}"
-            named.append((name, models))
+            named.append((f"{len(models)} models on {first['dataset']}, batch {first['batch_size']}{length}", models))
     return named
 
 
@@ -240,18 +227,17 @@ def _mean_regret(
     """
     chosen = np.array([arm_method == method for _, arm_method in arms])
     steepness = np.array([optimum.steepness for optimum in optima])[chosen]
-    off = (errors @ np.array([optimum.log_lr for optimum in optima]))[chosen]
-    mean = float((steepness * off**2).mean())
-    estimates = [model.log_optimum(arm_method) for model, arm_method in arms]
-    parts: dict[str, np.ndarray] = {}
-    for part in ("seed_part", "example_part"):
-        draws = [getattr(estimate, part) for estimate in estimates]
-        if all(drawn is not None for drawn in draws):
-            drawn = off[:, None] + (errors @ np.array(draws))[chosen]
-            sides = generator(f"sides of {part}").choice([-1.0, 1.0], N_DRAWS)
-            parts[part] = sides * np.abs((steepness[:, None] * drawn**2).mean(0) - mean)
-    counts = (min(getattr(each, name) for each in estimates) for name in ("n_seeds", "n_examples", "n_groups"))
-    return Estimate(mean, parts["seed_part"], parts.get("example_part"), *counts)
+
+    def mean(*log_lrs: np.ndarray) -> np.ndarray:
+        return np.asarray(steepness @ (errors @ np.array(log_lrs))[chosen] ** 2 / len(steepness))
+
+    regret = combined(mean, *(model.log_optimum(arm_method) for model, arm_method in arms))
+    sides = {
+        part: generator(f"sides of {part}").choice([-1.0, 1.0], N_DRAWS) * np.abs(drawn)
+        for part in ("seed_part", "example_part")
+        if (drawn := getattr(regret, part)) is not None
+    }
+    return replace(regret, **sides)
 
 
 def _share(regret: Estimate) -> str:
@@ -342,10 +328,7 @@ def _law_predicts_the_optimum(models: list[lr_law.SweptModel]) -> Finding:
     needs="two hidden sizes of both Llama and Qwen, swept with FullFT and LoRA on the same data",
     paper_value=f"{lr_law.PUBLISHED.exponents['llama']} and {lr_law.PUBLISHED.exponents['qwen']} (authors' code)",
     unit="exponent",
-    conditions=(
-        papers_alpha,
-        *(widths(SMALLEST_WIDTH, 2, _PRESETS, family) for family in lr_law.PUBLISHED.exponents),
-    ),
+    conditions=(papers_alpha, *(widths(SMALLEST_WIDTH, 2, _PRESETS, family) for family in lr_law.PUBLISHED.exponents)),
 )
 def _families_scale_differently(models: list[lr_law.SweptModel]) -> Iterator[Finding]:
     by_family = {name: [model for model in models if model.lineage == name] for name in lr_law.PUBLISHED.exponents}

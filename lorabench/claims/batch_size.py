@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -11,20 +11,11 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.estimate import combined, mean_over_seeds
+from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
 from lorabench.analysis.optima import off_optimum, pair_at_optimum
-from lorabench.analysis.rules import Above, Margin, Problem, Within
-from lorabench.claims.claim import (
-    SWEEP,
-    Evidence,
-    claim,
-    condition,
-    few_seeds,
-    margin_problems,
-    named_problems,
-    unjudged_if,
-)
+from lorabench.analysis.rules import Above, Margin, Problem, Rule, Within
+from lorabench.claims.claim import SWEEP, Evidence, claim, condition, few_seeds, named_problems, unjudged_if
 from lorabench.claims.learning_curves import AT_OPTIMUM
 from lorabench.claims.scope import HIGH_RANK
 
@@ -143,17 +134,40 @@ class BatchSizes:
         for size in sizes:
             at_size = self.by_size[size].problems([arm[size] for arm in arms])
             problems += named_problems(at_size, f"batch {size}:", f" at batch {size}")
-        return problems + margin_problems(margin)
-
-    def reopened(self, sizes: Iterable[int], *arms: ArmBySize) -> np.ndarray:
-        """Return the replicates that have a reason against a verdict at some batch size; see `Comparison.reopened`."""
-        by_size = [self.by_size[size].reopened([arm[size] for arm in arms]) for size in sizes]
-        return np.asarray(np.any(by_size, axis=0))
+        return problems + margin.problems
 
     def run_ids(self, *arms: ArmBySize) -> list[str]:
         """Return the ids of all runs of several arms."""
         by_size = self.by_size.items()
         return [run_id for size, comparison in by_size for run_id in comparison.run_ids([arm[size] for arm in arms])]
+
+    def decide(
+        self,
+        rule: Callable[[float], Rule],
+        estimate: Estimate,
+        text: str,
+        arms: Sequence[ArmBySize],
+        problems: Sequence[Problem] = (),
+    ) -> Finding:
+        """Judge a number that follows from fitted minima at both ends, by the rule that a function makes of the margin;
+        `problems` are added."""
+        margin = self.margin(self.ends)
+        problems = [*self.problems(self.ends, margin, *arms), *problems]
+        reopened = [self.by_size[size].reopened([arm[size] for arm in arms]) for size in self.ends]
+        ids = self.run_ids(*arms)
+        return decide(rule(margin.value), estimate, text, ids, problems, margin.rule, np.any(reopened, axis=0))
+
+    def judge_growth(self, rule: Callable[[float], Rule], arm: ArmBySize, other: ArmBySize) -> Finding:
+        """Judge what the gap of an arm to another grows by, from the smallest to the largest batch size."""
+        small, large = self.ends
+        gaps = {size: comparison.gap(arm[size], other[size]) for size, comparison in self.by_size.items()}
+        growth = combined(np.subtract, gaps[large], gaps[small])
+        by_size = ", ".join(f"{gap.value:.4f} at batch {size}" for size, gap in gaps.items())
+        text = (
+            f"{arm_label(arm[small])} - {arm_label(other[small])} at the fitted minima = {by_size}; from batch {small} "
+            f"to {large} it grows by {nats(growth)}, {growth.n_seeds} seeds"
+        )
+        return self.decide(rule, growth, text, [arm, other])
 
 
 def batch_sizes(evidence: Evidence) -> list[tuple[str, BatchSizes]]:
@@ -183,18 +197,7 @@ _claim = partial(claim, over=batch_sizes, figure="3", experiments=("batch_size",
 )
 def _gap_grows(sizes: BatchSizes) -> Iterator[Finding]:
     for rank in sizes.ranks:
-        (small, large), margin = sizes.ends, sizes.margin(sizes.ends)
-        lora, fullft = sizes.arms(rank), sizes.arms()
-        gaps = {size: comparison.gap(lora[size], fullft[size]) for size, comparison in sizes.by_size.items()}
-        growth = combined(np.subtract, gaps[large], gaps[small])
-        by_size = ", ".join(f"{gap.value:.4f} at batch {size}" for size, gap in gaps.items())
-        text = (
-            f"{arm_label(lora[small])} - FullFT at the fitted minima = {by_size}; from batch {small} to {large} it "
-            f"grows by {nats(growth)}, {growth.n_seeds} seeds"
-        )
-        problems = sizes.problems(sizes.ends, margin, lora, fullft)
-        run_ids, reopened = sizes.run_ids(lora, fullft), sizes.reopened(sizes.ends, lora, fullft)
-        yield decide(Above(margin.value), growth, text, run_ids, problems, margin.rule, reopened)
+        yield sizes.judge_growth(Above, sizes.arms(rank), sizes.arms())
 
 
 @_claim(
@@ -214,9 +217,7 @@ def _gap_persists(sizes: BatchSizes) -> Iterator[Finding]:
     margin, fullft = sizes.margin(sizes.ends), sizes.arms()
     for lora in [sizes.arms(rank) for rank in reversed(sizes.ranks)]:
         (small, large), label = sizes.ends, arm_label(lora[sizes.ends[0]])
-        texts: list[str] = []
-        run_ids: list[str] = []
-        grown, lr_errors = {}, {}
+        texts, run_ids, grown, lr_errors = [], set[str](), {}, {}
         for size in sizes.ends:
             curves = pair_at_optimum(sizes.by_size[size], lora[size], fullft[size])
             halfway, at_end = (partial(_mean_between, start * curves.last, end * curves.last) for start, end in PARTS)
@@ -224,22 +225,23 @@ def _gap_persists(sizes: BatchSizes) -> Iterator[Finding]:
             grown[size] = gaps[1] - gaps[0]
             unjudged_if(grown[size].isna().all(), f"no training losses of paired seeds along the runs at batch {size}")
             lr_errors[size] = sum((error.of(at_end) - error.of(halfway) for error in curves.lr_errors), np.zeros(1))
+            run_ids.update(curves.run_ids)
             texts.append(f"{gaps[0].mean():.4f} halfway and {gaps[1].mean():.4f} at the end at batch {size}")
-            run_ids += curves.run_ids
         paired = (grown[large] - grown[small]).dropna()
         more = mean_over_seeds(paired, f"{sizes.by_size[small].label} {label} up to batch {large}")
         more = replace(more, seed_part=more.seed_part + lr_errors[large] - lr_errors[small])
-        problems = sizes.problems(sizes.ends, margin, lora, fullft)
-        problems = problems or few_seeds(len(paired), f"seeds with training losses at batch {small} and {large}")
-        for size in [] if problems else sizes.ends:
+        known = sizes.problems(sizes.ends, margin, lora, fullft)
+        what = f"seeds with training losses at batch {small} and {large}"
+        problems = [] if known else few_seeds(len(paired), what)
+        for size in [] if known or problems else sizes.ends:
             off = off_optimum(sizes.by_size[size], lora[size], fullft[size], margin.value)
             problems += named_problems(off, f"batch {size}:", f" at batch {size}")
         text = (
             f"{label} - FullFT = {', '.join(texts)}; from halfway to the end it grows by {nats(more)} more at batch "
             f"{large} than at batch {small}, {len(paired)} seeds"
         )
-        reopened = sizes.reopened(sizes.ends, lora, fullft)
-        yield decide(Above(margin.value), more, text, run_ids, problems, margin.rule, reopened)
+        judged = sizes.decide(Above, more, text, [lora, fullft], problems)
+        yield replace(judged, run_ids=tuple(sorted(run_ids)))
 
 
 def _mean_between(start: float, end: float, curves: pd.DataFrame) -> pd.Series[float]:
@@ -263,18 +265,7 @@ def _mean_between(start: float, end: float, curves: pd.DataFrame) -> pd.Series[f
 def _gap_independent_of_rank(sizes: BatchSizes) -> Finding:
     lowest, *higher = sizes.ranks
     unjudged_if(not higher, "fewer than two LoRA ranks above 1")
-    (small, large), margin = sizes.ends, sizes.margin(sizes.ends)
-    low, high = sizes.arms(lowest), sizes.arms(higher[-1])
-    apart = {size: comparison.gap(high[size], low[size]) for size, comparison in sizes.by_size.items()}
-    growth = combined(np.subtract, apart[large], apart[small])
-    by_size = ", ".join(f"{gap.value:.4f} at batch {size}" for size, gap in apart.items())
-    text = (
-        f"{arm_label(high[small])} - {arm_label(low[small])} at the fitted minima = {by_size}; from batch {small} to "
-        f"{large} it grows by {nats(growth)}, {growth.n_seeds} seeds"
-    )
-    problems, ids = sizes.problems(sizes.ends, margin, low, high), sizes.run_ids(low, high)
-    reopened = sizes.reopened(sizes.ends, low, high)
-    return decide(Within.margin(margin.value), growth, text, ids, problems, margin.rule, reopened)
+    return sizes.judge_growth(Within.margin, sizes.arms(higher[-1]), sizes.arms(lowest))
 
 
 @_claim(
@@ -320,5 +311,5 @@ def _best_at_small_batch(sizes: BatchSizes) -> Iterator[Finding]:
     experiments=("batch_size",),
 )
 def _product_causes_the_gap(evidence: Evidence) -> Finding:
-    text = "needs a control that trains the update of the weights without a product; no such runs exist"
-    return Finding("not tested", text)
+    reason = "needs a control that trains the update of the weights without a product; no such runs exist"
+    return Finding("not tested", reason)

@@ -5,40 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations, pairwise
 
 import pandas as pd
 
 from lorabench.analysis import optima
-from lorabench.analysis.arms import arm_label
-from lorabench.analysis.comparison import Arm, Comparison, kept, require
+from lorabench.analysis.arms import arm_label, kept
+from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.curves import PairedCurves
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, student, t_quantile
-from lorabench.analysis.finding import (
-    MIN_SEEDS,
-    Finding,
-    UnjudgedError,
-    decide,
-    finding,
-    nats,
-    without,
-    worst,
-)
-from lorabench.analysis.memorisation import BITS_PER_PARAMETER, is_memorisation, late_growth, stored
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, nats, without, worst
+from lorabench.analysis.memorisation import BITS_PER_PARAMETER, late_growth, stored
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
-from lorabench.claims.claim import SWEEP, Evidence, claim, margin_problems, number, unjudged_if
+from lorabench.claims import scope
+from lorabench.claims.claim import SWEEP, Evidence, claim, number, unjudged_if
 from lorabench.claims.learning_curves import AT_OPTIMUM, LONG_ONLY, long_claim
-from lorabench.claims.scope import (
-    Named,
-    chosen,
-    full_runs,
-    learning,
-    longest_run,
-    longest_runs,
-    natural_text,
-    one_at_a_time,
-)
 from lorabench.utils.formats import fixed_interval
 
 # Bounds whose meaning the criteria say.
@@ -101,7 +84,7 @@ def _ranks(comparison: Comparison) -> list[_Rank]:
         curves, problems = optima.pair_at_optimum(comparison, arm, highest), comparison.problems([arm, highest])
         unjudged_if(not len(curves.by_seed) and not problems, "no training curves with seeds and steps in common")
         departure = optima.paired_departure(curves, margin.value)
-        problems = [*problems, *margin_problems(margin)] or optima.off_optimum(comparison, arm, highest, margin.value)
+        problems = [*problems, *margin.problems] or optima.off_optimum(comparison, arm, highest, margin.value)
         threshold = optima.log_threshold(curves, departure, margin.value)
         ranks.append(_Rank(rank, arm, curves, departure, threshold, problems))
     unjudged_if(not ranks, "only one rank", "inconclusive")
@@ -132,7 +115,7 @@ def _between(comparison: Comparison, lower: _Rank, higher: _Rank) -> Estimate:
         f"lower rank's between their departures. {LONG_ONLY}. {AT_OPTIMUM}"
     ),
     needs=f"{SWEEP}; rank 1 and two more ranks; training losses at every step; {MIN_SEEDS} seeds",
-    over=chosen(learning, full_runs, longest_run),
+    over=scope.chosen(scope.learning, scope.full_runs, scope.longest_run),
     core=True,
 )
 def _departure_grows_with_rank(comparison: Comparison) -> Finding:
@@ -160,14 +143,8 @@ def _departure_grows_with_rank(comparison: Comparison) -> Finding:
     return decide(Above(0.0), gap, text, ids, margin_rule=f"departures: {comparison.margin.rule}")
 
 
-def _with_lr_errors(share: Estimate, comparison: Comparison, arms: Sequence[Arm], first: int, full: float) -> Estimate:
-    """Add the errors of the LRs of two curves to the ratio of their slopes from a step on; `full` is the second."""
-    errors = share.seed_part
-    for arm, weight in zip(arms, (1 / full, -share.value / full), strict=True):
-        error = optima.lr_error(comparison, arm)
-        if error is not None:
-            errors = errors + weight * error.of(lambda curves: slopes_by_seed(curves.loc[first:]))
-    return replace(share, seed_part=errors)
+def _slopes_from(first: int, curves: pd.DataFrame) -> pd.Series[float]:
+    return slopes_by_seed(curves.loc[first:])
 
 
 @long_claim(
@@ -181,7 +158,7 @@ def _with_lr_errors(share: Estimate, comparison: Comparison, arms: Sequence[Arm]
     ),
     needs=f"{SWEEP}; a rank that leaves the shared curve; training losses at every step; {MIN_SEEDS} seeds",
     unit="share of FullFT's slope",
-    over=chosen(learning, full_runs, longest_runs),
+    over=scope.chosen(scope.learning, scope.full_runs, scope.longest_runs),
 )
 def _no_floor(comparison: Comparison) -> Iterator[Finding]:
     ranks = _ranks(comparison)
@@ -194,11 +171,13 @@ def _no_floor(comparison: Comparison) -> Iterator[Finding]:
         arm, fullft = require((f"LoRA r{rank.rank}", rank.arm), ("FullFT", comparison.fullft))
         past = rank.departure.past or 0
         curves = (optima.curves_at_optimum(comparison, compared) for compared in (arm, fullft))
-        slopes = [slopes_by_seed(curve[curve.index >= past]) for curve in curves]
+        slopes = [_slopes_from(past, curve) for curve in curves]
         name = f"{comparison.label} {arm_label(arm)} from {past}"
         own, full = (mean_over_seeds(slope, f"{name} {place}") for place, slope in enumerate(slopes))
         share = mean_over_seeds((slopes[0] / slopes[1]).dropna(), name)
-        share = _with_lr_errors(share, comparison, (arm, fullft), past, full.value)
+        for compared, weight in ((arm, 1 / full.value), (fullft, -share.value / full.value)):
+            if error := optima.lr_error(comparison, compared):
+                share = replace(share, seed_part=share.seed_part + weight * error.of(partial(_slopes_from, past)))
         text = (
             f"{arm_label(arm)} from step {past} on: {nats(own)} per tenfold steps, FullFT {nats(full)}, ratio "
             f"{number(share)}, {share.n_seeds} seeds"
@@ -233,7 +212,7 @@ def _no_floor(comparison: Comparison) -> Iterator[Finding]:
 def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
     unjudged_if("tokens" not in evidence.curves, "the curves table has no column tokens")
     rows, left_out = [], []
-    for label, comparison in one_at_a_time(chosen(learning, longest_runs)(evidence)):
+    for label, comparison in scope.one_at_a_time(scope.chosen(scope.learning, scope.longest_runs)(evidence)):
         try:
             ranks = _ranks(comparison)
         except UnjudgedError as unjudged:
@@ -269,11 +248,6 @@ def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
     return replace(judged, remedy=MORE_RANKS) if judged.verdict == "inconclusive" else judged
 
 
-def memorising(named: Named) -> Named:
-    """Choose the comparisons on random facts."""
-    return [(name, comparison) for name, comparison in named if is_memorisation(comparison.runs).any()]
-
-
 @claim(
     id="N1",
     kind="opinion",
@@ -285,9 +259,9 @@ def memorising(named: Named) -> Named:
     needs="runs of FullFT that go through an epoch; two seeds",
     paper_value="1 bit = 0.69 nats",
     experiments=("rank", "capacity"),
-    over=chosen(learning, longest_runs),
+    over=scope.chosen(scope.learning, scope.longest_runs),
     columns=("first_epoch_nats", "first_epoch_scored_tokens"),
-    conditions=(natural_text,),
+    conditions=(scope.natural_text,),
 )
 def _about_one_bit(comparison: Comparison) -> Finding:
     arm = comparison.fullft or comparison.highest
@@ -320,7 +294,7 @@ def _about_one_bit(comparison: Comparison) -> Finding:
     paper_value="2 (cited)",
     unit="bits per parameter",
     experiments=("capacity",),
-    over=chosen(memorising),
+    over=scope.chosen(scope.memorising),
     columns=("entropy_bits", "test_scored_tokens", "trainable_params"),
 )
 def _two_bits_per_parameter(comparison: Comparison) -> Finding:

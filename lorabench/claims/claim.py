@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,11 +10,12 @@ from typing import Any, Literal, TypeVar
 import pandas as pd
 
 from lorabench.analysis.alpha_rules import judged_arms
-from lorabench.analysis.comparison import Arm, Comparison, Judging, Keeper, Task, comparisons, kept, require
+from lorabench.analysis.arms import kept
+from lorabench.analysis.comparison import Arm, Comparison, Judging, Task, comparisons, require
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, with_parts, without
 from lorabench.analysis.rewards import TestReward, beyond_controls, with_error_rates
-from lorabench.analysis.rules import DECIDED, Margin, Problem, Remedy, Verdict
+from lorabench.analysis.rules import DECIDED, Problem, Remedy, Verdict
 from lorabench.utils.formats import with_interval
 
 Kind = Literal["empirical", "derivation", "count", "opinion", "prediction", "own prediction"]
@@ -37,7 +37,7 @@ SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is no
 
 
 @dataclass(frozen=True)
-class Evidence(Keeper):
+class Evidence:
     """The tidy tables that a claim is judged on; a table that does not exist is empty."""
 
     runs: pd.DataFrame
@@ -69,10 +69,8 @@ class Evidence(Keeper):
 
 
 def rewarded_errors(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
-    """Return the RL runs as error rates, of models and problem sets on which some run got a reward.
-
-    Where there are problem sets on which every method is ahead of the controls, these are all.
-    """
+    """Return the RL runs as error rates, of models and problem sets on which some run got a reward, and, where there
+    are any, every method is ahead of the controls."""
     rewarded = runs["status"].ne("unrewarded").groupby([runs["model"], runs["dataset"]]).transform("any")
     runs = runs[rewarded.astype(bool)]
     beyond = beyond_controls(runs)
@@ -221,13 +219,6 @@ def few_seeds(seeds: int, what: str = "paired seeds", needed: int = MIN_SEEDS) -
     """Return the problem that there are fewer seeds than a verdict needs, if so."""
     remedy = Remedy(f"{needed} seeds (now {seeds})", seeds=needed)
     return problem_if(seeds < needed, f"{seeds} {what}, {needed} needed", remedy)
-
-
-def margin_problems(margin: Margin) -> list[Problem]:
-    """Return a problem if a margin is not known."""
-    if margin.problem:
-        return [Problem(margin.problem)]
-    return [] if math.isfinite(margin.value) else [Problem("the margin is not known")]
 
 
 def number(estimate: Estimate, digits: int = 2, sign: str = "") -> str:

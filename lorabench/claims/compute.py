@@ -11,13 +11,13 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
-from lorabench.analysis.curves import scan
+from lorabench.analysis.curves import log_windows, scan
 from lorabench.analysis.estimate import exact
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, worst
 from lorabench.analysis.optima import lr_errors, off_optimum, runs_at_optimum
 from lorabench.analysis.rules import Above, Problem, Verdict, Within
 from lorabench.analysis.step_flops import FLOPS_COLUMNS, each_setting, equal_flops_curves, flops_ratio
-from lorabench.claims.claim import SWEEP, Evidence, claim, margin_problems, unjudged_if
+from lorabench.claims.claim import SWEEP, Evidence, claim, unjudged_if
 from lorabench.claims.learning_curves import AT_OPTIMUM
 from lorabench.claims.scope import every_dataset
 
@@ -109,12 +109,12 @@ def _ahead_at_equal_flops(comparison: Comparison) -> Finding:
     runs = [runs_at_optimum(comparison, arm) for arm in (lora, fullft)]
     curves = equal_flops_curves(runs[0], runs[1], comparison.curves, f"{comparison.label} {label} at equal FLOPs")
     curves = replace(curves, lr_errors=lr_errors(comparison, fullft, lora))
-    windows = curves.windows(WINDOWS)
+    windows = log_windows(curves.by_seed.index, WINDOWS)
     unjudged_if(not windows, "no training and validation curves of paired seeds with training FLOPs in common")
     problems, margin = comparison.problems([lora, fullft]), comparison.margin
     if not problems and curves.n_seeds < MIN_SEEDS:
         problems.append(Problem(f"training losses of {curves.n_seeds} paired seeds, {MIN_SEEDS} needed"))
-    problems = [*problems, *margin_problems(margin)] or off_optimum(comparison, lora, fullft, margin.value)
+    problems = [*problems, *margin.problems] or off_optimum(comparison, lora, fullft, margin.value)
     text = f"{label} at the FLOPs of LoRA = {{}}, {curves.n_seeds} seeds,"
     return scan(Above(margin.value), curves, windows, text, problems, margin.rule)
 

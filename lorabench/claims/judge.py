@@ -23,7 +23,6 @@ from lorabench.claims import (  # noqa: F401  Their import declares the claims.
     batch_size,
     capacity,
     compute,
-    invariance,
     learning_curves,
     learning_rate,
     parametrization,
@@ -35,8 +34,7 @@ from lorabench.claims.batch_size import BatchSizes
 from lorabench.claims.claim import ABOUT_LARGE_MODELS, Claim, Evidence, judge_named, judge_part, together_named
 from lorabench.claims.claim import CLAIMS as DECLARED
 from lorabench.claims.rules_hash import rules_sha256
-from lorabench.config.margins import DEFAULT_MARGINS, Margins
-from lorabench.config.predictions import Predictions, default_predictions
+from lorabench.config.margins import DEFAULT_MARGINS, Margins, Predictions, default_predictions
 from lorabench.store.checks import check_curves, check_table, is_rl
 from lorabench.store.schemas import CLAIMS as COLUMNS
 from lorabench.store.tables import MAY_DIFFER, Tables, remarks_on
@@ -79,11 +77,11 @@ def judge_claims(
     reward_noise: Noise | None = None,
     predictions: Predictions | None = None,
 ) -> pd.DataFrame:
-    """Judge claims on the tidy tables.
+    """Judge claims on the tidy tables; a claim whose table or columns are missing is not tested, and its reason names
+    them.
 
     Args:
-        tables: the tidy tables, with the losses that stand in for others. A claim whose table or columns are missing is
-            not tested, and its reason names them.
+        tables: the tidy tables.
         claims: the claims to judge.
         margins: the smallest effects that matter; without them DEFAULT_MARGINS hold, and the rows say so.
         noise: seed noise of supervised runs from elsewhere, for comparisons with one seed.
@@ -91,8 +89,8 @@ def judge_claims(
         predictions: what studies predict; without them the default ones hold.
 
     Returns:
-        The table `claims` (columns of `lorabench.store.schemas.CLAIMS`), one row per claim. Where a claim is judged on
-        several models and datasets, the estimate is from the one that decides, and the reason gives all.
+        The table `claims`, one row per claim; the estimate is from the comparison that decides, and the reason gives
+        all.
 
     Raises:
         UserError: `check_table` or `check_curves` refuses a table, or an arm has two runs with the same LR and seed.
@@ -109,13 +107,17 @@ def judge_claims(
         behind = runs[runs["run_id"].isin(judged.run_ids)] if judged.run_ids else runs.iloc[:0]
         if judged.n_parts is None:
             judged = with_parts(judged, [judged])
+        verdict, sizes = judged.verdict, behind.get("base_params", pd.Series(dtype=float))
+        if verdict == "contradicted" and claim.kind in ABOUT_LARGE_MODELS and len(sizes):
+            # What the paper says of large models fails on smaller ones alone.
+            verdict = "not seen here" if sizes.lt(LARGE_MODEL).fillna(False).all() else verdict
         remedy = judged.remedy if judged.verdict == "inconclusive" else None
         rows.append(
             vars(claim)
             | vars(judged)
             | {
                 "claim_id": claim.id,
-                "verdict": "not seen here" if _only_small(claim, judged, behind) else judged.verdict,
+                "verdict": verdict,
                 "p_again": judged.p_again,
                 "fact": claim.fact or claim.statement,
                 "margin_rule": judged.margin_rule or None,
@@ -179,11 +181,6 @@ def findings(
         yield (claim, *_with_conditions(claim, evidence, replace(judged[claim.id], reason="; ".join(reasons))))
 
 
-_Part = tuple[Claim, int, str, Any, list[Comparison]]
-"""A part of the evidence that a claim is judged on: the claim, the number of the part among those of the claim, its
-name, the part itself, and the comparisons that it is about."""
-
-
 def _judged(asked: Sequence[tuple[Claim, Evidence]]) -> dict[str, Finding]:
     """Return the findings by claim id, without the conditions of the claims.
 
@@ -192,13 +189,13 @@ def _judged(asked: Sequence[tuple[Claim, Evidence]]) -> dict[str, Finding]:
     """
     judged: dict[str, Finding] = {}
     findings: dict[str, list[Finding]] = {}
-    groups: list[list[_Part]] = []
-    parts: list[_Part] = []
+    # The claim, the number of the part among those of the claim, its name, the part itself, and its comparisons.
+    parts: list[tuple[Claim, int, str, Any, list[Comparison]]] = []
     for claim, evidence in asked:
         if (untestable := _untestable(claim, evidence)) is not None:
             judged[claim.id] = untestable
         elif claim.over is None:
-            groups.append([(claim, 0, "", evidence, [])])
+            judged[claim.id] = judge_part(claim.judge, evidence)
         else:
             try:
                 named = list(claim.over(evidence))
@@ -207,42 +204,19 @@ def _judged(asked: Sequence[tuple[Claim, Evidence]]) -> dict[str, Finding]:
                 continue
             findings[claim.id] = [Finding("not tested", "")] * len(named)
             parts += [(claim, place, name, part, _compared_in(part)) for place, (name, part) in enumerate(named)]
-    number: dict[int, int] = {}
-    for *_, compared in parts:
-        for comparison in compared:
-            number.setdefault(id(comparison), len(number))
-    keys = [sorted(number[id(comparison)] for comparison in part[-1]) for part in parts]
-    order = sorted(range(len(parts)), key=lambda place: (len(keys[place]) != 1, keys[place]))
-    groups += [[parts[place] for place in same] for _, same in groupby(order, key=lambda place: keys[place])]
-    del parts
-    # A group is taken from the list before it is judged, so that its comparisons can be dropped from memory.
-    groups.reverse()
-    while groups:
-        for claim_id, place, judged_part in _judge_group(groups.pop()):
-            if claim_id in findings:
-                findings[claim_id][place] = judged_part
-            else:
-                judged[claim_id] = judged_part
+    number = {id(each): place for place, each in enumerate(each for *_, compared in parts for each in compared)}
+
+    def about(part: tuple[Claim, int, str, Any, list[Comparison]]) -> tuple[bool, list[int]]:
+        places = sorted(number[id(each)] for each in part[-1])
+        return len(places) != 1, places
+
+    for _, group in groupby(sorted(parts, key=about), key=about):
+        same = list(group)
+        for claim, place, name, part, _ in same:
+            findings[claim.id][place] = judge_named(name, claim.judge, part)
+        for comparison in same[0][-1]:
+            comparison.forget()
     return judged | {claim_id: judge_part(together_named, of_parts) for claim_id, of_parts in findings.items()}
-
-
-def _judge_group(group: list[_Part]) -> list[tuple[str, int, Finding]]:
-    """Judge parts that are about the same comparisons, and forget what was made of these.
-
-    Returns:
-        The id of each claim, the number of the part, and the finding.
-    """
-    judged = [
-        (
-            claim.id,
-            place,
-            judge_part(claim.judge, part) if claim.over is None else judge_named(name, claim.judge, part),
-        )
-        for claim, place, name, part, _ in group
-    ]
-    for comparison in group[0][-1]:
-        comparison.forget()
-    return judged
 
 
 def _compared_in(part: Any) -> list[Comparison]:
@@ -288,17 +262,6 @@ def _with_conditions(claim: Claim, evidence: Evidence, judged: Finding) -> tuple
     return with_parts(replace(judged, verdict="setting not met", reason=reason), []), missing
 
 
-def _only_small(claim: Claim, judged: Finding, behind: pd.DataFrame) -> bool:
-    """Return whether a claim that the paper makes about large models fails, and that only on smaller ones.
-
-    Args:
-        behind: the runs behind the finding; without any, or of a model whose size is not known, the answer is no.
-    """
-    if judged.verdict != "contradicted" or claim.kind not in ABOUT_LARGE_MODELS or "base_params" not in behind:
-        return False
-    return len(behind) > 0 and bool(behind["base_params"].lt(LARGE_MODEL).fillna(False).all())
-
-
 def _seeds(behind: pd.DataFrame) -> int | None:
     """Return the number of seeds of the runs behind a verdict; None without runs. A row may be the mean of several."""
     if behind.empty:
@@ -323,12 +286,8 @@ def _lr_chosen_on(behind: pd.DataFrame) -> str | None:
 
 
 def scope_text(runs: pd.DataFrame) -> str | None:
-    """Return the scope of runs, such as `0.83M parameters, 50 steps, worked`; None without runs.
-
-    Args:
-        runs: optionally the columns base_params, model, steps, dataset, task. The names of the models stand in for
-            their numbers of parameters.
-    """
+    """Return the scope of runs, such as `0.83M parameters, 50 steps, worked`; without numbers of parameters, the
+    models."""
 
     def known(name: str) -> set[Any]:
         return set(runs[name].dropna()) if name in runs else set()

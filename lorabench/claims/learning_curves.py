@@ -10,6 +10,7 @@ from functools import cache, partial
 import numpy as np
 import pandas as pd
 
+from lorabench.analysis import optima
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
 from lorabench.analysis.curves import (
@@ -23,18 +24,10 @@ from lorabench.analysis.curves import (
 )
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, worst
-from lorabench.analysis.optima import (
-    MAX_LOST,
-    curves_at_optimum,
-    in_window,
-    lr_error,
-    off_optimum,
-    pair_at_optimum,
-    runs_at_optimum,
-    seeds_at_best,
-)
+from lorabench.analysis.optima import MAX_LOST
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import slopes_by_seed
+from lorabench.claims import scope
 from lorabench.claims.claim import (
     SWEEP,
     Evidence,
@@ -42,25 +35,12 @@ from lorabench.claims.claim import (
     doubted,
     few_seeds,
     highest_and_full,
-    margin_problems,
     named_problems,
     number,
     problem_if,
     unjudged_if,
 )
-from lorabench.claims.scope import (
-    FULL_STEPS,
-    at_one_alpha,
-    chosen,
-    full_runs,
-    learning,
-    longest_run,
-    longest_runs,
-    natural_text,
-    one_alpha,
-    smallest_dataset,
-    whole_runs,
-)
+from lorabench.claims.scope import FULL_STEPS
 from lorabench.utils.formats import fixed_interval
 
 SAME_LOSS = "High-rank LoRA at its best LR equals full fine-tuning"
@@ -69,7 +49,7 @@ SAME_LOSS = "High-rank LoRA at its best LR equals full fine-tuning"
 LONG_ONLY = f"Where some runs have {FULL_STEPS:,} steps or more, the claim is judged on these"
 """Which runs count for claims with the condition `whole_runs`, for the criteria."""
 
-long_claim = partial(claim, experiments=("rank", "capacity"), conditions=(whole_runs,))
+long_claim = partial(claim, experiments=("rank", "capacity"), conditions=(scope.whole_runs,))
 """A claim on whole learning curves."""
 
 AT_OPTIMUM = (
@@ -104,7 +84,7 @@ MAX_BEND = 0.1
     ),
     needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds at the LRs that are best in each window",
     paper_value="similar; no number",
-    over=chosen(learning, full_runs),
+    over=scope.chosen(scope.learning, scope.full_runs),
     core=True,
 )
 def _same_curve(comparison: Comparison) -> Finding:
@@ -123,8 +103,8 @@ def _same_curve(comparison: Comparison) -> Finding:
     @cache
     def envelope_gap(low: int, high: int) -> tuple[Estimate, list[Problem], np.ndarray]:
         """Return the gap of the envelopes in a window of steps, and what speaks against it and its replicates."""
-        envelopes = in_window(comparison, low, high)
-        problems = envelopes.problems(arms) or seeds_at_best(envelopes, arms)
+        envelopes = optima.in_window(comparison, low, high)
+        problems = envelopes.problems(arms) or optima.seeds_at_best(envelopes, arms)
         problems = named_problems(problems, f"steps {low} to {high}:")
         return envelopes.gap(lora, fullft), problems, envelopes.reopened(arms)
 
@@ -132,7 +112,7 @@ def _same_curve(comparison: Comparison) -> Finding:
     for low, high in windows:
         gap, problems, reopened = envelope_gap(low, high)
         text = f"envelope of {arm_label(lora)} - FullFT = {nats(gap)}, {gap.n_seeds} seeds, in steps {low} to {high}"
-        problems = [*problems, *margin_problems(margin)]
+        problems = [*problems, *margin.problems]
         findings.append(decide(rule, gap, text, ids, problems, margin.rule, reopened))
         by_window.append(f"{'unknown' if math.isnan(gap.value) else f'{gap.value:+.4f}'} from {low}")
     agree: int | str = "none"
@@ -158,14 +138,14 @@ def _same_curve(comparison: Comparison) -> Finding:
     needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="linear; no number",
     unit="share of the fall",
-    over=chosen(learning, full_runs),
+    over=scope.chosen(scope.learning, scope.full_runs),
 )
 def _linear_in_log_steps(comparison: Comparison) -> Iterator[Finding]:
     for arm in reversed(highest_and_full(comparison)):
-        label, runs = arm_label(arm), runs_at_optimum(comparison, arm)
-        curve = curves_at_optimum(comparison, arm).dropna()
+        label, runs = arm_label(arm), optima.runs_at_optimum(comparison, arm)
+        curve = optima.curves_at_optimum(comparison, arm).dropna()
         unjudged_if(curve.empty, f"no training curves of {label}")
-        windows = PairedCurves(curve, ()).windows(WINDOWS, max(2, math.ceil(math.sqrt(curve.index.max()))))
+        windows = log_windows(curve.index, WINDOWS, max(2, math.ceil(math.sqrt(curve.index.max()))))
         unjudged_if(len(windows) < 4, f"{label} has too few steps", "inconclusive")
         # Each window counts at its geometric middle.
         means = pd.DataFrame({math.sqrt(low * high): curve.loc[low:high].mean() for low, high in windows}).T
@@ -180,7 +160,7 @@ def _linear_in_log_steps(comparison: Comparison) -> Iterator[Finding]:
             return np.asarray(curvature * width**2 / 4 / (-slope_at_middle * width))
 
         bend = mean_over_seeds(bends(means.to_numpy(float)), f"{comparison.label} {label} bend")
-        if (error := lr_error(comparison, arm)) is not None:
+        if (error := optima.lr_error(comparison, arm)) is not None:
             by_power = np.array([error.by_power.loc[low:high].mean() for low, high in windows])
             mean = means.to_numpy(float).mean(1, keepdims=True)
             off = mean + by_power[:, :1] * error.draws + by_power[:, 1:] * error.draws**2
@@ -203,7 +183,7 @@ def _linear_in_log_steps(comparison: Comparison) -> Iterator[Finding]:
 def datasets_by_model(evidence: Evidence) -> list[tuple[str, list[Comparison]]]:
     """Return all datasets of each model except random facts, each at its greatest length."""
     by_model: dict[str, list[Comparison]] = {}
-    for _, comparison in chosen(learning, longest_runs)(evidence):
+    for _, comparison in scope.chosen(scope.learning, scope.longest_runs)(evidence):
         by_model.setdefault(comparison.runs["model"].iloc[0], []).append(comparison)
     return list(by_model.items())
 
@@ -222,7 +202,7 @@ def datasets_by_model(evidence: Evidence) -> list[tuple[str, list[Comparison]]]:
     unit="margins",
     experiments=("rank",),
     over=datasets_by_model,
-    conditions=(natural_text,),
+    conditions=(scope.natural_text,),
 )
 def _better_and_worse(datasets: list[Comparison]) -> Finding:
     unjudged_if(len(datasets) < 2, "only one dataset")
@@ -233,7 +213,7 @@ def _better_and_worse(datasets: list[Comparison]) -> Finding:
         margin = comparison.margin.value
         gaps.append(combined(lambda nats_per_token, margin=margin: nats_per_token / margin, comparison.gap(*arms)))
         texts.append(f"{comparison.label}: {comparison.gap_text(*arms)}, {gaps[-1].value:+.1f} margins")
-        own_problems = [*comparison.problems(arms), *margin_problems(comparison.margin)]
+        own_problems = [*comparison.problems(arms), *comparison.margin.problems]
         problems += named_problems(own_problems, f"{comparison.label}:")
         run_ids += comparison.run_ids(arms)
     # The largest gap is seen as a distance above 0, the smallest as one below 0; the smaller distance decides.
@@ -253,7 +233,7 @@ def _better_and_worse(datasets: list[Comparison]) -> Finding:
     needs=f"{SWEEP}; {MIN_SEEDS} seeds",
     paper_value="approximately the same; no number",
     experiments=("rank",),
-    over=chosen(learning, smallest_dataset),
+    over=scope.chosen(scope.learning, scope.smallest_dataset),
     fact=SAME_LOSS,
 )
 @claim(
@@ -267,7 +247,7 @@ def _better_and_worse(datasets: list[Comparison]) -> Finding:
     needs=f"{SWEEP}; {MIN_SEEDS} seeds",
     paper_value="about the same; no number",
     experiments=("rank", "capacity"),
-    over=chosen(learning),
+    over=scope.chosen(scope.learning),
     fact=SAME_LOSS,
     core=True,
 )
@@ -286,16 +266,16 @@ def _same_final_loss(comparison: Comparison) -> Finding:
     ),
     needs=f"{SWEEP}; rank 1; training losses at every step; {MIN_SEEDS} seeds",
     experiments=("rank", "capacity"),
-    over=chosen(learning, longest_run),
+    over=scope.chosen(scope.learning, scope.longest_run),
 )
 def _rank_1_worse(comparison: Comparison) -> Finding:
     lora, fullft = require(("LoRA r1", comparison.lora.get(1)), ("FullFT", comparison.fullft))
     judged = comparison.worse(lora, fullft)
-    curves = pair_at_optimum(comparison, lora, fullft)
+    curves = optima.pair_at_optimum(comparison, lora, fullft)
     late = max(2, math.ceil(math.sqrt(curves.last)))
     growth = curves.slope(late)
     text = f"from step {late} on the gap of the training NLLs has a slope of {nats(growth)} per tenfold steps"
-    problems = off_optimum(comparison, lora, fullft, judged.estimate)
+    problems = optima.off_optimum(comparison, lora, fullft, judged.estimate)
     if not (growth.known and growth.interval()[0] > 0):
         slow = "the gap does not surely grow late, so it may be slow learning and no lack of capacity"
         problems.append(Problem(slow, Remedy("longer runs")))
@@ -306,7 +286,11 @@ EARLY_STEPS = 100
 """The number of steps that count as early; the paper gives no number."""
 
 _early_claim = partial(
-    claim, figure="early curves", experiments=("early",), over=chosen(at_one_alpha), conditions=(one_alpha,)
+    claim,
+    figure="early curves",
+    experiments=("early",),
+    over=scope.chosen(scope.at_one_alpha),
+    conditions=(scope.one_alpha,),
 )
 
 
@@ -342,10 +326,10 @@ def _early(
 )
 def _same_early_curves(comparison: Comparison) -> Finding:
     early, curves, name, problems = _early(comparison, MIN_SEEDS, EARLY_STEPS)
-    windows = curves.windows(WINDOWS)
+    windows = log_windows(curves.by_seed.index, WINDOWS)
     unjudged_if(not windows, "no training losses after the first update")
     margin = comparison.margin
-    problems += margin_problems(margin)
+    problems += margin.problems
     text = f"{name} = {{}}, {curves.n_seeds} seeds"
     judged = scan(Within.margin(margin.value), curves, windows, text, problems, margin.rule)
     factor, explained = inverse_rank_fit(early.by_inverse_rank)

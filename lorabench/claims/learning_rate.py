@@ -11,13 +11,14 @@ import pandas as pd
 
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import arm_label
-from lorabench.analysis.beginnings import at_end, at_step, coupled
 from lorabench.analysis.comparison import COMPARED, Comparison, Judging, comparisons, require
+from lorabench.analysis.curves import at_end, at_step
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, together
 from lorabench.analysis.memorisation import is_memorisation
-from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
+from lorabench.analysis.optima import PAPER_RATIO, as_ratio, coupled, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Above, Remedy, Within
+from lorabench.claims import scope
 from lorabench.claims.claim import (
     SWEEP,
     Evidence,
@@ -30,22 +31,7 @@ from lorabench.claims.claim import (
     problem_if,
     unjudged_if,
 )
-from lorabench.claims.scope import (
-    FULL_STEPS,
-    HIGH_RANK,
-    SHORT_RUN,
-    Named,
-    at_one_alpha,
-    at_papers_alpha,
-    beyond_short,
-    chosen,
-    learning,
-    longer_runs,
-    one_alpha,
-    one_at_a_time,
-    papers_alpha,
-    sweeps_of_both,
-)
+from lorabench.claims.scope import FULL_STEPS, HIGH_RANK, SHORT_RUN
 
 LR_RATIO = f"LoRA's optimal LR is about {PAPER_RATIO:g} times that of full fine-tuning"
 """The fact that several claims state."""
@@ -98,10 +84,10 @@ def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
     needs=f"{SWEEP}, in runs of more than {SHORT_RUN} steps; {_SEEDS}",
     paper_value="10 (fit over 14 models: 9.8)",
     experiments=_SWEEPS,
-    over=chosen(learning, at_papers_alpha, sweeps_of_both, beyond_short),
+    over=scope.chosen(scope.learning, scope.at_papers_alpha, scope.sweeps_of_both, scope.beyond_short),
     conditions=(
-        papers_alpha,
-        longer_runs("laptop_more", "long_runs", "lr_ratio", "overnight", "smollm2", "first_gpu", "core", "paper"),
+        scope.papers_alpha,
+        scope.longer_runs("laptop_more", "long_runs", "lr_ratio", "overnight", "smollm2", "first_gpu", "core", "paper"),
     ),
     fact=LR_RATIO,
 )
@@ -123,9 +109,8 @@ def _spans(runs: pd.DataFrame) -> pd.Series[float]:
     return spans
 
 
-def wide_spans(named: Named) -> Named:
-    """Leave out comparisons whose ranks span less than a factor of `MIN_SPAN`, if others span more."""
-    return [(name, wide) for name, wide in named if _spans(wide.runs).max() >= MIN_SPAN] or named
+wide_spans = scope.those(lambda comparison: _spans(comparison.runs).max() >= MIN_SPAN, or_all=True)
+"""Leave out comparisons whose ranks span less than a factor of `MIN_SPAN`, if others span more."""
 
 
 @condition(
@@ -153,8 +138,8 @@ def wide_span(evidence: Evidence) -> str | None:
         f"grid; {_SEEDS}"
     ),
     paper_value="less than 2 from rank 4 to 512",
-    over=chosen(learning, at_one_alpha, wide_spans),
-    conditions=(one_alpha, wide_span),
+    over=scope.chosen(scope.learning, scope.at_one_alpha, wide_spans),
+    conditions=(scope.one_alpha, wide_span),
 )
 def _lr_independent_of_rank(comparison: Comparison) -> Finding:
     arms = {rank: arm for rank, arm in comparison.lora.items() if rank >= LOW_RANK}
@@ -179,8 +164,8 @@ def _lr_independent_of_rank(comparison: Comparison) -> Finding:
     ),
     needs=f"LoRA on all layers at rank 1 and a higher one, each with an LR grid; {_SEEDS}",
     paper_value="lower; no number",
-    over=chosen(learning, at_one_alpha),
-    conditions=(one_alpha,),
+    over=scope.chosen(scope.learning, scope.at_one_alpha),
+    conditions=(scope.one_alpha,),
 )
 def _rank_1_lower_lr(comparison: Comparison) -> Finding:
     rank_1, highest = require(("LoRA r1", comparison.lora.get(1)), ("LoRA above rank 1", comparison.highest))
@@ -190,11 +175,9 @@ def _rank_1_lower_lr(comparison: Comparison) -> Finding:
     by_rank = "; ".join(ratio_text(comparison, arm, rank_1) for arm in others)
     mean = f"their geometric mean is {in_words(shift)}" if len(others) > 1 else ""
     text = "; ".join(part for part in (by_rank, mean) if part)
-    arms = [rank_1, *others]
-    problems, reopened = comparison.problems(arms, resolved=True), comparison.reopened(arms, resolved=True)
     margin_rule = f"a factor of {LEAST_SHIFT:g}, about the least of published sweeps"
-    ids = comparison.run_ids(arms)
-    return as_ratio(decide(Above(math.log(LEAST_SHIFT)), shift, text, ids, problems, margin_rule, reopened))
+    rule, arms = Above(math.log(LEAST_SHIFT)), [rank_1, *others]
+    return as_ratio(comparison.decide(rule, shift, text, arms, margin_rule, resolved=True))
 
 
 @claim(
@@ -220,7 +203,7 @@ def _rank_1_lower_lr(comparison: Comparison) -> Finding:
     paper_value="about 15 below about 100 steps; 10 for long runs",
     unit="ratio",
     experiments=_SWEEPS,
-    conditions=(papers_alpha,),
+    conditions=(scope.papers_alpha,),
     fact=LR_RATIO,
 )
 def _short_runs_want_more(evidence: Evidence) -> Finding:
@@ -230,31 +213,24 @@ def _short_runs_want_more(evidence: Evidence) -> Finding:
     whole = [named for steps, named in known if steps >= FULL_STEPS]
     text = f"no runs of {SHORT_STEPS[0]} to {SHORT_STEPS[1]} steps, and none of {FULL_STEPS:,} or more"
     unjudged_if(not short and not whole, text)
-    judged = judge_each(one_at_a_time([*short, *whole]), _ratio_of_length)
+    judged = judge_each(scope.one_at_a_time([*short, *whole]), _ratio_of_length)
     lacking = f"no runs of {FULL_STEPS:,} steps or more, whose ratio at the end would have to be lower"
     return doubted(judged, problem_if(not whole, lacking, Remedy(f"runs of {FULL_STEPS:,} steps")), ["confirmed"])
 
 
-_swept = chosen(learning, at_papers_alpha, sweeps_of_both)
+_swept = scope.chosen(scope.learning, scope.at_papers_alpha, scope.sweeps_of_both)
 
 
 def _ratio_of_length(comparison: Comparison) -> Finding:
-    return (_ratio_along_runs if comparison.arms[0]["steps"] >= FULL_STEPS else _ratio_of_short_runs)(comparison)
-
-
-def _ratio_of_short_runs(comparison: Comparison) -> Finding:
-    rule = ratio_rule(SHORT_RATIO, comparison.judging.margins.lr_factor)
-    judged = judge_ratio(comparison, *highest_and_full(comparison), *rule)
-    return replace(judged, reason=f"{comparison.arms[0]['steps']} steps, {judged.reason}")
-
-
-def _ratio_along_runs(comparison: Comparison) -> Finding:
     lora, fullft = highest_and_full(comparison)
     steps, runs = fullft["steps"], comparison.of([lora, fullft])
+    rule, margin_rule = ratio_rule(SHORT_RATIO, comparison.judging.margins.lr_factor)
+    if steps < FULL_STEPS:
+        judged = judge_ratio(comparison, lora, fullft, rule, margin_rule)
+        return replace(judged, reason=f"{steps} steps, {judged.reason}")
     # The losses by test example are those at the end, and of another split.
     judging = Judging(comparison.judging.margins, noise=comparison.judging.noise)
     [full] = comparisons(at_end(runs), comparison.curves, judging)
-    rule, margin_rule = ratio_rule(SHORT_RATIO, judging.margins.lr_factor)
     growing = f"half of the paper's growth, a factor of {GROWTH:.2f}"
     findings: list[Finding] = []
     for step in SHORT_STEPS:

@@ -124,9 +124,9 @@ class MeasuredRecipe:
         return answers.pop() if len(answers) == 1 else "mixed" if answers else None
 
     def by_batch_size(self) -> list[tuple[RankRecommendation, ...]]:
-        """Return the recommendations at two or more batch sizes for one task, model and dataset.
+        """Return the recommendations at two or more batch sizes, ascending, for one task, model and dataset.
 
-        They ascend in batch size; of several lengths at one batch size, the longest is taken.
+        Of several lengths at one batch size, the longest is taken.
         """
         groups: dict[tuple[str, ...], dict[int, RankRecommendation]] = {}
         for recommendation in sorted(self.recommendations, key=lambda each: each.setting["steps"] or 0):
@@ -138,15 +138,10 @@ class MeasuredRecipe:
 def measured_recipe(
     runs: pd.DataFrame, curves: pd.DataFrame | None = None, judging: Judging | None = None
 ) -> MeasuredRecipe:
-    """Derive recommendations from runs.
+    """Derive recommendations from runs, each for full fine-tuning and LoRA with MIN_LRS or more LRs.
 
-    A comparison needs full fine-tuning and LoRA, each with MIN_LRS or more LRs. Of LoRA, the arms
-    that stand for it count (see `judged_arms`). RL problems on which no run ever got a reward are left out.
-
-    Args:
-        runs: the table `runs`; a task that lacks columns of NEEDED_BY is left out.
-        curves: the table `curves`, whose losses of the base the margin is taken from.
-        judging: margins, losses by test example, and seed noise from elsewhere.
+    Of LoRA, the arms that stand for it count (see `judged_arms`). RL problems on which no run ever got a reward are
+    left out, and so is a task that lacks columns of NEEDED_BY.
 
     Raises:
         UserError: see `check_runs`.

@@ -12,34 +12,17 @@ from functools import partial
 
 import numpy as np
 
+from lorabench.analysis import rewards
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import combined, mean_over_seeds
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError
 from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
-from lorabench.analysis.rewards import (
-    COLLAPSED,
-    FAR,
-    LEAD,
-    MAX_TRUNCATED,
-    MIN_GAIN,
-    NEAR,
-    TestReward,
-    cost_of_a_miss,
-    flat_top,
-    missing_lrs,
-)
+from lorabench.analysis.rewards import COLLAPSED, FAR, LEAD, MAX_TRUNCATED, MIN_GAIN, NEAR, TestReward
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
+from lorabench.claims import scope
 from lorabench.claims.claim import Evidence, claim, doubted, highest_and_full, judge_each, number, unjudged_if
-from lorabench.claims.scope import (
-    RL_PRESETS,
-    Named,
-    at_papers_alpha,
-    beats_controls,
-    papers_alpha,
-    response_length,
-    swept,
-)
+from lorabench.claims.scope import RL_PRESETS, Named
 from lorabench.runs import GOOD
 
 CHEAPER = round(1 - GOOD, 9)
@@ -51,7 +34,7 @@ CHEAPER_RULE = f"{CHEAPER:.0%} of the accuracy near the best LR, by which an LR 
 LONG_RESPONSE = 30
 """Tokens per response from which a response may hold a chain of thought."""
 
-LONG_RESPONSES = response_length(LONG_RESPONSE, ("core", "paper"))
+LONG_RESPONSES = scope.response_length(LONG_RESPONSE, ("core", "paper"))
 """The condition of claims on chains of thought."""
 
 RL_RUNS = (
@@ -77,15 +60,14 @@ LEARNED = (
 RL_EXPERIMENTS = ("rl_math", "rl_gsm8k", "rl_deepmath", "rl_arithmetic", "rl")
 """All experiments that compare LoRA of several ranks with FullFT in RL."""
 
-CONDITIONS = (swept, response_length(8, RL_PRESETS), beats_controls)
+CONDITIONS = (scope.swept, scope.response_length(8, RL_PRESETS), scope.beats_controls)
 """The conditions of the claims that compare arms in RL."""
 
 
 def problem_sets(evidence: Evidence, test_reward: TestReward = "final_reward") -> Named:
     """Return the comparisons of error rates on each model and problem set, by one of the test rewards of a run.
 
-    A problem set on which no run ever got a reward is left out: it is evidence for claim F7 only. So is a set on which
-    some method is not ahead of the controls, where there are others (see `lorabench.analysis.rewards`).
+    See `rewarded_errors`; a problem set on which no run ever got a reward is evidence for claim F7 only.
     """
     compared = evidence.compared_by(test_reward)
     unjudged_if(not compared, "no run ever got a reward")
@@ -97,21 +79,19 @@ RankJudge = Callable[[Comparison, Arm, Arm], Finding]
 
 
 def each_rank(*learners: str) -> Callable[[RankJudge], Callable[[Comparison], Finding]]:
-    """Return a decorator that makes a judge of one LoRA arm and FullFT judge every rank on all layers.
+    """Return a decorator that makes a judge of one LoRA arm and FullFT judge every rank; the `learners`, of `lora` and
+    `fullft`, must have learned."""
 
-    Those of the methods `lora` and `fullft` that are given must have learned for a verdict.
-    """
-    return lambda judge: partial(_judge_ranks, judge, learners)
+    def each(judge: RankJudge, comparison: Comparison) -> Finding:
+        fullft, _ = require(("FullFT", comparison.fullft), ("LoRA", next(iter(comparison.lora.values()), None)))
 
+        def judge_rank(lora: Arm) -> Finding:
+            learned = [arm for arm in (lora, fullft) if arm["method"] in learners]
+            return if_learned(comparison, judge(comparison, lora, fullft), learned)
 
-def _judge_ranks(judge: RankJudge, learners: Sequence[str], comparison: Comparison) -> Finding:
-    fullft, _ = require(("FullFT", comparison.fullft), ("LoRA", next(iter(comparison.lora.values()), None)))
+        return judge_each(((arm_label(lora), lora) for lora in comparison.lora.values()), judge_rank)
 
-    def judge_rank(lora: Arm) -> Finding:
-        learned = [arm for arm in (lora, fullft) if arm["method"] in learners]
-        return if_learned(comparison, judge(comparison, lora, fullft), learned)
-
-    return judge_each(((arm_label(lora), lora) for lora in comparison.lora.values()), judge_rank)
+    return lambda judge: partial(each, judge)
 
 
 rl_claim = partial(claim, over=problem_sets, task="rl", columns=("base_reward",), conditions=CONDITIONS)
@@ -169,8 +149,8 @@ def at_one_peak(judged: Finding, comparison: Comparison, arms: Sequence[Arm]) ->
     paper_value="10",
     unit="ratio",
     experiments=RL_EXPERIMENTS,
-    over=lambda evidence: at_papers_alpha(problem_sets(evidence)),
-    conditions=(papers_alpha, *CONDITIONS),
+    over=lambda evidence: scope.at_papers_alpha(problem_sets(evidence)),
+    conditions=(scope.papers_alpha, *CONDITIONS),
 )
 def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
     arms, factor = highest_and_full(comparison), comparison.judging.margins.lr_factor
@@ -180,7 +160,7 @@ def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
     flat_tops, breakdowns = [], []
     for arm in arms:
         label, rows = arm_label(arm), comparison.rows[arm_label(arm)]
-        if flat := flat_top(comparison, arm):
+        if flat := rewards.flat_top(comparison, arm):
             text = f"{label}: LRs {', '.join(f'{lr:.2g}' for lr in flat)} are equally good"
             remedy = Remedy(f"more seeds at these LRs of {label}, or problems on which they differ")
             flat_tops.append(Problem(text, remedy))
@@ -259,23 +239,22 @@ def _as_measured(comparison: Comparison, arm: Arm, other: Arm) -> str:
 def _a_missed_lr_costs_lora_less(comparison: Comparison) -> Finding:
     lowest = next(iter(comparison.lora.values()), None)
     arms = require(("LoRA", lowest), ("FullFT", comparison.fullft))
-    labels, problems = [arm_label(arm) for arm in arms], comparison.problems(arms)
+    labels = [arm_label(arm) for arm in arms]
     if not all(label in comparison.fit.minima for label in labels):
-        raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in problems))
-    for arm, label in zip(arms, labels, strict=True):
-        for lr in missing_lrs(comparison, arm):
-            problems.append(
-                Problem(f"{label}: no LR near {lr:.2g}", Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),)))
-            )
-    costs = [cost_of_a_miss(comparison, arm) for arm in arms]
+        raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in comparison.problems(arms)))
+    problems = [
+        Problem(f"{label}: no LR near {lr:.2g}", Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),)))
+        for arm, label in zip(arms, labels, strict=True)
+        for lr in rewards.missing_lrs(comparison, arm)
+    ]
+    costs = [rewards.cost_of_a_miss(comparison, arm) for arm in arms]
     cheaper = combined(np.subtract, costs[1], costs[0])
     text = (
         f"off by a factor of {10**NEAR:.1f} to {10**FAR:.1f} from the best LR, FullFT loses {costs[1].value:.1%} of "
         f"its accuracy and {labels[0]} {costs[0].value:.1%}: {number(cheaper, 3, '+')} of the accuracy"
         f"{comparison.fit.noise_text}"
     )
-    ids, reopened = comparison.run_ids(arms), comparison.reopened(arms)
-    judged = decide(Above(CHEAPER), cheaper, text, ids, problems, CHEAPER_RULE, reopened)
+    judged = comparison.decide(Above(CHEAPER), cheaper, text, arms, CHEAPER_RULE, problems)
     return if_learned(comparison, judged, arms)
 
 

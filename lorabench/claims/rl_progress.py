@@ -10,8 +10,8 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label
-from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, kept, require
+from lorabench.analysis.arms import arm_label, kept
+from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, require
 from lorabench.analysis.curves import curves_by_seed, paired, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, normal
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, together, worst
@@ -20,7 +20,7 @@ from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rewards import MAX_TRUNCATED, MIN_GAIN
 from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within, gain_margin
 from lorabench.claims import reinforcement as rl
-from lorabench.claims.claim import Evidence, claim, judge_each, margin_problems, number, problem_if, unjudged_if
+from lorabench.claims.claim import Evidence, claim, judge_each, number, problem_if, unjudged_if
 from lorabench.claims.scope import beats_controls, swept
 from lorabench.store.checks import is_rl
 
@@ -70,11 +70,12 @@ def tenths(comparison: Comparison, arm: Arm, metric: str) -> pd.DataFrame:
 
 
 def progress_windows(steps: Sequence[int], rewards: pd.Series[float]) -> list[tuple[int, int]]:
-    """Split steps into BEFORE windows up to the plateau of train rewards and AFTER windows from there.
+    """Split steps into BEFORE windows up to the plateau of train rewards and AFTER windows from there, if there are as
+    many.
 
     The plateau begins where running means of the rewards over a tenth of the steps have made the share PLATEAU of their
     rise from the first to the last tenth; without a rise it is the last step. Before the first update all arms are the
-    base model, so step 1 does not count. There are fewer windows if the steps do not suffice for one each.
+    base model, so step 1 does not count.
     """
     tenth = max(1, len(rewards) // 10)
     smooth = rewards.rolling(tenth, center=True, min_periods=1).mean()
@@ -112,7 +113,7 @@ def _same_progress(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
     rewards = points_at_optimum(comparison, fullft, "train", "reward").groupby("step")["value"].mean()
     windows = progress_windows(curves.by_seed.index.tolist(), rewards.astype(float))
     margin = comparison.margin
-    problems = [*curve_problems(comparison, [lora, fullft], curves.n_seeds), *margin_problems(margin)]
+    problems = [*curve_problems(comparison, [lora, fullft], curves.n_seeds), *margin.problems]
     text, signed = "train reward - FullFT's = {}", partial(number, digits=4, sign="+")
     return scan(Within.margin(margin.value), curves, windows, text, problems, margin.rule, signed)
 

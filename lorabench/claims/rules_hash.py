@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.analysis.estimate import N_DRAWS
-from lorabench.config.margins import DEFAULT_MARGINS, Margins
-from lorabench.config.predictions import Predictions, default_predictions
+from lorabench.config.margins import DEFAULT_MARGINS, Margins, Predictions, default_predictions
 from lorabench.utils.files import digest
 from lorabench.utils.studies import studies
 
@@ -48,15 +47,13 @@ def syntax(code: str) -> str:
 
 
 def _text(node: Any) -> str:
+    # A statement that is a text alone is a docstring, also one of an attribute.
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        return ""
     if isinstance(node, list):
-        return f"[{','.join(_text(part) for part in node if not _is_docstring(part))}]"
+        return f"[{','.join(filter(None, map(_text, node)))}]"
     if not isinstance(node, ast.AST):
         return repr(node)
     # Empty fields are left out, since versions of Python differ in those that they have.
     fields = [f"{name}={_text(value)}" for name, value in ast.iter_fields(node) if value is not None and value != []]
     return f"{type(node).__name__}({','.join(fields)})"
-
-
-def _is_docstring(node: Any) -> bool:
-    """Return whether a statement is a text alone, as docstrings are, also those of attributes."""
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

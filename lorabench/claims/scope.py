@@ -55,24 +55,25 @@ every_dataset = chosen()
 """Choose all comparisons."""
 
 
-def learning(named: Named) -> Named:
-    """Leave out the datasets of random facts, from which a model learns nothing general."""
-    return [(name, comparison) for name, comparison in named if not is_memorisation(comparison.runs).any()]
+def those(holds: Callable[[Comparison], object], or_all: bool = False) -> Callable[[Named], Named]:
+    """Return a step that leaves out comparisons of which something does not hold, but not all of them if `or_all`."""
+    return lambda named: [(name, each) for name, each in named if holds(each)] or (named if or_all else [])
 
 
-def full_runs(named: Named) -> Named:
-    """Leave out comparisons of fewer than `FULL_STEPS` steps, if there are longer ones."""
-    return [(name, full) for name, full in named if (full.runs["steps"] >= FULL_STEPS).any()] or named
+memorising = those(lambda comparison: is_memorisation(comparison.runs).any())
+"""Choose the datasets of random facts, from which a model learns nothing general."""
 
+learning = those(lambda comparison: not is_memorisation(comparison.runs).any())
+"""Choose the other datasets."""
 
-def sweeps_of_both(named: Named) -> Named:
-    """Leave out comparisons that lack FullFT or LoRA above rank 1 on all layers, if others have both."""
-    return [(name, both) for name, both in named if both.fullft and both.highest] or named
+full_runs = those(lambda comparison: (comparison.runs["steps"] >= FULL_STEPS).any(), or_all=True)
+"""Leave out comparisons of fewer than `FULL_STEPS` steps, if there are longer ones."""
 
+beyond_short = those(lambda comparison: (comparison.runs["steps"] > SHORT_RUN).any(), or_all=True)
+"""Leave out comparisons of at most `SHORT_RUN` steps, if there are longer ones."""
 
-def beyond_short(named: Named) -> Named:
-    """Leave out comparisons of at most `SHORT_RUN` steps, if there are longer ones."""
-    return [(name, longer) for name, longer in named if (longer.runs["steps"] > SHORT_RUN).any()] or named
+sweeps_of_both = those(lambda comparison: comparison.fullft and comparison.highest, or_all=True)
+"""Leave out comparisons that lack FullFT or LoRA above rank 1 on all layers, if others have both."""
 
 
 def _at_alpha(text: str, fits: Callable[[AlphaRule], bool]) -> tuple[Condition, Callable[[Named], Named]]:
@@ -87,7 +88,7 @@ def _at_alpha(text: str, fits: Callable[[AlphaRule], bool]) -> tuple[Condition, 
         rules = alpha_rules(evidence.runs)
         return None if not rules or any(map(fits, rules)) else ", ".join(sorted(map(str, rules)))
 
-    return instead, lambda named: [(name, at) for name, at in named if fits(alpha_rule(at.runs))] or named
+    return instead, those(lambda comparison: fits(alpha_rule(comparison.runs)), or_all=True)
 
 
 papers_alpha, at_papers_alpha = _at_alpha(f"LoRA with {PAPERS}", lambda rule: rule == PAPERS)

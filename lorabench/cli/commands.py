@@ -7,13 +7,14 @@ import math
 import os
 import sys
 from argparse import ArgumentParser
+from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
+from typer.core import TyperCommand
 
-from lorabench.cli.advice import add_advice
 from lorabench.cli.common import OneSentence, PresetOption, own_gpus, plan_and_layout
 from lorabench.cli.steps import steps
 from lorabench.errors import UserError
@@ -28,60 +29,46 @@ app = typer.Typer(
     help='Rerun the comparisons of "LoRA Without Regret" and judge its claims from the results.',
     epilog="The steps of the workflow, which its rules call: lorabench step --help.",
 )
+app.add_typer(steps, name="step", hidden=True)
 
-ModelName = Annotated[
-    str, Option(help="A folder, a .gguf file, a model's id on the hub, or the name of a shipped base: tiny.")
-]
-DataFormat = Annotated[
-    str | None, Option("--format", help="The columns that hold an example, if the file's allow more than one form.")
-]
+ADVICE = {
+    "audit": "Say what is wrong in the configurations of other trainers, from the files alone.",
+    "check": "Say what an adapter's files say, and whether merging and serving keep what it computes.",
+    "recommend": "Recommend learning rates with their interval, rank and placement for a model, each with its source.",
+    "convert": "Convert a learning rate of LoRA to another alpha, rank, length, batch size or variant.",
+    "trainer": "Write a folder to train from with the recommended settings, each with its reason.",
+}
+"""The commands of the distribution lora-advice, which are offered here too, with their help."""
+
+PresetArgument = Annotated[str, Argument(help="A shipped preset's name or the path of a YAML file.")]
 # A command's imports make many objects and little garbage: collecting it less often takes a tenth off each start.
 gc.set_threshold(20_000)
 
 
-def _print_version(asked: bool) -> None:
+@app.callback(invoke_without_command=True)
+def main(asked: Annotated[bool, Option("--version", help="Print the version and exit.")] = False) -> None:
+    """The options that stand before a command."""
     if asked:
-        from importlib.metadata import version
-
         print(f"lorabench {version('lorabench')}")
         raise typer.Exit
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """The options that stand before a command."""
-
-
-app.add_typer(steps, name="step", hidden=True)
-add_advice(app)
 
 
 @app.command()
 def init(
     out: Annotated[Path, Argument(metavar="MY.YAML", help="The preset to write.")],
-    model: ModelName,
+    model: Annotated[str, Option(help="A folder, a .gguf file, a model's id on the hub, or the shipped base: tiny.")],
     data: Annotated[str, Option(help="A .jsonl, .json, .csv or .parquet file, or a dataset's id on the hub.")],
-    data_format: DataFormat = None,
-    ranks: Annotated[
-        list[int] | None, Option("--rank", help="A LoRA rank in place of the suggested ones; may be repeated.")
-    ] = None,
+    data_format: Annotated[str | None, Option("--format", help="The columns of an example, if several fit.")] = None,
+    ranks: Annotated[list[int] | None, Option("--rank", help="A LoRA rank in place of the suggested ones.")] = None,
     seeds: Annotated[int, Option(min=1, help="Number of seeds at the best learning rate.")] = 3,
     epochs: Annotated[float, Option(help="Passes over the training data.")] = 1.0,
-    held_out: Annotated[
-        float, Option(min=0.01, max=0.4, help="Share of the data for validation, and the same share for the test.")
-    ] = 0.1,
+    held_out: Annotated[float, Option(min=0.01, max=0.4, help="Share for validation, and for the test.")] = 0.1,
     gpu: Annotated[str | None, Option(help="The GPU to train on, such as H100-80GB; without it, a CPU.")] = None,
     grader: Annotated[
-        str | None,
-        Option(help="For RL on questions: `number` grades a response by its last number, `boxed` by \\boxed{}."),
+        str | None, Option(help="For RL: `number` grades by the last number, `boxed` by \\boxed{}.")
     ] = None,
     variants: Annotated[
-        list[str] | None,
-        Option("--variant", help="A variant of LoRA to train beside it, such as dora; may be repeated."),
+        list[str] | None, Option("--variant", help="A variant of LoRA beside it, such as dora.")
     ] = None,
     force: Annotated[bool, Option("--force", help="Overwrite the preset if it exists.")] = False,
 ) -> None:
@@ -99,13 +86,11 @@ def init(
 @app.command()
 def plan(
     preset: PresetOption = "laptop",
-    out: Annotated[
-        Path | None, Option("--out", help="Write the planned runs to this parquet file and print nothing.")
-    ] = None,
+    out: Annotated[Path | None, Option(help="Write the planned runs to this parquet file and print nothing.")] = None,
     gpu: Annotated[str | None, Option(help="Estimate for another GPU, by its name in lorabench/utils/gpus.py.")] = None,
     price: Annotated[float | None, Option(min=0, help="Price of one GPU for an hour.")] = None,
     measured: Annotated[
-        list[Path] | None, Option(help="Folder with a table `runs` to take the speed from; by default all in results/.")
+        list[Path] | None, Option(help="Folder of tables with the speed, in place of results/.")
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
@@ -137,10 +122,7 @@ def plan(
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def run(
-    context: typer.Context,
-    preset: Annotated[str, Argument(help="A shipped preset's name or the path of a YAML file.")] = "laptop",
-) -> None:
+def run(context: typer.Context, preset: PresetArgument = "laptop") -> None:
     """Run a preset in this folder: start Snakemake on the packaged workflow, and pass all further options on to it."""
     from lorabench.config.loading import preset_path
 
@@ -152,11 +134,10 @@ def run(
 
 
 def snakemake_command(preset: str, options: list[str]) -> list[str]:
-    """Return the command line that runs a preset with the packaged workflow.
+    """Return the command line that runs a preset with the packaged workflow, and options and targets for Snakemake.
 
-    Args:
-        options: further options and targets for Snakemake. Without a number of cores, all cores are used. A shipped
-            profile may be given by its name (`--profile slurm`), unless the current folder has a profile of that name.
+    Without a number of cores, all cores are used. A shipped profile may be given by its name (`--profile slurm`),
+    unless the current folder has a profile of that name.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--profile")
@@ -175,22 +156,20 @@ def snakemake_command(preset: str, options: list[str]) -> list[str]:
 @app.command()
 def status(preset: PresetOption = "laptop") -> None:
     """Show how far the work of a preset is and what is running."""
-    from lorabench.store.progress import status as read_status
+    from lorabench.store.progress import finished_runs, runs_at_work
 
-    state = read_status(*plan_and_layout(preset))
-    share = state.runs_done / max(1, state.runs_planned)
-    print(
-        f"{state.runs_done}/{state.runs_planned} runs ({share:.0%}), {state.jobs_done}/{state.jobs_planned} jobs done"
-    )
-    for job in state.at_work:
+    planned, layout = plan_and_layout(preset)
+    done, expected, jobs_done = finished_runs(planned, layout)
+    print(f"{done}/{expected} runs ({done / max(1, expected):.0%}), {jobs_done}/{len(planned.jobs)} jobs done")
+    for job in runs_at_work(planned, layout):
         # A job that was killed counts as at work until it is started again; its silence tells.
         silence = f"; last sign of life {job['age_s'] / 60:.0f} minutes ago" if job["age_s"] >= 60 else ""
         print(
             f"  {job['label']}: run {job['run']}/{job['runs']}, "
             f"lr {job['lr']:g}, seed {job['seed']}, step {job['step']}/{job['steps']}{silence}"
         )
-    if state.report is not None:
-        print(f"  report: {state.report}")
+    if layout.report.exists():
+        print(f"  report: {layout.report}")
 
 
 @app.command()
@@ -222,19 +201,12 @@ def doctor(preset: PresetOption = "laptop") -> None:
 def claims(
     tables: Annotated[Path, Option(help="Folder with the tidy tables.")],
     out: Annotated[Path, Option(help="Folder for the claims table.")],
-    preset: Annotated[
-        str | None, Option(help="The preset of the runs, which states the margins of the verdicts.")
-    ] = None,
-    margins: Annotated[
-        Path | None,
-        Option(help="A YAML file with the margins, for runs without a preset: loss, final_loss, reward, lr_factor."),
-    ] = None,
+    preset: Annotated[str | None, Option(help="The preset of the runs, which states the margins.")] = None,
+    margins: Annotated[Path | None, Option(help="A YAML file with the margins, for runs without a preset.")] = None,
     noise: Annotated[
-        Path | None, Option(help="Folder with tables of repeated runs, whose seed noise holds where there is one seed.")
+        Path | None, Option(help="Folder of tables whose seed noise holds where there is one seed.")
     ] = None,
-    noise_sd: Annotated[
-        float | None, Option(help="Standard deviation over seeds of the final test loss in nats, instead of --noise.")
-    ] = None,
+    noise_sd: Annotated[float | None, Option(help="SD over seeds of the final test loss in nats, not --noise.")] = None,
     noise_dof: Annotated[int | None, Option(min=1, help="Degrees of freedom of --noise-sd, such as seeds - 1.")] = None,
     noise_source: Annotated[str | None, Option(help="The source of --noise-sd, for the reasons.")] = None,
 ) -> None:
@@ -242,17 +214,16 @@ def claims(
     from lorabench.analysis.loss_fit import Noise
     from lorabench.analysis.optima import pooled_noise
     from lorabench.claims.judge import judge_claims
-    from lorabench.config.loading import read_margins
+    from lorabench.config.loading import load_preset, read_margins
     from lorabench.sources.lr_optima import measured_optima
     from lorabench.store.io import write_csv, write_frame
-    from lorabench.store.layout import Layout
     from lorabench.store.tables import Tables
 
     if preset is not None and margins is not None:
         raise UserError("--preset and --margins: give one of them, since the preset states margins too")
     predictions, chosen = None, None if margins is None else read_margins(margins)
     if preset is not None:
-        stated = Layout.of(preset).preset
+        stated = load_preset(preset)
         chosen, predictions = stated.margins, stated.predictions or {}
     elsewhere = None if noise is None else pooled_noise(Tables.read(noise).runs, str(noise))
     if (noise_sd, noise_dof, noise_source) != (None, None, None):
@@ -320,13 +291,9 @@ def import_source(
 def evidence(
     out: Annotated[Path, Option(help="Folder for the tables and figures.")] = Path("results/evidence"),
     source: Annotated[
-        list[Path] | None,
-        Option(help="A source of your own, or a folder of sources, beyond the shipped ones; may be repeated."),
+        list[Path] | None, Option(help="An own source, or a folder of sources, beyond the shipped.")
     ] = None,
-    tables: Annotated[
-        list[Path] | None,
-        Option(help="Folder with the table claims of a preset of your own, as a column; may be repeated."),
-    ] = None,
+    tables: Annotated[list[Path] | None, Option(help="Folder with the table claims of an own preset.")] = None,
 ) -> None:
     """Judge all published runs by the paper's claims.
 
@@ -351,31 +318,19 @@ def evidence(
 
 @app.command()
 def freeze(
-    preset: Annotated[str, Argument(help="A shipped preset's name or the path of a YAML file.")],
+    preset: PresetArgument,
     first_seed: Annotated[int, Option(min=1, help="The first of the held-out seeds.")] = 100,
-    claims: Annotated[
-        Path | None,
-        Option(
-            help="Folder with the explored table claims; by default that of the preset's runs here, or as published."
-        ),
-    ] = None,
-    unexplored: Annotated[
-        bool, Option("--unexplored", help="The preset was never run in this design; no verdicts are expected.")
-    ] = False,
-    redesigned: Annotated[
-        bool, Option("--redesigned", help="With --unexplored: published verdicts are of an earlier design.")
-    ] = False,
-    power: Annotated[
-        Path | None, Option(help="A CSV file with the power of each claim, from python -m benchmarks.calibration.")
-    ] = None,
+    claims: Annotated[Path | None, Option(help="Folder with the explored verdicts, not the preset's.")] = None,
+    unexplored: Annotated[bool, Option("--unexplored", help="The preset was never run in this design.")] = False,
+    redesigned: Annotated[bool, Option("--redesigned", help="Published verdicts are of an earlier design.")] = False,
+    power: Annotated[Path | None, Option(help="A CSV file of python -m benchmarks.calibration.")] = None,
     out: Annotated[Path | None, Option(help="The file to write; by default workflow/frozen/<preset>.yaml.")] = None,
 ) -> None:
     """Fix rules, seeds, data and expected verdicts of a preset before it is run on held-out seeds."""
     import pandas as pd
 
     from lorabench.config.loading import split_name
-    from lorabench.report.freeze import freeze as fix
-    from lorabench.report.freeze import write_frozen
+    from lorabench.report import freeze as freezing
     from lorabench.store.io import read_claims, table_path
     from lorabench.store.layout import Layout
     from lorabench.store.published import NOT_PUBLISHED
@@ -399,8 +354,29 @@ def freeze(
             "name the folder of its table claims with --claims, or say --unexplored if it was never run"
         )
     judged = None if claims is None else read_claims(claims, without=NOT_PUBLISHED)
-    frozen = fix(seeded, judged, None if power is None else pd.read_csv(power))
     path = out or Path("workflow/frozen") / f"{explored.name}.yaml"
-    write_frozen(frozen, path)
+    freezing.write_frozen(freezing.freeze(seeded, judged, None if power is None else pd.read_csv(power)), path)
     print(f"wrote {path}; commit it, then run: lorabench run {seeded}")
     print(f"and at the end: python workflow/scripts/publish.py --held-out {path}")
+
+
+class _Unparsed(TyperCommand):
+    """A command that leaves all words to another program, options, `--` and `--help` included."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep the words as they are."""
+        ctx.args = args
+        return args
+
+
+def _advise(context: typer.Context) -> None:
+    name = context.command.name or ""
+    commands = entry_points(group="lorabench.commands", name=name)
+    if not commands:
+        raise UserError(f"`lorabench {name}` needs the package lora-advice: pip install lora-advice")
+    [command] = commands
+    command.load()([name, *context.args], "lorabench")
+
+
+for _name, _help in ADVICE.items():
+    app.command(_name, cls=_Unparsed, help=_help)(_advise)

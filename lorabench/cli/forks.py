@@ -1,9 +1,9 @@
 """A fork server: a process that has imported what the steps of a workflow need, and forks a process for each step.
 
-Most steps of a small preset take less time than the import of PyTorch, transformers and lm-eval. The workflow starts a
-server on a machine without GPUs. The command `lorabench` of a rule hands over its arguments, folder, environment and
-open files to it, passes signals on to the forked process, and exits with the status of that. Where there is no server,
-or where the environment differs from that of the server, the command runs by itself, and does the same.
+Most steps of a small preset take less time than these imports. The workflow starts a server on a machine without GPUs.
+The command `lorabench` of a rule hands over its arguments, folder, environment and open files to it, passes signals on
+to the forked process, and exits with the status of that. Without a server, or where the environment differs from that
+of the server, the command runs by itself, and does the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -45,44 +44,41 @@ _MAY_DIFFER = {
     *("TMPDIR", "TEMPDIR", "TEMP", "TMP", "PYTHONHASHSEED", "TQDM_DISABLE", "TQDM_MININTERVAL"),
 }
 
-_status: object = None
-"""The exit status of a forked process that has come to its end."""
 
+_LLAMA, _ANALYSIS = "transformers.models.llama.modeling_llama", ("pyarrow.dataset", "scipy.stats")
 PRELOADED = {
     "plan": ("lorabench.store.io",),
     "dataset": ("lorabench.data.files", "lorabench.data.problems", "lorabench.data.sft", "reasoning_gym"),
     "pretraining": ("lorabench.evaluation.pretraining", "reasoning_gym"),
     "tokens": ("lorabench.data.tokens", "transformers.models.auto.tokenization_auto"),
-    "train": (
-        *("lorabench.training.job", "lorabench.training.sft", "lorabench.training.rl.trainer"),
-        "transformers.models.llama.modeling_llama",
-    ),
-    "wave": ("lorabench.store.waves",),
-    "collect-runs": ("lorabench.store.waves",),
-    "compute": ("lorabench.training.step_cost", "transformers.models.llama.modeling_llama"),
+    "train": ("lorabench.training.job", "lorabench.training.sft", "lorabench.training.rl.trainer", _LLAMA),
+    "compute": ("lorabench.training.step_cost", _LLAMA),
     "evaluate": (
-        *("lorabench.evaluation.runner", "lm_eval.evaluator", "lm_eval.models.huggingface", "langdetect", "peft"),
-        "transformers.models.llama.modeling_llama",
+        "lorabench.evaluation.runner",
+        "lm_eval.evaluator",
+        "lm_eval.models.huggingface",
+        "langdetect",
+        _LLAMA,
     ),
     "counts": ("lorabench.models.counts",),
     "collect": ("lorabench.store.collect",),
     "collect-evals": ("lorabench.store.collect",),
-    "claims": ("lorabench.claims.judge", "lorabench.claims.learning_rate", "pyarrow.dataset", "scipy.stats"),
+    "claims": ("lorabench.claims.judge", "lorabench.claims.learning_rate", *_ANALYSIS),
     "figure": (
         *("lorabench.figures.catalog", "lorabench.figures.by_lr", "lorabench.figures.curves", "lorabench.figures.rl"),
-        *("matplotlib.backends.backend_svg", "matplotlib.style", "pyarrow.dataset", "scipy.stats"),
+        *("matplotlib.backends.backend_svg", "matplotlib.style", *_ANALYSIS),
     ),
-    "verdicts-by-margin": ("lorabench.report.other_margins", "pyarrow.dataset", "scipy.stats"),
-    "report": ("lorabench.report.index", "pyarrow.dataset", "scipy.stats"),
+    "verdicts-by-margin": ("lorabench.report.other_margins", *_ANALYSIS),
+    "report": ("lorabench.report.index", *_ANALYSIS),
 }
 """What the server imports before it forks the first step of a name. These modules compute nothing when imported."""
 
 _ALWAYS = ("lorabench.cli.commands", "lorabench.planning.plan", "lorabench.store.layout")
 
 
-def _identity(environment: dict[str, str]) -> list[Any]:
+def _identity() -> list[Any]:
     """Return what a command must have in common with the server: the code and the environment."""
-    return [sys.prefix, __file__, {name: environment[name] for name in environment if name not in _MAY_DIFFER}]
+    return [sys.prefix, __file__, {name: os.environ[name] for name in os.environ if name not in _MAY_DIFFER}]
 
 
 def run_in_fork() -> int | None:
@@ -93,12 +89,11 @@ def run_in_fork() -> int | None:
     """
     if ADDRESS not in os.environ:
         return None
-    environment = dict(os.environ)
-    request = {"argv": sys.argv, "cwd": os.getcwd(), "environment": environment, "identity": _identity(environment)}
+    request = {"argv": sys.argv, "cwd": os.getcwd(), "environment": dict(os.environ), "identity": _identity()}
     message = json.dumps(request).encode() + b"\n"
     with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rb") as replies:
         try:
-            connection.connect(environment[ADDRESS])
+            connection.connect(os.environ[ADDRESS])
             if rest := message[socket.send_fds(connection, [message], [0, 1, 2]) :]:
                 connection.sendall(rest)
             process = int(replies.readline() or 0)
@@ -128,10 +123,9 @@ def run_in_fork() -> int | None:
 
 
 def start() -> None:
-    """Start a server that ends with this process, and name it in this process's environment.
+    """Start a server for the commands of rules with one thread, which ends with this process, and name it to them.
 
-    It suits the commands of rules with one thread. It is started on Linux only, since other systems' libraries do not
-    work in forked processes.
+    It is started on Linux only, since other systems' libraries do not work in forked processes.
     """
     if sys.platform != "linux":
         return
@@ -154,61 +148,48 @@ def start() -> None:
     atexit.register(server.communicate)
 
 
-@dataclass(frozen=True)
-class _Request:
-    """A command to run."""
-
-    argv: list[str]
-    cwd: str
-    environment: dict[str, str]
-    files: list[int]
-    """Its standard input, output and errors."""
-
-
 def serve(listener: int) -> None:
-    """Fork a process for each command that arrives, until the standard input and the last command have ended.
+    """Fork a process for each command that arrives at the socket with a file number.
 
-    In the forked processes this function runs the command; the signals HANDLED are blocked there until it handles them.
-
-    Args:
-        listener: the file number of the socket.
+    The server ends when the standard input and the last command have ended. In the forked processes this function runs
+    the command; the signals HANDLED are blocked there until it handles them.
     """
+    status: object = None
+
+    def end_at_once() -> None:
+        """End a forked process without clearing away all modules, which would take a second."""
+        if isinstance(status, int):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
     # The first function to be registered is the last to be called.
-    atexit.register(_end_at_once)
-    request = _next_request(socket.socket(fileno=listener))
-    for number, file in enumerate(request.files):
+    atexit.register(end_at_once)
+    request, files = _next_request(socket.socket(fileno=listener))
+    for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
     for stream in (sys.stdout, sys.stderr):
         assert isinstance(stream, TextIOWrapper)
         stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())
-    os.chdir(request.cwd)
+    os.chdir(request["cwd"])
     # Variables that modules have set when they were imported stay. Processes that the command starts are no forks.
-    os.environ.update(request.environment | {"PYTHONHASHSEED": "0"})
+    os.environ.update(request["environment"] | {"PYTHONHASHSEED": "0"})
     del os.environ[ADDRESS]
     tempfile.tempdir = None
-    sys.argv = request.argv
+    sys.argv = request["argv"]
     from lorabench.cli.commands import app
 
     try:
         app()
     except SystemExit as end:
-        global _status
-        _status = end.code
+        status = end.code
         raise
 
 
-def _end_at_once() -> None:
-    """End a forked process without clearing away all modules, which would take a second."""
-    if isinstance(_status, int):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(_status)
-
-
-def _next_request(listener: socket.socket) -> _Request:
-    """Wait for commands and fork a process for each; returns in these processes only."""
-    identity = _identity(dict(os.environ))
+def _next_request(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Wait for commands and fork a process for each; returns the command and its open files in these processes only."""
+    identity = _identity()
     # Collecting garbage would write into the objects of all modules, and so copy their memory in each process.
     gc.disable()
     for module in _ALWAYS:
@@ -218,19 +199,26 @@ def _next_request(listener: socket.socket) -> _Request:
     # The standard input ends with the process that started this server.
     while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
         with listener.accept()[0] as connection:
-            request = _receive(connection, identity)
-            if request is not None:
-                _preload(request.argv)
+            message, files, *_ = socket.recv_fds(connection, 1 << 16, 3)
+            while not message.endswith(b"\n") and (part := connection.recv(1 << 16)):
+                message += part
+            request = json.loads(message) if message.endswith(b"\n") else {}
+            if request.get("identity") == identity:
+                name = next((word for word in request["argv"][1:] if word != "step"), "")
+                for module in PRELOADED.get(name, ()):
+                    # Where a module can't be imported, the command says so itself.
+                    with contextlib.suppress(Exception):
+                        importlib.import_module(module)
                 gc.freeze()
                 # Where there is no memory for a copy, the command runs by itself.
                 with contextlib.suppress(OSError):
                     if os.fork() == 0:
                         gc.enable()
                         listener.close()
-                        _fork_command(request, connection)
-                        return request
-                for file in request.files:
-                    os.close(file)
+                        _fork_command(files, connection)
+                        return request, files
+            for file in files:
+                os.close(file)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -242,7 +230,7 @@ def _next_request(listener: socket.socket) -> _Request:
     os._exit(0)
 
 
-def _fork_command(request: _Request, connection: socket.socket) -> None:
+def _fork_command(files: list[int], connection: socket.socket) -> None:
     """Fork a process for a command, and return in that process only.
 
     This one reports the end of the command to the process that gave it, and ends the command if that is killed.
@@ -250,9 +238,15 @@ def _fork_command(request: _Request, connection: socket.socket) -> None:
     process = os.fork()
     if process == 0:
         return
-    for file in request.files:
+    for file in files:
         os.close(file)
-    _reply(connection, process)
+
+    def reply(number: int) -> None:
+        # The process at the other end may have been killed.
+        with contextlib.suppress(OSError):
+            connection.sendall(b"%d\n" % number)
+
+    reply(process)
 
     def end_with_giver() -> None:
         connection.recv(1)
@@ -261,34 +255,5 @@ def _fork_command(request: _Request, connection: socket.socket) -> None:
     threading.Thread(target=end_with_giver, daemon=True).start()
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     # Shells report a signal that ended a process in this way.
-    _reply(connection, code if code >= 0 else 128 - code)
+    reply(code if code >= 0 else 128 - code)
     os._exit(0)
-
-
-def _receive(connection: socket.socket, identity: list[Any]) -> _Request | None:
-    """Return the command that a process hands over; None if it does not suit this server."""
-    message, files, *_ = socket.recv_fds(connection, 1 << 16, 3)
-    while not message.endswith(b"\n") and (part := connection.recv(1 << 16)):
-        message += part
-    if message.endswith(b"\n"):
-        given = json.loads(message)
-        if given.pop("identity") == identity:
-            return _Request(**given, files=files)
-    for file in files:
-        os.close(file)
-    return None
-
-
-def _reply(connection: socket.socket, number: int) -> None:
-    """Send a number, unless the process at the other end was killed."""
-    with contextlib.suppress(OSError):
-        connection.sendall(b"%d\n" % number)
-
-
-def _preload(argv: list[str]) -> None:
-    """Import what a command needs, if it is known."""
-    name = next((word for word in argv[1:] if word != "step"), "")
-    for module in PRELOADED.get(name, ()):
-        # Where a module can't be imported, the command says so itself.
-        with contextlib.suppress(Exception):
-            importlib.import_module(module)

@@ -6,26 +6,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from lorabench.planning.costs import Cost, minutes, path_hours, per_experiment
+from lorabench.planning.costs import Cost, path_hours, per_experiment
 from lorabench.planning.memory import gpus_needed, title
 from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import flops_per_second
 from lorabench.runs import Job
-from lorabench.utils import formats
-from lorabench.utils.formats import print_table
+from lorabench.utils.formats import amount, count, number, print_table
 from lorabench.utils.gpus import GB, GPUS
 
 
 def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> None:
     """Print what each experiment of a plan costs.
 
-    The columns are jobs, runs, tokens, FLOPs, and either minutes on a CPU or GPU-hours, the hours of the critical path,
-    memory, disk and money.
-
-    Args:
-        cores: CPU cores that the jobs share.
-        price: the price of one GPU for an hour, in any currency.
-        notes: sentences to print below the table: where the machine's speed was measured.
+    The columns are jobs, runs, tokens, FLOPs, and either minutes on a CPU, whose `cores` the jobs share, or GPU-hours,
+    the hours of the critical path, memory, disk, and money by the price of one GPU for an hour. Notes below the table
+    say where the machine's speed was measured.
     """
     execution, rows = plan.preset.execution, per_experiment(plan)
     longest = _longest(plan) if execution.gpu else []
@@ -38,16 +33,15 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
     table = []
     for name, row in rows.items():
         runs = _and_most(row, str(row.runs), str(row.most_runs)) if row.runs else ""
-        cells = [name, str(row.jobs), runs, formats.amount(row.tokens), formats.number(row.flops / 1e15)]
+        cells = [name, str(row.jobs), runs, amount(row.tokens), number(row.flops / 1e15)]
         if execution.gpu is None:
-            durations = (formats.number(minutes(row, at_once, most), 2) for most in (False, True))
-            cells.append(_and_most(row, *durations))
+            minutes = 60 / min(at_once, row.jobs)
+            cells.append(_and_most(row, *(number(minutes * time, 2) for time in (row.job_hours, row.most_job_hours))))
         else:
-            hours = (formats.number(hours, 2) for hours in (row.gpu_hours, row.most_gpu_hours))
-            cells += [_and_most(row, *hours), formats.number(_least_hours(name, row, longest), 2)]
-            cells += [f"1-{row.gpus}" if row.gpus > 1 else "1"]
-            cells += [f"{row.memory / GB:.0f}", formats.number(row.disk / GB, 2)]
-            cells += [] if price is None else [formats.count(row.gpu_hours * price)]
+            cells.append(_and_most(row, *(number(hours, 2) for hours in (row.gpu_hours, row.most_gpu_hours))))
+            cells += [number(_least_hours(name, row, longest), 2), f"1-{row.gpus}" if row.gpus > 1 else "1"]
+            cells += [f"{row.memory / GB:.0f}", number(row.disk / GB, 2)]
+            cells += [] if price is None else [count(row.gpu_hours * price)]
         table.append(cells)
     caption = _caption(plan, rows["total"], at_once, longest, measured=bool(notes))
     print_table(columns, table, columns[1:], plan.preset.description, (*caption, *notes), total=True)
@@ -70,22 +64,41 @@ def _and_most(row: Cost, expected: str, most: str) -> str:
 
 
 def _caption(plan: Plan, total: Cost, at_once: int, longest: Sequence[tuple[float, Job]], measured: bool) -> list[str]:
-    """Return the sentences on how the costs were estimated."""
+    """Return the sentences on how the costs were estimated, on the longest path and job, and on divided jobs."""
     execution = plan.preset.execution
     rate, gpu = flops_per_second(execution), execution.gpu
     assumed = "an assumption, see lorabench/utils/gpus.py" if execution.gflops is None else "execution.gflops"
     speed = "measured" if measured else assumed
     if gpu is None:
-        caption = [f"minutes at {formats.number(rate / 1e9, 4)} GFLOP/s per job ({speed}), {at_once} at a time"]
+        caption = [f"minutes at {number(rate / 1e9, 4)} GFLOP/s per job ({speed}), {at_once} at a time"]
     else:
+        path = ""
+        if longest:
+            hours, job = longest[0]
+            first, *others = job.sweeps
+            what = title(first.condition) + (f" and {len(others)} more" if others else "")
+            waves = f" in {len(first.expected_waves())} waves" if plan.is_split(job) else ""
+            path = f" ({number(hours / 24, 2)} days), {what}: {number(hours, 2)} to train {job.n_runs} runs{waves}"
         caption = [
-            f"{gpu} of {GPUS[gpu].memory / GB:.0f} GB, at {formats.number(rate / 1e12, 4)} TFLOP/s ({speed})",
-            f"{formats.number(total.gpu_hours / 24)} days on one GPU; however many there are, it takes the hours of "
-            f"the critical path{_path_in_words(plan, longest)}",
-            f"while it runs, a job needs up to {formats.number(total.working_disk / GB, 2)} GB of disk in "
+            f"{gpu} of {GPUS[gpu].memory / GB:.0f} GB, at {number(rate / 1e12, 4)} TFLOP/s ({speed})",
+            f"{number(total.gpu_hours / 24)} days on one GPU; however many there are, it takes the hours of "
+            f"the critical path{path}",
+            f"while it runs, a job needs up to {number(total.working_disk / GB, 2)} GB of disk in "
             "addition, for checkpoints and the weights of all its runs",
         ]
-    caption += _jobs_in_words(plan, total)
+    longest_job, limit = (number(hours, 3) for hours in (total.longest_job_hours, execution.job_hours))
+    if divided := [job.n_runs for job in plan.jobs if plan.is_split(job)]:
+        caption.append(
+            f"the longest job takes {longest_job} hours; {len(divided)} jobs would take longer than {limit} hours "
+            f"(execution.job_hours), so each of their {sum(divided):,} runs is a job of its own"
+        )
+    elif gpu is not None:
+        caption.append(f"the longest job takes {longest_job} hours")
+    if more := sum(gpus > gpus_needed(plan.preset, sweep) for sweep, gpus in plan.gpus.items()):
+        caption.append(
+            f"the jobs of {more} sweeps use more GPUs than it takes to hold them, to keep to execution.job_hours and "
+            "execution.path_hours"
+        )
     if any(sweep.condition.rollouts for sweep in plan.sweeps):
         sampler, source = {
             ("own", False): ("this project's own sampler", "from the GFLOP/s above"),
@@ -97,39 +110,6 @@ def _caption(plan: Plan, total: Cost, at_once: int, longest: Sequence[tuple[floa
     if total.most_runs > total.runs:
         caption.append("where sweeps find their LRs (`lrs: auto`): what is expected, and the most that is possible")
     return caption
-
-
-def _path_in_words(plan: Plan, longest: Sequence[tuple[float, Job]]) -> str:
-    """Return how long the critical path is and which job it is, as the end of a sentence."""
-    if not longest:
-        return ""
-    hours, job = longest[0]
-    conditions = [sweep.condition for sweep in job.sweeps]
-    what = title(conditions[0]) + (f" and {len(conditions) - 1} more" if len(conditions) > 1 else "")
-    waves = f" in {len(job.sweeps[0].expected_waves())} waves" if plan.is_split(job) else ""
-    return (
-        f" ({formats.number(hours / 24, 2)} days), {what}: {formats.number(hours, 2)} to train {job.n_runs} runs{waves}"
-    )
-
-
-def _jobs_in_words(plan: Plan, total: Cost) -> list[str]:
-    """Return the sentences on the longest job, on jobs that are divided into their runs, and on more GPUs for these."""
-    execution, sentences = plan.preset.execution, []
-    hours, limit = (formats.number(hours, 3) for hours in (total.longest_job_hours, execution.job_hours))
-    divided = [job.n_runs for job in plan.jobs if plan.is_split(job)]
-    if divided:
-        sentences.append(
-            f"the longest job takes {hours} hours; {len(divided)} jobs would take longer than {limit} hours "
-            f"(execution.job_hours), so each of their {sum(divided):,} runs is a job of its own"
-        )
-    elif execution.gpu is not None:
-        sentences.append(f"the longest job takes {hours} hours")
-    if more := sum(gpus > gpus_needed(plan.preset, sweep) for sweep, gpus in plan.gpus.items()):
-        sentences.append(
-            f"the jobs of {more} sweeps use more GPUs than it takes to hold them, to keep to execution.job_hours and "
-            "execution.path_hours"
-        )
-    return sentences
 
 
 def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> str:

@@ -24,11 +24,7 @@ RESULTS = Path("results")
 
 
 def on_gpu(preset: Preset, gpu: str) -> Preset:
-    """Return the preset with another GPU, and without its `gflops`, which hold for its own GPU.
-
-    Raises:
-        UserError: the GPU is unknown.
-    """
+    """Return the preset with another GPU, which must be known, and without its `gflops`, which hold for its own GPU."""
     if gpu not in GPUS:
         raise UserError(f"gpu {gpu!r} is not known; allowed: {', '.join(GPUS)}")
     return preset.with_execution(gpu=gpu, gflops=None)
@@ -37,12 +33,8 @@ def on_gpu(preset: Preset, gpu: str) -> Preset:
 def speed_of(plan: Plan, layout: Layout, folders: Sequence[Path]) -> tuple[float, str] | None:
     """Return the measured speed of the machine that a plan is for; `speed_of_runs` says what the folders are.
 
-    Returns:
-        Useful GFLOP/s of a job on a CPU or of one GPU, and a sentence that says where they were measured; None if
-        nothing was measured.
-
-    Raises:
-        UserError: see `speed_of_runs` and `record_for`.
+    It is the useful GFLOP/s of a job on a CPU or of one GPU, with a sentence that says where they were measured; None
+    if nothing was measured.
     """
     if (measured := speed_of_runs(plan, folders)) is not None:
         return measured
@@ -56,11 +48,8 @@ def speed_of(plan: Plan, layout: Layout, folders: Sequence[Path]) -> tuple[float
 def speed_of_runs(plan: Plan, folders: Sequence[Path]) -> tuple[float, str] | None:
     """Fit the cost model's speed to tables of finished runs, on the plan's device.
 
-    The device is the preset's GPU. For a CPU preset it is this machine's processor, or with named folders the processor
-    of most of their runs.
-
-    Args:
-        folders: folders of tables; if empty, all under results/.
+    The device is the preset's GPU. For a CPU preset it is this machine's processor, or with named folders of tables the
+    processor of most of their runs. Without these all tables under results/ are read.
 
     Returns:
         The predicted FLOPs of all runs over their seconds, in GFLOP/s, and a sentence with the ratios of predicted to
@@ -72,7 +61,6 @@ def speed_of_runs(plan: Plan, folders: Sequence[Path]) -> tuple[float, str] | No
     tables = list(folders) or sorted({path.parent for path in RESULTS.glob("*/tables/runs.*")})
     if not tables:
         return None
-
     # Imported here, since a plan without measured runs starts faster without numpy and pyarrow.
     from lorabench.store.io import read_rows
 
@@ -108,6 +96,5 @@ def speed_of_runs(plan: Plan, folders: Sequence[Path]) -> tuple[float, str] | No
             f"median and range: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
     if folders:
-        place = ", ".join(str(folder) for folder in folders)
-        raise UserError(f"{place}: no finished run of this preset was made on {gpu or 'a CPU'}")
+        raise UserError(f"{', '.join(map(str, folders))}: no finished run of this preset was made on {gpu or 'a CPU'}")
     return None

@@ -6,8 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -21,8 +20,8 @@ from lorabench.utils.exhaustion import memory_for
 
 steps = typer.Typer(no_args_is_help=True, help="The steps that the workflow's rules call; each can be run by hand.")
 
+# The options of Python that run this command line; -P keeps it from importing files of the current folder.
 _AGAIN = ("-P", "-m", "lorabench.cli")
-"""The options of Python that run this command line; -P keeps it from importing files of the current folder."""
 
 
 def _fix_hashes() -> None:
@@ -40,24 +39,23 @@ def dataset(name: str, preset: PresetOption = "laptop") -> None:
     """Make a dataset (examples as chats) or a problem set (questions and answers) of a preset, in its splits."""
     _fix_hashes()
     from lorabench.config.inputs import FileDataset, FileProblems
-    from lorabench.data.files import tally_of
+    from lorabench.data.files import file_chats, file_problems
     from lorabench.data.problems import make_problems, write_problems
     from lorabench.data.sft import build_dataset
     from lorabench.utils.files import write_json
     from lorabench.utils.hub import read_fetched
 
-    planned, layout = plan_and_layout(preset)
-    spec = entry(planned.preset.sources, name, "dataset")
+    _, layout = plan_and_layout(preset)
+    spec, fetched_file = entry(layout.preset.sources, name, "dataset"), layout.fetched_data(name)
     if isinstance(spec, FileDataset | FileProblems):
-        tally = tally_of(spec)
+        _, tally = file_problems(spec) if isinstance(spec, FileProblems) else file_chats(spec)
         print(f"{spec.path}: {tally}", file=sys.stderr)
         write_json(tally.plain(), layout.tally(name))
-    fetched_file = layout.fetched_data(name)
     fetched = read_fetched(fetched_file) if fetched_file else {}
-    if name in planned.preset.problems:
-        write_problems(make_problems(planned.preset.problems[name], fetched), layout.dataset(name))
+    if name in layout.preset.problems:
+        write_problems(make_problems(layout.preset.problems[name], fetched), layout.dataset(name))
     else:
-        build_dataset(planned.preset.datasets[name], layout.dataset(name), fetched)
+        build_dataset(layout.preset.datasets[name], layout.dataset(name), fetched)
 
 
 @steps.command()
@@ -69,15 +67,15 @@ def tokens(
 ) -> None:
     """Tokenize a dataset for a model."""
     from lorabench.config.inputs import HubDataset
-    from lorabench.data.tokens import Limits, write_tokens
+    from lorabench.data.tokens import write_tokens
     from lorabench.models.base import load_tokenizer, max_length
 
-    planned, layout = plan_and_layout(preset)
-    entry(planned.preset.models, model, "model")
-    data, spec = entry(planned.preset.datasets, dataset, "dataset"), layout.model(model)
-    limits = Limits(max_length(spec), data.max_tokens if isinstance(data, HubDataset) else None)
+    _, layout = plan_and_layout(preset)
+    entry(layout.preset.models, model, "model")
+    data, spec = entry(layout.preset.datasets, dataset, "dataset"), layout.model(model)
+    max_tokens = data.max_tokens if isinstance(data, HubDataset) else None
     source, target = layout.dataset(dataset), layout.tokens(model, dataset)
-    write_tokens(source, load_tokenizer(spec), target, limits, processes)
+    write_tokens(source, load_tokenizer(spec), target, max_length(spec), max_tokens, processes)
 
 
 @steps.command("fetch-model")
@@ -86,8 +84,8 @@ def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
     from lorabench.config.inputs import HubModel
     from lorabench.utils.hub import WantedRepository, fetch_repositories
 
-    planned, layout = plan_and_layout(preset)
-    spec, out = entry(planned.preset.models, model, "model"), layout.fetched_model(model)
+    _, layout = plan_and_layout(preset)
+    spec, out = entry(layout.preset.models, model, "model"), layout.fetched_model(model)
     if out is None or not isinstance(spec, HubModel):
         raise UserError(f"model {model!r} is of kind {spec.kind!r}; only models of kind 'hub' are fetched")
     wanted = WantedRepository("model", spec.id, spec.revision, code=spec.trust_remote_code)
@@ -101,8 +99,8 @@ def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
     from lorabench.data.problems import repositories
     from lorabench.utils.hub import WantedRepository, fetch_repositories
 
-    planned, layout = plan_and_layout(preset)
-    spec, out = entry(planned.preset.sources, name, "dataset"), layout.fetched_data(name)
+    _, layout = plan_and_layout(preset)
+    spec, out = entry(layout.preset.sources, name, "dataset"), layout.fetched_data(name)
     if out is None or not isinstance(spec, HubDataset | HubProblems):
         raise UserError(f"dataset {name!r} of kind {spec.kind!r} is not on the hub, or a local copy is read")
     if isinstance(spec, HubDataset):
@@ -118,23 +116,10 @@ def convert(model: str, preset: PresetOption = "smollm2") -> None:
     from lorabench.config.inputs import GgufModel
     from lorabench.models.base import convert_gguf
 
-    planned, _ = plan_and_layout(preset)
-    spec = entry(planned.preset.models, model, "model")
+    spec = entry(plan_and_layout(preset)[1].preset.models, model, "model")
     if not isinstance(spec, GgufModel):
         raise UserError(f"model {model!r} is of kind {spec.kind!r}; only gguf models are converted")
     convert_gguf(spec)
-
-
-@contextmanager
-def _errors_in(log: Path | None) -> Iterator[None]:
-    """Within the context, the traceback of an error is appended to a job's log too."""
-    try:
-        yield
-    except Exception:
-        if log is not None:
-            with suppress(OSError), log.open("a") as file:
-                traceback.print_exc(file=file)
-        raise
 
 
 @steps.command()
@@ -146,14 +131,23 @@ def train(
     run: Annotated[str | None, Option(help="Train only the run with this id, of a job of a single sweep.")] = None,
 ) -> None:
     """Train all runs of one job; skip finished runs, and resume an interrupted run from its checkpoint."""
-    from lorabench.training.distributed import errors_to_launcher, is_worker, launch
+    from torch.distributed import is_torchelastic_launched
+
+    from lorabench.training.distributed import errors_to_launcher, launch
 
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
-    with errors_to_launcher(), _errors_in(log), ExitStack() as contexts:
+
+    def log_error(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if log is not None and isinstance(error, Exception):
+            with suppress(OSError), log.open("a") as file:
+                traceback.print_exception(error, file=file)
+
+    with errors_to_launcher(), ExitStack() as contexts:
+        contexts.push(log_error)
         planned, layout = plan_and_layout(preset)
         job = planned.job(job_id)
-        if not is_worker():
+        if not is_torchelastic_launched():
             contexts.enter_context(own_gpus(planned, processes))
             if processes > 1:
                 launch(processes, [*_AGAIN, *sys.argv[1:]])
@@ -169,7 +163,7 @@ def train(
         from lorabench.training.distributed import SINGLE_PROCESS, join, leave
         from lorabench.training.job import run_job
 
-        group = join() if is_worker() else SINGLE_PROCESS
+        group = join() if is_torchelastic_launched() else SINGLE_PROCESS
 
         def say(line: str) -> None:
             done, expected, _ = finished_runs(planned, layout)
@@ -214,10 +208,10 @@ def pretraining(preset: PresetOption = "laptop") -> None:
     _fix_hashes()
     from lorabench.evaluation.pretraining import write_pretraining
 
-    planned, layout = plan_and_layout(preset)
-    if planned.preset.evaluation is None:
+    _, layout = plan_and_layout(preset)
+    if layout.preset.evaluation is None:
         raise UserError(f"preset {layout.name} has no evaluation")
-    write_pretraining(planned.preset.evaluation.pretraining_documents, layout.pretraining)
+    write_pretraining(layout.preset.evaluation.pretraining_documents, layout.pretraining)
 
 
 @steps.command()
@@ -228,9 +222,7 @@ def fetch(
     """Look up the tasks of a preset's evaluation and download their data, for jobs without a network."""
     from lorabench.evaluation.catalog import fetch_tasks
 
-    planned, layout = plan_and_layout(preset)
-    if planned.preset.evaluation is None:
-        raise UserError(f"preset {layout.name} has no evaluation")
+    _, layout = plan_and_layout(preset)
     fetch_tasks(layout, out or layout.eval_tasks)
 
 
@@ -253,16 +245,12 @@ def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
 
 @steps.command()
 def collect(
-    jobs: list[Path],
-    out: Annotated[Path, Option(help="Folder of the tables.")],
-    preset: Annotated[
-        str | None, Option(help="Take only jobs of this preset's plan, and the runs' experiments from it.")
-    ] = None,
+    jobs: list[Path], out: Annotated[Path, Option(help="Folder of the tables.")], preset: PresetOption = "laptop"
 ) -> None:
-    """Merge files of jobs into the tidy tables `runs` and `curves`."""
+    """Merge files of jobs of a preset into the tidy tables `runs` and `curves`."""
     from lorabench.store.collect import collect as collect_jobs
 
-    collect_jobs(jobs, out, *(() if preset is None else plan_and_layout(preset)))
+    collect_jobs(jobs, out, *plan_and_layout(preset))
 
 
 @steps.command("collect-evals")
@@ -309,8 +297,8 @@ def verdicts_by_margin(preset: PresetOption = "laptop") -> None:
     from lorabench.store.io import read_claims, write_frame
     from lorabench.store.tables import Tables
 
-    planned, layout = plan_and_layout(preset)
-    tables, stated = layout.tables(), planned.preset
+    _, layout = plan_and_layout(preset)
+    tables, stated = layout.tables(), layout.preset
     judged = judge_by_margins(Tables.read(tables), read_claims(tables), stated.margins, stated.predictions or {})
     write_frame(judged, "verdicts_by_margin", tables)
 

@@ -206,16 +206,12 @@ class Block(Strict):
         return raw
 
     @model_validator(mode="after")
-    def _ranks_for_lora(self) -> Self:
+    def _fields_agree(self) -> Self:
         if bool(self.ranks) != bool(self.lrs.lora):
             lora = self.lrs.lora if isinstance(self.lrs.lora, list) else AUTO
             raise ValueError(f"ranks {self.ranks} and lrs.lora {lora}: give both for LoRA, or neither")
         if self.seeds.every > 1 and any(isinstance(grid, AutoLrs) for grid in (self.lrs.fullft, self.lrs.lora)):
             raise ValueError(f"seeds.every = {self.seeds.every}: allowed with fixed LRs, not with lrs: auto")
-        return self
-
-    @model_validator(mode="after")
-    def _variants_leave_other_fields(self) -> Self:
         for variant in self.variants:
             for name in _SET_BY_VARIANT.get(variant, ()):
                 if getattr(self, name) != type(self).model_fields[name].default:

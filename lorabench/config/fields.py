@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Callable
+from os.path import isdir, isfile, join
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -31,15 +31,6 @@ Placement = Literal["attn", "mlp", "all"]
 Method = Literal["fullft", "lora", "dora", "pissa", "olora", "qlora"]
 """What is trained: all weights, or an adapter of PEFT's. rsLoRA and LoRA+ are `lora` with another alpha or LR of B."""
 
-METHOD_NAMES: dict[Method, str] = {
-    "fullft": "FullFT",
-    "lora": "LoRA",
-    "dora": "DoRA",
-    "pissa": "PiSSA",
-    "olora": "OLoRA",
-    "qlora": "QLoRA",
-}
-
 FROM_WEIGHTS: tuple[Method, ...] = ("pissa", "olora")
 """Methods whose adapter starts with a part of the base's weights, which is taken out of them."""
 
@@ -57,6 +48,10 @@ VARIANT_NAMES: dict[Variant, str] = {
     "pissa": "PiSSA",
     "olora": "OLoRA",
     "qlora": "QLoRA",
+}
+
+METHOD_NAMES: dict[str, str] = {"fullft": "FullFT"} | {
+    name: VARIANT_NAMES[name] for name in ("lora", "dora", "pissa", "olora", "qlora")
 }
 
 LORA_PLUS_RATIO = 16.0
@@ -80,10 +75,10 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 
 def placement_of(name: str) -> Placement | None:
     """Return whether a layer is of attention or of the MLP, judging by the path in its full name; None for neither."""
-    path = name.lower().split(".")[:-1]
-    if any("attn" in part or "attention" in part for part in path):
+    path = name.lower().rpartition(".")[0]
+    if "attn" in path or "attention" in path:
         return "attn"
-    return "mlp" if any(word in part for part in path for word in ("mlp", "feed_forward", "ffn")) else None
+    return "mlp" if any(word in path for word in ("mlp", "feed_forward", "ffn")) else None
 
 
 FileFormat = Literal[
@@ -113,33 +108,31 @@ class Strict(BaseModel):
     )
 
 
-def _is_template(value: str) -> str:
-    if value != "plain" and not os.path.isfile(value):
-        raise ValueError(f"{value!r} is no file; allowed: plain, or the path of a Jinja file")
-    return value
+def _checked(holds: Callable[[str], bool], message: str) -> AfterValidator:
+    """Return a validator of a text, which stands for `{!r}` in the message that says that it is wrong."""
+
+    def validate(value: str) -> str:
+        if not holds(value):
+            raise ValueError(message.format(value))
+        return value
+
+    return AfterValidator(validate)
 
 
-def _is_data_file(value: str) -> str:
-    if not os.path.isfile(value):
-        raise ValueError(f"data file {value!r} does not exist")
-    if Path(value).suffix not in FILE_SUFFIXES:
-        raise ValueError(f"data file {value!r} must end in one of {', '.join(FILE_SUFFIXES)}")
-    return value
-
-
-def _is_folder(value: str) -> str:
-    if not os.path.isdir(value):
-        raise ValueError(f"folder {value!r} does not exist")
-    return value
-
-
-def _is_model_folder(value: str) -> str:
-    if not os.path.isfile(os.path.join(value, "config.json")):
-        raise ValueError(f"model folder {value!r} has no config.json; a Hugging Face causal LM is needed there")
-    return value
-
-
-ChatTemplate = Annotated[str, AfterValidator(_is_template)]
-DataFile = Annotated[str, AfterValidator(_is_data_file)]
-Folder = Annotated[str, AfterValidator(_is_folder)]
-ModelFolder = Annotated[str, AfterValidator(_is_model_folder)]
+ChatTemplate = Annotated[
+    str,
+    _checked(lambda v: v == "plain" or isfile(v), "{!r} is no file; allowed: plain, or the path of a Jinja file"),
+]
+DataFile = Annotated[
+    str,
+    _checked(isfile, "data file {!r} does not exist"),
+    _checked(lambda v: v.endswith(FILE_SUFFIXES), f"data file {{!r}} must end in one of {', '.join(FILE_SUFFIXES)}"),
+]
+Folder = Annotated[str, _checked(isdir, "folder {!r} does not exist")]
+ModelFolder = Annotated[
+    str,
+    _checked(
+        lambda v: isfile(join(v, "config.json")),
+        "model folder {!r} has no config.json; a Hugging Face causal LM is needed there",
+    ),
+]

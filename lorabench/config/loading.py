@@ -109,17 +109,14 @@ def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
     PresetError has one line for each field that is wrong.
     """
     whole, names = _written_out(raw, path)
-
-    def called(match: re.Match[str]) -> str:
-        """Return the name of a named block or task in place of its number."""
-        known, number = names.get(match[1], []), int(match[2])
-        return f"{match[1]}.{known[number]}" if number < len(known) else match[0]
-
     try:
         return Preset.model_validate(whole)
     except ValidationError as error:
         text = "\n".join(f"{path}: {explain(problem)}" for problem in error.errors())
-        raise PresetError(re.sub(r"\b(experiments\.\w+|evaluation\.tasks)\.(\d+)\b", called, text)) from error
+        # Blocks and tasks that have names are called by them, not by their numbers.
+        for place, named in names.items():
+            text = re.sub(rf"\b{place}\.(\d+)\b", lambda match: f"{place}.{named[int(match[1])]}", text)  # noqa: B023
+        raise PresetError(text) from error
 
 
 def read_margins(path: Path) -> Margins:
@@ -192,18 +189,13 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a section of a preset that is not validated yet; empty if it is missing or no mapping."""
-    section = raw.get(name)
-    return section if isinstance(section, dict) else {}
-
-
 def _written_out(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Return the data with lists in place of blocks and evaluation tasks by name, and with the models of the catalogue
     that experiments name and the preset does not define itself; and the names in each such list."""
     names: dict[str, list[str]] = {}
-    experiments, evaluation = dict(_section(raw, "experiments")), _section(raw, "evaluation")
-    own, catalogue = raw.get("models", {}), model_catalogue()
+    # What is no mapping where one is needed stays as it is, for pydantic to refuse.
+    sections = {key: value for key, value in raw.items() if isinstance(value, dict)}
+    experiments, evaluation = dict(sections.get("experiments", {})), sections.get("evaluation", {})
     wanted: list[str] = []
     for experiment, blocks in experiments.items():
         if isinstance(blocks, dict) and experiment in Experiments.model_fields and experiment != "compute":
@@ -218,28 +210,39 @@ def _written_out(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[
         for block in blocks if isinstance(blocks, list) else [blocks]:
             models = block.get("models") if isinstance(block, dict) else None
             wanted += [name for name in models if isinstance(name, str)] if isinstance(models, list) else []
-    whole = raw | {"experiments": experiments} if names else raw
-    tasks = _section(evaluation, "tasks")
-    if tasks and all(isinstance(task, dict) for task in tasks.values()):
+    whole = raw | {"experiments": experiments} if names else dict(raw)
+    tasks = evaluation.get("tasks")
+    if isinstance(tasks, dict) and tasks and all(isinstance(task, dict) for task in tasks.values()):
         names["evaluation.tasks"] = list(tasks)
-        lists = [{"name": name} | task for name, task in tasks.items()]
-        whole = whole | {"evaluation": evaluation | {"tasks": lists}}
+        whole["evaluation"] = evaluation | {"tasks": [{"name": name} | task for name, task in tasks.items()]}
+    own, catalogue = raw.get("models", {}), model_catalogue()
     if isinstance(own, dict):
-        whole = whole | {"models": own | {name: catalogue[name] for name in wanted if name in catalogue.keys() - own}}
+        whole["models"] = own | {name: catalogue[name] for name in wanted if name in catalogue.keys() - own}
     return whole, names
 
 
 def explain(problem: Any) -> str:
     """Return a readable sentence for one of pydantic's errors."""
     value, kind, context = problem["input"], problem["type"], problem.get("ctx", {})
-    model, parts = _place(problem["loc"])
+    current: Any = Preset
+    parts: list[str] = []
+    for position, part in enumerate(problem["loc"]):
+        # pydantic adds the kind of a model or dataset after its name, and that of a grid after the method.
+        if position == 2 and (kinds := _kinds(parts[0])) and part != "[key]":
+            current = kinds[part]
+        elif part != "[key]" and not (part in ("auto", "grid") and parts[-1] in ("fullft", "lora")):
+            parts.append(str(part))
+            inner = _models_in(current.model_fields[part].annotation) if part in current.model_fields else []
+            # The last part names the field that is wrong, of the model that has it.
+            if len(inner) == 1 and position < len(problem["loc"]) - 1:
+                [current] = inner
     where = ".".join(parts)
     match kind:
         case "extra_forbidden":
-            allowed = ", ".join(sorted({*model.model_fields, *(["extends"] if model is Preset else [])}))
+            allowed = ", ".join(sorted({*current.model_fields, *(["extends"] if current is Preset else [])}))
             return f"{'.'.join(parts[:-1]) or 'preset'}: unknown key {parts[-1]!r}; allowed: {allowed}"
         case "missing":
-            if not (examples := model.model_fields[parts[-1]].examples):
+            if not (examples := current.model_fields[parts[-1]].examples):
                 return f"{where}: missing"
             line = yaml.safe_dump({parts[-1]: examples[0]}, default_flow_style=True, sort_keys=False)
             return f"{where}: missing; for example `{line.strip()[1:-1]}`"
@@ -258,27 +261,6 @@ def explain(problem: Any) -> str:
             return f"{where} = {value!r}: must not be empty; at least {context['min_length']} needed"
         case _:
             return f"{where} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _place(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
-    """Return the innermost model class along an error's location, and the location as it is written in the YAML.
-
-    pydantic adds the kind of a model or dataset after its name, and that of a grid after the method; the YAML has no
-    such levels.
-    """
-    current: type[BaseModel] = Preset
-    parts: list[str] = []
-    for position, part in enumerate(location):
-        kinds = _kinds(str(location[0])) if position == 2 else {}
-        if part in kinds:
-            current = kinds[str(part)]
-        elif part != "[key]" and not (part in ("auto", "grid") and parts[-1] in ("fullft", "lora")):
-            parts.append(str(part))
-            inner = _models_in(field.annotation) if (field := current.model_fields.get(str(part))) else []
-            # The last part names the field that is wrong, of the model that has it.
-            if len(inner) == 1 and position < len(location) - 1:
-                [current] = inner
-    return current, parts
 
 
 def _kinds(section: str) -> dict[str, type[BaseModel]]:

@@ -1,13 +1,18 @@
-"""The section `margins` of a preset: the smallest effects that matter, written down before the runs."""
+"""The sections `margins` and `predictions` of a preset: the smallest effects that matter, and what studies predict.
+
+Both are written down before the runs; predictions are judged like claims.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from lorabench.config.fields import Strict
 from lorabench.utils.files import WORKFLOW
+from lorabench.utils.studies import studies
 from lorabench.utils.yaml_files import read_yaml
 
 
@@ -29,6 +34,33 @@ class Margins(Strict):
 SHARE_OF_LOSS = 0.01
 """The margin of a loss, as a share of it, where the loss of the base is not known."""
 
-
 DEFAULT_MARGINS = Margins.model_validate(read_yaml(WORKFLOW / "presets/suites/margins.yaml")["margins"])
 """The margins of the shipped presets, for tables without a preset."""
+
+Predictions = Mapping[str, Any]
+"""By study, what is predicted, as plain data with all fields of the study's model `Predictions`."""
+
+
+def checked_predictions(stated: Predictions) -> dict[str, Any]:
+    """Return the section with all fields, each study's as its own model writes them.
+
+    Raises:
+        ValueError: there is no such study, or a field is wrong.
+    """
+    known = {study.name: study for study in studies() if study.predicts}
+    checked = {}
+    for name, fields in stated.items():
+        if name not in known:
+            raise ValueError(f"unknown key {name!r}; allowed: {', '.join(known)}")
+        try:
+            checked[name] = known[name].module("predictions").Predictions.model_validate(fields).model_dump()
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, (name, *first["loc"])))
+            raise ValueError(f"{place} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+    return checked
+
+
+def default_predictions() -> dict[str, Any]:
+    """Return the predictions of the shipped presets, for tables without a preset."""
+    return {study.name: study.module("predictions").DEFAULT.model_dump() for study in studies() if study.predicts}

@@ -21,8 +21,7 @@ from lorabench.config.inputs import (
     ProblemSpec,
     model_catalogue,
 )
-from lorabench.config.margins import DEFAULT_MARGINS, Margins
-from lorabench.config.predictions import checked_predictions
+from lorabench.config.margins import DEFAULT_MARGINS, Margins, checked_predictions
 
 MOST_ARMS, MOST_RUNS = 1_000, 50_000
 """The largest numbers in a preset, far above those of the paper's; planning an arm takes milliseconds."""
@@ -71,10 +70,6 @@ class Preset(Strict):
             raise ValueError(
                 f"experiments: {arms:,} arms with up to {runs:,} runs; allowed: {MOST_ARMS:,} arms, {MOST_RUNS:,} runs"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _names_exist(self) -> Self:
         if not self.experiments.chosen():
             raise ValueError(f"experiments is empty; allowed: {', '.join(Experiments.model_fields)}")
         if not self.experiments.trained():
@@ -88,15 +83,7 @@ class Preset(Strict):
             for number, block in enumerate(blocks):
                 where = f"experiments.{name}.{number}"
                 _known(block.models, models, f"{where}.models")
-                if isinstance(block, SftExperiment):
-                    _known(block.datasets, self.datasets, f"{where}.datasets")
-                    for dataset, batch_size in product(block.datasets, block.batch_sizes):
-                        train = self.datasets[dataset].train
-                        if train * block.epochs < batch_size:
-                            what = f"{batch_size} is more than the {train} training examples of {dataset!r}"
-                            raise ValueError(f"{where}.batch_sizes: {what}")
-                elif isinstance(block, RlExperiment):
-                    self._check_rl(block, where)
+                self._check_data(block, where)
         if self.evaluation:
             self._check_evaluation(self.evaluation)
         return self
@@ -104,8 +91,6 @@ class Preset(Strict):
     @model_validator(mode="after")
     def _other_test_examples(self) -> Self:
         """Return the preset with other test examples than those of the first seed 0, wherever they are generated."""
-        if not self.first_seed:
-            return self
 
         def changed(spec: Any) -> Any:
             if isinstance(spec, FactsDataset):
@@ -114,20 +99,28 @@ class Preset(Strict):
                 return spec.model_copy(update={"test_seed": self.first_seed})
             return spec
 
+        if not self.first_seed:
+            return self
         datasets = {name: changed(spec) for name, spec in self.datasets.items()}
         problems = {name: changed(spec) for name, spec in self.problems.items()}
         return self.model_copy(update={"datasets": datasets, "problems": problems})
 
-    def _check_rl(self, block: RlExperiment, where: str) -> None:
+    def _check_data(self, block: SftExperiment | RlExperiment, where: str) -> None:
+        if isinstance(block, SftExperiment):
+            _known(block.datasets, self.datasets, f"{where}.datasets")
+            for dataset, batch_size in product(block.datasets, block.batch_sizes):
+                train = self.datasets[dataset].train
+                if train * block.epochs < batch_size:
+                    what = f"{batch_size} is more than the {train} training examples of {dataset!r}"
+                    raise ValueError(f"{where}.batch_sizes: {what}")
+            return
         _known(block.problems, self.problems, f"{where}.problems")
         _known(block.held_out, self.problems, f"{where}.held_out")
         for name in block.problems:
             train = self.problems[name].train
             if train < block.problems_per_step:
-                raise ValueError(
-                    f"{where}.problems_per_step: {block.problems_per_step} is more than the {train} training problems "
-                    f"of {name!r}"
-                )
+                what = f"{block.problems_per_step} is more than the {train} training problems of {name!r}"
+                raise ValueError(f"{where}.problems_per_step: {what}")
         for name in block.held_out:
             if name in block.problems:
                 raise ValueError(f"{where}.held_out: {name!r} is trained on")
@@ -176,22 +169,19 @@ def json_schema() -> str:
     """
     schema = Preset.model_json_schema(schema_generator=_PartialSchema)
     defs = schema["$defs"]
-    for blocks in defs["Experiments"]["properties"].values():
-        if blocks["anyOf"][0].get("type") == "array":
-            blocks["anyOf"].insert(1, _by_name(blocks["anyOf"][0]["items"]))
     tasks = defs["Evaluation"]["properties"]["tasks"]
     tasks["anyOf"] = [{key: tasks.pop(key) for key in ("items", "minItems", "type")}]
-    tasks["anyOf"].append(_by_name(tasks["anyOf"][0]["items"]))
+    for lists in (*defs["Experiments"]["properties"].values(), tasks):
+        if lists["anyOf"][0].get("type") == "array":
+            # A mapping by name stands for a list; null removes what another preset has.
+            by_name = {"anyOf": [lists["anyOf"][0]["items"], {"type": "null"}]}
+            lists["anyOf"].insert(1, {"additionalProperties": by_name, "type": "object"})
     extends = {
         "anyOf": [{"type": "string"}, {"items": {"type": "string"}, "type": "array"}],
         "description": "Presets or suites, by shipped name or path, whose fields this file changes or adds to.",
     }
     schema["properties"] = {"extends": extends} | schema["properties"]
     return json.dumps(schema, indent=2) + "\n"
-
-
-def _by_name(items: dict[str, Any]) -> dict[str, Any]:
-    return {"additionalProperties": {"anyOf": [items, {"type": "null"}]}, "type": "object"}
 
 
 class _PartialSchema(GenerateJsonSchema):

@@ -17,7 +17,7 @@ from lorabench.config.fields import FileFormat
 from lorabench.config.inputs import FileProblems, GgufModel, HubModel
 from lorabench.custom.model import HUB_ID, UserModel
 from lorabench.data.chat import FORMATS, Chat, formats_in, is_text
-from lorabench.data.files import Tally, chosen_format, file_chats, tally_of, usable_chats
+from lorabench.data.files import Tally, chosen_format, file_problems, file_rows, usable_chats
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.specs import template_text
@@ -46,16 +46,13 @@ _MOST_CHARS = 4000
 class UserSource:
     """A user's dataset or file of problems."""
 
+    name: str
+    """The path or id that the user gave."""
     source: dict[str, Any]
     """The fields by which a preset names it, such as kind, and path or id."""
     tally: Tally
     usable: int
     """The number of distinct usable examples; for a large dataset of the hub, estimated from its first rows."""
-
-    @property
-    def name(self) -> str:
-        """The path or id that the user gave."""
-        return str(self.source.get("path") or self.source["id"])
 
 
 @dataclass(frozen=True)
@@ -68,12 +65,11 @@ class UserData(UserSource):
     """The mean number of tokens of an example."""
     mean_completion_tokens: float
     """The mean number of scored tokens of an example."""
-    counted: bool
-    """Whether tokens were counted with the model's tokenizer; otherwise their numbers are a guess."""
+    guess: str = ""
+    """A remark if tokens were not counted with the model's tokenizer."""
 
     def __str__(self) -> str:
-        how = "" if self.counted else f" (a guess: {_CHARS_PER_TOKEN:g} characters per token)"
-        scored = f"{self.mean_completion_tokens:.0f} of them scored{how}"
+        scored = f"{self.mean_completion_tokens:.0f} of them scored{self.guess}"
         return f"{self.name}: {self.tally}\nabout {self.mean_tokens:.0f} tokens per example, {scored}"
 
 
@@ -89,14 +85,9 @@ class UserProblems(UserSource):
 
 
 def load_tokenizer(model: UserModel) -> tuple[PreTrainedTokenizerBase | None, str | None]:
-    """Load the model's tokenizer, and give it a chat template if it has none.
+    """Return the model's tokenizer, and the `chat_template` that it is given if it has none of its own.
 
-    Returns:
-        The tokenizer, None for a model of the hub that is not on this machine; and the `chat_template` that it was
-        given, None if it has its own.
-
-    Raises:
-        UserError: a local model has no tokenizer.
+    The tokenizer is None for a model of the hub that is not on this machine; UserError if a local model has none.
     """
     from lorabench.models import base
 
@@ -114,14 +105,10 @@ def load_tokenizer(model: UserModel) -> tuple[PreTrainedTokenizerBase | None, st
 
 
 def examine(model: UserModel, name: str, form: str | None) -> tuple[UserData, str | None]:
-    """Examine a dataset for a model: read it, and count its usable rows and their tokens.
+    """Read a dataset for a model, and count its usable rows and their tokens; return its template too.
 
-    Args:
-        name: a data file, or the id of a dataset of the hub with the column `messages` or `conversations`.
-        form: the format that the user named, or None.
-
-    Returns:
-        The dataset, and the `chat_template` that a preset must give the model, None if the model has its own.
+    Given is the name of a data file, or the id of a dataset of the hub with the column `messages` or `conversations`,
+    and the format, if the user named one.
     """
     tokenizer, template = load_tokenizer(model)
     wanted = next((known for known in FORMATS if known == form), None)
@@ -129,7 +116,14 @@ def examine(model: UserModel, name: str, form: str | None) -> tuple[UserData, st
         raise UserError(f"format {form!r}: allowed: {', '.join(FORMATS)}")
     source, form, share = _identified(name, wanted)
     chats, tally = _chats(source, form)
-    sample, lengths = _sampled(chats)
+    # The sample is drawn by reservoir sampling.
+    rng, sample, lengths = Random(0), list[Chat](), array("q")
+    for chat in chats:
+        lengths.append(chat.chars())
+        if len(sample) < _SAMPLE:
+            sample.append(chat)
+        elif (place := rng.randrange(len(lengths))) < _SAMPLE:
+            sample[place] = chat
     if not lengths:
         raise UserError(f"{name}: none of its {tally.rows} rows can be used as {form}: {tally.reasons()}")
     # The numbers of all tokens and of scored tokens of each example in the sample.
@@ -153,8 +147,8 @@ def examine(model: UserModel, name: str, form: str | None) -> tuple[UserData, st
     # If the whole sample is too long, its means are the only estimate.
     kept = [counts for chat, counts in zip(sample, tokens, strict=True) if chat.chars() <= longest] or tokens
     mean, scored = (statistics.fmean(column) for column in zip(*kept, strict=True))
-    usable = int(tally.usable * share)
-    return UserData(source, tally, usable, longest, mean, scored, tokenizer is not None), template
+    guess = f" (a guess: {_CHARS_PER_TOKEN:g} characters per token)" if tokenizer is None else ""
+    return UserData(name, source, tally, int(tally.usable * share), longest, mean, scored, guess), template
 
 
 def _identified(name: str, wanted: FileFormat | None) -> tuple[dict[str, Any], FileFormat, float]:
@@ -176,10 +170,12 @@ def _identified(name: str, wanted: FileFormat | None) -> tuple[dict[str, Any], F
 
 
 def _chats(source: dict[str, Any], form: FileFormat, max_chars: int | None = None) -> tuple[Iterator[Chat], Tally]:
+    tally = Tally(form, unit="row")
     if source["kind"] == "file":
-        return file_chats(Path(source["path"]), form, max_chars)
-    tally, rows = Tally(form, unit="row"), enumerate(islice(_hub_stream(source["id"]), _HUB_ROWS), 1)
-    return usable_chats(rows, source["id"], tally, max_chars), tally
+        return usable_chats(file_rows(Path(source["path"]), tally), source["path"], tally, max_chars), tally
+    return usable_chats(
+        enumerate(islice(_hub_stream(source["id"]), _HUB_ROWS), 1), source["id"], tally, max_chars
+    ), tally
 
 
 def _hub_stream(name: str) -> Any:
@@ -197,20 +193,6 @@ def _hub_stream(name: str) -> Any:
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"dataset {name} can't be read from the hub: {reason}") from error
-
-
-def _sampled(chats: Iterator[Chat]) -> tuple[list[Chat], array[int]]:
-    """Draw a sample of chats by reservoir sampling; also return the number of characters of each chat."""
-    rng = Random(0)
-    sample: list[Chat] = []
-    lengths = array("q")
-    for chat in chats:
-        lengths.append(chat.chars())
-        if len(sample) < _SAMPLE:
-            sample.append(chat)
-        elif (place := rng.randrange(len(lengths))) < _SAMPLE:
-            sample[place] = chat
-    return sample, lengths
 
 
 def _limit(chars: list[int], tokens: list[float], lengths: array[int], max_length: int) -> int:
@@ -235,5 +217,5 @@ def examine_problems(model: UserModel, name: str, grader: str) -> tuple[UserProb
     response = min(_RESPONSE_TOKENS[grader], room // 2)
     chars = min(_MOST_CHARS, max(32, _FEWEST_CHARS_PER_TOKEN * (room - response - _TEMPLATE_TOKENS)))
     source = {"kind": "file", "path": name, "grader": grader, "max_chars": chars}
-    tally = tally_of(FileProblems.model_validate(source | dict.fromkeys(("train", "validation", "test"), 1)))
-    return UserProblems(source, tally, tally.usable, response), load_tokenizer(model)[1]
+    _, tally = file_problems(FileProblems.model_validate(source | dict.fromkeys(("train", "validation", "test"), 1)))
+    return UserProblems(name, source, tally, tally.usable, response), load_tokenizer(model)[1]

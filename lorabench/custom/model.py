@@ -42,7 +42,6 @@ class UserModel:
     family: str
     """The `model_type` of transformers."""
     parameters: int
-    """The number of parameters."""
     max_length: int | None
     """The longest sequence in tokens; None if the configuration does not say."""
 

@@ -18,7 +18,7 @@ import jinja2
 import yaml
 
 from lorabench.config.fields import VARIANT_NAMES
-from lorabench.config.inputs import HubModel, TinyModel
+from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import check_name, is_shipped, parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.config.preset import Preset
@@ -64,7 +64,7 @@ def recommended_rank(model: UserModel, completion_tokens: float | None) -> int:
     """Return the authors' default rank, or the least power of two at which LoRA has a parameter per completion token.
 
     That is by the documentation of the authors' library. The highest rank is the paper's, or the one at which LoRA's
-    matrices outgrow the weights. The completion tokens of the training data are None if unknown.
+    matrices outgrow the weights.
     """
     share = max(1.0, (completion_tokens or 1.0) / model.lora_parameters(1))
     return min(max(DEFAULT_RANK, 1 << math.ceil(math.log2(share))), MAX_RANK, model.sizes.hidden // 2)
@@ -74,35 +74,23 @@ def recommended_rank(model: UserModel, completion_tokens: float | None) -> int:
 class Choices:
     """The choices that a user can make in a preset."""
 
-    ranks: tuple[int, ...] = ()
-    """The LoRA ranks in ascending order; empty to take the ranks that the amount of data suggests."""
+    ranks: tuple[int, ...] = ()  # Ascending; empty to take the ranks that the amount of data suggests.
     seeds: int = 3
     epochs: float = 1.0
-    held_out: float = 0.1
-    """The share of the examples for validation, and the same share for the test."""
-    gpu: str | None = None
-    """The GPU to train on; None for a CPU."""
-    grader: str | None = None
-    """The grader of problems for reinforcement learning; None for supervised fine-tuning."""
-    variants: tuple[str, ...] = ()
-    """Variants of LoRA that are trained beside it."""
+    held_out: float = 0.1  # The share of the examples for validation, and the same share for the test.
+    gpu: str | None = None  # None for a CPU.
+    grader: str | None = None  # The grader of problems for reinforcement learning; None for supervised fine-tuning.
+    variants: tuple[str, ...] = ()  # Variants of LoRA that are trained beside it.
 
 
 def init_preset(
     path: Path, model: str, data: str, form: str | None, choices: Choices, force: bool, say: Callable[[str], None]
 ) -> Preset:
-    """Examine a model and data, and write a preset for them.
+    """Examine a model (see `find_model`) and data (`examine`, `examine_problems`), and write a preset file for them.
 
-    Args:
-        path: the .yaml file to write.
-        model: the model's name; see `find_model`.
-        data: a data file or the id of a dataset of the hub; see `examine` and `examine_problems`.
-        form: the format of a data file; None to recognize it by the columns.
-        force: whether to overwrite an existing file.
-        say: is called with lines that describe the model, the data and the splits.
-
-    Raises:
-        UserError: the model, the data, the choices or the path are wrong; then nothing is written.
+    Without a `form` the format of a data file is recognized by its columns. With `force` an existing file is replaced.
+    `say` is called with lines that describe the model, the data and the splits. UserError says that the model, the
+    data, the choices or the path are wrong; then nothing is written.
     """
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"{path} must end in .yaml, which distinguishes a preset's path from a name")
@@ -167,9 +155,8 @@ def _text(model: UserModel, data: UserData | UserProblems, choices: Choices, tem
     # A tiny model does not keep several threads busy.
     threads = 1 if isinstance(model.spec, TinyModel) else os.cpu_count() or 1
     # The model's fields that differ from their defaults, and a hub model's revision for the user to pin.
-    defaults = {name: field.default for name, field in type(model.spec).model_fields.items()}
-    kept = {"revision"} if isinstance(model.spec, HubModel) else set()
-    model_fields = {name: value for name, value in model.spec if name in kept or value != defaults[name]}
+    known = type(model.spec).model_fields
+    model_fields = {name: value for name, value in model.spec if name == "revision" or value != known[name].default}
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     environment.filters["yaml"] = yaml_text
     sft = isinstance(data, UserData)

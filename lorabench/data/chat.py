@@ -23,14 +23,13 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 NO_TEXT, NO_CHAT, NO_ASSISTANT = "no text", "not a list of turns", "does not end with a turn of the assistant"
 NOT_UNICODE = "text that is not valid Unicode"
+# This many consecutive examples that are not wanted mean that there are no more.
+_MAX_MISSES = 500
 
 Row = dict[str, Any]
 """A row of a dataset file or a problem file: its `split` and `source`, and what the kind of file holds."""
 
 Example = TypeVar("Example")
-
-# This many consecutive examples that are not wanted mean that there are no more.
-_MAX_MISSES = 500
 
 
 class UnusableRowError(ValueError):
@@ -68,12 +67,8 @@ def prompt(messages: Messages) -> str:
     return "\n".join(" ".join(message["content"].split()) for message in identifying)
 
 
-def prompt_digest(messages: Messages) -> int:
-    """Return a 64-bit hash of the prompt; the chance that two of a million prompts collide is 3e-8."""
-    return _digest(prompt(messages))
-
-
-def _digest(text: str) -> int:
+def text_digest(text: str) -> int:
+    """Return a 64-bit hash of a text; the chance that two of a million collide is 3e-8."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -115,15 +110,14 @@ def disjoint(rows: Iterable[Row], identity: Callable[[Row], str | None]) -> Iter
     split_of: dict[int, Split] = {}
     for row in rows:
         text = identity(row)
-        if text is not None and (first := split_of.setdefault(_digest(text), row["split"])) != row["split"]:
+        if text is not None and (first := split_of.setdefault(text_digest(text), row["split"])) != row["split"]:
             raise UserError(f"splits {first!r} and {row['split']!r} share the example {text[:80]!r}")
         yield row
 
 
 def formats_in(columns: Iterable[str]) -> list[FileFormat]:
     """Return the formats whose columns are all present: of chats the first, else all pairs, else the text."""
-    present = set(columns)
-    formats = [name for name in FORMATS if present.issuperset(name.split("/"))]
+    formats = [name for name in FORMATS if set(name.split("/")) <= set(columns)]
     chats: list[FileFormat] = [name for name in formats if name in ("messages", "conversations")]
     return chats[:1] or [name for name in formats if "/" in name] or formats
 
@@ -168,10 +162,7 @@ def chat_turns(value: Any, keep_empty: bool = False) -> Messages:
 
 
 def row_text(value: Any, may_be_empty: bool = False) -> str:
-    """Return a value of a row as text; UnusableRowError if it is none, or empty and must not be, or no valid Unicode.
-
-    A number is converted, since JSON and parquet hold answers as numbers.
-    """
+    """Return a value of a row as text, or a number; UnusableRowError if it is none, empty, or no valid Unicode."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
     text = str(value) if is_number else value
     if not isinstance(text, str) or not (may_be_empty or text.strip()):

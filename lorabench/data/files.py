@@ -14,7 +14,6 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +33,9 @@ from lorabench.data.chat import (
     file_messages,
     formats_in,
     is_first,
-    prompt_digest,
+    prompt,
     row_text,
+    text_digest,
 )
 from lorabench.data.grading import BOX, gsm8k_answer, last_box, number
 from lorabench.data.reasoning import Problem
@@ -95,13 +95,11 @@ def usable(
     rows: Iterable[RawRow],
     parse: Callable[[dict[str, Any]], Example],
     tally: Tally,
-    is_new: Callable[[Example], bool] | None = None,
+    is_new: Callable[[Example], bool] = lambda example: True,
 ) -> Iterator[tuple[int, Example]]:
-    """Yield the place and the example of each usable row, in the order of the rows, which the tally counts.
+    """Yield the place and the example of each usable and new row (see `is_first`); the tally counts all rows.
 
-    Args:
-        parse: turns the columns of a row into an example; raises UnusableRowError if they are none.
-        is_new: says whether an example differs from all before it (see `is_first`); None keeps repeated ones.
+    The function `parse` turns the columns of a row into an example, or raises UnusableRowError.
     """
     for place, content in rows:
         tally.rows += 1
@@ -110,7 +108,7 @@ def usable(
                 raise UnusableRowError(content)
             tally.columns = tally.columns or tuple(content)
             example = parse(content)
-            if is_new is not None and not is_new(example):
+            if not is_new(example):
                 raise UnusableRowError(REPEATED)
         except UnusableRowError as error:
             tally.leave_out(place, str(error))
@@ -142,15 +140,16 @@ def json_lines(path: Path) -> Iterator[RawRow]:
                 yield place, "not JSON"
 
 
-def parquet_rows(path: Path, choose: Callable[[Collection[str], str], list[str]] | None = None) -> Iterator[RawRow]:
+def parquet_rows(
+    path: Path, choose: Callable[[Collection[str], str], list[str] | None] = lambda columns, name: None
+) -> Iterator[RawRow]:
     """Yield the rows of a parquet file, a batch of which is held in memory.
 
-    The function `choose` is given all columns and the file's name, and returns the columns to read; None reads all.
+    The function `choose` is given all columns and the file's name, and returns the columns to read, None for all.
     """
     try:
         with pq.ParquetFile(path) as file:
-            columns = choose(file.schema_arrow.names, str(path)) if choose is not None else None
-            batches = file.iter_batches(_BATCH_ROWS, columns=columns)
+            batches = file.iter_batches(_BATCH_ROWS, columns=choose(file.schema_arrow.names, str(path)))
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -248,7 +247,8 @@ def usable_chats(
         return chat
 
     # Hashes take less memory than prompts.
-    return (chat for _, chat in usable(rows, parse, tally, is_first(lambda chat: prompt_digest(chat.messages))))
+    is_new: Callable[[Chat], bool] = is_first(lambda chat: text_digest(prompt(chat.messages)))
+    return (chat for _, chat in usable(rows, parse, tally, is_new))
 
 
 def source_of(source: str, content: dict[str, Any], group: str | None) -> str:
@@ -261,24 +261,12 @@ def source_of(source: str, content: dict[str, Any], group: str | None) -> str:
         raise UnusableRowError(f"no {group!r}, which names its group") from None
 
 
-def file_chats(
-    path: Path, form: FileFormat | None, max_chars: int | None = None, group: str | None = None
-) -> tuple[Iterator[Chat], Tally]:
-    """Return the usable examples of a file, and the tally that counts its rows as they are read.
-
-    If no format is given, the columns decide (`chosen_format`).
-    """
-    tally = Tally(form or chosen_format(path))
-    return usable_chats(file_rows(path, tally), path.name, tally, max_chars, group), tally
-
-
-def shuffled_chats(spec: FileDataset) -> Iterator[Chat]:
-    """Yield the usable examples of a dataset's file in an order that the seed decides; UserError if too few."""
-    chats, tally = file_chats(Path(spec.path), spec.format, spec.max_chars, spec.group)
-    examples = list(chats)
-    _check_enough(tally, spec)
-    Random(spec.seed).shuffle(examples)
-    yield from examples
+def file_chats(spec: FileDataset) -> tuple[list[Chat], Tally]:
+    """Return the usable examples of a dataset's file in an order that the seed decides, and the tally of its rows."""
+    path = Path(spec.path)
+    tally = Tally(spec.format or chosen_format(path))
+    chats = list(usable_chats(file_rows(path, tally), path.name, tally, spec.max_chars, spec.group))
+    return _shuffled(chats, tally, spec), tally
 
 
 def file_problems(spec: FileProblems) -> tuple[list[Problem], Tally]:
@@ -300,21 +288,11 @@ def file_problems(spec: FileProblems) -> tuple[list[Problem], Tally]:
     missing = [name for name in (spec.question, spec.answer) if name not in tally.columns]
     if tally.columns and missing and not problems:
         raise UserError(f"{path} has the columns {_names(tally.columns)}; {_names(missing)} is needed")
-    _check_enough(tally, spec)
-    Random(spec.seed).shuffle(problems)
-    return problems, tally
+    return _shuffled(problems, tally, spec), tally
 
 
-def tally_of(spec: FileDataset | FileProblems) -> Tally:
-    """Return the tally of a dataset's file, which is read once through."""
-    if isinstance(spec, FileProblems):
-        return file_problems(spec)[1]
-    chats, tally = file_chats(Path(spec.path), spec.format, spec.max_chars, spec.group)
-    deque(chats, maxlen=0)
-    return tally
-
-
-def _check_enough(tally: Tally, spec: FileDataset | FileProblems) -> None:
+def _shuffled(examples: list[Example], tally: Tally, spec: FileDataset | FileProblems) -> list[Example]:
+    """Return examples in an order that the seed decides; UserError if there are too few."""
     needed = spec.train + spec.validation + spec.test
     if tally.usable < needed:
         why = f" ({tally.reasons()})" if tally.bad else ""
@@ -322,6 +300,8 @@ def _check_enough(tally: Tally, spec: FileDataset | FileProblems) -> None:
             f"{Path(spec.path)}, read as {tally.format}: {tally.usable} of its {tally.rows} rows can be used{why}; "
             f"{needed} are needed: train = {spec.train}, validation = {spec.validation}, test = {spec.test}"
         )
+    Random(spec.seed).shuffle(examples)
+    return examples
 
 
 def _names(columns: Iterable[str]) -> str:

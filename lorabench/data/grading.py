@@ -108,9 +108,8 @@ _WORDS = re.compile(rf"\b(?:{'|'.join(_REFLECTION)})\b", re.IGNORECASE)
 def reflects(response: str) -> bool:
     """Return whether a response has a word of backtracking, self-verification or exploration.
 
-    The paper reports that these behaviours develop during RL (section on reinforcement learning); the share of
-    responses with such words is this project's measure of them. A plain solution may contain the words too, so compare
-    rates, not single responses.
+    The paper reports that these behaviours develop during RL (section on reinforcement learning). A plain solution may
+    contain the words too, so compare rates, not single responses.
     """
     return _WORDS.search(response.replace("\u2019", "'")) is not None
 
@@ -142,12 +141,8 @@ class Grader:
     """
 
     def __init__(self, kind: str, workers: int = 1, seconds: float = 2.0) -> None:
-        """
-        Args:
-            kind: the `grader` of a problem set (`lorabench.config.inputs`), which for most sets is their kind.
-            workers: processes that compare boxed answers; each starts when it is first needed.
-            seconds: CPU time after which a comparison is given up, and the answer counts as wrong.
-        """
+        """`kind` is the `grader` of a problem set; boxed answers are compared by processes that start when needed, and
+        after so many seconds of CPU time a comparison is given up, and the answer counts as wrong."""
         self._kind = kind
         self._workers = [_Worker(seconds) for _ in range(workers)]
         self._idle: LifoQueue[_Worker] = LifoQueue()

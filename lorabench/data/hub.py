@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from lorabench.config.inputs import HubDataset
-from lorabench.data.chat import SPLITS, Chat, Split, UnusableRowError, chat_turns, prompt_digest
+from lorabench.data.chat import SPLITS, Chat, Split, UnusableRowError, chat_turns, prompt, text_digest
 from lorabench.data.files import RawRow, Tally, json_lines, parquet_rows, source_of, usable
 from lorabench.errors import UserError
 from lorabench.utils.hub import FetchedRepository
@@ -32,13 +31,9 @@ _REPEATED = "with the prompt of another"
 def part_files(
     fetched: Mapping[str, FetchedRepository], copies: str | None, name: str, config: str | None, split: str
 ) -> list[Path]:
-    """Return the files of a part of a dataset; UserError if they do not exist.
+    """Return the files of a split of the dataset `owner/name`, of a configuration if it has several.
 
-    Args:
-        fetched: the fetched repositories by id.
-        copies: a folder with copies, `copies/owner/name`, read in place of `fetched`; None for the hub's cache.
-        name: the repository, `owner/name`.
-        config: the configuration within the repository; None for its only one.
+    They are those of a folder with `copies/owner/name`, or else `fetched` by id; UserError if there are none.
     """
     if copies is None:
         return fetched[name].data_files(config, split)
@@ -54,13 +49,9 @@ def part_rows(
 ) -> Iterator[RawRow]:
     """Yield the rows of a part of a dataset; a row's place is its number through all files, counted from 1.
 
-    Args:
-        name: the dataset's name in errors.
-        needed: the columns to read; of several names for a column the first that is there.
-        optional: columns that are read if they are there.
-
-    Raises:
-        UserError: a file is of another kind, a row can't be read, or a column is missing.
+    Of the columns, those are read that are `needed`, of several names for one the first that is there, and those of
+    the `optional` ones that are there. UserError calls the dataset `name`, and says that a file is of another kind, a
+    row can't be read, or a column is missing.
     """
 
     def choose(columns: Collection[str], where: str) -> list[str]:
@@ -90,19 +81,17 @@ def choose_chats(
 ) -> tuple[Iterator[tuple[Split, Chat]], dict[str, Any]]:
     """Choose the rows of each split at random by the spec's seed; each prompt once, so that splits share none.
 
-    The held-out splits are drawn first, so that they do not depend on the number of training examples.
-
-    Returns:
-        The chosen chats with their splits, in the order of the files, and a note: the dataset's id and commit, its
-        number of rows and of usable rows, and what was left out by reason.
+    The held-out splits are drawn first, so that they do not depend on the number of training examples. The chats with
+    their splits are in the order of the files; with them comes a note: the dataset's id and commit, its number of rows
+    and of usable rows, and what was left out by reason.
     """
 
     def parse(content: dict[str, Any]) -> Chat:
         messages = chat_turns(content[next(form for form in _FORMS if form in content)], keep_empty=True)
         source = source_of(spec.id, content, spec.group) if spec.group else str(content.get("source") or spec.id)
-        chat = Chat(source, messages)
         if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
             raise UnusableRowError("without a last answer")
+        chat = Chat(source, messages)
         if chat.chars() > spec.max_chars:
             raise UnusableRowError(f"of more than {spec.max_chars} characters")
         return chat
@@ -116,11 +105,11 @@ def choose_chats(
     numbers, digests = array("q"), array("Q")
     for number, chat in usable_chats(tally):
         numbers.append(number)
-        digests.append(prompt_digest(chat.messages))
+        digests.append(text_digest(prompt(chat.messages)))
     order = np.random.default_rng(spec.seed).permutation(len(numbers))
     shuffled = np.asarray(numbers)[order]
-    is_repeated = pd.Series(np.asarray(digests)[order]).duplicated().to_numpy()
-    chosen, repeated = shuffled[~is_repeated], shuffled[is_repeated]
+    firsts = np.sort(np.unique(np.asarray(digests)[order], return_index=True)[1])
+    chosen, repeated = shuffled[firsts], np.delete(shuffled, firsts)
     if len(repeated):
         tally.leave_out(int(repeated.min()), _REPEATED, len(repeated))
         tally.usable -= len(repeated)
@@ -131,13 +120,12 @@ def choose_chats(
             f"dataset {spec.id} has {tally.usable} usable examples in {tally.rows} rows; {sum(sizes.values())} are "
             f"needed ({wanted}); left out: {tally.reasons() or 'none'}"
         )
-    # For each row the index of its split in SPLITS, or -1 if it is not chosen.
-    splits, start = np.full(tally.rows + 1, -1, np.int8), 0
+    split_of, start = dict[int, Split](), 0
     for split in reversed(SPLITS):
-        splits[chosen[start : start + sizes[split]]] = SPLITS.index(split)
+        split_of |= dict.fromkeys(chosen[start : start + sizes[split]].tolist(), split)
         start += sizes[split]
     commit = fetched[spec.id].commit if spec.path is None else None
     left_out = {reason: count for reason, (count, _) in tally.bad.items()} | {_REPEATED: len(repeated)}
     about = {"id": spec.id, "commit": commit, "rows": tally.rows, "usable": tally.usable, "left_out": left_out}
     chats = usable_chats(Tally("chats"))
-    return ((SPLITS[splits[row]], chat) for row, chat in chats if splits[row] >= 0), about
+    return ((split_of[row], chat) for row, chat in chats if row in split_of), about

@@ -1,13 +1,20 @@
-"""The hash of everything that determines the examples of a dataset, or the problems of a problem set."""
+"""What stands for the data of a dataset or a problem set: a hash of its rules, and the groups of its test examples.
+
+Groups are what test examples are drawn from and other examples would not come from, such as the packages of docstrings:
+those of the test split are not trained on, and stand for further packages, so that what helps with one example of a
+group helps with others. The tasks and templates of generated text are no groups. They are a fixed list, on which runs
+are trained and tested alike, and of which each example is drawn independently.
+"""
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
 
-from lorabench.config.inputs import DatasetSpec, FileDataset, FileProblems, ProblemSpec, ShippedDataset
+from lorabench.config.inputs import DatasetSpec, FileDataset, FileProblems, HubDataset, ProblemSpec, ShippedDataset
+from lorabench.errors import UserError
 from lorabench.runs import PROTOCOL_VERSION
-from lorabench.utils.files import digest, file_sha256
+from lorabench.utils.files import damage_explained, digest, file_sha256
 
 SHIPPED = {
     "docstrings": "1940b28c060a980a76853e49b001060b81f53c107ec2d7b22df2517ee6c755f8",
@@ -33,3 +40,30 @@ def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
 def _content(path: Path, size: int, changed_ns: int) -> str:
     """Return a file's hash, which this process computes again only if the file's size or time has changed."""
     return file_sha256(path)
+
+
+def has_groups(spec: DatasetSpec | ProblemSpec) -> bool:
+    """Return whether examples come in groups, which are then named by the column `source` of the dataset's file."""
+    if isinstance(spec, FileDataset | FileProblems | HubDataset):
+        return spec.group is not None
+    return isinstance(spec, ShippedDataset)
+
+
+def groups_of_tests(dataset: Path, tokens: Path | None) -> list[str]:
+    """Return the group of each test example of a dataset's file with groups, in the order of a run's losses.
+
+    Those that are too long for the runs' model are missing in its `tokens`, None where no example is. UserError says
+    that the dataset's file is damaged.
+    """
+    # Every start of the workflow imports this module, so it must be fast.
+    import pyarrow.parquet as pq
+
+    from lorabench.data.tokens import left_out_of_test
+
+    if not dataset.is_file():
+        raise UserError(f"{dataset} is missing, which names the groups of its test examples: make it again")
+    with damage_explained(dataset), pq.ParquetFile(dataset) as file:
+        rows = file.read(["split", "source"]).to_pylist()
+    groups = [row["source"] for row in rows if row["split"] == "test"]
+    left_out = left_out_of_test(tokens) if tokens is not None else set()
+    return [group for number, group in enumerate(groups) if number not in left_out]

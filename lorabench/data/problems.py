@@ -46,18 +46,13 @@ class _Part(NamedTuple):
     """A split of a repository with problems of a set: its place there, and how to read question and answer."""
 
     kind: str
-    """The kind of the problem set."""
-    use: str
-    """Whether its problems are for `train`, from which validation is held out, or for `test`."""
+    use: str  # For `train`, from which validation is held out, or for `test`.
     id: str
     config: str | None
     split: str
-    question: str
-    """The column of the question."""
-    answer: str
-    """The column of the answer."""
+    question: str  # The column of the question.
+    answer: str  # The column of the answer, from whose text `gold` extracts the short one; None if there is none.
     gold: Callable[[str], str | None] = str.strip
-    """Extracts the short answer from the answer's text; None if there is none."""
 
 
 _SUBJECTS = (
@@ -81,11 +76,11 @@ _PARTS = (
 
 def repositories(spec: HubProblems) -> list[WantedRepository]:
     """Return the repositories to fetch for a problem set."""
-    wanted_repositories = []
-    for name in spec.ids:
-        parts = tuple((part.config, part.split) for part in _PARTS if (part.kind, part.id) == (spec.kind, name))
-        wanted_repositories.append(WantedRepository("dataset", name, spec.revisions.get(name, "main"), parts))
-    return wanted_repositories
+    parts: dict[str, tuple[tuple[str | None, str], ...]] = dict.fromkeys(spec.ids, ())
+    for part in _PARTS:
+        if part.kind == spec.kind:
+            parts[part.id] += ((part.config, part.split),)
+    return [WantedRepository("dataset", name, spec.revisions.get(name, "main"), parts[name]) for name in parts]
 
 
 def make_problems(
@@ -149,7 +144,7 @@ def _generated(spec: ReasoningProblems | SumProblems) -> Iterator[Problem]:
 def _hub_pools(
     spec: HubProblems, fetched: Mapping[str, FetchedRepository]
 ) -> tuple[Iterator[Problem], Iterator[Problem]]:
-    """Return the problems to train on and the problems to test on, in an order that the seed decides.
+    """Return the problems to train on and those to test on, in an order that the seed decides.
 
     For DeepMath, which has no test split, both are the same iterator. Problems without an answer are left out, and
     their number is logged.
@@ -211,80 +206,70 @@ _Numbers = tuple[int, ...]
 """The whole numbers of a question, in their order."""
 _Answer = int | Fraction | None
 """The answer to a problem: None for one that is no number, and where a rule gives none."""
-_Read = tuple[_Numbers, _Answer]
 
 # Longer digits are split, since Python refuses to read very long ones.
 _WHOLE = re.compile(r"\d{1,15}")
 _MOST = 2000  # rules are fitted on so many problems at most
 
 
+def _first_digits(numbers: _Numbers) -> Hashable:
+    return tuple(str(value)[0] for value in numbers)
+
+
+_FEATURES: dict[str, tuple[Callable[[_Numbers], int], Callable[[_Numbers], Hashable]]] = {
+    "a constant for each pair of parities": (lambda n: 0, lambda n: tuple(value % 2 for value in n[:2])),
+    "a constant for each tuple of first digits": (lambda n: 0, _first_digits),
+    "a constant for each tuple of last digits": (lambda n: 0, lambda n: tuple(value % 10 for value in n)),
+    "the smallest + a constant for each tuple of first digits": (min, _first_digits),
+}
+"""Rules: each is a start plus a constant for each value of a feature."""
+
+
 def controls(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> Controls:
     """Return what a policy gets without solving problems: by the best constant answer, and by the best cheap rule.
 
-    A rule reads the numbers of a question and nothing else. One adds them without carries; the others are a start plus
-    a constant for each value of a feature, such as the parities of the first two numbers. The constants are those that
-    are right most often on the problems to train on, on which the best rule is chosen as well. A rule that solves all
-    of them is the task itself and no control.
+    A rule reads the numbers of a question and nothing else. One adds them without carries; the others are `_FEATURES`,
+    whose constants are those that are right most often on the problems to train on, on which the best rule is chosen as
+    well. A rule that solves all of them is the task itself and no control.
 
     Args:
         train: questions and answers of the problems to train on, at least one. Rules are fitted on the first _MOST.
         test: questions and answers of the test problems, at least one.
     """
+
+    def read(problems: Sequence[tuple[str, str]]) -> list[tuple[_Numbers, _Answer]]:
+        values = [(question, number(answer.strip())) for question, answer in problems]
+        # With whole numbers Python is much faster than with fractions.
+        return [
+            (tuple(map(int, _WHOLE.findall(text))), int(value) if value is not None and value == int(value) else value)
+            for text, value in values
+        ]
+
+    def without_carries(numbers: _Numbers) -> int:
+        places = range(max(len(str(value)) for value in numbers))
+        return sum(sum(value // 10**place % 10 for value in numbers) % 10 * int(10**place) for place in places)
+
+    def fitted(start: Callable[[_Numbers], int], feature: Callable[[_Numbers], Hashable]) -> Callable[..., _Answer]:
+        constants: dict[Hashable, Counter[int | Fraction]] = defaultdict(Counter)
+        for numbers, answer in learned:
+            if answer is not None and numbers:
+                constants[feature(numbers)][answer - start(numbers)] += 1
+        frequent = {value: counted.most_common(1)[0][0] for value, counted in constants.items()}
+        return lambda n: start(n) + frequent[feature(n)] if feature(n) in frequent else None
+
+    def accuracy(rule: Callable[..., _Answer], problems: Sequence[tuple[_Numbers, _Answer]]) -> float:
+        right = sum(answer is not None and bool(numbers) and rule(numbers) == answer for numbers, answer in problems)
+        return right / len(problems)
+
     constant = Counter(answer for _, answer in train).most_common(1)[0][0]
     constant_accuracy = sum(answer == constant for _, answer in test) / len(test)
     train = train[:_MOST]
-
-    def read(question: str, answer: str) -> _Read:
-        value = number(answer.strip())
-        # With whole numbers Python is much faster than with fractions.
-        exact = int(value) if value is not None and value.denominator == 1 else value
-        return tuple(map(int, _WHOLE.findall(question))), exact
-
-    learned, tested = ([read(*problem) for problem in problems] for problems in (train, test))
-
-    def first_digits(numbers: _Numbers) -> Hashable:
-        return tuple(str(value)[0] for value in numbers)
-
-    rules = {
-        "the sum without carries": _sum_without_carries,
-        "a constant for each pair of parities": _by_class(learned, lambda n: tuple(v % 2 for v in n[:2])),
-        "a constant for each tuple of first digits": _by_class(learned, first_digits),
-        "a constant for each tuple of last digits": _by_class(learned, lambda n: tuple(v % 10 for v in n)),
-        "the smallest + a constant for each tuple of first digits": _by_class(learned, first_digits, start=min),
-    }
+    learned = read(train)
+    rules = {"the sum without carries": without_carries} | {text: fitted(*rule) for text, rule in _FEATURES.items()}
     share, best = sum(answer == constant for _, answer in train) / len(train), None
     for text, rule in rules.items():
-        if share < (rule_share := _accuracy(rule, learned)) < 1:
+        if share < (rule_share := accuracy(rule, learned)) < 1:
             share, best = rule_share, text
     if best is None:
         return Controls(constant_accuracy, constant_accuracy, f"always {constant}")
-    return Controls(constant_accuracy, _accuracy(rules[best], tested), best)
-
-
-def _accuracy(rule: Callable[[_Numbers], _Answer], problems: Sequence[_Read]) -> float:
-    right = sum(answer is not None and bool(numbers) and rule(numbers) == answer for numbers, answer in problems)
-    return right / len(problems)
-
-
-def _sum_without_carries(numbers: _Numbers) -> int:
-    places = range(max(len(str(value)) for value in numbers))
-    return sum(sum(value // 10**place % 10 for value in numbers) % 10 * int(10**place) for place in places)
-
-
-def _by_class(
-    problems: Sequence[_Read],
-    feature: Callable[[_Numbers], Hashable],
-    start: Callable[[_Numbers], int] = lambda numbers: 0,
-) -> Callable[[_Numbers], _Answer]:
-    """Return the rule of a start plus the constant that is right most often in each class of a feature."""
-    constants: dict[Hashable, Counter[int | Fraction]] = defaultdict(Counter)
-    for numbers, answer in problems:
-        if answer is not None and numbers:
-            constants[feature(numbers)][answer - start(numbers)] += 1
-    frequent = {value: counted.most_common(1)[0][0] for value, counted in constants.items()}
-
-    def rule(numbers: _Numbers) -> _Answer:
-        constant = frequent.get(feature(numbers))
-        return None if constant is None else start(numbers) + constant
-
-    return rule
+    return Controls(constant_accuracy, accuracy(rules[best], read(test)), best)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import count
 from random import Random
 from types import MappingProxyType
@@ -65,10 +64,7 @@ class Problem:
 def mixture(
     tasks: Sequence[str], seed: int, settings: Mapping[str, Mapping[str, int]] = MappingProxyType({})
 ) -> Iterator[Problem]:
-    """Yield problems without end, each from a task of reasoning-gym that is drawn uniformly; the seed decides them.
-
-    The settings are those of tasks by their names, such as the sizes of numbers.
-    """
+    """Yield problems without end, each of a task of reasoning-gym drawn uniformly, with the settings of that task."""
     import reasoning_gym
 
     def problems(task: str) -> Iterator[Problem]:
@@ -107,12 +103,9 @@ def worked_solutions(templates: Literal["even", "odd"], seed: int) -> Iterator[P
 class Writers:
     """A mix of writers of worked sums."""
 
-    careless: float = 0.55
-    """The share of writers who never carry."""
-    most_slips: float = 0.75
-    """The rates of slips of the pairs of digits are spread evenly from 0 to this share."""
-    digits: tuple[int, ...] = (2, 2, 3, 3, 4)
-    """The numbers of digits of both terms, drawn uniformly."""
+    careless: float = 0.55  # The share of writers who never carry.
+    most_slips: float = 0.75  # The rates of slips of the pairs of digits are spread evenly from 0 to this share.
+    digits: tuple[int, ...] = (2, 2, 3, 3, 4)  # The numbers of digits of both terms, drawn uniformly.
 
 
 CAREFUL = Writers(careless=0.0, most_slips=0.0)
@@ -147,14 +140,11 @@ def written_sums(writers: Writers, seed: int) -> Iterator[Problem]:
 
 
 def written_sum(first: int, second: int, writers: Writers, rng: Random) -> str:
-    """Return the working of a writer drawn from a mix; its last number is the writer's answer.
-
-    Both terms have the same number of digits. The generator `rng` decides the writer and the writer's slips.
-    """
+    """Return the working of a writer drawn from a mix, of terms of equally many digits; it ends with the answer."""
     is_careless = rng.random() < writers.careless
     lines, answer, carried = [], "", 0
     for upper, lower in zip(reversed(str(first)), reversed(str(second)), strict=True):
-        rate, slip = _slips()[min(upper, lower), max(upper, lower)]
+        rate, slip = _SLIPS[min(upper, lower), max(upper, lower)]
         total = int(upper) + int(lower) + carried + (slip if rng.random() < rate * writers.most_slips else 0)
         lines.append(f"{upper}+{lower}{'+1' if carried else ''}={total}")
         answer = f"{total % 10}{answer}"
@@ -168,9 +158,10 @@ def _terms(rng: Random, digits: int) -> tuple[int, int]:
     return first, second
 
 
-@cache
-def _slips() -> dict[tuple[str, str], tuple[float, int]]:
-    """Return for each pair of digits its rate of slips, as a share of the highest rate, and the error of a slip."""
-    rng = Random(7)
-    pairs = [(low, high) for low in range(10) for high in range(low, 10)]
-    return {(str(low), str(high)): (rng.random(), rng.choice((-1, 1)) if high else 1) for low, high in pairs}
+_RNG = Random(7)
+_SLIPS = {
+    (str(low), str(high)): (_RNG.random(), _RNG.choice((-1, 1)) if high else 1)
+    for low in range(10)
+    for high in range(low, 10)
+}
+"""For each pair of digits its rate of slips, as a share of the highest rate, and the error of a slip."""

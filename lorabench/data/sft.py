@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from random import Random
 from string import ascii_lowercase
@@ -23,8 +24,8 @@ from lorabench.config.inputs import (
     HubDataset,
     ShippedDataset,
 )
-from lorabench.data.chat import SPLITS, Chat, Row, Split, disjoint, is_first, prompt, prompt_digest, take, wanted
-from lorabench.data.files import shuffled_chats
+from lorabench.data.chat import SPLITS, Chat, Row, Split, disjoint, is_first, prompt, take, text_digest, wanted
+from lorabench.data.files import file_chats
 from lorabench.data.hub import choose_chats
 from lorabench.data.identity import SHIPPED
 from lorabench.data.reasoning import INSTRUCT_TASKS, mixture, worked_solutions
@@ -40,16 +41,12 @@ _ABOUT = b"lorabench"
 _GROUP_ROWS, _GROUP_CHARS = 4096, 16_000_000
 # Rows of a batch that is read.
 _BATCH_ROWS = 256
-
 # The most validation or test examples of a package of shipped text: a few packages must not decide a loss.
 _MOST_OF_A_PACKAGE = 10
-
 # Problem i of reasoning-gym with one seed is problem i - 1 with the next seed. So other test examples are made with
 # seeds that are further apart than any dataset is long.
 _APART = 1_000_000
-
-# Random facts: their source, and the number of letters of a name.
-_FACTS, _NAME_LENGTH = "facts", 6
+_FACTS = "facts"
 
 
 def build_dataset(
@@ -71,15 +68,25 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row
 
     Random facts are the exception: all splits hold the same facts, since validation measures what was stored.
     """
-    is_new: Callable[[Chat], bool] = is_first(lambda chat: prompt_digest(chat.messages))
+    is_new: Callable[[Chat], bool] = is_first(lambda chat: text_digest(prompt(chat.messages)))
     if isinstance(spec, FactsDataset):
-        facts = list(take(wanted(random_facts(spec), is_new), spec.facts, "facts"))
+        # Random names and numbers do not generalize, so a model predicts only what it stored.
+        rng = Random(spec.seed)
+        endless = (
+            Chat.of(
+                _FACTS,
+                f"number of {''.join(rng.choices(ascii_lowercase, k=6))}?",
+                "".join(rng.choices("0123456789", k=spec.digits)),
+            )
+            for _ in count()
+        )
+        facts = list(take(wanted(endless, is_new), spec.facts, "facts"))
         for split in SPLITS:
             yield from (_row(split, fact) for fact in facts)
         return
     what = f"of at most {spec.max_chars} characters in a dataset of kind {spec.kind!r}"
     if isinstance(spec, FileDataset):
-        chats = shuffled_chats(spec)
+        chats = iter(file_chats(spec)[0])
     else:
 
         def generated(seed: int, apart: int = 1) -> Iterator[Chat]:
@@ -98,15 +105,6 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row
         yield from (_row(split, chat) for chat in examples)
 
 
-def random_facts(spec: FactsDataset) -> Iterator[Chat]:
-    """Yield random names and numbers without end; they do not generalize, so a model predicts only what it stored."""
-    rng = Random(spec.seed)
-    while True:
-        name = "".join(rng.choices(ascii_lowercase, k=_NAME_LENGTH))
-        number = "".join(rng.choices("0123456789", k=spec.digits))
-        yield Chat.of(_FACTS, f"number of {name}?", number)
-
-
 def shipped_file(kind: str) -> Path:
     """Return the file of a kind of shipped text, in the columns `split`, `package`, `prompt`, `text` and `words`."""
     return Path(__file__).with_name(f"{kind}.parquet")
@@ -115,12 +113,9 @@ def shipped_file(kind: str) -> Path:
 def choose_shipped(spec: ShippedDataset) -> tuple[Iterator[tuple[Split, Chat]], dict[str, Any]]:
     """Choose the examples of each split at random by the spec's seed, from the packages of that split.
 
-    Returns:
-        The examples with their splits, and a note: the packages with their versions, owners, licences and the hashes of
-        their archives, the number of examples that were read, that of usable ones, and what was left out by reason.
-
-    Raises:
-        UserError: the file was changed, or a split's packages have too few usable examples.
+    With them comes a note: the packages with their versions, owners, licences and the hashes of their archives, the
+    number of examples that were read, that of usable ones, and what was left out by reason. UserError says that the
+    file was changed, or a split's packages have too few usable examples.
     """
     path = shipped_file(spec.kind)
     if file_sha256(path) != SHIPPED[spec.kind]:
@@ -163,10 +158,7 @@ def _row(split: Split, chat: Chat) -> Row:
 
 
 def write_dataset(rows: Iterable[Row], path: Path, about: dict[str, Any] | None = None) -> None:
-    """Write rows as parquet, a row group at a time; the file appears only once it is complete.
-
-    The note `about`, plain JSON data, is what the function `about` returns.
-    """
+    """Write rows as parquet, a row group at a time, whole or not at all, with the note that `about` reads."""
     schema = _SCHEMA if about is None else _SCHEMA.with_metadata({_ABOUT: json.dumps(about)})
     with atomic_path(path) as partial, pq.ParquetWriter(partial, schema) as writer:
         group: list[Row] = []
@@ -182,11 +174,7 @@ def write_dataset(rows: Iterable[Row], path: Path, about: dict[str, Any] | None 
 
 
 def read_dataset(path: Path) -> Iterator[Row]:
-    """Yield the rows of a dataset file.
-
-    Raises:
-        UserError: the file is missing or damaged, or two splits share an example, except for random facts.
-    """
+    """Yield the rows of a dataset file; UserError if it is damaged, or two splits share an example, except facts."""
     with damage_explained(path), pq.ParquetFile(path) as file:
         rows = (row for batch in file.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
         yield from disjoint(rows, lambda row: None if row["source"] == _FACTS else prompt(row["messages"]))

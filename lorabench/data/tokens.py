@@ -10,11 +10,8 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import tempfile
-from array import array
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -29,7 +26,6 @@ from lorabench.data.chat import SPLITS, Messages, Split, is_text
 from lorabench.data.sft import read_dataset
 from lorabench.errors import UserError
 from lorabench.utils.checked_tensors import DamagedTensorsError, read_header, read_tensors, write_tensors
-from lorabench.utils.exhaustion import space_for
 from lorabench.utils.files import atomic_path, file_sha256
 
 if TYPE_CHECKING:
@@ -37,23 +33,18 @@ if TYPE_CHECKING:
 
 # Leaving out more than this share of a split would change the dataset: it is an error.
 _MOST_LEFT_OUT = 0.1
-_TYPES = {"ids": np.dtype(np.int32), "scored": np.dtype(np.bool_)}
-_Encoded = tuple[Split, np.ndarray, np.ndarray]
+_TYPES = {"ids": np.int32, "scored": np.bool_}
+_Encoded = tuple[Split, dict[str, np.ndarray]]
+"""The split of an example, and its token ids and which of them are scored, both (length,)."""
 
 
 @dataclass(frozen=True)
 class TokenizedSplit:
-    """The concatenated examples of a split; example i is `ids[offsets[i]:offsets[i+1]]`.
+    """The concatenated examples of a split; example i is `ids[offsets[i]:offsets[i+1]]`."""
 
-    Attributes:
-        ids: token ids, (tokens,).
-        scored: whether the loss is taken on a token, (tokens,).
-        offsets: start of each example and the end of the last, (examples + 1,).
-    """
-
-    ids: np.ndarray
-    scored: np.ndarray
-    offsets: np.ndarray
+    ids: np.ndarray  # Token ids, (tokens,).
+    scored: np.ndarray  # Whether the loss is taken on a token, (tokens,).
+    offsets: np.ndarray  # Start of each example and the end of the last, (examples + 1,).
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -77,11 +68,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
     """Return a chat's token ids and which of them are scored: assistant turns with their end token, or all of a text.
 
     The span of a turn is what the template adds between its generation prompt and the turn's end, which holds for any
-    template that only appends. What a template puts after the end token (such as a line break) is not part of the
-    assistant's turn, and is not scored.
-
-    Raises:
-        UserError: the template rewrites earlier turns, so that the spans can't be determined, or it refuses the roles.
+    template that only appends; UserError says that it rewrites earlier turns or refuses the roles. What a template puts
+    after the end token (such as a line break) is not part of the assistant's turn, and is not scored.
     """
     if is_text(messages):
         plain = list(tokenizer(messages[0]["content"])["input_ids"])
@@ -131,29 +119,22 @@ def cache_key(tokenizer: PreTrainedTokenizerBase, dataset: Path) -> dict[str, st
     return {"dataset": file_sha256(dataset)[:16]} | keys
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Limits of an example's length, in tokens."""
-
-    model: int
-    """The model's context; a longer example is an error."""
-    dataset: int | None = None
-    """The dataset's own limit; longer examples are left out and counted."""
-
-    def __post_init__(self) -> None:
-        if self.dataset is not None and self.dataset > self.model:
-            raise UserError(f"max_tokens = {self.dataset} is more than the {self.model} tokens that the model takes")
-
-
 def write_tokens(
-    dataset: Path, tokenizer: PreTrainedTokenizerBase, path: Path, limits: Limits, processes: int = 1
+    dataset: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    context: int,
+    max_tokens: int | None = None,
+    processes: int = 1,
 ) -> None:
-    """Tokenize a dataset file into a cache file, a row group at a time.
+    """Tokenize a dataset file into a cache file.
 
-    Raises:
-        UserError: the tokenizer has no chat template, splits share an example, an example has no scored token or is
-            longer than the model's context, or more than a tenth of a split is longer than the dataset's limit.
+    Examples of more than `max_tokens` are left out and counted. UserError says that the tokenizer has no chat template,
+    splits share an example, an example has no scored token or is longer than the model's `context`, or more than a
+    tenth of a split is left out.
     """
+    if max_tokens is not None and max_tokens > context:
+        raise UserError(f"max_tokens = {max_tokens} is more than the {context} tokens that the model takes")
     # Reading the whole dataset also checks that its splits are disjoint.
     chats = sum(not is_text(row["messages"]) for row in read_dataset(dataset))
     if chats and not tokenizer.chat_template:
@@ -161,57 +142,48 @@ def write_tokens(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; give the model a `chat_template`: "
             "plain, or the path of a Jinja file"
         )
-    lengths, left_out = {split: array("q") for split in SPLITS}, dict.fromkeys(SPLITS, 0)
-    left_out_of_test: list[int] = []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with space_for(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        # Tokens wait in temporary files, so that memory holds a row group at a time.
-        waiting = {(split, name): Path(scratch, f"{split}.{name}") for split in SPLITS for name in _TYPES}
-        with ExitStack() as stack:
-            files = {key: stack.enter_context(file.open("wb")) for key, file in waiting.items()}
-            for split, ids, scored in _encoded(dataset, tokenizer, limits, processes):
-                if limits.dataset is not None and len(ids) > limits.dataset:
-                    if split == "test":
-                        left_out_of_test.append(len(lengths[split]) + left_out[split])
-                    left_out[split] += 1
-                else:
-                    lengths[split].append(len(ids))
-                    files[split, "ids"].write(ids.tobytes())
-                    files[split, "scored"].write(scored.tobytes())
-        for split, count in left_out.items():
-            total = count + len(lengths[split])
-            text = f"{count} of {total} examples of split {split!r} have more than max_tokens = {limits.dataset} tokens"
-            if count > total * _MOST_LEFT_OUT:
-                raise UserError(f"{text}; lower max_chars, so that the examples chosen are shorter")
-            if count:
-                logging.warning("left out: %s", text)
-        tensors: dict[str, np.ndarray] = {}
-        for split in SPLITS:
-            for name, dtype in _TYPES.items():
-                tensors[f"{split}.{name}"] = np.memmap(waiting[split, name], dtype, "r")
-            tensors[f"{split}.offsets"] = np.concatenate([[0], np.cumsum(lengths[split], dtype=np.int64)])
-        metadata = cache_key(tokenizer, dataset)
-        if limits.dataset is not None:
-            metadata |= {"left_out": json.dumps(left_out), "left_out_of_test": json.dumps(left_out_of_test)}
-        with atomic_path(path) as partial:
-            write_tensors(partial, tensors, metadata)
+    kept: dict[Split, list[dict[str, np.ndarray]]] = {split: [] for split in SPLITS}
+    left_out: dict[Split, list[int]] = {split: [] for split in SPLITS}
+    for split, example in _encoded(dataset, tokenizer, None if max_tokens else context, processes):
+        if max_tokens is not None and len(example["ids"]) > max_tokens:
+            left_out[split].append(len(kept[split]) + len(left_out[split]))
+        else:
+            kept[split].append(example)
+    tensors: dict[str, np.ndarray] = {}
+    for split in SPLITS:
+        count, total = len(left_out[split]), len(left_out[split]) + len(kept[split])
+        text = f"{count} of {total} examples of split {split!r} have more than max_tokens = {max_tokens} tokens"
+        if count > total * _MOST_LEFT_OUT:
+            raise UserError(f"{text}; lower max_chars, so that the examples chosen are shorter")
+        if count:
+            logging.warning("left out: %s", text)
+        for name, dtype in _TYPES.items():
+            tensors[f"{split}.{name}"] = np.concatenate([np.empty(0, dtype), *(part[name] for part in kept[split])])
+        tensors[f"{split}.offsets"] = np.cumsum([0, *(len(part["ids"]) for part in kept[split])], dtype=np.int64)
+    metadata = cache_key(tokenizer, dataset)
+    if max_tokens is not None:
+        counts = {split: len(numbers) for split, numbers in left_out.items()}
+        metadata |= {"left_out": json.dumps(counts), "left_out_of_test": json.dumps(left_out["test"])}
+    with atomic_path(path) as unfinished:
+        write_tensors(unfinished, tensors, metadata)
 
 
-def _encoded(dataset: Path, tokenizer: PreTrainedTokenizerBase, limits: Limits, processes: int) -> Iterator[_Encoded]:
-    """Yield the split, token ids and scored mask of each example, in order; several processes encode a group each."""
+def _encoded(
+    dataset: Path, tokenizer: PreTrainedTokenizerBase, context: int | None, processes: int
+) -> Iterator[_Encoded]:
+    """Yield each encoded example, in order; several processes encode a row group each."""
     with pq.ParquetFile(dataset) as file:
         groups = range(file.num_row_groups)
-    encode = partial(_encode, dataset, tokenizer, limits)
+    encode = partial(_encode, dataset, tokenizer, context)
     if min(processes, len(groups)) == 1:
         yield from chain.from_iterable(map(encode, groups))
         return
     # Processes are not forked: a fork would lack the threads of the libraries that are loaded by now.
     with ProcessPoolExecutor(min(processes, len(groups)), multiprocessing.get_context("spawn")) as pool:
-        # Examples are written faster than they are encoded, so few groups wait in memory.
         yield from chain.from_iterable(pool.map(encode, groups))
 
 
-def _encode(dataset: Path, tokenizer: PreTrainedTokenizerBase, limits: Limits, group: int) -> list[_Encoded]:
+def _encode(dataset: Path, tokenizer: PreTrainedTokenizerBase, context: int | None, group: int) -> list[_Encoded]:
     encoded = []
     with pq.ParquetFile(dataset) as file:
         for row in file.read_row_group(group).to_pylist():
@@ -219,18 +191,16 @@ def _encode(dataset: Path, tokenizer: PreTrainedTokenizerBase, limits: Limits, g
             where = f"an example of split {row['split']!r}"
             if not any(scored):
                 raise UserError(f"{where} has no assistant token: {tokenizer.decode(ids)[:80]!r}")
-            if len(ids) > limits.model and limits.dataset is None:
-                raise UserError(f"{where} has {len(ids)} tokens; the model takes {limits.model}")
-            encoded.append((row["split"], np.asarray(ids, _TYPES["ids"]), np.asarray(scored, _TYPES["scored"])))
+            if context is not None and len(ids) > context:
+                raise UserError(f"{where} has {len(ids)} tokens; the model takes {context}")
+            encoded.append((row["split"], {"ids": np.array(ids, np.int32), "scored": np.array(scored, np.bool_)}))
     return encoded
 
 
 def read_tokens(path: Path, key: dict[str, str]) -> dict[Split, TokenizedSplit]:
     """Return the splits of a cache file, memory-mapped: pages are loaded when they are read.
 
-    Raises:
-        UserError: the file is damaged, or was made from another dataset, tokenizer or template than `key` says (see
-            `cache_key`).
+    UserError says that it is damaged, or of another dataset, tokenizer or template than the `key` (see `cache_key`).
     """
     # safetensors maps tensors of torch on a CPU, but reads those of numpy whole.
     try:

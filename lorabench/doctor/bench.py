@@ -1,7 +1,7 @@
 """What a device computes for a preset: training steps against a plain reference on the CPU, their speed and memory.
 
-The models have random weights, so nothing is downloaded. They are built from the sizes of the plan's largest models as
-a Llama, a Qwen3 or a mixture of experts of Qwen3; a model of another family is computed as a Llama of the same size.
+The models have random weights and the sizes of the plan's largest models, as a Llama, a Qwen3 or a mixture of experts
+of Qwen3; a model of another family is computed as a Llama of the same size.
 """
 
 from __future__ import annotations
@@ -19,19 +19,13 @@ from lorabench.config.fields import CHANGES_BASE
 from lorabench.config.preset import Preset
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.doctor.record import Check, judged
-from lorabench.errors import UserError
 from lorabench.models.attention import attend_in_blocks
 from lorabench.models.base import config_of
 from lorabench.models.lora import add_lora, hold_in_bf16, use_fast_products
 from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.models.specs import Dimensions, dimensions
-from lorabench.planning.flops import (
-    attention_flops_per_token,
-    linear_flops_per_token,
-    longest_sequence,
-    lora_parameters,
-)
-from lorabench.planning.memory import USABLE, decided, gpus_needed, step_memory, title
+from lorabench.planning import flops
+from lorabench.planning.memory import USABLE, decided, fits, step_memory
 from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import flops_per_second
 from lorabench.runs import Condition, Run, Sweep
@@ -80,11 +74,6 @@ class Subject:
     recomputed: int
     """The number of layers whose activations its training steps recompute."""
 
-    @property
-    def title(self) -> str:
-        """The method, the model and the data, for names of checks."""
-        return title(self.condition)
-
     def planned_memory(self, preset: Preset) -> float:
         """Return the plan's estimate of the memory of a training step, in bytes."""
         preset, condition = preset.with_execution(activation_checkpointing=self.recomputed), self.condition
@@ -95,11 +84,11 @@ class Subject:
     def flops(self, preset: Preset) -> float:
         """Return the FLOPs of a training step as the plan counts them."""
         condition, sizes = self.condition, self.sizes
-        lora = lora_parameters(preset, sizes, condition.rank, condition.placement)[1]
+        lora = flops.lora_parameters(preset, sizes, condition.rank, condition.placement)[1]
         # On average, a token attends to half of its sequence.
-        attention = attention_flops_per_token(sizes, self.length / 2)
+        attention = flops.attention_flops_per_token(sizes, self.length / 2)
         again = (2.0 * (sizes.active_linear + lora) + attention) * min(self.recomputed, sizes.layers) / sizes.layers
-        linear = linear_flops_per_token(sizes, None if condition.rank is None else lora)
+        linear = flops.linear_flops_per_token(sizes, None if condition.rank is None else lora)
         return self.rows * self.length * (linear + 3 * attention + again)
 
 
@@ -111,33 +100,26 @@ def training_subjects(plan: Plan) -> list[Subject]:
     preset = plan.preset
 
     def fits_and_size(sweep: Sweep) -> tuple[bool, int, int]:
-        try:
-            fits = gpus_needed(preset, sweep) <= 1
-        except UserError:
-            fits = False
-        return fits, dimensions(preset.models[sweep.condition.model]).parameters, sweep.condition.rank or 0
+        alone = preset.execution.gpu is None or fits(decided(preset, sweep), sweep, 1)
+        return alone, dimensions(preset.models[sweep.condition.model]).parameters, sweep.condition.rank or 0
 
     groups: dict[tuple[bool, bool], list[Sweep]] = {}
     for sweep in [sweep for sweep in plan.sweeps if sweep.condition.task == "sft"] or plan.sweeps:
         experts = dimensions(preset.models[sweep.condition.model]).experts > 0
         groups.setdefault((experts, sweep.condition.rank is not None), []).append(sweep)
-    kinds = ((False, False), (False, True), (True, True))
-    return [_subject_of(plan, max(groups[kind], key=fits_and_size)) for kind in kinds if kind in groups]
-
-
-def _subject_of(plan: Plan, sweep: Sweep) -> Subject:
-    """Return the subject of a sweep's condition, with a small batch on a CPU or fewer layers if a GPU needs it."""
-    preset, condition = plan.preset, sweep.condition
-    sizes, length = dimensions(preset.models[condition.model]), longest_sequence(preset, condition)
-    recomputed = decided(preset, sweep).execution.recomputed_layers(sizes.layers)
-    if preset.execution.gpu is None:
-        length = min(length, _CPU_TOKENS)
-        return Subject(condition, sizes, max(1, min(condition.batch_size, _CPU_TOKENS // length)), length, recomputed)
-    tokens = max(length, min(preset.execution.max_batch_tokens, condition.batch_size * length))
-    subject = Subject(condition, sizes, max(1, tokens // length), length, recomputed)
-    while subject.sizes.layers > 1 and subject.planned_memory(preset) > USABLE * GPUS[preset.execution.gpu].memory:
-        subject = replace(subject, sizes=replace(subject.sizes, layers=subject.sizes.layers // 2))
-    return subject
+    kinds, subjects = ((False, False), (False, True), (True, True)), list[Subject]()
+    for sweep in (max(groups[kind], key=fits_and_size) for kind in kinds if kind in groups):
+        condition, gpu = sweep.condition, preset.execution.gpu
+        sizes, length = dimensions(preset.models[condition.model]), flops.longest_sequence(preset, condition)
+        recomputed = decided(preset, sweep).execution.recomputed_layers(sizes.layers)
+        # A batch on a CPU is small.
+        length = length if gpu else min(length, _CPU_TOKENS)
+        rows = min(condition.batch_size, (preset.execution.max_batch_tokens if gpu else _CPU_TOKENS) // length)
+        subject = Subject(condition, sizes, max(1, rows), length, recomputed)
+        while gpu and subject.sizes.layers > 1 and subject.planned_memory(preset) > USABLE * GPUS[gpu].memory:
+            subject = replace(subject, sizes=replace(subject.sizes, layers=subject.sizes.layers // 2))
+        subjects.append(subject)
+    return subjects
 
 
 def random_model(
@@ -151,23 +133,20 @@ def random_model(
     """Return a model of these sizes with random weights in fp32, with the condition's LoRA, whose B is not zero.
 
     Some of its tokens are far more likely than others, as in a trained model. Two models of the same sizes get the same
-    LoRA.
+    LoRA. If activations of layers are recomputed, no second copy of the base in bf16 is kept, as in training.
 
     Args:
         plain: compute attention and experts by transformers' eager functions and LoRA by PEFT's forward pass, which
             say what is right, in place of those that runs use.
-        recomputed: the number of layers whose activations are recomputed; if any, no second copy of the base in bf16
-            is kept, as in training.
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {}
-    if plain:
-        options = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if sizes.experts else {})
+    eager = ("attn_implementation", *(("experts_implementation",) if sizes.experts else ())) if plain else ()
+    config = config_of(sizes, context=1 << 17)
     torch.manual_seed(0)
     with device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config_of(sizes, context=1 << 17), dtype=torch.float32, **options
+            config, dtype=torch.float32, **dict.fromkeys(eager, "eager")
         )
     model.train()
     with torch.no_grad():
@@ -208,8 +187,8 @@ def random_split(rows: int, length: int, vocabulary: int) -> TokenizedSplit:
 def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: Precision, long: bool = False) -> Check:
     """Compare loss and gradient of a training step on this device with plain transformers and PEFT on the CPU.
 
-    A long step is one of a single sequence of `LONG` tokens, which recomputes all activations. The error of
-    the gradient is the norm of the difference over the norm of the reference's gradient.
+    A long step is one of a single sequence of `LONG` tokens, which recomputes all activations. The error of the
+    gradient is the norm of the difference over the norm of the reference's gradient.
     """
     condition, sizes, (rows, length) = subject.condition, subject.sizes, (1, LONG) if long else (_ROWS, _LENGTH)
     sizes = replace(sizes, layers=min(sizes.layers, _LAYERS), experts=min(sizes.experts, _EXPERTS))

@@ -19,6 +19,7 @@ from lorabench.doctor import bench
 from lorabench.doctor.record import Check, Record, judged
 from lorabench.errors import UserError
 from lorabench.models import bf16_products
+from lorabench.planning.memory import title
 from lorabench.planning.plan import Plan
 from lorabench.store.layout import Layout
 from lorabench.training.context import code_state
@@ -30,7 +31,7 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
     """Make all checks of this machine for a plan; `say` is called with each check when it is made."""
     began, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     preset, gpu, on_gpu = plan.preset, plan.preset.execution.gpu, torch.cuda.is_available()
-    # A preset for a GPU has no machine where there is none, and only the device is checked.
+    # Where a preset's GPU is lacking, only the device is checked.
     here = on_gpu or gpu is None
     machine = machine_of(plan) if here else Machine(torch.device("cpu"), preset.execution.max_batch_tokens)
     state = machine_state(machine.device)
@@ -53,15 +54,22 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
     make("device", check_device, gpu, state["device"], memory)
     for subject in bench.training_subjects(plan) if here else []:
         for precision in get_args(bench.Precision):
-            make(f"parity in {precision}: {subject.title}", bench.check_parity, preset, machine, subject, precision)
+            make(
+                f"parity in {precision}: {title(subject.condition)}",
+                bench.check_parity,
+                preset,
+                machine,
+                subject,
+                precision,
+            )
         if on_gpu:
-            title = f"parity at {bench.LONG:,} tokens: {subject.title}"
-            make(title, bench.check_parity, preset, machine, subject, preset.protocol.precision, True)
+            name = f"parity at {bench.LONG:,} tokens: {title(subject.condition)}"
+            make(name, bench.check_parity, preset, machine, subject, preset.protocol.precision, True)
         # The plan of a preset for CPUs says nothing about a GPU.
         if gpu is not None or not on_gpu:
-            make(f"memory of a step: {subject.title}", memory_of_step, subject)
+            make(f"memory of a step: {title(subject.condition)}", memory_of_step, subject)
             seconds = steps[subject][1] if subject in steps else None
-            make(f"speed of a step: {subject.title}", bench.check_speed, preset, subject, seconds)
+            make(f"speed of a step: {title(subject.condition)}", bench.check_speed, preset, subject, seconds)
     if not here:
         make("computing", lambda: Check(status="skipped", sentence="the preset is for a GPU, and there is none"))
     dense = {subject: seconds for subject, (_, seconds) in steps.items() if not subject.sizes.experts}
@@ -95,13 +103,7 @@ def made(name: str, check: Callable[[], Check]) -> Check:
 
 
 def check_device(gpu: str | None, device: str, memory: float | None) -> Check:
-    """Compare the device that is here with the one that the preset names.
-
-    Args:
-        gpu: `execution.gpu` of the preset, None for a CPU.
-        device: torch's name of the GPU, or the name of the processor.
-        memory: bytes of the GPU; None if there is none.
-    """
+    """Compare the device that is here, by its name and the bytes of its memory if it is a GPU, with the preset's."""
     if gpu is None:
         here = f"this is {device}" if memory is None else f"its jobs will use the GPU that is here, {device}"
         return judged(True, f"the preset is for a CPU, and {here}")

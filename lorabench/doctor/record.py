@@ -1,7 +1,4 @@
-"""The result of `lorabench doctor`: a record of checks, and its file; imports no torch.
-
-`results/doctor/<device>.json` holds the last record of each device.
-"""
+"""The result of `lorabench doctor`: a record of checks, and its file for each device; imports no torch."""
 
 from __future__ import annotations
 
@@ -24,19 +21,17 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Check(Strict):
-    """The result of one check."""
+    """The result of one check, with a sentence on what was seen, or why it failed or was skipped."""
 
     name: str = ""
     status: Literal["pass", "fail", "measured", "skipped"]
     """`measured` is a number without a limit; `skipped` says that the check could not be made."""
     sentence: str
-    """What was seen, or why the check failed or was skipped, in one sentence."""
     value: Finite | None = None
     """The measured number; null where there is none."""
     planned: Finite | None = None
     """The number that the plan states or the limit that the check has; null where there is none."""
     unit: str = ""
-    """The unit of both numbers."""
 
 
 def judged(
@@ -60,11 +55,9 @@ class Record(Strict):
     """The GPU that the preset names (`execution.gpu`); null for a CPU."""
     host: str
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """Seconds that all checks took."""
     git_sha: str | None
     """The commit of the code; null for an installed package."""
     packages: dict[str, str]
-    """Versions of packages, by name."""
     gflops: PositiveFloat | None
     """Useful GFLOP/s of a training step by the plan's formula; null where it was not measured."""
     checks: list[Check]
@@ -92,8 +85,7 @@ def write_record(record: Record) -> Path:
 def record_for(execution: Execution) -> Record | None:
     """Return the latest record of the device that a preset names, or for a preset on a CPU of this processor.
 
-    Raises:
-        UserError: a file in the folder of records can't be read, or is no record of this version of the schema.
+    UserError says that a file in the folder of records can't be read, or is no record of this version of the schema.
     """
     gpu, fitting = execution.gpu, []
     for path in sorted(FOLDER.glob("*.json")):

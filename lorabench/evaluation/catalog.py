@@ -42,10 +42,9 @@ class LoadedTask:
 
 
 def task_index(tasks: Iterable[EvalTask]) -> TaskManager:
-    """Return lm-eval's index of this project's tasks, and of its own tasks where the preset names one of these.
+    """Return lm-eval's index of this project's tasks, and of its own where the preset names one of these.
 
-    Raises:
-        UserError: a task is in neither.
+    UserError says that a task is in neither.
     """
     import datasets
     from lm_eval.tasks import TaskManager
@@ -65,11 +64,7 @@ def task_index(tasks: Iterable[EvalTask]) -> TaskManager:
 
 
 def load_task(index: TaskManager, task: EvalTask, layout: Layout) -> LoadedTask:
-    """Build a task with its data.
-
-    Raises:
-        UserError: its data are missing, or the task cannot be loaded.
-    """
+    """Build a task with its data; UserError says that these are missing, or that the task cannot be loaded."""
     if task.name in EVAL_SOURCES:
         path = layout.pretraining if task.source is None else layout.dataset(task.source)
         if not path.is_file():
@@ -102,11 +97,8 @@ def load_task(index: TaskManager, task: EvalTask, layout: Layout) -> LoadedTask:
 def check_settings(loaded: Iterable[LoadedTask], model: str, max_length: int) -> None:
     """Refuse settings that lm-eval would ignore, or would fail at after hours.
 
-    A model takes at most `max_length` tokens of prompt and answer together.
-
-    Raises:
-        UserError: the answers of a task leave no room for its prompts, or a task that takes no few-shot examples is
-            given some.
+    A model takes at most `max_length` tokens of prompt and answer together. UserError says that the answers of a task
+    leave no room for its prompts, or that a task that takes no few-shot examples is given some.
     """
     for loaded_task in loaded:
         task = loaded_task.task

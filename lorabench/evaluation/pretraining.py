@@ -24,12 +24,7 @@ END, USER, ASSISTANT, SYSTEM = "<|end|>", "<|user|>", "<|assistant|>", "<|system
 
 
 def pretraining_problems(recipe: Mapping[str, Any], seed: int) -> Iterator[Problem]:
-    """Yield short problems without end: from the pretraining pool, and rarely from the fine-tuning pools.
-
-    Args:
-        recipe: the recipe of a tiny base, as its `recipe.json` holds it.
-        seed: the seed of the text.
-    """
+    """Yield short problems without end by a base's `recipe.json`: of pretraining, and rarely of fine-tuning's pools."""
     common = worked_solutions("even", seed), mixture(PRETRAIN_TASKS, seed)
     rare = worked_solutions("odd", seed), mixture(INSTRUCT_TASKS, seed)
     rng = Random(seed)

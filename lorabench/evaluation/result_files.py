@@ -40,12 +40,7 @@ def result_file(
 ) -> dict[str, Any]:
     """Return what lm-eval writes of a call of `simple_evaluate`, without the samples.
 
-    Args:
-        results: what the call returned.
-        tracker: lm-eval's clock, which was started before the call.
-        sampler: what computed the scores.
-        arguments: see `model_arguments`.
-        chat_template: the template of the prompts, if they had one.
+    The tracker is lm-eval's clock, which was started before the call; `arguments` are those of `model_arguments`.
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.utils import hash_string
@@ -55,12 +50,10 @@ def result_file(
     as_text = ",".join(f"{name}={value}" for name, value in arguments.items())
     tracker.log_experiment_args(source, as_text, None, chat_template, multiturn)
     tracker.log_end_time()
-    hashes = {
-        task: hash_string(
-            "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in logged)
-        )
-        for task, logged in results["samples"].items()
-    }
+    hashes = {}
+    for task, logged in results["samples"].items():
+        parts = (sample[f"{name}_hash"] for sample in logged for name in ("doc", "prompt", "target"))
+        hashes[task] = hash_string("".join(parts))
     return {
         **{name: value for name, value in results.items() if name != "samples"},
         "config": results["config"] | {"model": source, "model_args": as_text},
@@ -70,11 +63,7 @@ def result_file(
 
 
 def write_result_files(files: list[dict[str, Any]], folder: Path) -> None:
-    """Write the files of an evaluation into their folder, in the place of those of an earlier one.
-
-    Raises:
-        NoSpaceError: the disk is full.
-    """
+    """Write the files of an evaluation into their folder, in the place of those of an earlier one."""
     from lm_eval.utils import handle_non_serializable
 
     shutil.rmtree(folder, ignore_errors=True)

@@ -89,8 +89,7 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
     if record is not None or job.sweep is None:
         spec, machine = layout.model(job.model), machine_of(plan)
         if sampler == "vllm":
-            placement = None if record is None else record["spec"]["placement"]
-            check_vllm(spec, machine.device, placement=placement)
+            check_vllm(spec, machine.device, placement=None if record is None else record["spec"]["placement"])
         tokenizer = load_tokenizer(spec)
         index = catalog.task_index(evaluation.tasks)
         loaded = [catalog.load_task(index, task, layout) for task in evaluation.tasks]
@@ -133,10 +132,10 @@ def best_record(job: EvalJob, layout: Layout) -> dict[str, Any] | None:
     run_id = record["run_id"]
     trained_from, base = record["environment"]["model_sha256"], weights_sha256(layout.model(job.model))
     if trained_from != base:
-        first, second = (
-            ", ".join(f"{name} {value[:12]}" for name, value in weights.items()) for weights in (trained_from, base)
+        names = [", ".join(f"{name} {value[:12]}" for name, value in files.items()) for files in (trained_from, base)]
+        raise UserError(
+            f"run {run_id} was trained from a base with weights {names[0]}; model {job.model!r} has {names[1]}"
         )
-        raise UserError(f"run {run_id} was trained from a base with weights {first}; model {job.model!r} has {second}")
     # If this file is missing, PEFT would look for a pickled file.
     file = "config.json" if record["spec"]["method"] == "fullft" else "adapter_model.safetensors"
     folder = RunFolder(layout.runs, run_id)
@@ -173,8 +172,7 @@ def transformers_model(
     from lm_eval.models.huggingface import HFLM
     from peft import PeftModel
 
-    from lorabench.models.lora import tie_beneath
-    from lorabench.models.nf4 import round_to_nf4
+    from lorabench.models.lora import round_to_nf4, tie_beneath
 
     source, adapter = _trained_model(spec, record, layout)
     model: Any = load_model(source)
@@ -189,13 +187,8 @@ def transformers_model(
         tie_beneath(model)
     # lm-eval warns that the model is not given by name, which is intended.
     logging.getLogger("lm_eval.models.huggingface").addFilter(lambda record: "`pretrained`" not in record.msg)
-    return HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        mixed_precision_dtype=autocast,
-        softmax_dtype=torch.float32,
-    )
+    types = {"mixed_precision_dtype": autocast, "softmax_dtype": torch.float32}
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **types)
 
 
 def vllm_model(
@@ -207,11 +200,7 @@ def vllm_model(
     autocast: torch.dtype | None,
     device: torch.device,
 ) -> TemplateLM:
-    """Start lm-eval's own model `vllm` with what `transformers_model` loads; it computes in the autocast type.
-
-    Raises:
-        UserError: vLLM takes no adapter of the run's rank.
-    """
+    """Start lm-eval's own model `vllm` with what `transformers_model` loads; it computes in the autocast type."""
     import torch
 
     model, adapter = _trained_model(spec, record, layout)
@@ -282,9 +271,6 @@ def run_tasks(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """Run tasks on a model, with one call of lm-eval for all tasks of the same settings.
 
-    Args:
-        arguments: the model for lm-eval's own files, see `model_arguments`.
-
     Returns:
         The scores, as rows of the table `evals` without the columns of the model; the samples, as rows of SAMPLES; and
         what lm-eval itself would write of each call.
@@ -305,8 +291,9 @@ def run_tasks(
     settings: dict[tuple[bool, int | None, int | None, int | None], list[LoadedTask]] = defaultdict(list)
     for loaded_task in loaded:
         task = loaded_task.task
-        chat = task.chat and template is not None
-        settings[chat, task.num_fewshot, task.limit, task.max_new_tokens].append(loaded_task)
+        settings[task.chat and template is not None, task.num_fewshot, task.limit, task.max_new_tokens].append(
+            loaded_task
+        )
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     files: list[dict[str, Any]] = []
@@ -324,23 +311,16 @@ def run_tasks(
             # Without it, lm-eval would index all its tasks again.
             task_manager=index,
             bootstrap_iters=_BOOTSTRAP,
-            random_seed=_SEED,
-            numpy_random_seed=_SEED,
-            torch_random_seed=_SEED,
-            fewshot_random_seed=_SEED,
+            **dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), _SEED),
         )
         assert results
         files.append(result_file(results, tracker, sampler, arguments, lm.tokenizer.chat_template if chat else None))
-        common = {
-            "sampler": sampler,
-            "eval_batch_size": evaluation.batch_size,
-            "versions": json.dumps(versions, sort_keys=True),
-            # Null where prompts are used without a chat template.
-            "template_sha256": template if chat else None,
-        }
+        common: dict[str, Any] = {"sampler": sampler, "eval_batch_size": evaluation.batch_size}
+        # The template is null where prompts are used without one.
+        common |= {"versions": json.dumps(versions, sort_keys=True), "template_sha256": template if chat else None}
         for loaded_task in together:
             rows += [common | row for row in _rows(results, loaded_task)]
-            samples += [row for name in loaded_task.leaves for row in _samples(name, results["samples"][name])]
+            samples += [_sample(name, logged) for name in loaded_task.leaves for logged in results["samples"][name]]
     return rows, samples, files
 
 
@@ -388,25 +368,14 @@ def _rows(results: Any, loaded: LoadedTask) -> list[dict[str, Any]]:
     return rows
 
 
-def _samples(task: str, logged: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def answer(responses: Any) -> str:
-        """Return the text of a single response, or several responses as JSON."""
+def _sample(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of SAMPLES for an answer as lm-eval logs it; several responses become JSON."""
+    row = {"task": task, "doc_id": sample["doc_id"], "filter": sample["filter"], "target": _text(sample["target"])}
+    for name, responses in (("response", sample["resps"]), ("filtered", sample["filtered_resps"])):
         while isinstance(responses, list) and len(responses) == 1:
             responses = responses[0]
-        return _text(responses) or ""
-
-    return [
-        {
-            "task": task,
-            "doc_id": sample["doc_id"],
-            "filter": sample["filter"],
-            "target": _text(sample["target"]),
-            "response": answer(sample["resps"]),
-            "filtered": answer(sample["filtered_resps"]),
-            "metrics": _text({name: sample[name] for name in sample["metrics"]}),
-        }
-        for sample in logged
-    ]
+        row[name] = _text(responses) or ""
+    return row | {"metrics": _text({name: sample[name] for name in sample["metrics"]})}
 
 
 def _text(value: Any) -> str | None:

@@ -23,10 +23,8 @@ from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, only, points
 from lorabench.store.tables import Tables
 from lorabench.utils import formats
 
-_COLUMNS = [
-    *(*ARM_COLUMNS, "element", "step", "tokens", "tokens_low", "tokens_high", "excess", "nll", "lr", "run_id"),
-    *("trainable_params", "slope", "slope_low", "slope_high", "bits"),
-]
+_COLUMNS = [*ARM_COLUMNS, "element", "step", "tokens", "tokens_low", "tokens_high", "excess", "nll", "lr", "run_id"]
+_COLUMNS += ["trainable_params", "slope", "slope_low", "slope_high", "bits"]
 _REACHED = [*ARM, "left", "step", "tokens", "tokens_low", "tokens_high", "error", "trainable_params"]
 _LINE: dict[str, Any] = {"color": "0.35", "linewidth": 1.1}
 _HELD: dict[str, Any] = {"color": "0.35", "linewidth": 1.0, "linestyle": "--"}
@@ -69,6 +67,23 @@ def draw(tables: Tables) -> style.Drawn:
     plotted = grid.tidy(parts, _COLUMNS, *slopes)
     if plotted.empty:
         return style.empty_figure("There are no runs on a dataset other than random facts."), plotted
+    figure, styles, panels = grid.panels(plotted, 2)
+    for rows, [axes, right] in panels:
+        noise, curves = only(rows, "noise_band").assign(floor=0.0), only(rows, "excess")
+        grid.band(axes, noise, "step", "floor", "excess")
+        grid.lines(axes, curves, "step", "excess", styles)
+        points(axes, only(rows, "departure").assign(marker="o", filled=False), "step", "excess", styles, 6)
+        style.log_axes(axes, "training step", "above the lowest envelope (nats / token)")
+        if len(noise):
+            # The axis is linear within the noise and logarithmic beyond, so that it has a place for 0 and for a whole
+            # nat. Noise that is next to nothing would give it many empty decades.
+            axes.set_yscale("symlog", linthresh=max(noise["excess"].iloc[0], 1e-4), linscale=0.6)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        sigma = grid.sigma_text(noise["excess"].iloc[0] / 2 if len(noise) else math.nan)
+        style.note(axes, sigma, *grid.diverged_facts(rows, curves, "no curve"))
+        _draw_thresholds(right, rows, styles)
     marks = {
         "departure": style.mark("leaves the highest rank's curve", "o", mfc="white", mew=1.4),
         "noise_band": style.shade(f"within 2{style.SIGMA} of seeds"),
@@ -77,7 +92,7 @@ def draw(tables: Tables) -> style.Drawn:
         "proportional": style.line("slope 1", linestyle=":", **_LINE),
         "description_length": style.line("2 bits / parameter hold the first epoch's loss", **_HELD),
     }
-    return grid.draw(plotted, [_draw_excess, _draw_thresholds], marks.items()), plotted
+    return grid.legends(figure, styles, plotted, marks.items())
 
 
 def _thresholds(comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -98,9 +113,10 @@ def _thresholds(comparisons: Sequence[Comparison]) -> pd.DataFrame:
                 rows.append(row | {"left": False})
             threshold = log_threshold(curves, departure, comparison.margin.value)
             if not isinstance(threshold, str):
-                ends = dict(zip(("tokens_low", "tokens_high"), threshold.interval(), strict=True))
-                row |= {name: tokens_at(comparison, arm, 10**step) for name, step in ends.items()}
-                row |= {"left": True, "tokens": tokens_at(comparison, arm, 10**threshold.value)}
+                tokens, low, high = (
+                    tokens_at(comparison, arm, 10**step) for step in (threshold.value, *threshold.interval())
+                )
+                row |= {"left": True, "tokens": tokens, "tokens_low": low, "tokens_high": high}
                 rows.append(row | {"step": round(10**threshold.value), "error": threshold.seed_error})
     return pd.DataFrame(rows, columns=_REACHED)
 
@@ -120,36 +136,18 @@ def _slopes(left: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts) if math.isfinite(line.slope) else pd.DataFrame()
 
 
-def _draw_excess(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-    noise, curves = only(rows, "noise_band").assign(floor=0.0), only(rows, "excess")
-    grid.band(axes, noise, "step", "floor", "excess")
-    grid.lines(axes, curves, "step", "excess", styles)
-    points(axes, only(rows, "departure").assign(marker="o", filled=False), "step", "excess", styles, 6)
-    style.log_axes(axes, "training step", "above the lowest envelope (nats / token)")
-    if len(noise):
-        # The axis is linear within the noise and logarithmic beyond, so that it has a place for 0 and for a whole nat.
-        # Noise that is next to nothing would give it many empty decades.
-        axes.set_yscale("symlog", linthresh=max(noise["excess"].iloc[0], 1e-4), linscale=0.6)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    sigma = grid.sigma_text(noise["excess"].iloc[0] / 2 if len(noise) else math.nan)
-    style.note(axes, sigma, *grid.diverged_facts(rows, curves, "no curve"))
-
-
 def _draw_thresholds(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     thresholds, stays, slope = (only(rows, element) for element in ("threshold", "stays", "slope"))
-    held = only(rows, "description_length")
     if thresholds.empty and stays.empty:
         unknown = f"{style.SIGMA} is unknown, so departures\ncannot be distinguished from noise."
         style.say(axes, "No rank is known to leave the shared curve." if len(only(rows, "noise_band")) else unknown)
         return
     grid.band(axes, slope, "trainable_params", "tokens_low", "tokens_high", "0.9")
-    for element, linestyle in (("slope", "-"), ("proportional", ":")):
-        line = only(rows, element)
+    for line, linestyle in ((slope, "-"), (only(rows, "proportional"), ":")):
         axes.plot(line["trainable_params"].astype(float), line["tokens"], linestyle, **_LINE)
     marks = pd.concat([thresholds.assign(marker="o", filled=False), stays.assign(marker="^", filled=True)])
     points(axes, marks, "trainable_params", "tokens", styles, 6)
+    held = only(rows, "description_length")
     for params in held["trainable_params"]:
         axes.axvline(float(params), **_HELD)
     axes.set(xscale="log", yscale="log", xlabel="adapter parameters", ylabel="train tokens at departure")
@@ -161,10 +159,8 @@ def _draw_thresholds(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     style.note(axes, leaving, *(f"first epoch {formats.amount(bits, 'bit')}" for bits in held["bits"].head(1)))
 
 
-_STORED = [
-    *(*ARM_COLUMNS, "element", "trainable_params", "bits", "bits_low", "bits_high", "bits_per_parameter"),
-    *("lr", "seed", "n_seeds", "run_id"),
-]
+_STORED = [*ARM_COLUMNS, "element", "trainable_params", "bits", "bits_low", "bits_high", "bits_per_parameter"]
+_STORED += ["lr", "seed", "n_seeds", "run_id"]
 _PER_PARAMETER = {1.0: ":", 2.0: "--"}
 
 
@@ -197,6 +193,9 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
         "per_parameter": ends.assign(bits=ends["bits_per_parameter"] * ends["trainable_params"]),
     }
     plotted = grid.tidy(parts, _STORED)
+    figure, styles, panels = grid.panels(plotted)
+    for rows, [axes] in panels:
+        _draw_stored(axes, rows, styles)
     marks = [
         ("entropy", style.line("all of the facts", **_LINE)),
         ("per_parameter", style.line("1 bit / parameter", linestyle=_PER_PARAMETER[1.0], **_LINE)),
@@ -204,13 +203,14 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
         ("stored", style.mark("fitted lowest loss, 95% interval", "o", ls="-", lw=1.2)),
         ("seed", style.mark("one seed", "_", ms=9)),
     ]
-    return grid.draw(plotted, [_draw_stored], marks), plotted
+    return grid.legends(figure, styles, plotted, marks)
 
 
 def _draw_stored(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     stored, seeds, entropy = only(rows, "stored"), only(rows, "seed"), only(rows, "entropy")
-    for bits, linestyle in _PER_PARAMETER.items():
-        line = rows[rows["bits_per_parameter"].eq(bits) & rows["element"].eq("per_parameter")]
+    per_parameter = only(rows, "per_parameter")
+    for number, linestyle in _PER_PARAMETER.items():
+        line = per_parameter[per_parameter["bits_per_parameter"].eq(number)]
         axes.plot(line["trainable_params"].astype(float), line["bits"], linestyle, **_LINE)
     for bits in entropy["bits"]:
         axes.axhline(bits, **_LINE, zorder=1)
@@ -230,10 +230,7 @@ def _draw_stored(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         for axis in (axes.xaxis, axes.yaxis):
             style.log_ticks(axis, EngFormatter(sep=""))
     nothing = ", ".join(stored.loc[~(stored["bits"] > 0), "arm"])
-    style.note(
-        axes,
-        f"facts {formats.count(entropy['bits'].iloc[0])} bits",
-        grid.seeds_text(stored["n_seeds"]) if len(stored) else "",
-        f"stored nothing: {nothing}" if nothing else "",
-        *grid.diverged_facts(rows, stored, "none finished"),
-    )
+    known = [f"facts {formats.count(entropy['bits'].iloc[0])} bits"]
+    known += [grid.seeds_text(stored["n_seeds"])] if len(stored) else []
+    known += [f"stored nothing: {nothing}"] if nothing else []
+    style.note(axes, *known, *grid.diverged_facts(rows, stored, "none finished"))

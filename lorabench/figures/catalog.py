@@ -64,10 +64,7 @@ class PaperFigure:
         return drawn
 
     def own_runs(self, runs: pd.DataFrame) -> pd.DataFrame:
-        """Return the runs of the figure's task and experiments.
-
-        A run without a task counts as supervised, and a run without experiments belongs to all of them.
-        """
+        """Return the runs of the figure's task and experiments; a run without experiments belongs to all of them."""
         runs = runs[in_experiments(runs, self.experiments)]
         return runs[is_rl(runs) == (self.task == "rl")]
 
@@ -97,22 +94,9 @@ for _study in studies():
 
 
 def figures_of_preset(preset: Preset) -> list[PaperFigure]:
-    """Return the figures that a preset has an experiment or an evaluation for, in the paper's order.
-
-    That of the verdicts comes first; every preset has it.
-    """
+    """Return the figures that a preset has an experiment or an evaluation for, that of the verdicts first."""
     chosen = {*preset.experiments.chosen(), "claims", *(["evaluation"] if preset.evaluation else [])}
     return [figure for figure in FIGURES.values() if chosen & set(figure.experiments)]
-
-
-def drawable_figures(tables: Tables) -> list[str]:
-    """Return the names of the figures that the tables have rows for."""
-    shown = {"compute": tables.compute, "evals": tables.evals, "claims": tables.claims}
-    return [
-        figure.name
-        for figure in FIGURES.values()
-        if len(figure.own_runs(tables.runs) if figure.table == "runs" else shown[figure.table])
-    ]
 
 
 def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
@@ -127,12 +111,13 @@ def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
     """
     if name not in FIGURES:
         raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
-    figure = FIGURES[name]
-    tables = Tables(pd.DataFrame(), pd.DataFrame(), claims=_claims(folders))
-    if figure.table != "claims":
+    table = FIGURES[name].table
+    if table == "claims":
+        tables = Tables(pd.DataFrame(), pd.DataFrame(), claims=_claims(folders))
+    else:
         tables = Tables.read(*folders)
-    _check(figure.table, tables)
-    _save(figure, tables, out)
+    _check(table, tables)
+    _save(FIGURES[name], tables, out)
 
 
 def save_all_figures(folders: Sequence[Path], out: Path) -> Iterator[str]:
@@ -145,22 +130,23 @@ def save_all_figures(folders: Sequence[Path], out: Path) -> Iterator[str]:
         UserError: see `save_figure`.
     """
     tables = replace(Tables.read(*folders), claims=_claims(folders))
-    names = drawable_figures(tables)
-    for table in dict.fromkeys(FIGURES[name].table for name in names):
+    shown = {"compute": tables.compute, "evals": tables.evals, "claims": tables.claims}
+    figures = [
+        figure
+        for figure in FIGURES.values()
+        if len(figure.own_runs(tables.runs) if figure.table == "runs" else shown[figure.table])
+    ]
+    for table in dict.fromkeys(figure.table for figure in figures):
         _check(table, tables)
-    for name in names:
+    for figure in figures:
         try:
-            _save(FIGURES[name], tables, out)
+            _save(figure, tables, out)
         except NothingToDrawError as nothing:
-            yield f"figure {name} is not drawn: {nothing}"
+            yield f"figure {figure.name} is not drawn: {nothing}"
 
 
 def _check(table: str, tables: Tables) -> None:
-    """Check what figures of a table are drawn from.
-
-    Raises:
-        UserError: there is no such table, or see `check_table`, `check_curves` and `check_comparable`.
-    """
+    """Raise UserError if the table that figures are drawn from is not there or not as it should be."""
     if table == "claims" and tables.claims.empty:
         source = "the table claims of one folder, which `lorabench claims` writes"
         raise UserError(f"the figure verdicts is drawn from {source}")

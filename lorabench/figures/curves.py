@@ -16,7 +16,7 @@ from matplotlib.figure import SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from lorabench.analysis.alpha_rules import judged_arms
-from lorabench.analysis.arms import arm_label, rows_of
+from lorabench.analysis.arms import arm_label, arm_labels, rows_of
 from lorabench.analysis.curves import early_difference, envelopes, train_curves
 from lorabench.analysis.estimate import mean_interval
 from lorabench.analysis.optima import fitted_noise
@@ -28,10 +28,8 @@ from lorabench.store.tables import Tables
 
 _LOSS = "validation NLL (nats / token)"
 
-_BY_STEP = [
-    *(*ARM_COLUMNS, "element", "step", "examples", "tokens"),
-    *("nll", "nll_low", "nll_high", "lr", "run_id", "n_runs"),
-]
+_BY_STEP = [*ARM_COLUMNS, "element", "step", "examples", "tokens"]
+_BY_STEP += ["nll", "nll_low", "nll_high", "lr", "run_id", "n_runs"]
 
 
 def draw_by_step(tables: Tables) -> style.Drawn:
@@ -61,23 +59,22 @@ def draw_by_step(tables: Tables) -> style.Drawn:
     plotted = grid.tidy(parts, _BY_STEP)
     if plotted.empty:
         raise NothingToDrawError("no validation curves beyond step 0")
+    figure, styles, panels = grid.panels(plotted)
+    for rows, [axes] in panels:
+        noise, arms = only(rows, "noise_band"), only(rows, "envelope")
+        grid.band(axes, noise, "step", "nll_low", "nll_high")
+        grid.lines(axes, arms, "step", "nll", styles)
+        departure = only(rows, "departure")[["arm", "step", "nll"]].assign(marker="o", filled=False)
+        grid.points(axes, departure, "step", "nll", styles, 6)
+        style.log_axes(axes, "training step", _LOSS)
+        before = [f"before training {loss:.2f}" for loss in only(rows, "before_training")["nll"]]
+        sigma = (noise["nll_high"] - noise["nll_low"]).iloc[0] / 4 if len(noise) else math.nan
+        style.note(axes, *before, grid.sigma_text(sigma), *grid.diverged_facts(rows, arms, "no curve"))
     marks = {
         "departure": style.mark("a rank leaves the highest rank's curve", "o", mfc="white", mew=1.4),
         "noise_band": style.shade(f"lowest envelope ± 2{style.SIGMA} of seeds"),
     }
-    return grid.draw(plotted, [_draw_by_step], marks.items()), plotted
-
-
-def _draw_by_step(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-    noise, envelope = only(rows, "noise_band"), only(rows, "envelope")
-    grid.band(axes, noise, "step", "nll_low", "nll_high")
-    grid.lines(axes, envelope, "step", "nll", styles)
-    departure = only(rows, "departure")[["arm", "step", "nll"]].assign(marker="o", filled=False)
-    grid.points(axes, departure, "step", "nll", styles, 6)
-    style.log_axes(axes, "training step", _LOSS)
-    before = [f"before training {loss:.2f}" for loss in only(rows, "before_training")["nll"]]
-    sigma = (noise["nll_high"] - noise["nll_low"]).iloc[0] / 4 if len(noise) else math.nan
-    style.note(axes, *before, grid.sigma_text(sigma), *grid.diverged_facts(rows, envelope, "no curve"))
+    return grid.legends(figure, styles, plotted, marks.items())
 
 
 _BY_FLOPS = [*ARM_COLUMNS, "element", "flops", "step", "tokens", "nll", "lr", "run_id"]
@@ -97,21 +94,18 @@ def draw_by_flops(tables: Tables) -> style.Drawn:
     if plotted.empty:
         raise NothingToDrawError("no validation curves of runs whose training FLOPs are known")
     noise = fitted_noise(compared(tables))
-
-    def draw_panel(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
+    figure, styles, panels = grid.panels(plotted)
+    for rows, [axes] in panels:
         curves = only(rows, "envelope")
         grid.lines(axes, curves, "flops", "nll", styles)
         axes.set(xscale="log", xlabel="training FLOPs (linear layers)", ylabel=_LOSS)
         sigma = float(rows_of(noise, rows.iloc[0], PANEL)["sigma"].iloc[0])
         style.note(axes, grid.sigma_text(sigma), *grid.diverged_facts(rows, curves, "no curve"))
+    return grid.legends(figure, styles, plotted)
 
-    return grid.draw(plotted, [draw_panel]), plotted
 
-
-_BY_BATCH_SIZE = [
-    *(*ARM_COLUMNS, "element", "step", "examples", "lr", "nll", "gap", "low", "high"),
-    *("n_seeds", "at_edge", "run_id", "seed"),
-]
+_BY_BATCH_SIZE = [*ARM_COLUMNS, "element", "step", "examples", "lr", "nll", "gap", "low", "high"]
+_BY_BATCH_SIZE += ["n_seeds", "at_edge", "run_id", "seed"]
 
 # The number of learning curves' panels in a row; heights in inches of these panels, and of the panels below them.
 _CURVES_IN_A_ROW, _CURVES_HEIGHT, _BY_SIZE_HEIGHT = 4, 2.3, 2.6
@@ -155,8 +149,7 @@ def draw_by_batch_size(tables: Tables) -> style.Drawn:
         place.suptitle(f"{model} · {dataset}", x=0.01, ha="left", fontsize=9, weight="bold", parse_math=False)
         _draw_block(place, block, styles, count)
     open_mark = style.mark("best LR at the edge of its grid", "o", mfc="white", mew=1.4)
-    style.legends(figure, styles, [(plotted["at_edge"].eq(True).any(), open_mark)])
-    return figure, plotted
+    return grid.legends(figure, styles, plotted, [(plotted["at_edge"].eq(True).any(), open_mark)])
 
 
 def _draw_block(place: SubFigure, block: pd.DataFrame, styles: Styles, rows: int) -> None:
@@ -165,54 +158,48 @@ def _draw_block(place: SubFigure, block: pd.DataFrame, styles: Styles, rows: int
     above, below = place.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     sizes = [at_size for _, at_size in block.groupby(["batch_size", "steps"], dropna=False)]
     columns = min(_CURVES_IN_A_ROW, len(sizes))
-    axes = above.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for number, (panel, at_size) in enumerate(zip(axes.flat, sizes, strict=False)):
-        grid.lines(panel, only(at_size, "envelope"), "examples", "nll", styles)
+    panels = above.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for number, (axes, at_size) in enumerate(zip(panels.flat, sizes, strict=False)):
+        grid.lines(axes, only(at_size, "envelope"), "examples", "nll", styles)
         lengths = [f"{length:,} steps" for length in at_size["steps"].dropna().unique()]
-        style.note(panel, *lengths, f"{len(only(at_size, 'diverged'))} diverged")
-        panel.set_title(f"batch {at_size['batch_size'].iloc[0]}", pad=18)
-        panel.set(xlabel="examples seen", ylabel="" if number % columns else "validation NLL\n(nats / token)")
-    for panel in axes.flat[len(sizes) :]:
-        panel.remove()
+        style.note(axes, *lengths, f"{len(only(at_size, 'diverged'))} diverged")
+        axes.set_title(f"batch {at_size['batch_size'].iloc[0]}", pad=18)
+        axes.set(xlabel="examples seen", ylabel="" if number % columns else "validation NLL\n(nats / token)")
+    for axes in panels.flat[len(sizes) :]:
+        axes.remove()
     envelope = only(block, "envelope")
     # The fall of the losses in the first tenth of the data would flatten the rest.
     late = envelope.loc[envelope["examples"] >= 0.1 * envelope["examples"].max(), "nll"]
     if len(late):
         pad = 0.05 * (late.max() - late.min()) or 0.05 * abs(late.max())
-        axes[0, 0].set_ylim(late.min() - pad, late.max() + pad)
-    final, difference = below.subplots(1, 2)
+        panels[0, 0].set_ylim(late.min() - pad, late.max() + pad)
     # Of runs of several lengths at one batch size, only the longest are compared.
     steps = block["steps"].astype("Int64")
     longest = block[steps.isna() | steps.eq(steps.groupby(block["batch_size"]).transform("max")).fillna(False)]
-    _draw_by_size(final, only(longest, "final"), "nll", styles)
-    final.set_ylabel("final test NLL (nats / token)")
-    _draw_by_size(difference, only(longest, "gap"), "gap", styles)
-    difference.axhline(0.0, color=style.FULLFT_COLOUR, linewidth=1.0, zorder=1)
-    difference.set_ylabel("LoRA - FullFT (nats / token)")
+    losses, differences = below.subplots(1, 2)
+    for axes, element, value, label in (
+        (losses, "final", "nll", "final test NLL (nats / token)"),
+        (differences, "gap", "gap", "LoRA - FullFT (nats / token)"),
+    ):
+        shown = only(longest, element).rename(columns={"low": f"{value}_low", "high": f"{value}_high"})
+        arms = [label for label in styles if label in set(shown["arm"])]
+        for number, arm in enumerate(arms):
+            # The marks of one batch size are side by side.
+            shift = 2 ** (0.12 * (number - (len(arms) - 1) / 2))
+            points = shown[shown["arm"] == arm].sort_values("batch_size")
+            points = points.assign(x=points["batch_size"].astype(float) * shift)
+            axes.plot(points["x"], points[value], **styles[arm].line)
+            grid.bars(axes, points, "x", value, styles[arm])
+        style.log_axes(axes, "batch size", label)
+        ticks = sorted({int(size) for size in shown["batch_size"]})
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_minor_locator(NullLocator())
+        if ticks:
+            axes.set_xlim(ticks[0] / 1.5, ticks[-1] * 1.5)
+    differences.axhline(0.0, color=style.FULLFT_COLOUR, linewidth=1.0, zorder=1)
 
 
-def _draw_by_size(axes: Axes, rows: pd.DataFrame, value: str, styles: Styles) -> None:
-    """Draw one line per arm, with the marks of one batch size side by side."""
-    arms = [label for label in styles if label in set(rows["arm"])]
-    rows = rows.rename(columns={"low": f"{value}_low", "high": f"{value}_high"})
-    for place, arm in enumerate(arms):
-        shift = 2 ** (0.12 * (place - (len(arms) - 1) / 2))
-        points = rows[rows["arm"] == arm].sort_values("batch_size")
-        points = points.assign(x=points["batch_size"].astype(float) * shift)
-        axes.plot(points["x"], points[value], **styles[arm].line)
-        grid.bars(axes, points, "x", value, styles[arm])
-    style.log_axes(axes, "batch size")
-    sizes = sorted({int(size) for size in rows["batch_size"]})
-    axes.xaxis.set_major_locator(FixedLocator(sizes))
-    axes.xaxis.set_minor_locator(NullLocator())
-    if sizes:
-        axes.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
-
-
-_EARLY = [
-    *(*ARM_COLUMNS, "element", "lr", "step", "nll", "difference", "half_width"),
-    *("n_seeds", "other_rank", "run_id"),
-]
+_EARLY = [*ARM_COLUMNS, "element", "lr", "step", "nll", "difference", "half_width", "n_seeds", "other_rank", "run_id"]
 
 
 def draw_early(tables: Tables) -> style.Drawn:
@@ -227,16 +214,24 @@ def draw_early(tables: Tables) -> style.Drawn:
     if not groups:
         return style.empty_figure("There are no LoRA runs."), pd.DataFrame(columns=_EARLY)
     plotted = pd.concat([_early_rows(rows, tables.curves) for _, rows in groups], ignore_index=True)
+    figure, styles, panels = grid.panels(plotted, 2)
+    for rows, [losses, differences] in panels:
+        curve, diverged = only(rows, "curve"), len(only(rows, "diverged"))
+        if curve.empty:
+            style.say(losses, "There are no training losses.")
+        grid.lines(losses, curve, "step", "nll", styles)
+        style.log_axes(losses, "training step", "training NLL (nats / token)")
+        means = f"mean of {grid.seeds_text(curve['n_seeds'])}" if len(curve) else ""
+        style.note(losses, f"LR {rows['lr'].iloc[0]:g}", means, f"{diverged} diverged" if diverged else "")
+        _draw_difference(differences, only(rows, "difference"), only(rows, "sigma")["difference"])
     difference = only(plotted, "difference")["difference"].astype(float)
-    grey = style.line("half width of its 95% interval", color="0.6", linewidth=1.1)
-    dashed = style.line(f"2{style.SIGMA} of batches", color="black", linestyle="--", linewidth=1.1)
     marks = [
         ((difference > 0).any(), style.mark("higher loss at the lower rank", "o", ms=4)),
         ((difference < 0).any(), style.mark("lower loss at the lower rank", "o", ms=4, mfc="white")),
-        (plotted["half_width"].notna().any(), grey),
-        ("sigma", dashed),
+        (plotted["half_width"].notna().any(), style.line("half width of its 95% interval", color="0.6", lw=1.1)),
+        ("sigma", style.line(f"2{style.SIGMA} of batches", color="black", ls="--", lw=1.1)),
     ]
-    return grid.draw(plotted, [_draw_early, _draw_difference], marks), plotted
+    return grid.legends(figure, styles, plotted, marks)
 
 
 def _early_rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
@@ -245,7 +240,7 @@ def _early_rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     early = early_difference(runs, curves)
     lr = early.lr if early else float(runs["lr"].mode().iloc[0])
     at_lr = runs[runs["lr"] == lr]
-    at_lr = at_lr.assign(arm=[arm_label(run) for _, run in at_lr.iterrows()])
+    at_lr = at_lr.assign(arm=arm_labels(at_lr))
     losses = train_curves(at_lr[at_lr["status"] == "done"], curves)
     # The mean of a rank that lacks a seed would be over other batches than the means of the other ranks.
     by_rank = [set(seeds) for _, seeds in losses.groupby("arm")["seed"]]
@@ -267,37 +262,25 @@ def _early_rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     rows = grid.tidy(parts, _EARLY)
     if rows.empty:
         rows = pd.DataFrame([{"element": "nothing"}], columns=_EARLY)
-    whole = dict.fromkeys(("rank", "other_rank", "n_seeds", "step"), "Int64")
-    return rows.assign(lr=lr, **panel).astype(whole)
+    return rows.assign(lr=lr, **panel).astype(dict.fromkeys(("rank", "other_rank", "n_seeds", "step"), "Int64"))
 
 
-def _draw_early(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-    curve, diverged = only(rows, "curve"), len(only(rows, "diverged"))
-    if curve.empty:
-        style.say(axes, "There are no training losses.")
-    grid.lines(axes, curve, "step", "nll", styles)
-    style.log_axes(axes, "training step", "training NLL (nats / token)")
-    means = f"mean of {grid.seeds_text(curve['n_seeds'])}" if len(curve) else ""
-    style.note(axes, f"LR {rows['lr'].iloc[0]:g}", means, f"{diverged} diverged" if diverged else "")
-
-
-def _draw_difference(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-    points, sigma = only(rows, "difference"), only(rows, "sigma")["difference"]
+def _draw_difference(axes: Axes, points: pd.DataFrame, levels: pd.Series[float]) -> None:
     if points.empty:
         style.say(axes, "No two ranks above 1 with the same seeds\nhave losses that differ.")
         return
-    steps, difference = points["step"].astype(float), points["difference"].astype(float)
-    size, half = difference.abs(), points["half_width"].astype(float)
+    steps, difference, half = (points[name].astype(float) for name in ("step", "difference", "half_width"))
+    size = difference.abs()
     # Marks are large enough to distinguish open ones from filled ones.
     for chosen, face in ((difference >= 0, style.MUTED), (difference < 0, "white")):
         axes.plot(steps[chosen], size[chosen], "o", ms=3.8, mfc=face, mec=style.MUTED, mew=0.9, zorder=3)
     axes.plot(steps, half, color="0.6", linewidth=1.1, zorder=2)
-    for level in sigma:
+    for level in levels:
         axes.axhline(level, color="black", linestyle="--", linewidth=1.1, zorder=1)
     style.log_axes(axes, "training step", "|difference of NLL| (nats / token)", "log")
     axes.set_xlim(1, max(10.0, float(steps.max()) * 1.15))
     shown = np.concatenate([size, half.dropna()])
-    top = float(max([*shown, *sigma]))
+    top = float(max([*shown, *levels]))
     # A difference that happens to be close to zero would stretch a log axis.
     floor = max(float(shown[shown > 0].min()), top / 3e4)
     axes.set_ylim(floor / 1.6, top * 1.8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,19 +24,15 @@ _PANEL_WIDTH = _WIDTH - _NAMES - _NUMBERS
 _TEXT: dict[str, Any] = {"va": "center", "fontsize": 7.5, "parse_math": False}
 
 
-_RATIO = "optimal LR of LoRA over that of full fine-tuning"
-_GAP = "LoRA minus full fine-tuning, nats per token; right is worse for LoRA"
+# The title of the panel of each measure, the format of its numbers, and the label of its axis.
+_LESS = "minus that of full fine-tuning; left is worse for LoRA"
 _GROWTH = "growth of that gap from the smallest to the largest batch, nats per token"
-_ACCURACY = "accuracy of LoRA minus that of full fine-tuning; left is worse for LoRA"
-_RANK_1 = "accuracy of rank 1 minus that of full fine-tuning; left is worse for LoRA"
-
-# The title of the panel of each measure, the label of its axis, and the format of its numbers.
 _MEASURES = {
-    "lr_ratio": ("Ratio of optimal learning rates", _RATIO, ".1f"),
-    "loss_gap": ("Loss at the best LR", _GAP, "+.4f"),
-    "gap_growth": ("Growth of that gap with batch size", _GROWTH, "+.4f"),
-    "accuracy_gap": ("Accuracy at the best LR", _ACCURACY, "+.3f"),
-    "rank_1_gap": ("RL at rank 1", _RANK_1, "+.3f"),
+    "lr_ratio": ("Ratio of optimal learning rates", ".1f", "optimal LR of LoRA over that of full fine-tuning"),
+    "loss_gap": ("Loss at the best LR", "+.4f", "LoRA minus full fine-tuning, nats per token; right is worse for LoRA"),
+    "gap_growth": ("Growth of that gap with batch size", "+.4f", _GROWTH),
+    "accuracy_gap": ("Accuracy at the best LR", "+.3f", f"accuracy of LoRA {_LESS}"),
+    "rank_1_gap": ("RL at rank 1", "+.3f", f"accuracy of rank 1 {_LESS}"),
 }
 _MEAN, _PREDICTED = ["mean", "low", "high"], ["predicted_low", "predicted_high"]
 
@@ -58,7 +54,7 @@ def draw_forest(measured: pd.DataFrame, summary: pd.DataFrame) -> Figure:
 
 def _draw_measure(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.DataFrame) -> None:
     """Draw each measurement with its interval, then the mean as a diamond with its prediction interval in grey."""
-    title, label, digits = _MEASURES[measure]
+    title, digits, label = _MEASURES[measure]
     half, is_log = Z * rows["error"].where(rows["counts"]), measure == "lr_ratio"
     # Of the growth the paper says only that it is above 0.
     paper = PAPER_RATIO if is_log else 0.0
@@ -67,6 +63,7 @@ def _draw_measure(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.Data
         # The tables hold logarithms of ratios.
         rows[_MEAN] = np.exp(rows[_MEAN])
         summary = summary.assign(**{name: np.exp(summary[name]) for name in (*_MEAN, *_PREDICTED)})
+    below = len(rows) + 0.6
     axes.set_ylim(len(rows) + 1.5, -0.7)
     axes.axvline(paper, color="0.5", linestyle="--", linewidth=1, zorder=1)
     text = {"transform": axes.get_yaxis_transform(), **_TEXT}
@@ -82,7 +79,6 @@ def _draw_measure(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.Data
         name = f"{row['scale']:>5}  {row['source']}: {row['dataset']}{batch}{', RL' if is_rl else ''}"
         axes.text(names_at, slot, name, color="0.1" if counts else style.MUTED, **text)
         axes.text(1.02, slot, estimate.format_map(row) if counts else "not counted", color=colour, **text)
-    below = len(rows) + 0.6
     for row in summary.to_dict("records"):
         if math.isfinite(row["predicted_low"]):
             ends = [row[name] for name in _PREDICTED]
@@ -101,12 +97,10 @@ def _draw_measure(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.Data
     axes.set_xlabel(label, fontsize=_TEXT["fontsize"])
     ends = [paper, *rows[_MEAN].to_numpy().ravel(), *summary[["low", "high", *_PREDICTED]].to_numpy(float).ravel()]
     least, most = float(np.nanmin(ends)), float(np.nanmax(ends))
+    axes.set_xlim(least - 0.05 * (most - least), most + 0.05 * (most - least))
     if is_log:
-        axes.set_xscale("log")
-        axes.set_xlim(max(least / 1.3, 0.3), min(most * 1.3, 3000))
+        axes.set(xscale="log", xlim=(max(least / 1.3, 0.3), min(most * 1.3, 3000)))
         style.log_ticks(axes.xaxis)
-    else:
-        axes.set_xlim(least - 0.05 * (most - least), most + 0.05 * (most - least))
 
 
 QUESTIONS = {
@@ -158,7 +152,9 @@ def draw_matrix(cells: pd.DataFrame) -> Figure:
     for place, (_, of_size) in enumerate(columns):
         across = _QUESTIONS + _COLUMN * (place + 0.5)
         trained = {"us" if own else "others" for own in of_size["source"].isna()}
-        head = f"{_sizes(list(of_size['scale']))}\n{'both' if len(trained) > 1 else trained.pop()}"
+        first, last = of_size["scale"].iloc[0], of_size["scale"].iloc[-1]
+        sizes = first if first == last else f"{first.removesuffix(last[-1])}\N{EN DASH}{last}"
+        head = f"{sizes}\n{'both' if len(trained) > 1 else trained.pop()}"
         axes.text(across, _HEAD / 2, head, ha="center", **_LETTERS)
         for row, claim_id in enumerate(QUESTIONS):
             asked = of_size[of_size["claim_id"] == claim_id].to_dict("records")
@@ -170,14 +166,14 @@ def draw_matrix(cells: pd.DataFrame) -> Figure:
     top = height - _KEY
     axes.axhline(top, color="0.5", linewidth=0.7)
     known: dict[str, Any] = {"verdict": "confirmed", "p_again": 1.0, "held_out": None}
-    keys: list[tuple[dict[str, Any], str]] = [
-        (known, "firm"),
-        (known | {"p_again": 0.0}, "a repeat may differ"),
-        (known | {"verdict": "inconclusive"}, "undecided"),
-        (known | {"held_out": "confirmed"}, "holds on held-out seeds"),
-        ({}, "no runs in the paper's setting"),
-    ]
-    for place, (cell, meaning) in enumerate(keys):
+    keys: dict[str, dict[str, Any]] = {
+        "firm": known,
+        "a repeat may differ": known | {"p_again": 0.0},
+        "undecided": known | {"verdict": "inconclusive"},
+        "holds on held-out seeds": known | {"held_out": "confirmed"},
+        "no runs in the paper's setting": {},
+    }
+    for place, (meaning, cell) in enumerate(keys.items()):
         across, down = (0.43, 2.6)[place % 2], top + 0.24 + 0.36 * (place // 2)
         _draw_answer(axes, across, down, cell)
         axes.text(across + 0.42, down, meaning, **_LETTERS)
@@ -192,24 +188,16 @@ def _draw_answer(axes: Axes, across: float, down: float, cell: Mapping[Any, Any]
         return
     word, colour = _WORDS[answer]
     solid = cell["verdict"] in DECIDED and not borderline(cell)
-    look: dict[str, Any] = {"linewidth": 1.2, "edgecolor": colour, "transform": axes.transData}
-    if answer != "undecided":
-        for size, shown in ((0.0, True), (0.05, holds_again(cell))):
-            box = (across - 0.3 - size, down - 0.12 - size), 0.6 + 2 * size, 0.24 + 2 * size
-            rounded = f"round,pad=0,rounding_size={0.1 + size}"
-            face = colour if solid and not size else "none"
-            if shown:
-                axes.add_patch(FancyBboxPatch(*box, boxstyle=rounded, facecolor=face, **look))
-    look = {"color": "white" if solid else colour, "va": "center_baseline"}
-    axes.text(across, down, word, ha="center", weight="bold", **_LETTERS | look)
+    rings = [0.0, 0.05] if holds_again(cell) else [0.0]
+    for size in rings if answer != "undecided" else ():
+        box = (across - 0.3 - size, down - 0.12 - size), 0.6 + 2 * size, 0.24 + 2 * size
+        look: dict[str, Any] = {"boxstyle": f"round,pad=0,rounding_size={0.1 + size}", "linewidth": 1.2}
+        look |= {"facecolor": colour if solid and not size else "none", "edgecolor": colour}
+        axes.add_patch(FancyBboxPatch(*box, transform=axes.transData, **look))
+    shade = {"color": "white" if solid else colour, "va": "center_baseline"}
+    axes.text(across, down, word, ha="center", weight="bold", **_LETTERS | shade)
 
 
 def borderline(cell: Mapping[Any, Any]) -> bool:
     """Return whether a repeat would reach the verdict of a cell with a probability that is known to be too small."""
     return not formats.missing(cell["p_again"]) and bool(cell["p_again"] < BORDERLINE)
-
-
-def _sizes(scales: Sequence[str]) -> str:
-    """Return a scale, or the first and the last of several, such as `0.6-3B`."""
-    first, last = scales[0], scales[-1]
-    return first if first == last else f"{first.removesuffix(last[-1])}\N{EN DASH}{last}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,6 @@ PANEL = ["model", "dataset", "batch_size", "steps"]
 ARM_COLUMNS = [*PANEL, "arm", "method", "rank", "placement"]
 """The first columns of what a figure plots."""
 
-_OPTIMA = ["arm", "lr", "lr_low", "lr_high", "resolved", "nll", "nll_low", "nll_high", "n_seeds", "at_edge", "fitted"]
-
 Styles = Mapping[str, ArmStyle]
 """The look of each arm, by its label."""
 
@@ -42,10 +40,9 @@ def tidy(parts: Mapping[str, pd.DataFrame], columns: list[str], *tables: pd.Data
     """
     kept = [rows.reindex(columns=columns) for rows in tables if len(rows)]
     for element, rows in parts.items():
-        if "method" in rows and "arm" not in rows:
-            rows = rows.assign(arm=arm_labels(rows))
         if len(rows):
-            kept.append(rows.assign(element=element).reindex(columns=columns))
+            labelled = rows.assign(arm=arm_labels(rows)) if "method" in rows and "arm" not in rows else rows
+            kept.append(labelled.assign(element=element).reindex(columns=columns))
     return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame(columns=columns)
 
 
@@ -60,13 +57,10 @@ def diverged_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def compared(tables: Tables, runs: pd.DataFrame | None = None) -> list[Comparison]:
-    """Return the comparisons of a figure's runs, or of other runs, with the losses by test example.
-
-    Runs of RL have error rates as losses.
-    """
+    """Return the comparisons of a figure's runs, or of others, by test example; losses of RL are error rates."""
     runs = tables.runs if runs is None else runs
-    judging = Judging(examples=ExampleLosses.of(tables.test_losses))
     runs = with_error_rates(runs) if is_rl(runs).any() else runs
+    judging = Judging(examples=ExampleLosses.of(tables.test_losses))
     return comparisons(with_arm_columns(runs), tables.curves, judging)
 
 
@@ -75,10 +69,9 @@ def optimum(comparison: Comparison, arm: Arm) -> dict[str, Any] | None:
 
     Returns:
         lr_best (the LR of the grid with the lowest loss), lr, lr_low and lr_high (the optimal LR with its 95% interval;
-        at the edge of the grid, or without a fit, lr_best without an interval), resolved (whether the grid resolves
-        it), nll, nll_low and nll_high (the fitted minimum of the test loss with its 95% interval, NaN where its error
-        is not known; without a fit, the mean loss at lr_best), n_seeds, at_edge (whether lr_best is at the edge of its
-        grid), and fitted (whether there is a fit).
+        at the edge of the grid, or without a fit, lr_best alone), resolved (whether the grid resolves it), nll, nll_low
+        and nll_high (the fitted minimum of the test loss with its 95% interval; without a fit, the mean loss at
+        lr_best), n_seeds, at_edge (whether lr_best is at the edge of its grid), and fitted. NaN is not known.
     """
     fit, label = comparison.fit, arm_label(arm)
     if label not in fit.grids:
@@ -99,17 +92,15 @@ def optimum(comparison: Comparison, arm: Arm) -> dict[str, Any] | None:
 
 
 def optima(parts: Sequence[Comparison], fitted: bool = False) -> pd.DataFrame:
-    """Return one row per arm of comparisons with a finished run: ARM, arm (its label), and what `optimum` returns.
-
-    With `fitted` only arms have a row whose runs determine a minimum.
-    """
+    """Return ARM, arm (its label) and the `optimum` of each arm with a finished run, or only of arms with a fit."""
     rows = [
         arm | {"arm": arm_label(arm)} | row
         for comparison in parts
         for arm in comparison.arms
         if (row := optimum(comparison, arm)) and row["fitted"] >= fitted
     ]
-    return arm_table(rows, _OPTIMA)
+    columns = ["arm", "lr", "lr_low", "lr_high", "resolved", "nll", "nll_low", "nll_high", "n_seeds", "at_edge"]
+    return arm_table(rows, [*columns, "fitted"])
 
 
 def with_interval(name: str, estimate: Estimate) -> dict[str, float]:
@@ -129,8 +120,7 @@ def margin_band(comparison: Comparison, rows: pd.DataFrame) -> pd.DataFrame:
     if rows.empty or comparison.margin.problem:
         return pd.DataFrame()
     lowest = float(rows["nll"].min())
-    ends = {"nll": lowest, "nll_low": lowest, "nll_high": lowest + comparison.margin.value}
-    return rows[PANEL].iloc[[0]].assign(**ends)
+    return rows[PANEL].iloc[[0]].assign(nll=lowest, nll_low=lowest, nll_high=lowest + comparison.margin.value)
 
 
 def judged_departures(comparison: Comparison) -> dict[int, tuple[PairedCurves, Departure]]:
@@ -139,12 +129,9 @@ def judged_departures(comparison: Comparison) -> dict[int, tuple[PairedCurves, D
     Each departure comes after the curves that it was found in. Ranks are left out where something speaks against a
     verdict on them, such as too few seeds or training losses.
     """
-    highest = comparison.highest
-    if highest is None or comparison.margin.problem:
-        return {}
-    departures = {}
-    for rank, arm in comparison.lora.items():
-        if rank != highest["rank"] and not comparison.problems([arm, highest]):
+    highest, departures = comparison.highest, {}
+    for rank, arm in comparison.lora.items() if highest and not comparison.margin.problem else ():
+        if highest and rank != highest["rank"] and not comparison.problems([arm, highest]):
             curves = pair_at_optimum(comparison, arm, highest)
             # Without training losses of both ranks nothing is known of it.
             if curves.n_seeds:
@@ -153,10 +140,7 @@ def judged_departures(comparison: Comparison) -> dict[int, tuple[PairedCurves, D
 
 
 def departure_rows(parts: Sequence[Comparison], envelope: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Return the step at which each rank leaves, with columns of its envelope (ARM, step from 1 on) at that step.
-
-    The columns are interpolated between the steps of the envelope, along log(step).
-    """
+    """Return the step at which each rank leaves, with columns of its envelope interpolated there along log(step)."""
     rows = []
     for comparison in parts:
         for rank, (_, departure) in judged_departures(comparison).items():
@@ -186,43 +170,49 @@ def titled(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return titles
 
 
-def draw(
-    plotted: pd.DataFrame,
-    draws: Sequence[Callable[[Axes, pd.DataFrame, Styles], None]],
-    marks: Iterable[tuple[Any, Artist]] = (),
-    strip: float = 0.0,
-) -> Figure:
-    """Draw one panel, or two side by side, for each model, dataset, batch size and length of what a figure plots.
+def panels(
+    plotted: pd.DataFrame, each: int = 1, strip: float = 0.0
+) -> tuple[Figure, Styles, list[tuple[pd.DataFrame, list[Axes]]]]:
+    """Make a figure with one panel, or two side by side, for each model, dataset, batch size and length.
 
     Args:
         plotted: columns PANEL, arm, method, rank, placement, element and others.
-        draws: what draws the panels of each group of rows, one or two; the first panel has the title.
-        marks: the legend's entries, each after whether its mark occurs, or after the element that it stands for.
+        each: the number of panels of a group; the first has the title.
         strip: the height in points to keep free above a panel with a title, for marks.
+
+    Returns:
+        The figure, the styles of its arms, and of each group its rows and its panels.
     """
-    groups, each = titled(plotted), len(draws)
+    groups = titled(plotted)
     columns = 2 if each == 2 else min(2, len(groups))
     rows = math.ceil(each * len(groups) / columns)
     figure = style.new_figure((style.PANEL_HEIGHT + (0.4 if each == 2 else 0.0)) * rows)
-    # What others published is grey.
-    styles = style.arm_styles(plotted[plotted["element"] != "published"])
+    drawn = []
     for place, (title, group) in enumerate(groups):
-        for number, draw_panel in enumerate(draws):
-            axes = figure.add_subplot(rows, columns, place * each + number + 1)
-            axes.set_title("" if number else title, pad=strip + 18, parse_math=False)
-            draw_panel(axes, group, styles)
+        axes = [figure.add_subplot(rows, columns, place * each + number + 1) for number in range(each)]
+        axes[0].set_title(title, pad=strip + 18, parse_math=False)
+        for further in axes[1:]:
+            further.set_title("", pad=strip + 18)
+        drawn.append((group, axes))
+    # What others published is grey.
+    return figure, style.arm_styles(plotted[plotted["element"] != "published"]), drawn
+
+
+def legends(
+    figure: Figure, styles: Styles, plotted: pd.DataFrame, marks: Iterable[tuple[Any, Artist]] = ()
+) -> style.Drawn:
+    """Draw the legends of a figure, and return it with what it plots.
+
+    Each of the marks comes after whether it occurs, or after the element that it stands for.
+    """
     elements = set(plotted["element"])
-    style.legends(
-        figure, styles, [(occurs in elements if isinstance(occurs, str) else occurs, mark) for occurs, mark in marks]
-    )
-    return figure
+    entries = [(occurs in elements if isinstance(occurs, str) else occurs, mark) for occurs, mark in marks]
+    style.legends(figure, styles, entries)
+    return figure, plotted
 
 
 def lines(axes: Axes, rows: pd.DataFrame, x: str, y: str, styles: Styles, **look: Any) -> None:
-    """Draw a line for each arm through its rows, in their order.
-
-    Rows with values in the columns `<y>_low` and `<y>_high` get a pale band between them.
-    """
+    """Draw a line for each arm through its rows, in their order, with a pale band from `<y>_low` to `<y>_high`."""
     for arm, points in rows.groupby("arm"):
         at = points[x].astype(float)
         axes.plot(at, points[y].astype(float), **styles[str(arm)].line, **look)
@@ -244,16 +234,15 @@ def points(axes: Axes, rows: pd.DataFrame, x: str, y: str, styles: Styles, size:
         axes.plot(row[x], row[y], row.get("marker", look.marker), ms=size, mfc=face, mec=look.colour, mew=1.3, zorder=5)
 
 
-def bars(
-    axes: Axes, rows: pd.DataFrame, x: str, y: str, look: ArmStyle, size: float = 4.5, label: str | None = None
-) -> None:
+def bars(axes: Axes, rows: pd.DataFrame, x: str, y: str, look: ArmStyle, size: float = 4.5, label: str = "") -> None:
     """Draw one arm's marks with bars from `<y>_low` to `<y>_high`; a mark is open where the best LR is `at_edge`."""
     for row in rows.to_dict("records"):
         # An end may be beyond the value by rounding.
         half = [[max(row[y] - row[f"{y}_low"], 0.0)], [max(row[f"{y}_high"] - row[y], 0.0)]]
         face = "white" if row["at_edge"] else look.colour
         shape: dict[str, Any] = {"fmt": look.marker, "color": look.colour, "mfc": face, "mec": look.colour, "mew": 1.2}
-        axes.errorbar(float(row[x]), row[y], half, capsize=2.5, ms=size, label=label, zorder=look.zorder + 2, **shape)
+        shape |= {"capsize": 2.5, "ms": size, "zorder": look.zorder + 2}
+        axes.errorbar(float(row[x]), row[y], half, label=label or None, **shape)
 
 
 def band(axes: Axes, rows: pd.DataFrame, x: str, low: str, high: str, colour: str = "0.85", label: str = "_") -> None:
@@ -280,9 +269,6 @@ def lacking(what: str, arms: Iterable[str], drawn: Iterable[str] = ()) -> str:
 
 
 def diverged_facts(rows: pd.DataFrame, drawn: pd.DataFrame, lack: str) -> list[str]:
-    """Write how many runs of a panel diverged, and which arms therefore have no `drawn` rows; nothing if none did.
-
-    `lack` says what such an arm lacks, such as `no curve`.
-    """
+    """Write how many runs of a panel diverged, and which arms therefore lack something; nothing if none did."""
     diverged = only(rows, "diverged")
     return [f"{len(diverged)} diverged", lacking(lack, diverged["arm"], drawn["arm"])] if len(diverged) else []

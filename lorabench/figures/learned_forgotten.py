@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lorabench.analysis.arms import arm_label
+from lorabench.analysis.arms import arm_labels
 from lorabench.errors import UserError
 from lorabench.figures import style
 from lorabench.figures.grid import PANEL, Styles, titled
@@ -55,7 +55,7 @@ def draw(tables: Tables) -> style.Drawn:
     trained = evals[evals["method"].notna()]
     if trained.empty:
         raise UserError("the evals table has no trained run")
-    trained = trained.assign(arm=[arm_label(row) for _, row in trained.iterrows()])
+    trained = trained.assign(arm=arm_labels(trained))
     base = evals[evals["method"].isna()]
     panels = [
         (title, _panel_rows(runs, base[base["model"] == runs["model"].iloc[0]])) for title, runs in titled(trained)
@@ -82,10 +82,10 @@ def _panel_rows(runs: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     learned, forgotten = (scores[scores["about"] == about] for about in ("learned", "forgotten"))
     rows = scores.drop_duplicates("key").reset_index(drop=True)
     key = rows["key"]
-    values, errors, tasks = _mean(_own(_accuracies(learned)))
+    values, errors, tasks = _mean(_accuracies(learned), own=True)
     rows = rows.assign(learned=key.map(values), learned_stderr=key.map(errors), learned_tasks=tasks)
     # Bits saved on right answers, and what was forgotten, are measured against the base.
-    values, _, tasks = _mean(_own(learned[learned["metric"] == _BITS]))
+    values, _, tasks = _mean(learned[learned["metric"] == _BITS], own=True)
     if _BASE in values:
         rows = rows.assign(learned_bits=values[_BASE] - key.map(values), learned_bits_tasks=tasks)
     parts = []
@@ -99,15 +99,9 @@ def _panel_rows(runs: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     return plotted.reindex(columns=_COLUMNS).astype({"rank": "Int64", "seed": "Int64"})
 
 
-def _own(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return the scores of tasks on the training data, or all scores if no task is on them."""
-    own = scores[scores["source"].eq(scores["dataset"]).fillna(False).astype(bool)]
-    return scores if own.empty else own
-
-
 def _accuracies(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the accuracies of each task by one metric and filter, the same for all runs."""
-    kept = []
+    kept = [scores.iloc[:0]]
     for _, task_scores in scores[scores["higher_is_better"].fillna(False).astype(bool)].groupby("task"):
         metrics = list(task_scores["metric"].unique())
         metric = next((name for name in _ACCURACIES if name in metrics), metrics[0])
@@ -116,14 +110,16 @@ def _accuracies(scores: pd.DataFrame) -> pd.DataFrame:
         filters = by_metric["filter"].fillna("none")
         strictest = min(filters.unique(), key=lambda name: ("strict" not in name, "flexible" in name, name))
         kept.append(by_metric[filters == strictest])
-    return pd.concat(kept) if kept else scores.iloc[:0]
+    return pd.concat(kept)
 
 
-def _mean(scores: pd.DataFrame) -> tuple[pd.Series[float], pd.Series[float], str]:
+def _mean(scores: pd.DataFrame, own: bool = False) -> tuple[pd.Series[float], pd.Series[float], str]:
     """Return the mean over tasks of each run that has them all, by its key, its standard error, and the tasks.
 
-    The standard error takes documents as independent.
+    The standard error takes documents as independent. With `own`, tasks on the training data count, if there are any.
     """
+    on_own_data = scores["source"].eq(scores["dataset"]).fillna(False).astype(bool)
+    scores = scores[on_own_data] if own and on_own_data.any() else scores
     values = scores.pivot(index="key", columns="task", values="value").dropna()
     stderrs = scores.pivot(index="key", columns="task", values="stderr").reindex(values.index)
     error = np.sqrt((stderrs**2).sum(axis="columns", skipna=False)) / max(1, len(values.columns))
@@ -146,33 +142,34 @@ def _draw_row(panels: Sequence[Axes], rows: pd.DataFrame, measures: Sequence[str
         elif shown.empty:
             style.say(axes, "Forgetting is measured against the base,\nwhich has no score on these tasks.")
         else:
-            label = "test NLL\nnats per scored token"
+            label, across = "test NLL\nnats per scored token", _NLL
             if measure != _NLL:
                 # The base is where the two grey lines cross.
                 axes.axvline(0, **_REFERENCE)
-                label = _named(f"{_MEASURES[measure]}:\n", shown["forgotten_tasks"].iloc[0])
-            _draw_points(axes, shown, _NLL if measure == _NLL else "forgotten", styles, up)
+                label, across = _named(f"{_MEASURES[measure]}:\n", shown["forgotten_tasks"].iloc[0]), "forgotten"
+            _draw_points(axes, shown, across, styles, up)
             axes.set_xlabel(f"{label}\n(lower is better)", parse_math=False)
             drawn[up].append(axes)
     # Panels with the same height share their y-axis, which has its label at the first of them.
     labels = {"learned_bits": "bits per byte of right answers\nbelow the base: ", "learned": "accuracy: "}
-    for up, (first, *others) in {up: alike for up, alike in drawn.items() if alike}.items():
-        first.set_ylabel(f"{_named(labels[up], rows[f'{up}_tasks'].iloc[0])}\n(higher is better)", parse_math=False)
-        for axes in others:
-            axes.sharey(first)
+    for up, alike in drawn.items():
+        for axes in alike[1:]:
+            axes.sharey(alike[0])
             axes.tick_params(labelleft=False)
-        first.autoscale_view()
+        for first in alike[:1]:
+            tasks = _named(labels[up], rows[f"{up}_tasks"].iloc[0])
+            first.set_ylabel(f"{tasks}\n(higher is better)", parse_math=False)
+            first.autoscale_view()
 
 
 def _draw_points(axes: Axes, rows: pd.DataFrame, across: str, styles: Styles, up: str) -> None:
     """Draw runs with their standard errors, and the base's score as a line; count the runs that lack a number."""
-    for row in rows[rows["arm"] == _BASE].dropna(subset=[up]).to_dict("records"):
-        axes.axhline(row[up], **_REFERENCE)
+    for score in rows.loc[rows["arm"] == _BASE, up].dropna():
+        axes.axhline(score, **_REFERENCE)
     placed = rows.dropna(subset=[up, across])
     for row in placed.to_dict("records"):
-        look = styles.get(row["arm"])
         point: dict[str, Any] = {"color": style.MUTED, "fmt": "x", "markeredgewidth": 1.8, "zorder": 1.5}
-        if look:
+        if look := styles.get(row["arm"]):
             point = {"color": look.colour, "fmt": look.marker, "zorder": look.zorder}
         error = row["learned_stderr"] if up == "learned" else None
         across_error = row["forgotten_stderr"] if across == "forgotten" else None
@@ -182,7 +179,7 @@ def _draw_points(axes: Axes, rows: pd.DataFrame, across: str, styles: Styles, up
     if up == "learned" and placed[up].max() == 0:
         axes.set_ylim(-0.002, 0.05)
     # The base was trained on no dataset of its own, so it has no test NLL.
-    unplaced = len(rows[rows["arm"] != _BASE]) - len(placed[placed["arm"] != _BASE])
+    unplaced = (rows["arm"] != _BASE).sum() - (placed["arm"] != _BASE).sum()
     style.note(axes, f"{unplaced} without a score" if unplaced else "")
 
 

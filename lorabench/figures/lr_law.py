@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
-from matplotlib.axes import Axes
 
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import arm_label
@@ -15,13 +14,11 @@ from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, SweptModel, fitted_law, lineage, predict_lr, swept_models
 from lorabench.analysis.published import paper_numbers, published_sweeps
 from lorabench.figures import grid, style
-from lorabench.figures.grid import ARM_COLUMNS, Styles, diverged_runs, only, tidy
+from lorabench.figures.grid import ARM_COLUMNS, diverged_runs, only, tidy
 from lorabench.store.tables import Tables
 
-_COLUMNS = [
-    *(*ARM_COLUMNS, "family", "hidden_size", "element", "lr", "lr_low", "lr_high", "nll"),
-    *("ratio", "ratio_low", "ratio_high", "resolved", "run_id", "source"),
-]
+_COLUMNS = [*ARM_COLUMNS, "family", "hidden_size", "element", "lr", "lr_low", "lr_high", "nll"]
+_COLUMNS += ["ratio", "ratio_low", "ratio_high", "resolved", "run_id", "source"]
 
 _MARKERS, _LINES = {"llama": "o", "qwen": "s"}, {"llama": "-", "qwen": "--"}
 _OTHER_MARKER, _OTHER_LINE, _GREY = "^", ":", "0.65"
@@ -47,16 +44,31 @@ def draw(tables: Tables) -> style.Drawn:
         return style.empty_figure(sentence), plotted
     figure = style.new_figure(style.PANEL_HEIGHT * len(groups))
     styles = style.arm_styles(only(plotted, "optimum"))
+    small: dict[str, Any] = {"textcoords": "offset points", "color": style.MUTED, "fontsize": 7.5, "ha": "right"}
     left_out = grid.lacking("not drawn", runs["model"], {model.name for models in groups for model in models})
-    for row, (models, law, rows) in enumerate(zip(groups, laws, parts, strict=True)):
-        lr_axes, ratio_axes = (figure.add_subplot(len(groups), 2, 2 * row + column) for column in (1, 2))
+    for place, (models, law, rows) in enumerate(zip(groups, laws, parts, strict=True)):
+        lr_axes, ratio_axes = (figure.add_subplot(len(groups), 2, 2 * place + column) for column in (1, 2))
         first = models[0].fullft
-        title = f"{first['dataset']} · batch {first['batch_size']}"
-        title += f" · {first['steps']} steps" if first["steps"] is not None else ""
-        lr_axes.set_title(title, pad=18, parse_math=False)
+        length = "" if first["steps"] is None else f" · {first['steps']} steps"
+        lr_axes.set_title(f"{first['dataset']} · batch {first['batch_size']}{length}", pad=18, parse_math=False)
         rows = rows.assign(marker=rows["family"].map(_MARKERS).fillna(_OTHER_MARKER), filled=rows["resolved"])
-        _draw_lrs(lr_axes, rows, styles)
-        _draw_ratios(ratio_axes, rows, styles)
+        for element, width, zorder in (("published_law", 0.8, 1), ("law", 1.3, 2)):
+            for (family, arm), line in only(rows, element).groupby(["family", "arm"]):
+                colour = styles[str(arm)].colour if element == "law" else _GREY
+                look: dict[str, Any] = {"color": colour, "lw": width, "ls": _LINES.get(str(family), _OTHER_LINE)}
+                lr_axes.plot(line["hidden_size"].astype(float), line["lr"], zorder=zorder, **look)
+        for row in only(rows, "published").to_dict("records"):
+            face = _GREY if row["resolved"] else "white"
+            lr_axes.plot(row["hidden_size"], row["lr"], row["marker"], ms=4, mfc=face, mec=_GREY, zorder=1.5)
+        grid.points(lr_axes, only(rows, "optimum"), "hidden_size", "lr", styles)
+        style.log_axes(lr_axes, "hidden size", "optimal learning rate", "log")
+        for element, dashes, text in (("reference", "-", "paper: {:g}"), ("naive", "--", "naive: hidden / 64")):
+            line = only(rows, element)
+            ratio_axes.plot(line["hidden_size"].astype(float), line["ratio"], dashes, color=_GREY, lw=0.9, zorder=1)
+            end = line.iloc[-1]
+            ratio_axes.annotate(text.format(end["ratio"]), (end["hidden_size"], end["ratio"]), (-2, 3), **small)
+        grid.points(ratio_axes, only(rows, "ratio"), "hidden_size", "ratio", styles)
+        style.ratio_axes(ratio_axes, "hidden size")
         fitted = "too few models to fit the law"
         if law:
             exponents = ", ".join(f"{name} {value:.2f}" for name, value in law.exponents.items())
@@ -126,28 +138,3 @@ def _published_optima(families: list[str]) -> pd.DataFrame:
     best = best[["model", "method", "rank", "placement", "arm", "lr", "at_edge"]].join(about, on=["model", "method"])
     # A best LR that was published without its grid counts as resolved, as its source says it is best.
     return best.assign(family=best["family"].map(lineage), resolved=~(best["lrs"].gt(1) & best["at_edge"].astype(bool)))
-
-
-def _draw_lrs(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-    for element in ("published_law", "law"):
-        for (family, arm), line in only(rows, element).groupby(["family", "arm"]):
-            ours = element == "law"
-            colour, width = (styles[str(arm)].colour, 1.3) if ours else (_GREY, 0.8)
-            look: dict[str, Any] = {"color": colour, "lw": width, "ls": _LINES.get(str(family), _OTHER_LINE)}
-            axes.plot(line["hidden_size"].astype(float), line["lr"], zorder=2 if ours else 1, **look)
-    for row in only(rows, "published").to_dict("records"):
-        face = _GREY if row["resolved"] else "white"
-        axes.plot(row["hidden_size"], row["lr"], row["marker"], ms=4, mfc=face, mec=_GREY, zorder=1.5)
-    grid.points(axes, only(rows, "optimum"), "hidden_size", "lr", styles)
-    style.log_axes(axes, "hidden size", "optimal learning rate", "log")
-
-
-def _draw_ratios(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-    small: dict[str, Any] = {"textcoords": "offset points", "color": style.MUTED, "fontsize": 7.5, "ha": "right"}
-    for element, look, text in (("reference", "-", "paper: {:g}"), ("naive", "--", "naive: hidden / 64")):
-        line = only(rows, element)
-        axes.plot(line["hidden_size"].astype(float), line["ratio"], look, color=_GREY, linewidth=0.9, zorder=1)
-        for end in line.tail(1).to_dict("records"):
-            axes.annotate(text.format(end["ratio"]), (end["hidden_size"], end["ratio"]), (-2, 3), **small)
-    grid.points(axes, only(rows, "ratio"), "hidden_size", "ratio", styles)
-    style.ratio_axes(axes, "hidden size")

@@ -25,15 +25,13 @@ _STEPS = 50  # over which runs that should be equivalent are compared
 _IDENTICAL = 1e-5  # the numerical precision of a training loss, in nats per token
 
 _ENDS, _BAND = ["value", "low", "high"], {"low": "value_low", "high": "value_high"}
-_COLUMNS = [
-    *(*ARM_COLUMNS, "eps", "element", "rule", "update_scale", "time_scale"),
-    *("step", "value", "low", "high", "n", "run_id"),
-]
+_COLUMNS = [*ARM_COLUMNS, "eps", "element", "rule", "update_scale", "time_scale"]
+_COLUMNS += ["step", "value", "low", "high", "n", "run_id"]
 
 _RULE_LOOKS: dict[str, dict[str, Any]] = {
     rule: {"color": colour, "linestyle": line, "marker": marker}
-    for rule, colour, line, marker in zip(
-        invariances.RULES.values(), ("black", "0.35", "0.6"), ("-", "--", ":"), ("o", "s", "^"), strict=True
+    for rule, (colour, line, marker) in zip(
+        invariances.RULES.values(), (("black", "-", "o"), ("0.35", "--", "s"), ("0.6", ":", "^")), strict=True
     )
 }
 
@@ -58,19 +56,16 @@ def draw(tables: Tables) -> style.Drawn:
     plotted = pd.concat(parts, ignore_index=True)
     figure = style.new_figure(2 * style.PANEL_HEIGHT * len(groups))
     styles = style.arm_styles(plotted)
-    draws = {
-        "first update": _draw_first_descents,
-        "redundant pair": _draw_differences,
-        "when A moves": _draw_move_times,
-        "size of updates": _draw_update_norms,
-    }
+    titles = ("first update", "redundant pair", "when A moves", "size of updates")
     for place, ((title, _), rows) in enumerate(zip(groups, parts, strict=True)):
-        for column, (what, draw_panel) in enumerate(draws.items(), start=1):
-            axes = figure.add_subplot(2 * len(groups), 2, 4 * place + column)
+        panels = [figure.add_subplot(2 * len(groups), 2, 4 * place + column) for column in (1, 2, 3, 4)]
+        for axes, what in zip(panels, titles, strict=True):
             axes.set_title(f"{title} · {what}", pad=18, parse_math=False)
-            draw_panel(axes, rows, styles)
-    style.legends(figure, styles)
-    return figure, plotted
+        _draw_first_descents(panels[0], only(rows, "first_descent"))
+        _draw_differences(panels[1], only(rows, "equivalent"), only(rows, "not_equivalent"))
+        _draw_move_times(panels[2], only(rows, "a_moved"), only(rows, "a_not_moved"), styles)
+        _draw_update_norms(panels[3], rows, styles)
+    return grid.legends(figure, styles, plotted)
 
 
 def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
@@ -121,8 +116,7 @@ def _over_seeds(table: pd.DataFrame, key: list[str], *kept: str) -> pd.DataFrame
     return pd.DataFrame(rows, columns=[*key, *kept, "n", *_ENDS])
 
 
-def _draw_first_descents(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-    descents = only(rows, "first_descent")
+def _draw_first_descents(axes: Axes, descents: pd.DataFrame) -> None:
     if descents.empty:
         style.say(axes, "The curves hold no descent of step 1.")
         return
@@ -145,8 +139,7 @@ def _draw_first_descents(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None
     style.note(axes, f"{seeds.min()} seeds · band ± 5%" if seeds.nunique() == 1 else f"{seeds.min()} seeds or more")
 
 
-def _draw_differences(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-    equivalent, other = only(rows, "equivalent"), only(rows, "not_equivalent")
+def _draw_differences(axes: Axes, equivalent: pd.DataFrame, other: pd.DataFrame) -> None:
     if equivalent.empty:
         style.say(axes, "No two runs should be equivalent.")
         return
@@ -170,8 +163,7 @@ def _draw_differences(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     style.note(axes, f"{last['n']} equivalent pairs", f"{others} others", remark)
 
 
-def _draw_move_times(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-    moved, not_moved = only(rows, "a_moved"), only(rows, "a_not_moved")
+def _draw_move_times(axes: Axes, moved: pd.DataFrame, not_moved: pd.DataFrame, styles: Styles) -> None:
     if moved.empty and not_moved.empty:
         style.say(axes, "The curves do not hold how far A has moved.")
         return
@@ -214,10 +206,8 @@ def _draw_update_norms(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     style.note(axes, seeds_text(norms["n"]), "dashed: A still" if len(still) else "", lost)
 
 
-_VARIANTS = [
-    *(*ARM_COLUMNS, "alpha", "init_a", "lr_ratio", "eps", "element", "nll", "nll_low", "nll_high"),
-    *("n_seeds", "at_edge", "lr", "lr_low", "lr_high", "resolved", "n_diverged", "run_id"),
-]
+_VARIANTS = [*ARM_COLUMNS, "alpha", "init_a", "lr_ratio", "eps", "element", "nll", "nll_low", "nll_high"]
+_VARIANTS += ["n_seeds", "at_edge", "lr", "lr_low", "lr_high", "resolved", "n_diverged", "run_id"]
 _ROW = 0.27  # the height in inches of the row of one variant
 
 

@@ -20,20 +20,12 @@ from lorabench.runs import MAX_KL
 from lorabench.store.tables import Tables
 from lorabench.utils import formats
 
-_COLUMNS = [
-    *(*ARM_COLUMNS, "element", "split", "lr", "step", "episodes", "mean", "sd", "n_seeds"),
-    *("n_problems", "n_samples", "truncated", "max_new_tokens", "run_id"),
-]
-
-# A training batch has few problems, and each step has others, so training metrics are running means over this share of
-# the steps.
-_SMOOTH = 1 / 20
+_COLUMNS = [*ARM_COLUMNS, "element", "split", "lr", "step", "episodes", "mean", "sd", "n_seeds"]
+_COLUMNS += ["n_problems", "n_samples", "truncated", "max_new_tokens", "run_id"]
 
 # The number of columns of the grid that panels are placed on, and the height of a panel in inches.
 _GRID, _HEIGHT = 6, 2.6
-
 _KL = "KL (nats per token)"
-_OWN_SPLITS = {"train", "validation", "test"}
 
 
 def draw_accuracy(tables: Tables) -> style.Drawn:
@@ -45,38 +37,34 @@ def draw_accuracy(tables: Tables) -> style.Drawn:
     curves = _curve_rows(tables, "test", "accuracy").rename(columns={"mean": "accuracy", "sd": "accuracy_sd"})
     columns = [*ACCURACY_COLUMNS, "step", "episodes"]
     plotted = grid.tidy({"curve": curves}, columns, result_rows(tables, grid.compared(tables)))
-    return grid.draw(plotted, [_draw_accuracies, draw_lr_panel], lr_marks(plotted), STRIP), plotted
+    figure, styles, panels = grid.panels(plotted, 2, STRIP)
+    for rows, [axes, right] in panels:
+        curve = only(rows, "curve").rename(columns={"accuracy": "mean", "accuracy_sd": "sd"})
+        if curve.empty:
+            style.say(axes, "There are no test accuracies over training.")
+        else:
+            draw_levels(axes, rows, "accuracy")
+            _draw_curves(axes, curve, styles)
+            axes.set_ylabel("test accuracy at the best LR")
+            style.note(axes, seeds_text(curve["n_seeds"]), strip=STRIP)
+        draw_lr_panel(right, rows, styles)
+    return grid.legends(figure, styles, plotted, lr_marks(plotted))
 
 
-def _draw_accuracies(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-    curve = only(rows, "curve").rename(columns={"accuracy": "mean", "accuracy_sd": "sd"})
-    if curve.empty:
-        style.say(axes, "There are no test accuracies over training.")
-        return
-    draw_levels(axes, rows, "accuracy")
-    _draw_curves(axes, curve, styles)
-    axes.set_ylabel("test accuracy at the best LR")
-    style.note(axes, seeds_text(curve["n_seeds"]), strip=STRIP)
+def _curve_rows(tables: Tables, split: str, metric: str, *further: str) -> pd.DataFrame:
+    """Return a metric over the training of each arm near its optimal LR: its `mean` and `sd` over seeds.
 
-
-def _curve_rows(tables: Tables, split: str, *metrics: str) -> pd.DataFrame:
-    """Return metrics over the training of each arm near its optimal LR.
-
-    The columns `mean` and `sd` are those of the first metric over seeds; the mean of each further metric gets a column
-    of its name. Metrics of the split `train` are measured on each step's batch, so they are running means over a
-    twentieth of the steps.
+    The mean of each further metric gets a column of its name. A training batch has few problems, and each step has
+    others, so metrics of the split `train` are running means over a twentieth of the steps.
     """
-    parts = {}
-    for metric in metrics:
-        parts[metric] = rows = reward_curves(tables.runs, tables.curves, split, metric)
-        for _, arm in rows.groupby(ARM, dropna=False) if split == "train" else []:
-            window = max(1, round(_SMOOTH * len(arm)))
-            smooth = arm[["mean", "sd"]].astype(float).rolling(window, center=True, min_periods=1).mean()
-            rows.loc[arm.index, ["mean", "sd"]] = smooth
-    rows = parts[metrics[0]]
-    for metric in metrics[1:]:
-        other = parts[metric].rename(columns={"mean": metric})
-        rows = rows.merge(other[[*ARM, "step", metric]], how="left", on=[*ARM, "step"])
+    rows = reward_curves(tables.runs, tables.curves, split, metric)
+    for name in further:
+        other = reward_curves(tables.runs, tables.curves, split, name).rename(columns={"mean": name})
+        rows = rows.merge(other[[*ARM, "step", name]], how="left", on=[*ARM, "step"])
+    for _, arm in rows.groupby(ARM, dropna=False) if split == "train" else []:
+        smoothed = ["mean", "sd", *further]
+        window = arm[smoothed].astype(float).rolling(max(1, round(len(arm) / 20)), center=True, min_periods=1)
+        rows.loc[arm.index, smoothed] = window.mean()
     return rows.assign(split=split)
 
 
@@ -104,7 +92,7 @@ def draw_responses(tables: Tables) -> style.Drawn:
     LR). Lengths, reflection and KL are running means over training batches.
     """
     runs, curves = tables.runs, tables.curves
-    sets = sorted(set(curves.loc[curves["metric"] == "accuracy", "split"]) - _OWN_SPLITS)
+    sets = sorted(set(curves.loc[curves["metric"] == "accuracy", "split"]) - {"train", "validation", "test"})
     accuracies = [_curve_rows(tables, name, "accuracy", "n_problems", "n_samples") for name in sets]
     cap = runs.groupby(PANEL, dropna=False, as_index=False)["max_new_tokens"].max()
     # A logarithmic axis can show only absolute values, and a band would reach down to its edge where its deviation is
@@ -143,15 +131,11 @@ def draw_responses(tables: Tables) -> style.Drawn:
             _draw_curves(axes, rows, styles)
             axes.set_ylabel(ylabel, parse_math=False)
             style.note(axes, seeds_text(rows["n_seeds"]), fact)
-    style.legends(figure, styles)
-    return figure, plotted
+    return grid.legends(figure, styles, plotted)
 
 
 def _panels(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame, str, str]]:
-    """Return the panels of one model and dataset.
-
-    Each is the label of its y-axis, its rows, the text if there are none, and a fact for the note above it.
-    """
+    """Return the panels of a model and dataset: each one's y-label, rows, text if there are none, and fact to note."""
     accuracy, length, kl, above = (only(rows, name) for name in ("accuracy", "response_length", "kl", "above_max_kl"))
     panels = []
     absent = "There are no accuracies on a problem set\nother than the training set."

@@ -62,24 +62,20 @@ class ArmStyle:
     @property
     def line(self) -> dict[str, Any]:
         """The keyword arguments of Matplotlib for the arm's line."""
-        look = {"color": self.colour, "linestyle": self.linestyle, "linewidth": self.linewidth}
-        return look | {"zorder": self.zorder}
+        return {"color": self.colour, "ls": self.linestyle, "lw": self.linewidth, "zorder": self.zorder}
 
 
 def arm_styles(arms: pd.DataFrame) -> dict[str, ArmStyle]:
-    """Return the style of each arm by its label, FullFT first, then by rank.
-
-    `arms` has the columns arm (its label), method, rank and placement; rows may repeat or have no arm.
-    """
+    """Return the style of each arm by its label, from rows with arm, method, rank and placement; FullFT comes first."""
     unique = arms[["arm", "method", "rank", "placement"]].dropna(subset=["arm"]).drop_duplicates("arm")
     ranks = sorted({int(rank) for rank in unique["rank"].dropna()})
     styles = {}
     for arm in unique.sort_values(["method", "rank", "placement"], na_position="first").to_dict("records"):
-        label, placement = arm["arm"], arm["placement"]
+        label = arm["arm"]
         if arm["method"] == "fullft":
             styles[label] = ArmStyle(label, FULLFT_COLOUR, "-", 2.8, "s", 2.0)
             continue
-        linestyle, marker = _PLACEMENT_LOOKS.get(placement, ("-", "o"))
+        linestyle, marker = _PLACEMENT_LOOKS.get(arm["placement"], ("-", "o"))
         # The colour is that of the place of log(rank) between the lowest and the highest rank drawn.
         rank, low, high = (math.log(rank) for rank in (arm["rank"], ranks[0], ranks[-1]))
         place = (rank - low) / (high - low) if high > low else 0.5
@@ -143,11 +139,11 @@ def legends(figure: Figure, styles: Mapping[str, ArmStyle], entries: Iterable[tu
     """Draw two legends: of the arms above the panels, and below them of the other marks that occur, as entries say."""
     lines = [line(look.label, **look.line) for look in styles.values()]
     marks = [entry for occurs, entry in entries if occurs]
+    gaps = {"handlelength": 1.6, "handletextpad": 0.6, "columnspacing": 1.3}
     for handles, place in ((lines, "upper"), (marks, "lower")):
+        # The widest entry in inches: a handle with its gaps, and letters of average width.
+        widest = 0.5 + 0.065 * max((len(str(handle.get_label())) for handle in handles), default=0)
         if handles:
-            # The widest entry in inches: a handle with its gaps, and letters of average width.
-            widest = 0.5 + 0.065 * max(len(str(handle.get_label())) for handle in handles)
-            gaps = {"handlelength": 1.6, "handletextpad": 0.6, "columnspacing": 1.3}
             columns = min(int(WIDTH / widest), len(handles))
             figure.legend(handles=handles, loc=f"outside {place} left", ncols=columns, **gaps)
 
@@ -169,10 +165,7 @@ def mark(label: str, marker: str, **properties: Any) -> Line2D:
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as SVG or PNG, by the suffix of the path.
-
-    The file appears only when it is complete, and the same figure always gives the same bytes.
-    """
+    """Write a figure as SVG or PNG, by the suffix, whole or not at all; the same figure always gives the same bytes."""
     kind = path.suffix.removeprefix(".")
     metadata = {"svg": {"Date": None}, "png": {"Software": None}}[kind]
     with applied(), atomic_path(path) as partial:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import blended_transform_factory
@@ -17,10 +16,9 @@ from matplotlib.transforms import blended_transform_factory
 from lorabench.figures import style
 from lorabench.store.tables import Tables
 from lorabench.utils.studies import studies
+from lorabench.utils.yaml_files import read_yaml
 
-_NAMES: dict[str, dict[str, str]] = yaml.safe_load(
-    Path(__file__).with_name("claim_names.yaml").read_text(encoding="utf-8")
-)
+_NAMES: dict[str, dict[str, str]] = read_yaml(Path(__file__).with_name("claim_names.yaml"))
 
 FAMILIES, SHORT_NAMES = _NAMES["families"], _NAMES["claims"]
 """The subject of each family of claims, by the first letter of their ids; what each claim says, in at most 34
@@ -49,10 +47,8 @@ _TEXT: dict[str, Any] = {"va": "center", "fontsize": 7.2, "parse_math": False}
 _ID_WIDTH = 0.155  # as a share of the panel's width
 _BADGES = 10  # in a row of the strip
 
-_COLUMNS = [
-    *("claim_id", "family", "name", "verdict", "kind", "unit", "estimate", "ci_low", "ci_high"),
-    *("margin_low", "margin_high", "scale", "x", "x_low", "x_high", "holds_from", "holds_to"),
-]
+_COLUMNS = ["claim_id", "family", "name", "verdict", "kind", "unit", "estimate", "ci_low", "ci_high"]
+_COLUMNS += ["margin_low", "margin_high", "scale", "x", "x_low", "x_high", "holds_from", "holds_to"]
 
 
 def draw(tables: Tables) -> style.Drawn:

@@ -1,11 +1,9 @@
 """Causal attention on a CPU, by matrix products over blocks of queries.
 
 PyTorch's kernel for CPUs keeps only the result, and recomputes the scores, in small tiles, for the backward pass. Here
-the scores of a block of queries are one large product with the keys up to the block's end, so that few masked scores
-are computed, and the probabilities are kept. `lorabench.models.specs.blocks_pay` says for which rows this is faster.
-
-In bf16 the scores are rounded before they are exponentiated, as in the eager attention of transformers; the gradient of
-SmolLM2-135M then differs from that in fp32 by as much as with PyTorch's kernel.
+the scores of a block of queries are one large product with the keys up to the block's end, and the probabilities are
+kept. `lorabench.models.specs.blocks_pay` says for which rows this is faster. In bf16 the scores are rounded before they
+are exponentiated, as in the eager attention of transformers.
 """
 
 from __future__ import annotations

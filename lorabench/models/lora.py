@@ -6,20 +6,16 @@ imply.
 
 In a mixture of experts each expert has a LoRA of its own, whose rank is the total rank divided by the number of active
 experts, at least 1 (the paper, "Layers where LoRA is applied"), and whose scaling is alpha over that rank. The router
-has none. Where a model keeps its experts fused in one parameter (gate and up as one matrix, all experts stacked), gate
-and up share an A, so that there are fewer LoRA parameters than with separate matrices.
+has none. Where experts are fused in one parameter (gate and up as one matrix, experts stacked), gate and up share an A.
 
 Variants of LoRA differ from it by what PEFT is told (`_OPTIONS`). PiSSA and OLoRA take a part of each weight out of the
-base and start the adapter with it; `save_adapter` saves them as LoRA of twice the rank on the base as it was. QLoRA
-rounds the base to 4 bits.
+base and start the adapter with it. QLoRA rounds the base to 4 bits (NF4), but holds it as other weights, so that no
+memory is saved; in fp32, bitsandbytes trains with the same results.
 
-PEFT adds the adapter and saves it; `use_fast_products` replaces the forward pass of its linear layers. The products
-with A and B are added to the base's result in place, and the backward pass is explicit, so that no product of the size
+PEFT adds the adapter and saves it; `use_fast_products` replaces the forward pass of its linear layers, but of no fused
+experts or sharded models. The products with A and B are added to the base's result in place, and no product of the size
 of the activations is kept or scaled. Where the rank is large for the layer, merging A and B into the weights takes
-fewer FLOPs. With autocast the frozen weights are cast once, not in every pass. Fused experts and sharded models keep
-PEFT's own forward pass. DoRA's norms are computed in fp32 from merged weights, in each pass.
-
-Weights that were published in bf16 need no more than that under autocast: `hold_in_bf16` stores them so.
+fewer FLOPs. With autocast the frozen weights are cast once. DoRA's norms are computed in fp32 from merged weights.
 """
 
 from __future__ import annotations
@@ -37,7 +33,6 @@ from torch.autograd.function import once_differentiable
 
 from lorabench.config.fields import FROM_WEIGHTS, ROUTERS, SUFFIXES, Method, Placement, placement_of
 from lorabench.errors import UserError
-from lorabench.models.nf4 import round_to_nf4
 from lorabench.models.specs import merging_is_cheaper
 
 if TYPE_CHECKING:
@@ -45,13 +40,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _OPTIONS: dict[Method, dict[str, Any]] = {
-    "lora": {},
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
-    "qlora": {},
 }
-"""What PEFT's LoraConfig is told of each variant beyond LoRA's own options."""
+"""What PEFT's LoraConfig is told of a variant beyond LoRA's own options."""
+
+
+_LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+    *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""The levels of NF4 (Dettmers et al., 2023, appendix E), in units of the largest absolute value of 64 numbers."""
 
 
 def in_expert(name: str) -> bool:
@@ -60,7 +61,7 @@ def in_expert(name: str) -> bool:
 
 
 def targets(model: PreTrainedModel, placement: Placement, include_unembedding: bool) -> tuple[list[str], list[str]]:
-    """Return the full names of the layers that carry LoRA: linear layers, and parameters that are a stack of experts.
+    """Return the full names of the linear layers, and of the stacks of experts, that carry LoRA.
 
     UserError says that the model has no such layer under a known name, or that some would silently get no LoRA.
     """
@@ -91,14 +92,6 @@ def targets(model: PreTrainedModel, placement: Placement, include_unembedding: b
     return modules, stacks
 
 
-def expert_rank(model: PreTrainedModel, rank: int) -> int:
-    """Return the rank of an expert's LoRA: the total rank over the number of active experts, at least 1."""
-    active = getattr(model.config, "num_experts_per_tok", None)
-    if not active:
-        raise UserError(f"the config of {type(model).__name__} lacks num_experts_per_tok, by which the rank is divided")
-    return max(1, rank // int(active))
-
-
 def add_lora(
     model: PreTrainedModel,
     rank: int,
@@ -112,17 +105,13 @@ def add_lora(
     """Put LoRA on a base model, which is then frozen; `.unload()` removes LoRA again.
 
     PiSSA, OLoRA and QLoRA change the base's weights, which `.unload()` leaves changed, and the former two give a tied
-    unembedding weights of its own.
+    unembedding weights of its own. UserError says that the model has no such layers, or PEFT put LoRA on others.
 
     Args:
         rank: the rank; in a mixture of experts the total rank of the active experts.
         alpha: the numerator of the scaling alpha/r.
-        include_unembedding: whether the unembedding carries LoRA too.
         seed: from which A is drawn.
         init_a: bound of A's initial entries in units of 1/sqrt(d_in).
-
-    Raises:
-        UserError: the model has no such layers, or PEFT put LoRA on other layers.
     """
     from peft import LoraConfig, get_peft_model
     from tqdm import tqdm
@@ -138,17 +127,24 @@ def add_lora(
     if from_weights and include_unembedding and head.weight is model.get_input_embeddings().weight:
         # The embedding would change with it.
         head.weight = nn.Parameter(head.weight.detach().clone())
+    ranks = {}
+    if any(map(in_expert, names)):
+        active = getattr(model.config, "num_experts_per_tok", None)
+        if not active:
+            name = type(model).__name__
+            raise UserError(f"the config of {name} lacks num_experts_per_tok, by which the rank is divided")
+        # The pattern is that of layers inside a module named `experts`; shared experts, always active, do not match.
+        ranks[r"experts\..+"] = max(1, rank // int(active))
     config = LoraConfig(
         r=rank,
-        # The pattern is that of layers inside a module named `experts`; shared experts, always active, do not match.
-        rank_pattern={r"experts\..+": expert_rank(model, rank)} if any(map(in_expert, names)) else {},
+        rank_pattern=ranks,
         lora_alpha=alpha,
         target_modules=modules,
         target_parameters=stacks or None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
-        **_OPTIONS[method],
+        **_OPTIONS.get(method, {}),
     )
     torch.manual_seed(seed)
     with warnings.catch_warnings():
@@ -176,16 +172,25 @@ def add_lora(
     return peft_model
 
 
+def round_to_nf4(model: PreTrainedModel) -> None:
+    """Round the weights of all linear layers but the unembedding, which transformers does not quantize either."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            weight = module.weight.data
+            blocks = nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
+            scales = blocks.abs().amax(1, keepdim=True)
+            levels = torch.tensor(_LEVELS, dtype=weight.dtype, device=weight.device)
+            relative = blocks / scales.clamp(min=torch.finfo(weight.dtype).tiny)
+            nearest = torch.bucketize(relative, (levels[1:] + levels[:-1]) / 2)
+            module.weight.data = (levels[nearest] * scales).flatten()[: weight.numel()].view_as(weight)
+
+
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
     """Save a trained adapter for the base model as it was before training.
 
     PiSSA and OLoRA have W' = W + s (B A - B0 A0), where s is the scaling and B0 A0 what was taken out of the base. They
-    are saved as LoRA of twice the rank, with the factors [B, -B0] and [A; A0], as PEFT converts them itself.
-
-    Args:
-        model: a model with the adapter `default`, which is not used after this.
-        folder: where PEFT's files are written.
-        state: the trained weights by name, where the model is sharded.
+    are saved as LoRA of twice the rank, with the factors [B, -B0] and [A; A0], as PEFT converts them itself. The model
+    is not used after this; `state` has the trained weights of one that is sharded.
     """
     doubled = {name: layer for name, layer in model.named_modules() if hasattr(layer, "initial_factors")}
     if doubled:
@@ -236,16 +241,16 @@ def tie_beneath(model: PeftModel) -> None:
 def hold_in_bf16(model: PreTrainedModel) -> None:
     """Store the weights of a base's linear layers in bf16 where that changes none, before it gets LoRA.
 
-    Under autocast to bf16 all results are the same, bit for bit, since it would cast these weights to bf16 itself.
-    Other weights stay in fp32: those that bf16 would round, that of an unembedding which is also the embedding, whose
-    results are added to in fp32, and those of norms and experts, which compute in fp32. `model.float()` undoes it.
+    Under autocast to bf16 all results are the same, bit for bit, since it would cast these weights itself. Those that
+    bf16 would round, those of an embedding, and those of norms and experts, which compute in fp32, stay in fp32.
+    `model.float()` undoes it.
     """
     embedding: Any = model.get_input_embeddings()
     for layer in model.modules():
         if not isinstance(layer, nn.Linear) or layer.weight is embedding.weight or layer.weight.dtype != torch.float32:
             continue
         rounded = layer.weight.detach().bfloat16()
-        if bool((rounded.float() == layer.weight).all()):
+        if torch.equal(rounded.float(), layer.weight):
             layer.weight.data = rounded
             # PEFT creates A and B in this type rather than in that of the weight, which would round A.
             layer.compute_dtype = torch.float32  # type: ignore[assignment]
@@ -254,11 +259,8 @@ def hold_in_bf16(model: PreTrainedModel) -> None:
 def use_fast_products(model: nn.Module, keep_cast: bool = True) -> None:
     """Replace the forward pass of a model's LoRA layers; `model.unload()` returns the base as it was.
 
-    Args:
-        model: a model with the adapter `default`.
-        keep_cast: whether to keep, with autocast, the cast frozen weights, which take half the memory of the base.
-            Otherwise they are cast in every pass with gradients, and kept until the backward pass or, where activations
-            are recomputed, only while a layer is computed; passes without gradients keep them until the next with.
+    With autocast, `keep_cast` keeps the cast frozen weights, which take half the memory of the base. Otherwise they are
+    cast in every pass with gradients; passes without gradients keep them until the next with.
     """
     from peft.tuners.lora import Linear
 

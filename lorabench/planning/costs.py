@@ -1,7 +1,6 @@
-"""What each job of a plan costs and requests of a cluster, and what experiments and the whole plan cost.
+"""What each job of a plan costs and requests of a cluster, and what experiments and the whole plan cost; no torch.
 
-All of it is computed for every job of the DAG, so this module imports no torch. Each function that returns costs raises
-a UserError where a job fits on no number of GPUs that the preset allows.
+Each function that returns costs raises a UserError where a job fits on no number of GPUs that the preset allows.
 """
 
 from __future__ import annotations
@@ -15,25 +14,10 @@ from lorabench.config.fields import FROM_WEIGHTS
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.specs import dimensions
+from lorabench.planning import flops, seconds
 from lorabench.planning.engine import engine_memory, handover_bytes, uses_engine
-from lorabench.planning.flops import (
-    evaluated_documents,
-    linear_flops_per_token,
-    lora_parameters,
-    run_work,
-    sweep_flops,
-    tokens_per_example,
-)
-from lorabench.planning.memory import USABLE, peak_bytes, step_memory
+from lorabench.planning.memory import USABLE, step_memory, sweep_memory
 from lorabench.planning.plan import Plan
-from lorabench.planning.seconds import (
-    evaluation_seconds,
-    flops_per_second,
-    job_seconds,
-    run_job_seconds,
-    run_seconds,
-    start_seconds,
-)
 from lorabench.runs import EvalJob, Job
 from lorabench.utils.gpus import GB, GPUS
 
@@ -51,9 +35,9 @@ _WRITING, _LEAST_SAVING = 200 * MB, 120
 # Tokens per second of one process. The tiny base's tokenizer was measured at 280,000 to 580,000 on one core; large ones
 # are slower.
 _TOKENIZED_PER_SECOND = 100_000
-# Minutes of the job that checks a machine, and MB of the host for it, since it computes a few layers of a large model
-# on the CPU to compare with.
-_DOCTOR_MINUTES, _DOCTOR_MEMORY = 30, 48_000
+# Bytes of a CPU process that trains with its imported libraries, and in RL with the graders' processes: measured on
+# `laptop`.
+_SFT_PROCESS, _RL_PROCESS = 0.54 * GB, 0.85 * GB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +86,7 @@ def combined(costs: Iterable[Cost]) -> Cost:
 
 
 def per_experiment(plan: Plan) -> dict[str, Cost]:
-    """Return the cost of each experiment alone, of the evaluation with lm-eval, and of the `total`, in which shared
-    runs count once."""
+    """Return the cost of each experiment, of the evaluation, and of the `total`, in which shared runs count once."""
     trained = {job: job_cost(plan, job) for job in plan.jobs}
     rows = {name: [trained[job] for job in plan.jobs_of(name)] for name in plan.preset.experiments.trained()}
     if plan.preset.experiments.compute is not None:
@@ -117,15 +100,9 @@ def per_experiment(plan: Plan) -> dict[str, Cost]:
 def path_hours(plan: Plan, job: Job) -> float:
     """Return the wall-clock hours of a training job that no number of machines makes fewer.
 
-    They are those of the expected number of runs, or of waves where each run is a job of its own. Making the data
-    before and evaluating the runs afterwards, which takes minutes to a few hours, is left out.
+    They are those of the expected number of runs, or of waves where each run is a job of its own.
     """
     return job_cost(plan, job).longest_job_hours * (len(job.sweeps[0].expected_waves()) if plan.is_split(job) else 1)
-
-
-def minutes(cost: Cost, at_once: int, most: bool = False) -> float:
-    """Estimate the wall-clock minutes on a CPU of the expected or `most` runs, of whose jobs `at_once` run together."""
-    return (cost.most_job_hours if most else cost.job_hours) * 60 / min(at_once, cost.jobs)
 
 
 def job_cost(plan: Plan, job: Job) -> Cost:
@@ -140,9 +117,11 @@ def job_cost(plan: Plan, job: Job) -> Cost:
     for sweep in job.sweeps:
         condition = sweep.condition
         sizes = dimensions(preset.models[condition.model])
-        lora = lora_parameters(preset, sizes, condition.rank, condition.placement)[0]
+        lora = flops.lora_parameters(preset, sizes, condition.rank, condition.placement)[0]
         trained = sizes.parameters if condition.rank is None else lora
-        peak = max(peak, peak_bytes(preset, sweep, gpus))
+        # On a CPU whole processes count, and on a GPU the tensors.
+        process = 0.0 if gpus else _SFT_PROCESS if condition.rollouts is None else _RL_PROCESS
+        peak = max(peak, process + sweep_memory(preset, sweep, max(1, gpus)).total)
         kept = sweep.most_runs if keeps_all else sweep.seeds.best
         # PiSSA and OLoRA are saved as LoRA of twice the rank.
         saved = (2 if condition.method in FROM_WEIGHTS else 1) * trained
@@ -151,34 +130,27 @@ def job_cost(plan: Plan, job: Job) -> Cost:
         at_once = max(sweep.expected_waves()) if is_split else 1
         working = max(working, _WEIGHT * (sweep.most_runs - kept) * saved + 2 * _STATE * at_once * trained)
         # The job is asked to stop when it has time for a step and for its checkpoint.
-        step = sum(run_seconds(preset, sweep, gpus)) / condition.steps
+        step = sum(seconds.run_seconds(preset, sweep, gpus)) / condition.steps
         saving, state = max(saving, step + _STATE * trained / _WRITING), max(state, _STATE * trained)
         if uses_engine(preset, condition):
             # Engines take shared memory, where new weights are written beside the old, and on GPUs a process each.
             shared = max(shared, 2 * handover_bytes(preset, condition) + gpus * _GPU_PROCESS)
     most_runs = sum(sweep.most_runs for sweep in job.sweeps)
-    seconds, most_seconds, times = job_seconds(preset, job, gpus), job_seconds(preset, job, gpus, most=True), (1, 1)
+    time, most_time = (seconds.job_seconds(preset, job, gpus, most) for most in (False, True))
+    times = 1, 1
     if is_split:
-        seconds = most_seconds = run_job_seconds(preset, sweep, gpus)
+        time = most_time = seconds.run_job_seconds(preset, sweep, gpus)
         times = job.n_runs, most_runs
-    return _cost(
-        preset,
-        job.sweeps[0].condition.model,
-        gpus,
-        peak,
-        seconds,
-        most_seconds,
-        disk,
-        shared,
-        state,
-        times,
-        runs=job.n_runs,
-        most_runs=most_runs,
-        tokens=sum(sweep.n_runs * run_work(preset, sweep.condition).trained for sweep in job.sweeps),
-        flops=sum(sweep_flops(preset, sweep) for sweep in job.sweeps),
-        working_disk=MB * math.ceil(working / MB),
-        saving_seconds=max(_LEAST_SAVING, math.ceil(_TIME_MARGIN * saving)),
-    )
+    work = {
+        "runs": job.n_runs,
+        "most_runs": most_runs,
+        "tokens": sum(sweep.n_runs * flops.run_work(preset, sweep.condition).trained for sweep in job.sweeps),
+        "flops": sum(flops.sweep_flops(preset, sweep) for sweep in job.sweeps),
+        "working_disk": MB * math.ceil(working / MB),
+        "saving_seconds": max(_LEAST_SAVING, math.ceil(_TIME_MARGIN * saving)),
+    }
+    model = job.sweeps[0].condition.model
+    return _cost(preset, model, gpus, peak, time, most_time, disk, shared, state, times, **work)
 
 
 def evaluation_cost(plan: Plan, job: EvalJob) -> Cost:
@@ -191,9 +163,9 @@ def evaluation_cost(plan: Plan, job: EvalJob) -> Cost:
     peak = 6.0 * sizes.parameters + 6.0 * evaluation.batch_size * longest * sizes.vocabulary
     if preset.execution.sampler == "vllm":
         peak = sum(engine_memory(preset, job.model))
-    tokens = sum(evaluated_documents(task) * task.mean_tokens for task in evaluation.tasks)
+    tokens = sum(flops.evaluated_documents(task) * task.mean_tokens for task in evaluation.tasks)
     work = {"tokens": tokens, "flops": 2.0 * sizes.active_linear * tokens}
-    return _on_one(preset, "the evaluation", job.model, peak, evaluation_seconds(preset, job), 20 * MB, **work)
+    return _on_one(preset, "the evaluation", job.model, peak, seconds.evaluation_seconds(preset, job), 20 * MB, **work)
 
 
 def compute_cost(plan: Plan) -> Cost:
@@ -206,49 +178,38 @@ def compute_cost(plan: Plan) -> Cost:
     assert experiment
     # The measured steps keep all activations, whatever the preset sets for training.
     measured, row = preset.with_execution(activation_checkpointing=False), experiment.sequence_length
-    batch, seconds, peaks = experiment.batch_size * row, start_seconds(preset), {}
+    batch, time, peaks = experiment.batch_size * row, seconds.start_seconds(preset), {}
     for model in experiment.models:
         sizes = dimensions(preset.models[model])
         adapters = [sizes.lora("all", rank, head) for rank in experiment.ranks]
         base = step_memory(measured, sizes, None, None, batch, row).total
         peaks[model] = 12 * sum(parameters for parameters, _ in adapters) + base
         # A few steps more than are timed count FLOPs and measure memory.
-        flops = sum(linear_flops_per_token(sizes, lora) for lora in (None, *(active for _, active in adapters)))
-        seconds += flops * (batch * (experiment.repeats + 8)) / flops_per_second(preset.execution)
+        arms = None, *(active for _, active in adapters)
+        per_token = sum(flops.linear_flops_per_token(sizes, lora) for lora in arms)
+        time += per_token * (batch * (experiment.repeats + 8)) / seconds.flops_per_second(preset.execution)
     largest = max(peaks, key=lambda model: peaks[model])
-    return _on_one(preset, "experiment compute", largest, peaks[largest], seconds, MB)
+    return _on_one(preset, "experiment compute", largest, peaks[largest], time, MB)
 
 
 def doctor_cost(plan: Plan) -> Cost:
     """Return the cost of the job that checks a machine: the memory of the largest job on one GPU, or on a CPU."""
     jobs = [job_cost(plan, job) for job in plan.jobs]
     largest = combined([job for job in jobs if job.gpus <= 1] or jobs)
-    gpus, least = min(largest.gpus, 1), _DOCTOR_MEMORY if largest.gpus else 0
-    return Cost(
-        gpus=gpus,
-        memory=largest.memory,
-        disk=0,
-        cpus=plan.preset.execution.threads,
-        mem_mb=max(largest.mem_mb, least),
-        minutes=_DOCTOR_MINUTES,
-    )
+    # To compare with a GPU, a few layers of a large model are computed on the CPU.
+    mem_mb, cpus = max(largest.mem_mb, 48_000 if largest.gpus else 0), plan.preset.execution.threads
+    return Cost(gpus=min(largest.gpus, 1), memory=largest.memory, disk=0, cpus=cpus, mem_mb=mem_mb, minutes=30)
 
 
 def tokens_cost(preset: Preset, model: str, dataset: str) -> Cost:
     """Return the cost of the job that tokenizes a dataset: a process per thread and one that writes, no GPU."""
     spec, processes = preset.datasets[dataset], preset.execution.threads
-    tokens = (spec.train + spec.validation + spec.test) * tokens_per_example(preset.models[model], spec)
-    seconds = tokens / (processes * _TOKENIZED_PER_SECOND)
-    memory = (1 + processes) * _PROCESS
-    return Cost(
-        gpus=0,
-        memory=memory,
-        # A token's id takes 4 bytes, its mask of scored tokens a byte; there are files and the cache made of them.
-        disk=MB * math.ceil(2 * 5 * tokens / MB),
-        cpus=processes,
-        mem_mb=math.ceil(memory / MB),
-        minutes=math.ceil(_TIME_MARGIN * seconds / 60) + _EXTRA_MINUTES,
-    )
+    tokens = (spec.train + spec.validation + spec.test) * flops.tokens_per_example(preset.models[model], spec)
+    time = tokens / (processes * _TOKENIZED_PER_SECOND)
+    memory, minutes = (1 + processes) * _PROCESS, math.ceil(_TIME_MARGIN * time / 60) + _EXTRA_MINUTES
+    # A token's id takes 4 bytes, its mask of scored tokens a byte; there are files and the cache made of them.
+    disk = MB * math.ceil(2 * 5 * tokens / MB)
+    return Cost(gpus=0, memory=memory, disk=disk, cpus=processes, mem_mb=math.ceil(memory / MB), minutes=minutes)
 
 
 def restarts(jobs: Iterable[Cost], limit: int) -> int:
@@ -256,17 +217,16 @@ def restarts(jobs: Iterable[Cost], limit: int) -> int:
     return max((job.minutes for job in jobs), default=0) // limit
 
 
-def _on_one(preset: Preset, what: str, model: str, peak: float, seconds: float, disk: float, **work: Any) -> Cost:
+def _on_one(preset: Preset, what: str, model: str, peak: float, time: float, disk: float, **work: Any) -> Cost:
     """Return the cost of a job of one process, on a GPU if the preset has one."""
     gpu = preset.execution.gpu
-    if gpu is None:
-        return _cost(preset, model, 0, peak + _PROCESS, seconds, seconds, disk, **work)
-    if peak > (available := USABLE * GPUS[gpu].memory):
+    if gpu is not None and peak > (available := USABLE * GPUS[gpu].memory):
         raise UserError(
             f"{what} needs {peak / GB:.0f} GB for {model} on one {gpu}, which has {available / GB:.0f} GB to give; "
             f"leave that model out of it, or choose another execution.gpu"
         )
-    return _cost(preset, model, 1, peak, seconds, seconds, disk, **work)
+    gpus, peak = (0, peak + _PROCESS) if gpu is None else (1, peak)
+    return _cost(preset, model, gpus, peak, time, time, disk, **work)
 
 
 def _cost(
@@ -274,23 +234,26 @@ def _cost(
     model: str,
     gpus: int,
     peak: float,
-    seconds: float,
-    most_seconds: float,
+    time: float,
+    most_time: float,
     disk: float,
     shared: float = 0.0,
     state: float = 0.0,
     times: tuple[int, int] = (1, 1),
     **work: Any,
 ) -> Cost:
-    """Return the cost of a job, or of several alike: `times` are their expected and their largest possible number."""
+    """Return the cost of a job, or of several alike: `times` are their expected and their largest possible number.
+
+    A job takes `time` seconds, at most `most_time`.
+    """
     # Weights are read through the host's memory, and a GPU's checkpoint of `state` bytes is written from there.
     copied = max(6 * dimensions(preset.models[model]).parameters, state)
     mem_mb = math.ceil(_MEMORY_MARGIN * (shared + (copied + gpus * _GPU_PROCESS if gpus else peak)) / MB)
-    hours, most_hours = times[0] * seconds / 3600, times[1] * most_seconds / 3600
+    hours, most_hours = times[0] * time / 3600, times[1] * most_time / 3600
     return Cost(
         job_hours=hours,
         most_job_hours=most_hours,
-        longest_job_hours=seconds / 3600,
+        longest_job_hours=time / 3600,
         gpu_hours=gpus * hours,
         most_gpu_hours=gpus * most_hours,
         gpus=gpus,
@@ -298,6 +261,6 @@ def _cost(
         disk=MB * math.ceil(disk / MB),
         cpus=preset.execution.threads * max(1, gpus),
         mem_mb=mem_mb,
-        minutes=math.ceil(_TIME_MARGIN * most_seconds / 60) + _EXTRA_MINUTES,
+        minutes=math.ceil(_TIME_MARGIN * most_time / 60) + _EXTRA_MINUTES,
         **work,
     )

@@ -21,32 +21,32 @@ _ON_GPU, _ON_CPU = 2.5 * GB, 1.0 * GB
 # and random number. So it is in the code of vLLM 0.32.
 _LOGIT = 18
 # Assumed for GPUs until it is measured: the share of a GPU's peaks (of products, and of reading memory) that the engine
-# reaches; the bytes/s at which weights are written to shared memory and as fast read; the least seconds of doing so.
-_EFFICIENCY, _THROUGH_MEMORY, _HANDOVER_SECONDS = 0.5, 2 * GB, 0.2
-# The least seconds of a position, in which the host schedules it and takes its tokens: assumed too.
-_POSITION_SECONDS = 5e-3
+# reaches; the least seconds of a position, in which the host schedules it and takes its tokens.
+_EFFICIENCY, _POSITION_SECONDS = 0.5, 5e-3
 
 
 class EngineMemory(NamedTuple):
-    """The bytes that an engine holds throughout a job, on its GPU or in its process; their sum is what it takes."""
+    """The bytes that an engine holds throughout a job, on its GPU or in its process; their sum is what it takes.
+
+    Weights and adapters are in the type of products. The overhead has the libraries, and on a GPU activations and
+    distributions of the largest batch.
+    """
 
     weights: float
-    """The whole model in the type in which products are computed."""
     adapters: float
-    """LoRA in the same type; 0 in full fine-tuning."""
     cache: float
     """Keys and values of `execution.max_cache_tokens` tokens, or of the longest response if that is more."""
     overhead: float
-    """Everything else: the libraries, and on a GPU activations and distributions of the largest batch."""
 
 
 class EngineBatch(NamedTuple):
-    """The most that goes through an engine's model at once; the defaults are those of vLLM itself on a CPU."""
+    """The most that goes through an engine's model at once; the defaults are those of vLLM itself on a CPU.
+
+    In vLLM they are `max_num_seqs` and `max_num_batched_tokens`, the tokens of prompts included.
+    """
 
     responses: int = 256
-    """Running responses; vLLM's `max_num_seqs`."""
     tokens: int = 4096
-    """Tokens, those of prompts included; vLLM's `max_num_batched_tokens`."""
 
 
 def uses_engine(preset: Preset, condition: Condition) -> bool:
@@ -55,14 +55,10 @@ def uses_engine(preset: Preset, condition: Condition) -> bool:
 
 
 def engine_batch(preset: Preset, condition: Condition | None = None) -> EngineBatch:
-    """Return the largest batch of an engine.
+    """Return the largest batch of an engine that draws for a condition, or for an evaluation with lm-eval.
 
     On a GPU these are as many responses of mean length as the cache holds, but no more than a step draws, since memory
     for their distributions is taken throughout.
-
-    Args:
-        preset: the preset.
-        condition: what the job's runs train; None for an evaluation with lm-eval.
     """
     if preset.execution.gpu is None or condition is None:
         return EngineBatch()
@@ -71,11 +67,7 @@ def engine_batch(preset: Preset, condition: Condition | None = None) -> EngineBa
 
 
 def engine_memory(preset: Preset, model: str, condition: Condition | None = None) -> EngineMemory:
-    """Return the bytes of each engine of a job.
-
-    Args:
-        model: the model's name in the preset.
-        condition: what the job's runs train; None for an evaluation with lm-eval.
+    """Return the bytes of each engine of a job that trains a condition, or of an evaluation with lm-eval.
 
     Raises:
         UserError: vLLM does not take adapters of the condition's rank.
@@ -129,21 +121,11 @@ def handover_space(preset: Preset, condition: Condition) -> int:
     return handover_bytes(preset, condition) * (2 if condition.rank is None else 1)
 
 
-def handover_seconds(preset: Preset, condition: Condition) -> float:
-    """Return the seconds in which a GPU job hands its weights to its engines, once in a step."""
-    return _HANDOVER_SECONDS + 2 * handover_bytes(preset, condition) / _THROUGH_MEMORY
-
-
 def engine_seconds(preset: Preset, sizes: Dimensions, tokens: float, positions: float, context: float) -> float:
-    """Return the seconds in which the engine of one GPU draws tokens.
+    """Return the seconds in which the engine of one GPU draws a number of tokens at a number of positions.
 
-    Linear layers read their weights at each position, or compute where that takes longer; then keys and values are
-    read. Both reach a share of the GPU's peak, and the host takes its own time at each position.
-
-    Args:
-        tokens: all tokens that are drawn.
-        positions: how often all running responses go on by one token.
-        context: mean number of tokens that a drawn token attends to.
+    Linear layers read their weights at each position, or compute where that takes longer; then keys and values of the
+    mean `context` are read. Both reach a share of the GPU's peak, and the host takes its own time at each position.
     """
     assert preset.execution.gpu
     gpu = GPUS[preset.execution.gpu]

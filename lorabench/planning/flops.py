@@ -78,26 +78,11 @@ def longest_sequence(preset: Preset, condition: Condition) -> int:
 
 
 def row_limit(longest: int, max_tokens: int) -> int:
-    """Return the most tokens of a row that several responses of RL share.
+    """Return the most tokens of a row that several responses of RL share, of which the `longest` has so many tokens.
 
-    They share the prompt, but attention is computed over the whole row.
-
-    Args:
-        longest: tokens of the longest of the responses with its prompt.
-        max_tokens: limit of the tokens of a micro-batch.
+    They share the prompt, but attention is computed over the whole row, which is no longer than a micro-batch.
     """
     return min(max_tokens, SHARED_ROW, max(192, 4 * longest))
-
-
-def _learned_rows(preset: Preset, condition: Condition, prompt: float, response: float) -> tuple[int, float]:
-    """Return the number of rows in which RL learns from a group of responses, and the tokens of attention in them."""
-    assert condition.rollouts
-    size, max_tokens = condition.rollouts.group_size, preset.execution.max_batch_tokens
-    room = row_limit(longest_sequence(preset, condition), max_tokens) - prompt
-    if response > room:
-        return size, prompt + response
-    rows = ceil(size * response / room)
-    return rows, prompt + size * response / rows
 
 
 def lora_parameters(
@@ -112,7 +97,7 @@ def lora_parameters(
 def linear_flops_per_token(sizes: Dimensions, lora: int | None) -> float:
     """Return the FLOPs of a forward and backward pass for one token, in linear layers only, as the paper counts them.
 
-    `lora` is the number of LoRA's parameters that a token passes through; None for full fine-tuning.
+    A token passes through `lora` parameters of LoRA; None is full fine-tuning.
     """
     return 6.0 * sizes.active_linear if lora is None else 4.0 * sizes.active_linear + 6.0 * lora
 
@@ -128,8 +113,7 @@ def unembedding_flops_per_token(preset: Preset, condition: Condition) -> tuple[f
 
 
 def attention_flops_per_token(sizes: Dimensions, context: float) -> float:
-    """Return the FLOPs of attention's forward pass for a token that attends to `context` tokens; backward takes twice
-    as many."""
+    """Return the FLOPs of attention for a token that attends to `context` tokens, forward; backward takes twice."""
     return 4.0 * context * sizes.heads * sizes.head_dim * sizes.layers
 
 
@@ -156,8 +140,10 @@ def run_work(preset: Preset, condition: Condition) -> RunWork:
         prompt, response = _prompt_tokens(preset, condition), rollouts.mean_response_tokens
         episodes, graded = steps * condition.batch_size, rollouts.evaluations * graded_problems(preset, condition)
         # A prompt passes through the model once for its group in sampling, and in learning once for each row.
-        prompts = episodes / rollouts.group_size * prompt
-        rows, learned_context = _learned_rows(preset, condition, prompt, response)
+        prompts, size = episodes / rollouts.group_size * prompt, rollouts.group_size
+        room = row_limit(longest_sequence(preset, condition), preset.execution.max_batch_tokens) - prompt
+        rows = size if response > room else ceil(size * response / room)
+        learned_context = prompt + size * response / rows
         trained, evaluated = episodes * response + rows * prompts, prompts + graded * prompt
         drawn, context = (episodes + graded) * response, prompt + response
         trained_scored, evaluated_scored = episodes * response, 0.0

@@ -27,25 +27,14 @@ from lorabench.utils.gpus import GB, GPUS
 
 # The usable share of a GPU's memory; the driver and the gaps between allocated blocks take up the remainder.
 USABLE = 0.92
-# Bytes of a CPU process with its imported libraries, and in RL with the graders' processes: measured on `laptop`.
-_SFT_PROCESS, _RL_PROCESS = 0.54 * GB, 0.85 * GB
+
 # Linear layers that carry LoRA in a decoder layer with experts, where all layers do.
 _LORA_LAYERS = 7
-# A number of GPUs among which what they divide takes nothing.
-_WITHOUT_END = 1 << 40
+
 # Gradients in a layer's backward pass as a share of what the layer keeps: measured in fp32 and bf16 on the tiny bases.
 _IN_BACKWARD = 0.3
 LOGITS_AT_ONCE = {"cpu": 1 << 24, "gpu": 1 << 26}
 """The most logits that are computed at once: `MAX_LOGITS` of training/loss.py, which imports torch."""
-
-
-class TooLargeError(UserError):
-    """A job fits on no number of GPUs that the preset allows."""
-
-    def __init__(self, message: str, needed: float, undivided: float, available: float) -> None:
-        """Take the message, and the bytes that each GPU needs, that GPUs do not divide, and that it has to give."""
-        super().__init__(message)
-        self.needed, self.undivided, self.available = needed, undivided, available
 
 
 @dataclass(frozen=True)
@@ -79,16 +68,19 @@ def bf16_parameters(
 ) -> tuple[int, int]:
     """Return the number of frozen parameters that are held in bf16 alone, and of those that have a bf16 copy for speed.
 
-    Both are 0 for sharded models. The others that carry LoRA have copies. Where activations are recomputed, memory
-    matters more than speed, and copies are kept in passes without gradients only.
+    Where activations are recomputed, memory matters more than speed, and copies are kept in passes without gradients
+    only.
     """
     if placement is None or preset.protocol.precision != "bf16" or gpus > 1:
         return 0, 0
     head = preset.protocol.include_unembedding
     # What PiSSA and OLoRA leave of a weight, and one of QLoRA in 4 bits, is not exact in bf16.
     if not sizes.in_bf16 or method in CHANGES_BASE:
-        return 0, sizes.carrying(placement, head)
-    return sizes.held_in_bf16(), sizes.vocabulary * sizes.hidden if sizes.tied and head else 0
+        return 0, sum(matrix.parameters for matrix in sizes.adapted(placement, head) if matrix.part != "experts")
+    # As in `lorabench.models.lora.hold_in_bf16`.
+    parts = {"attn", "mlp"} | (set() if sizes.tied else {"unembedding"})
+    held = sum(matrix.parameters for matrix in sizes.matrices if matrix.part in parts)
+    return held, sizes.vocabulary * sizes.hidden if sizes.tied and head else 0
 
 
 def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
@@ -132,7 +124,7 @@ def step_memory(
     is_rl: bool = False,
     method: Method = "lora",
 ) -> Memory:
-    """Estimate the memory of a training step on micro-batches whose tokens are all scored.
+    """Estimate the bytes on each GPU of a training step on micro-batches whose tokens are all scored, without sampling.
 
     Whether activations are recomputed must be decided (see `decided`).
 
@@ -140,12 +132,7 @@ def step_memory(
         rank: LoRA's rank; None is full fine-tuning.
         tokens: tokens of a micro-batch.
         row: tokens of a row, of RL the most in a row with several responses.
-        gpus: number of GPUs among which the model is split.
         is_rl: whether the loss is that of RL, which also measures the entropy.
-        method: which variant of LoRA has the rank.
-
-    Returns:
-        The bytes on each GPU, without those of sampling.
     """
     bf16, recomputed = preset.protocol.precision == "bf16", preset.execution.recomputed_layers(sizes.layers)
     on_cpu = preset.execution.gpu is None
@@ -207,12 +194,6 @@ def step_memory(
     )
 
 
-def peak_bytes(preset: Preset, sweep: Sweep, gpus: int) -> float:
-    """Estimate the peak of a job in bytes: tensors on each of `gpus` GPUs, or on a CPU whole processes."""
-    process = 0.0 if gpus else _SFT_PROCESS if sweep.condition.rollouts is None else _RL_PROCESS
-    return process + sweep_memory(preset, sweep, max(1, gpus)).total
-
-
 def title(condition: Condition) -> str:
     """Return the method, model and data of a condition in words."""
     name = METHOD_NAMES[condition.method]
@@ -224,7 +205,7 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     """Return the smallest number of GPUs, a power of two, that holds a sweep's job; 0 on a CPU.
 
     Raises:
-        TooLargeError: the job does not even fit on `execution.max_gpus`.
+        UserError: the job does not even fit on `execution.max_gpus`.
     """
     preset, condition = decided(preset, sweep), sweep.condition
     execution = preset.execution
@@ -233,24 +214,20 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     if (gpus := _least_gpus(preset, sweep)) is not None:
         return gpus
     most, available = 2 ** int(math.log2(most_gpus(preset, condition))), USABLE * GPUS[execution.gpu].memory
-    needed, undivided = (sweep_memory(preset, sweep, gpus).total for gpus in (most, _WITHOUT_END))
     also = "" if execution.activation_checkpointing else "set activation_checkpointing, "
+    more = f"raise max_gpus ({execution.max_gpus})"
     if most_gpus(preset, condition) < execution.max_gpus:
-        more = "train LoRA or all weights, which several GPUs can share, "
-    else:
-        more = "" if undivided > available else f"raise max_gpus ({execution.max_gpus}), "
-    message = (
-        f"{title(condition)} needs {needed / GB:.0f} GB on each of "
+        more = "train LoRA or all weights, which several GPUs can share"
+    raise UserError(
+        f"{title(condition)} needs {sweep_memory(preset, sweep, most).total / GB:.0f} GB on each of "
         f"{most} x {execution.gpu}, which has {available / GB:.0f} GB to give; of execution, {also}lower "
         f"max_batch_tokens ({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), "
-        f"{more}or choose another gpu"
+        f"{more}, or choose another gpu"
     )
-    raise TooLargeError(message, needed, undivided, available)
 
 
 def most_gpus(preset: Preset, condition: Condition) -> int:
-    """Return the most GPUs that a condition's jobs may have: 1 for variants of LoRA, which need a layer's weights whole
-    where they start."""
+    """Return the most GPUs of a condition's jobs: 1 for variants of LoRA, which start from a layer's whole weights."""
     return preset.execution.max_gpus if condition.method in ("fullft", "lora") else 1
 
 
@@ -286,13 +263,16 @@ def decided(preset: Preset, sweep: Sweep, gpus: int | None = None) -> Preset:
 def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool, gpus: int) -> float:
     """Return the bytes that a layer keeps of each token for the backward pass."""
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    full = rank is None
-    if bf16:
-        kept = (26 if full else 18) * sizes.hidden + (4 if full else 6) * queries + 4 * keys
-    else:
-        kept = (24 if full else 16) * sizes.hidden + 8 * queries + 8 * keys
-    if sizes.query_key_norms:
-        kept += (4 if not full else 6 if bf16 else 8) * (queries + keys)
+    # By whether the weights are frozen and whether products are in bf16: bytes of the hidden size, queries, keys, and
+    # where they are normed, of both again.
+    hidden, of_queries, of_keys, of_norms = {
+        (False, False): (24, 8, 8, 8),
+        (False, True): (26, 4, 4, 6),
+        (True, False): (16, 8, 8, 4),
+        (True, True): (18, 6, 4, 4),
+    }[rank is not None, bf16]
+    kept = hidden * sizes.hidden + of_queries * queries + of_keys * keys
+    kept += sizes.query_key_norms * of_norms * (queries + keys)
     if sizes.experts:
         # Experts compute in fp32, each on a copy of its tokens.
         kept += sizes.active_experts * (8 * sizes.hidden + 16 * sizes.intermediate)
@@ -302,12 +282,8 @@ def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool, gpus: int) -> 
         return kept
     # A's outputs are kept unless A and B are merged into the weights, which sharded models and bf16 do not do; with
     # experts all linear layers have them.
-    carrying = _LORA_LAYERS * sizes.layers
-    if not sizes.experts:
-        carrying = sum(
-            matrix.count
-            for matrix in sizes.matrices
-            if matrix.part != "unembedding"
-            and (bf16 or gpus > 1 or not merging_is_cheaper(rank, matrix.d_in, matrix.d_out))
-        )
+    layers = [matrix for matrix in sizes.matrices if matrix.part != "unembedding"]
+    if not bf16 and gpus <= 1:
+        layers = [matrix for matrix in layers if not merging_is_cheaper(rank, matrix.d_in, matrix.d_out)]
+    carrying = _LORA_LAYERS * sizes.layers if sizes.experts else sum(matrix.count for matrix in layers)
     return kept + rank * carrying // sizes.layers * (2 if bf16 else 4)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lorabench.config.experiments import AutoLrs, Block, Protocol, RlExperiment, SftExperiment
 from lorabench.config.fields import FROM_WEIGHTS, LORA_PLUS_RATIO, METHOD_NAMES, Method, Variant
@@ -25,6 +25,8 @@ from lorabench.planning.flops import sweep_flops
 from lorabench.planning.seconds import gpus_used, is_split, start_seconds, sweep_seconds
 from lorabench.runs import PROTOCOL_VERSION, Condition, EvalJob, Job, Lattice, Racing, Rollouts, Seeds, Sweep
 from lorabench.utils.files import digest
+
+T = TypeVar("T")
 
 START_SHARE = 0.05
 """Share of a job's time that its start may take."""
@@ -73,24 +75,52 @@ class Plan:
         return jobs
 
     def evaluation(self, eval_id: str) -> EvalJob:
-        """Return the evaluation with an id.
-
-        Raises:
-            UserError: the plan has no such evaluation.
-        """
-        for job in self.evaluations():
-            if job.eval_id == eval_id:
-                return job
-        raise UserError(f"evaluation {eval_id!r} is not in the plan; has the preset changed since the job was made?")
+        """Return the evaluation with an id; UserError says that the plan has no such evaluation."""
+        return _with_id({job.eval_id: job for job in self.evaluations()}, "evaluation", eval_id)
 
     @cached_property
     def jobs(self) -> tuple[Job, ...]:
-        """The jobs that train the sweeps, in the order in which they should start: the longest first.
+        """The jobs that train the sweeps, the longest first, and in each job the longest sweep first.
+
+        The sweeps of a job have the same model, dataset, kind of training, number of GPUs and experiments, so that a
+        figure trains no more than it needs. A job grows until its start is a small share of it, but never beyond the
+        longest sweep: with any number of cores the last core then finishes no later than that sweep would make it. A
+        sweep whose runs are jobs of their own stays alone.
 
         Raises:
             UserError: a sweep fits on no number of GPUs that the preset allows.
         """
-        return tuple(Job(sweeps) for sweeps in group_sweeps(self.preset, self.sweeps))
+        groups: dict[tuple[object, ...], list[Sweep]] = defaultdict(list)
+        seconds: dict[Sweep, float] = {}
+        for sweep, gpus in self.gpus.items():
+            condition = sweep.condition
+            seconds[sweep] = sweep_seconds(self.preset, sweep, gpus, sweep.n_runs)
+            groups[condition.model, condition.dataset, condition.task, sweep.experiments, gpus].append(sweep)
+
+        def duration(job: list[Sweep]) -> float:
+            return sum(seconds[sweep] for sweep in job)
+
+        longest = max(seconds.values(), default=0.0)
+        jobs: list[list[Sweep]] = []
+        for group in groups.values():
+            start = start_seconds(self.preset, group[0].condition)
+            # Where even the longest sweep is shorter than a start, a job as long as a start is enough.
+            enough, most = min(start / START_SHARE, max(start, longest)), max(longest, 1.5 * start)
+            alone: list[Sweep] = []
+            short: list[Sweep] = []
+            for sweep in sorted(group, key=lambda sweep: -seconds[sweep]):
+                is_long = seconds[sweep] >= enough or is_split(self.preset, sweep, self.gpus[sweep])
+                (alone if is_long else short).append(sweep)
+            jobs += [[sweep] for sweep in alone]
+            # Short sweeps are dealt out, each to the job that is shortest so far, to more jobs if one gets too long.
+            for count in range(max(1, round(duration(short) / enough)), len(short) + 1):
+                dealt: list[list[Sweep]] = [[] for _ in range(count)]
+                for sweep in short:
+                    min(dealt, key=duration).append(sweep)
+                if max(map(duration, dealt)) <= most:
+                    jobs += dealt
+                    break
+        return tuple(Job(tuple(job)) for job in sorted(jobs, key=lambda job: -duration(job)))
 
     def is_split(self, job: Job) -> bool:
         """Return whether each run of a job's only sweep is a job of its own (see `execution.job_hours`)."""
@@ -111,15 +141,9 @@ class Plan:
         return next(job for job in self.jobs if sweep in job.sweeps)
 
     def job(self, job_id: str) -> Job:
-        """Return the job with an id, or a job of a single sweep by the sweep's id.
-
-        Raises:
-            UserError: the plan has no such job (the preset or the protocol version has changed).
-        """
-        for job in (*self.jobs, *(Job((sweep,)) for sweep in self.sweeps)):
-            if job.job_id == job_id:
-                return job
-        raise UserError(f"job {job_id!r} is not in the plan; has the preset changed since the job was made?")
+        """Return the job with an id, or a job of a single sweep by the sweep's id; UserError if the plan has none."""
+        jobs = {job.job_id: job for job in (*(Job((sweep,)) for sweep in self.sweeps), *self.jobs)}
+        return _with_id(jobs, "job", job_id)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per expected run; `lr` and `run_id` are None for runs whose LR is not known yet."""
@@ -133,6 +157,12 @@ class Plan:
         return rows
 
 
+def _with_id(planned: Mapping[str, T], what: str, given: str) -> T:
+    if given not in planned:
+        raise UserError(f"{what} {given!r} is not in the plan; has the preset changed since the job was made?")
+    return planned[given]
+
+
 def make_plan(preset: Preset) -> Plan:
     """Plan a preset's sweeps; a condition that several experiments need appears once."""
     trained = preset.experiments.trained().items()
@@ -142,22 +172,40 @@ def make_plan(preset: Preset) -> Plan:
 
 
 def _block_sweeps(preset: Preset, name: str, block: SftExperiment | RlExperiment) -> Iterator[Sweep]:
-    """Yield the sweep of each arm of a block of the experiment `name`, for each of its models, data and batch sizes."""
+    """Yield the sweep of each arm of a block of the experiment `name`, for each of its models, data and batch sizes.
+
+    Raises:
+        UserError: a variant of LoRA can't be combined with the preset's model, rank or sampler.
+    """
     best, around, every = block.seeds.best, block.seeds.around or block.seeds.best, block.seeds.every
     for common, (arm, grid, scale) in product(_conditions(preset, block), _arms(block, preset.protocol)):
         condition = Condition(**common, **arm, eps=preset.protocol.eps if block.eps is None else block.eps)
-        _check_variant(preset, condition)
-        lattice = None
+        sizes, title = (
+            dimensions(preset.models[condition.model]),
+            f"{METHOD_NAMES[condition.method]} of {condition.model}",
+        )
+        if condition.rank is not None and condition.placement is not None and condition.method != "lora":
+            if sizes.experts:
+                raise UserError(f"{title}: a mixture of experts can only have LoRA; allowed: dense models")
+            if preset.execution.sampler == "vllm" and (condition.rollouts or preset.evaluation):
+                raise UserError(f"{title}: execution.sampler = vllm takes plain LoRA only; allowed: own")
+            adapted = sizes.adapted(condition.placement, preset.protocol.include_unembedding)
+            smallest = min(min(matrix.d_in, matrix.d_out) for matrix in adapted)
+            if condition.method in FROM_WEIGHTS and condition.rank > smallest:
+                raise UserError(
+                    f"{title}: rank {condition.rank} is more than the smallest dimension of a layer, "
+                    f"{smallest}, and the adapter starts with that many directions of each weight"
+                )
+        lattice = racing = None
         if isinstance(grid, AutoLrs):
-            start = grid.start or starting_lr(dimensions(preset.models[condition.model]).hidden, condition.task)
+            start = grid.start or starting_lr(sizes.hidden, condition.task)
             lattice = Lattice(grid.per_decade, grid.most - _FIRST_LRS, scale)
             lrs: tuple[float, ...] = lattice.around(start)
+            if preset.racing is not None:
+                racing = Racing(preset.racing.level, getattr(preset.racing.least, condition.task))
         else:
             lrs = tuple(lr * scale for lr in grid)
         given = tuple((lr, every) for lr in lrs) if every > 1 else ()
-        racing = None
-        if preset.racing is not None and lattice is not None:
-            racing = Racing(preset.racing.level, getattr(preset.racing.least, condition.task))
         seeds = Seeds(best, around if lattice else 1, given, preset.first_seed, racing)
         yield Sweep(condition, lrs, seeds, (name,), lattice)
 
@@ -183,13 +231,11 @@ def _conditions(preset: Preset, block: SftExperiment | RlExperiment) -> Iterator
         for problems in block.problems:
             ids = [dataset_id(preset.problems[name]) for name in (problems, *block.held_out)]
             trained_on.append(({**common, "dataset": problems, "rollouts": rollouts}, ids))
-    # Alpha and epsilon are fields of the condition.
+    # Alpha and epsilon are fields of the condition. Runs keep the ids that they had before there were the last two.
     rules = preset.protocol.model_dump(exclude={"alpha", "eps"})
-    # Runs keep the ids that they had before there were these fields.
-    if rules["probe_points"] is None:
-        del rules["probe_points"]
-    if rules["schedule"] == "constant":
-        del rules["schedule"]
+    for name, absent in (("probe_points", None), ("schedule", "constant")):
+        if rules[name] == absent:
+            del rules[name]
     for model, (data_fields, data_id) in product(block.models, trained_on):
         # The hash of what determines a run's result besides the condition's other fields, its LR and seed.
         identity = digest([PROTOCOL_VERSION, model_id(preset.models[model]), data_id, rules])
@@ -219,33 +265,11 @@ def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], li
             yield arm, block.lrs.lora, p
 
 
-def _check_variant(preset: Preset, condition: Condition) -> None:
-    """Check that a condition's variant of LoRA can be trained.
-
-    Raises:
-        UserError: it can't be combined with the preset's model, rank or sampler.
-    """
-    if condition.rank is None or condition.placement is None or condition.method == "lora":
-        return
-    sizes, name = dimensions(preset.models[condition.model]), METHOD_NAMES[condition.method]
-    if sizes.experts:
-        raise UserError(f"{name} of {condition.model}: a mixture of experts can only have LoRA; allowed: dense models")
-    if preset.execution.sampler == "vllm" and (condition.rollouts or preset.evaluation):
-        raise UserError(f"{name} of {condition.model}: execution.sampler = vllm takes plain LoRA only; allowed: own")
-    smallest = sizes.smallest(condition.placement, preset.protocol.include_unembedding)
-    if condition.method in FROM_WEIGHTS and condition.rank > smallest:
-        raise UserError(
-            f"{name} of {condition.model}: rank {condition.rank} is more than the smallest dimension of a layer, "
-            f"{smallest}, and the adapter starts with that many directions of each weight"
-        )
-
-
 def starting_lr(hidden_size: int, task: Literal["sft", "rl"]) -> float:
     """Return the LR in the middle of the first three, the same for LoRA and full fine-tuning.
 
     It is the geometric mean of the LRs that the paper's law gives the two methods, so that their grids overlap. The
-    exponent of Llama serves all families: over widths of 1,024 to 8,192 the start is then within a factor of 3 of that
-    for Qwen, which a walk of a step or two makes up for.
+    exponent of Llama serves all families, since a walk of a step or two makes up for that.
     """
     law: float = _FULLFT * math.sqrt(_LORA_OVER_FULLFT) * (_WIDTH / hidden_size) ** _EXPONENT
     return law * (_RL_SHARE if task == "rl" else 1.0)
@@ -260,10 +284,9 @@ def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
     for sweep in sweeps:
         other = merged.get(sweep.condition)
         if other is not None:
-            lattice = sweep.lattice or other.lattice
-            if sweep.lattice and other.lattice:
-                finest = max(other.lattice, sweep.lattice, key=lambda lattice: lattice.per_decade)
-                lattice = replace(finest, further=max(other.lattice.further, sweep.lattice.further))
+            lattices = [part.lattice for part in (other, sweep) if part.lattice]
+            finest = max(lattices, key=lambda lattice: lattice.per_decade, default=None)
+            lattice = finest and replace(finest, further=max(lattice.further for lattice in lattices))
             seeds, given = (other.seeds, sweep.seeds), dict(other.seeds.given)
             for lr, number in sweep.seeds.given:
                 given[lr] = max(number, given.get(lr, 1))
@@ -278,51 +301,3 @@ def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
             )
         merged[sweep.condition] = sweep
     return list(merged.values())
-
-
-def group_sweeps(preset: Preset, sweeps: Sequence[Sweep]) -> list[tuple[Sweep, ...]]:
-    """Group sweeps into jobs, the longest job first and in each job the longest sweep first.
-
-    The sweeps of a job have the same model, dataset, kind of training, number of GPUs and experiments, so that a figure
-    trains no more than it needs. A job grows until its start is a small share of it, but never beyond the longest
-    sweep: with any number of cores the last core then finishes no later than that sweep would make it. A sweep whose
-    runs are jobs of their own stays alone.
-
-    Returns:
-        The sweeps of each job; every sweep is in exactly one.
-
-    Raises:
-        UserError: a sweep fits on no number of GPUs that the preset allows.
-    """
-    groups: dict[tuple[object, ...], list[Sweep]] = defaultdict(list)
-    seconds: dict[Sweep, float] = {}
-    split: set[Sweep] = set()
-    for sweep in sweeps:
-        condition, gpus = sweep.condition, gpus_used(preset, sweep)
-        seconds[sweep] = sweep_seconds(preset, sweep, gpus, sweep.n_runs)
-        if is_split(preset, sweep, gpus):
-            split.add(sweep)
-        groups[condition.model, condition.dataset, condition.task, sweep.experiments, gpus].append(sweep)
-
-    def duration(job: list[Sweep]) -> float:
-        return sum(seconds[sweep] for sweep in job)
-
-    longest = max(seconds.values(), default=0.0)
-    jobs: list[list[Sweep]] = []
-    for group in groups.values():
-        start = start_seconds(preset, group[0].condition)
-        # Where even the longest sweep is shorter than a start, a job as long as a start is enough.
-        enough, most = min(start / START_SHARE, max(start, longest)), max(longest, 1.5 * start)
-        group.sort(key=lambda sweep: -seconds[sweep])
-        alone = {sweep for sweep in group if seconds[sweep] >= enough or sweep in split}
-        short = [sweep for sweep in group if sweep not in alone]
-        jobs += [[sweep] for sweep in group if sweep in alone]
-        # Short sweeps are dealt out, each to the job that is shortest so far, to more jobs if one gets too long.
-        for count in range(max(1, round(duration(short) / enough)), len(short) + 1):
-            dealt: list[list[Sweep]] = [[] for _ in range(count)]
-            for sweep in short:
-                min(dealt, key=duration).append(sweep)
-            if max(map(duration, dealt)) <= most:
-                jobs += dealt
-                break
-    return [tuple(job) for job in sorted(jobs, key=lambda job: -duration(job))]

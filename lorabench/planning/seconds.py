@@ -6,9 +6,10 @@ from math import inf, sqrt
 
 from lorabench.config.execution import Execution
 from lorabench.config.fields import CHANGES_BASE
+from lorabench.config.inputs import FileDataset, HubDataset
 from lorabench.config.preset import Preset
 from lorabench.models.specs import dimensions
-from lorabench.planning.engine import engine_batch, engine_seconds, handover_seconds, uses_engine
+from lorabench.planning.engine import engine_batch, engine_seconds, handover_bytes, uses_engine
 from lorabench.planning.flops import (
     RunWork,
     evaluated_documents,
@@ -28,11 +29,14 @@ _START_SECONDS, _EVALUATION_START_SECONDS, _GPU_START_SECONDS, _READING = 6.0, 1
 _ENGINE_START_SECONDS, _GPU_ENGINE_START_SECONDS = 20.0, 90.0
 # Seconds of drawing a token on a CPU over those of a forward pass for one token of a text: one position at a time
 # leaves most of a machine idle. On one core the tiny base draws 11,000 tokens a second; at 50 GFLOP/s it would read
-# 30,000. The engine vLLM takes more, over this project's own sampler: measured for 64 responses of SmolLM2-135M on two
-# cores (benchmarks/engine.csv).
+# 30,000. The engine vLLM takes more, over this project's own sampler: measured for 64 responses of SmolLM2-135M with 16
+# tokens each on two cores.
 _DECODING = {"own": 3.0, "vllm": 3.0 * 4.2}
 # Seconds of launching one layer from Python for one position: the least that a drawn token takes, whatever the batch.
 _LAYER_SECONDS = 0.8e-3
+# Assumed for GPUs: the bytes/s at which weights are written to shared memory for an engine and as fast read, once in a
+# step, and the least seconds of doing so.
+_THROUGH_MEMORY, _HANDOVER_SECONDS = 2e9, 0.2
 # The speed of several GPUs, which wait for each other, as a share of the summed speed of as many single ones.
 _SHARDED = 0.8
 # Seconds of a variant's step over those of a step of LoRA: measured on the tiny bases, on one core (studies/variants).
@@ -61,7 +65,7 @@ def flops_per_second(execution: Execution, gpus: int = 1) -> float:
 
 
 def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
-    """Estimate the wall-clock seconds of one run on `gpus` GPUs (0: a CPU), in two parts.
+    """Estimate the wall-clock seconds of one run on `gpus` GPUs (0: a CPU).
 
     Returns:
         The seconds that are inversely proportional to the speed of `execution`, and those that do not depend on it.
@@ -74,7 +78,12 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
         flops = work.trained_flops + work.evaluated_flops + work.recomputed_flops
         flops *= _OVER_LORA.get(condition.method, 1.0)
         return (flops + _DECODING[execution.sampler] * work.drawn_flops) / flops_per_second(execution), 0.0
-    padded = _padding(preset, condition, gpus)
+    # A batch is split by length into micro-batches, whose rows are as long as the longest. Examples of generated data
+    # differ little in length, and long ones are alone in their micro-batch. Padding of RL and of evaluations, which
+    # sort all examples by length, is not counted.
+    dataset, padded = preset.sources[condition.dataset], 1.0
+    if isinstance(dataset, HubDataset | FileDataset) and 4 * dataset.mean_tokens <= execution.max_batch_tokens:
+        padded += _PADDING / sqrt(max(1, condition.batch_size // gpus))
     flops = padded * (work.trained_flops + work.recomputed_flops) + work.evaluated_flops
     # Logits are computed of scored tokens only.
     training, forward = unembedding_flops_per_token(preset, condition)
@@ -95,26 +104,10 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     return computing, waiting
 
 
-def _padding(preset: Preset, condition: Condition, gpus: int) -> float:
-    """Return the tokens that pass through the model in training, with padding, over those without, of a GPU job.
-
-    A batch is split by length into micro-batches, whose rows are as long as the longest. Examples of generated data
-    differ little in length, and long ones are alone in their micro-batch. Padding of RL and of evaluations, which sort
-    all examples by length, is not counted.
-    """
-    if condition.rollouts is not None:
-        return 1.0
-    dataset = preset.datasets[condition.dataset]
-    if dataset.kind not in ("hub", "file") or 4 * dataset.mean_tokens > preset.execution.max_batch_tokens:
-        return 1.0
-    return 1.0 + _PADDING / sqrt(max(1, condition.batch_size // gpus))
-
-
 def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: int) -> float:
     """Return the seconds, besides those of FLOPs, in which a run's responses are drawn on GPUs.
 
-    The engine also gets the run's weights. This project's own sampler launches each layer for every position, reads the
-    weights, and reads the cache.
+    The own sampler launches each layer for every position, and reads weights and cache; the engine gets the weights.
     """
     rollouts, execution, engine = condition.rollouts, preset.execution, uses_engine(preset, condition)
     assert rollouts
@@ -133,8 +126,9 @@ def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: 
         refilled = max(longest, _REFILLED * rounds * rollouts.mean_response_tokens)
         positions += times * (refilled if engine else max(1.0, rounds) * longest)
     if engine:
-        handovers = (condition.steps + rollouts.evaluations) * handover_seconds(preset, condition)
-        return engine_seconds(preset, sizes, work.drawn / gpus, positions, work.context) + handovers
+        handover = _HANDOVER_SECONDS + 2 * handover_bytes(preset, condition) / _THROUGH_MEMORY
+        drawing = engine_seconds(preset, sizes, work.drawn / gpus, positions, work.context)
+        return drawing + (condition.steps + rollouts.evaluations) * handover
     # Keys and values are read, repeated for all heads, and read again.
     cache = work.drawn * work.context * sizes.layers * 12 * sizes.heads * sizes.head_dim
     bandwidth = GPUS[execution.gpu].bandwidth
@@ -142,9 +136,9 @@ def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: 
 
 
 def start_seconds(preset: Preset, condition: Condition | None = None) -> float:
-    """Return the wall-clock seconds of a job before its first step, without reading a large model.
+    """Return the wall-clock seconds of a job, of training on a condition, before its first step.
 
-    A training job, whose first sweep has the given condition, may also start an engine.
+    Reading a large model is not among them.
     """
     starts_engine = condition is not None and uses_engine(preset, condition)
     if preset.execution.gpu is None:
@@ -153,14 +147,10 @@ def start_seconds(preset: Preset, condition: Condition | None = None) -> float:
 
 
 def job_seconds(preset: Preset, job: Job, gpus: int, most: bool = False) -> float:
-    """Estimate the wall-clock seconds of a job on `gpus` GPUs (0: a CPU), which starts once for all its sweeps.
-
-    With `most` they are those of its largest possible number of runs, else of the expected number.
-    """
-    start = start_seconds(preset, job.sweeps[0].condition)
-    return start + sum(
-        sweep_seconds(preset, sweep, gpus, sweep.most_runs if most else sweep.n_runs) for sweep in job.sweeps
-    )
+    """Estimate the wall-clock seconds of the expected or `most` runs of a job, which starts once for all its sweeps."""
+    runs = [sweep.most_runs if most else sweep.n_runs for sweep in job.sweeps]
+    seconds = [sweep_seconds(preset, sweep, gpus, number) for sweep, number in zip(job.sweeps, runs, strict=True)]
+    return start_seconds(preset, job.sweeps[0].condition) + sum(seconds)
 
 
 def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, runs: int) -> float:
@@ -172,14 +162,11 @@ def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, runs: int) -> float:
 
 
 def gpus_used(preset: Preset, sweep: Sweep) -> int:
-    """Return the number of GPUs of a sweep's jobs, a power of two; 0 on a CPU.
+    """Return the number of GPUs of a sweep's jobs, a power of two; 0 on a CPU, and UserError where no number holds one.
 
     It is the smallest that holds a job. Where each run is a job of its own, it is doubled, as far as `max_gpus` allows,
     until a run takes no longer than `job_hours`, and a run of each wave, one after the other, no longer than
     `path_hours`.
-
-    Raises:
-        TooLargeError: a job fits on no number of GPUs that the preset allows.
     """
     gpus, execution = gpus_needed(preset, sweep), preset.execution
     while 0 < 2 * gpus <= most_gpus(preset, sweep.condition) and is_split(preset, sweep, gpus):

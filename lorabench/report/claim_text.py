@@ -43,30 +43,30 @@ COUNTING = (
 _EXACT = 1e-12
 """An effect below this is the rounding of an exact number."""
 
+# What a verdict says that is decided.
 _FOUND = {
     "confirmed": "It holds",
     "right sign, below the margin": "The sign is right, but the effect is too small",
     "contradicted": "It does not hold",
     "not seen here": "It does not hold for models this small",
 }
-"""What a verdict says that is decided."""
 
 _SHORT_UNITS = {"nats per token": "nats", "ratio": ""}
 
+# The units of differences that are written in hundredths, and how.
 _IN_HUNDREDTHS = {
     "error rate": " points of error rate",
     "accuracy": " points of accuracy",
     "train reward": " points of train reward",
     "share of accuracy": "% of the accuracy",
 }
-"""The units of differences that are written in hundredths, and how."""
 
+# How a 0 of these units is written.
 _EXACT_COUNTS = {
     "parameters": "no difference from the counts",
     "relative difference from the formula": "no difference from the formula",
     "gradient norm": "a gradient of 0",
 }
-"""How a 0 of these units is written."""
 
 
 def margin(claim: Claim) -> str:
@@ -78,19 +78,16 @@ def margin(claim: Claim) -> str:
 def _band(claim: Claim) -> str:
     """Return the values that confirm a claim without their unit, empty if there are none."""
     low, high = claim["margin_low"], claim["margin_high"]
-    written = partial(_short, claim=claim)
     if formats.missing(low) or formats.missing(high) or (math.isinf(low) and math.isinf(high)):
         return ""
     if math.isinf(high):
-        return f"at least {written(low)}"
+        return f"at least {_short(low, claim)}"
     # A ratio is above 0 anyway.
     if math.isinf(low) or (low == 0 and _unit(claim) == "ratio"):
-        return f"at most {written(high)}"
+        return f"at most {_short(high, claim)}"
     if math.isclose(low, high, abs_tol=_EXACT):
-        return f"exactly {written(low)}"
-    if math.isclose(low, -high):
-        return f"±{written(high)}"
-    return f"{written(low)} to {written(high)}"
+        return f"exactly {_short(low, claim)}"
+    return f"±{_short(high, claim)}" if math.isclose(low, -high) else f"{_short(low, claim)} to {_short(high, claim)}"
 
 
 def estimate(claim: Claim) -> str:
@@ -108,28 +105,13 @@ def spread(claim: Claim) -> str:
     low, high = claim["ci_low"], claim["ci_high"]
     if formats.missing(low) or formats.missing(high) or low == high:
         return ""
-    if _unit(claim) in _IN_HUNDREDTHS:
-        return formats.fixed_interval(100 * low, 100 * high, 1)
-    return formats.interval(low, high)
+    hundredths = _unit(claim) in _IN_HUNDREDTHS
+    return formats.fixed_interval(100 * low, 100 * high, 1) if hundredths else formats.interval(low, high)
 
 
 def measured(claim: Claim) -> str:
     """Return the estimate of a claim with its unit and its 95% interval."""
     return f"{estimate(claim)} {spread(claim)}".strip()
-
-
-def power(claim: Claim) -> str:
-    """Return the smallest effect that would have been seen with a probability of 80%.
-
-    That of a ratio is a factor, as its error is that of its logarithm. A number without an error, such as a count, has
-    none.
-    """
-    value = claim["detectable"]
-    if formats.missing(value) or math.isinf(value) or value < _EXACT:
-        return formats.DASH
-    if str(claim["unit"]).startswith("ratio") and value >= 1:
-        return f"a factor of {_short(value, claim)}"
-    return _with_unit(_short(value, claim), claim)
 
 
 def verdict(claim: Claim) -> str:
@@ -158,14 +140,13 @@ def sentence(claim: Claim) -> str:
     """Return what the verdict on a claim says, in plain words: what was measured, and what would have confirmed it."""
     if claim["verdict"] == "not tested":
         return "This preset has no runs about it."
-    if claim["verdict"] == "setting not met":
-        if formats.missing(claim["missing"]):
+    if claim["verdict"] in ("setting not met", "inconclusive"):
+        if not remark(claim):
             return "These runs cannot say."
+        if claim["verdict"] == "inconclusive":
+            return f"These runs cannot say. To decide: {claim['would_decide']}."
         # Which presets meet the setting is said where the claim is opened.
         return f"These runs cannot say: the claim is about {re.sub(r'; the presets? [^;)]*', '', claim['missing'])}."
-    if claim["verdict"] == "inconclusive":
-        decides = claim["would_decide"]
-        return "These runs cannot say." + ("" if formats.missing(decides) else f" To decide: {decides}.")
     found, band, value = _FOUND[claim["verdict"]], _band(claim), estimate(claim)
     if value == formats.DASH:
         return f"{found}."
@@ -178,7 +159,11 @@ def sentence(claim: Claim) -> str:
 
 
 def details(claim: Claim) -> dict[str, str]:
-    """Return what else is known of how a claim was judged, by its name on the page."""
+    """Return what else is known of how a claim was judged, by its name on the page.
+
+    Its power is the smallest effect that would have been seen with a probability of 80%; that of a ratio is a factor,
+    as its error is that of its logarithm, and a number without an error, such as a count, has none.
+    """
     known = {name: value for name, value in claim.items() if not formats.missing(value)}
     rule = f" ({known['margin_rule']})" if "margin_rule" in known else ""
     # Where the test split is named, no learning rate was picked by it: the results are themselves fitted minima.
@@ -186,16 +171,17 @@ def details(claim: Claim) -> dict[str, str]:
     picked = "the best learning rates are those of the"
     split = known.get("lr_chosen_on")
     chosen = f"; {fitted if split == 'test' else picked} {split} split" if split else ""
-    seen, again = power(claim), known.get("p_again")
+    seen, again = known.get("detectable", 0.0), known.get("p_again")
+    factor = str(claim["unit"]).startswith("ratio") and seen >= 1
+    effect = f"a factor of {_short(seen, claim)}" if factor else _with_unit(_short(seen, claim), claim)
+    expected = f"a new run decides the same, in all parts of the criterion, with a probability of {again or 0:.0%}"
     rows = {
         "Needs": known.get("missing") if claim["verdict"] == "setting not met" else "",
         "Margin": f"{margin(claim)}{rule}" if _band(claim) else "",
-        "Power": "" if seen == formats.DASH else f"{seen} would have been seen with a probability of 80%",
+        "Power": f"{effect} would have been seen with a probability of 80%" if _EXACT <= seen < math.inf else "",
         "Measured on": known.get("scope"),
         "Seeds": f"at most {known['n_seeds']:.0f} of an arm{chosen}" if "n_seeds" in known else "",
-        "Again": ""
-        if again is None
-        else f"a new run decides the same, in all parts of the criterion, with a probability of {again:.0%}",
+        "Again": "" if again is None else expected,
         "Published": known.get("published"),
         "Kind": claim["kind"],
     }
@@ -258,17 +244,12 @@ def headline(claims: pd.DataFrame) -> str:
     for group in _GROUPS:
         its = stated[stated["group"] == group]
         n_facts, n_claims = len(its), sum(map(len, its["claim_ids"]))
-        subject = _counted(n_claims, group)
-        if n_claims > n_facts:
-            subject += f" about {_counted(n_facts, 'fact')}"
-        if n_facts:
-            counts = {verdict: (its["verdict"] == verdict).sum() for verdict in VERDICTS}
-            parts.append(f"{subject}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count))
+        subject = f"{n_claims} {group}{'' if n_claims == 1 else 's'}"
+        subject += f" about {n_facts} fact{'' if n_facts == 1 else 's'}" if n_claims > n_facts else ""
+        counts = {verdict: (its["verdict"] == verdict).sum() for verdict in VERDICTS}
+        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+        parts += [f"{subject}: {verdicts}"] if n_facts else []
     return "; ".join(parts)
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def in_order(claims: pd.DataFrame) -> pd.DataFrame:

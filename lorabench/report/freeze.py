@@ -8,7 +8,6 @@ the frozen ones. `came_out_again` sets the expected verdicts beside those of the
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -105,16 +104,14 @@ def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None 
         )
     rules = rules_sha256(stated.margins, stated.predictions or {})
     explored = pd.DataFrame(columns=["claim_id", "verdict", "kind", "rules"]) if claims is None else claims
-    if other := set(explored["rules"]) - {rules}:
-        judged_by = ", ".join("unknown rules" if formats.missing(name) else name[:12] for name in other)
+    if judged_by := _other_rules(explored, rules):
         raise UserError(
             f"the explored claims were judged by {judged_by} and the rules of today are {rules[:12]}: judge them again "
             "with `lorabench claims`"
         )
-    powers: dict[str, float] = {}
+    powers: dict[Any, float] = {}
     if power is not None:
-        shares = power.filter(like="power_at_").min(axis="columns")
-        powers = {str(name): float(share) for name, share in shares.groupby(power["claim_id"]).min().items()}
+        powers = power.filter(like="power_at_").min(axis="columns").groupby(power["claim_id"]).min().to_dict()
     expected = {}
     # Runs cannot refute a derivation or a count, so it tells nothing when they come out again.
     testable = explored["verdict"].ne("not tested") & ~explored["kind"].isin(["derivation", "count"])
@@ -122,14 +119,19 @@ def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None 
         numbers = {name: _number(claim.get(name)) for name in ("p_again", "estimate", "ci_low", "ci_high")}
         share = _number(powers.get(claim["claim_id"]))
         expected[claim["claim_id"]] = Expected(verdict=claim["verdict"], power=share, **numbers)
-    data = {
-        name: FrozenData(id=dataset_id(spec), test=_UNEXPLORED if claims is None else _test_examples(spec))
-        for name, spec in stated.sources.items()
-    }
+    data, same = {}, []
+    for name, spec in stated.sources.items():
+        test = "other examples than the explored"
+        if claims is None:
+            test = "no examples were explored"
+        elif not (isinstance(spec, FactsDataset) or (isinstance(spec, GeneratedSplits) and spec.test_seed is not None)):
+            test = "the explored examples"
+            same.append(name)
+        data[name] = FrozenData(id=dataset_id(spec), test=test)
     notes = [] if power is not None else ["The power was not computed."]
     if claims is None:
         notes.append("The preset had never been run in this design, so that no verdicts are expected.")
-    if same := [name for name, about in data.items() if about.test == _SAME]:
+    if same:
         notes.append(f"The test examples of {', '.join(same)} are the explored ones; only the seeds are held out.")
     return Frozen(
         preset=preset,
@@ -144,13 +146,10 @@ def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None 
     )
 
 
-_OTHERS, _SAME = "other examples than the explored", "the explored examples"
-_UNEXPLORED = "no examples were explored"
-
-
-def _test_examples(spec: Any) -> str:
-    held_out = isinstance(spec, FactsDataset) or (isinstance(spec, GeneratedSplits) and spec.test_seed is not None)
-    return _OTHERS if held_out else _SAME
+def _other_rules(claims: pd.DataFrame, rules: str) -> str:
+    """Return the rules that claims were judged by other than some, as text; empty if there are none."""
+    others = set(claims["rules"]) - {rules}
+    return ", ".join("unknown rules" if formats.missing(name) else name[:12] for name in others)
 
 
 def _number(value: Any) -> float | None:
@@ -160,13 +159,11 @@ def _number(value: Any) -> float | None:
 def write_frozen(frozen: Frozen, path: Path) -> None:
     """Write what was fixed as YAML, whole or not at all."""
     about = (
-        "# What was fixed before the runs on held-out seeds. `lorabench freeze` wrote it; commit it before the runs.\n"
+        "# What was fixed before the runs on held-out seeds. `lorabench freeze` wrote it; commit it before the runs."
     )
+    stated = yaml.safe_dump(frozen.model_dump(), sort_keys=False, default_flow_style=None, width=120)
     with atomic_path(path) as partial:
-        partial.write_text(
-            about + yaml.safe_dump(frozen.model_dump(), sort_keys=False, default_flow_style=None, width=120),
-            encoding="utf-8",
-        )
+        partial.write_text(f"{about}\n{stated}", encoding="utf-8")
 
 
 def read_frozen(path: Path) -> Frozen:
@@ -206,15 +203,18 @@ def check_kept(frozen: Frozen, path: Path, layout: Layout, runs: pd.DataFrame, c
     ids = {name: dataset_id(spec) for name, spec in layout.preset.sources.items()}
     if changed := [name for name, about in frozen.data.items() if ids.get(name) != about.id]:
         raise UserError(f"the data {', '.join(changed)} were changed after they were frozen in {path}")
-    if other := set(claims["rules"]) - {frozen.rules_sha256}:
-        judged_by = ", ".join("unknown rules" if formats.missing(name) else name[:12] for name in other)
+    if judged_by := _other_rules(claims, frozen.rules_sha256):
         raise UserError(f"the claims were judged by {judged_by}, and {frozen.rules_sha256[:12]} is frozen in {path}")
     if wrong := sorted(set(runs["seed"]) - set(frozen.seeds)):
         raise UserError(f"runs have the seeds {_some(wrong)}, which are not among those frozen in {path}")
     _check_complete(layout.preset, runs, frozen.preset)
     if dirty := runs.loc[runs["git_dirty_patch"].notna(), "run_id"].tolist():
         raise UserError(f"runs were made with uncommitted changes to the code: {_some(dirty)}")
-    commit = _commit_of(path)
+    # The file must be as it is in the commit that last changed it.
+    changes = _git(path.parent, "status", "--porcelain", "--", path.name)
+    commit = (_git(path.parent, "log", "-1", "--format=%H", "--", path.name) or "").strip()
+    if changes is None or changes.strip() or not commit:
+        raise UserError(f"{path} is not committed as it is; it has to be, before the runs")
     for sha in runs["git_sha"].unique():
         if formats.missing(sha):
             raise UserError(
@@ -229,11 +229,13 @@ def check_kept(frozen: Frozen, path: Path, layout: Layout, runs: pd.DataFrame, c
 
 def _check_complete(preset: Preset, runs: pd.DataFrame, name: str) -> None:
     """Raise UserError if a run of the preset is not in the table `runs`, or a run of the table is not of the preset."""
-    rows = {row["run_id"]: row for row in runs.to_dict("records")}
-    others = set(rows)
+    names = ["final_valid_nll", "final_valid_reward"]
+    final = runs.set_index("run_id").reindex(columns=names).astype(object)
+    outcomes = final.where(final.notna(), None).to_dict("index")
+    others = set(outcomes)
     for sweep in make_plan(preset).sweeps:
-        mine = [run for run in set(sweep.possible_runs()) if run.run_id in rows]
-        losses = {(run.lr, run.seed): validation_loss({"outcome": _outcome(rows[run.run_id])}) for run in mine}
+        mine = [run for run in set(sweep.possible_runs()) if run.run_id in outcomes]
+        losses = {(run.lr, run.seed): validation_loss({"outcome": outcomes[run.run_id]}) for run in mine}
         if missing := next_runs(sweep, losses):
             raise UserError(f"preset {name} lacks runs of its plan: {_some([run.run_id for run in missing])}")
         others -= {run.run_id for run in mine}
@@ -241,24 +243,9 @@ def _check_complete(preset: Preset, runs: pd.DataFrame, name: str) -> None:
         raise UserError(f"runs are not of the preset {name}: {_some(sorted(others))}")
 
 
-def _outcome(row: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the final validation losses of a row of the table `runs`; None for a missing one, as in a run's record."""
-    names = ("final_valid_nll", "final_valid_reward")
-    return {name: None if formats.missing(row.get(name)) else row[name] for name in names}
-
-
 def _some(values: list[Any]) -> str:
     """Return the first values as text."""
     return ", ".join(map(str, values[:3])) + (f" and {len(values) - 3} more" if len(values) > 3 else "")
-
-
-def _commit_of(path: Path) -> str:
-    """Return the commit that last changed a file, which must be as it is there."""
-    changes = _git(path.parent, "status", "--porcelain", "--", path.name)
-    commit = (_git(path.parent, "log", "-1", "--format=%H", "--", path.name) or "").strip()
-    if changes is None or changes.strip() or not commit:
-        raise UserError(f"{path} is not committed as it is; it has to be, before the runs")
-    return commit
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -286,27 +273,22 @@ def came_out_again(frozen: Frozen, claims: pd.DataFrame) -> pd.DataFrame:
     judged = {claim["claim_id"]: claim for claim in claims.to_dict("records")}
     unexplored = Expected(verdict="not tested", p_again=None, power=None, estimate=None, ci_low=None, ci_high=None)
     tested = (claim_id for claim_id, claim in judged.items() if claim["verdict"] != "not tested")
+    words = {True: "yes", False: "no", None: None}
     rows = []
     for claim_id, expected in (frozen.expected or dict.fromkeys(tested, unexplored)).items():
         held_out = judged.get(claim_id, {"verdict": "not tested"})
-        estimate = _number(held_out.get("estimate"))
+        estimate, low, high = (_number(held_out.get(name)) for name in ("estimate", "ci_low", "ci_high"))
+        again = held_out["verdict"] == expected.verdict if expected.verdict in DECIDED else None
         within = None
         if expected.ci_low is not None and expected.ci_high is not None and estimate is not None:
-            within = _yes(expected.ci_low <= estimate <= expected.ci_high)
+            within = expected.ci_low <= estimate <= expected.ci_high
         rows.append(
             {"claim_id": claim_id, "statement": held_out.get("statement"), "explored": expected.verdict}
-            | {"held_out": held_out["verdict"]}
-            | {"again": _yes(held_out["verdict"] == expected.verdict) if expected.verdict in DECIDED else None}
+            | {"held_out": held_out["verdict"], "again": words[again]}
             | expected.model_dump(include={"p_again", "power", "estimate", "ci_low", "ci_high"})
-            | {"held_out_estimate": estimate}
-            | {f"held_out_{end}": _number(held_out.get(f"ci_{end}")) for end in ("low", "high")}
-            | {"within": within}
+            | {"held_out_estimate": estimate, "held_out_low": low, "held_out_high": high, "within": words[within]}
         )
     return pd.DataFrame(rows)
-
-
-def _yes(value: Any) -> str:
-    return "yes" if value else "no"
 
 
 def summary_of(again: pd.DataFrame) -> str:

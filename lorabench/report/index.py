@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import pandas as pd
-
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CORE
 from lorabench.config.loading import is_shipped, load_preset, split_name
@@ -78,6 +76,10 @@ def _entry(report: Path, results: Path, ours: bool) -> dict[str, Any]:
         runs = read_rows(results / name / "tables", "runs", ["model", "started"])
     except UserError as error:
         return entry | {"note": f"Its tables can't be read: {error}."}
+    # Of each fact one core claim is shown: those that are decided come first, then those that are inconclusive.
+    core = claims[claims["claim_id"].isin(CORE) & claims["verdict"].isin((*DECIDED, "inconclusive"))]
+    core = core.assign(open=core["verdict"] == "inconclusive", place=core["claim_id"].map(CORE.index))
+    core = core.sort_values(["open", "place"], kind="stable").drop_duplicates("fact").head(LINES)
     started = sorted(row["started"] for row in runs if row["started"])
     days = dict.fromkeys(time[:10] for time in (*started[:1], *started[-1:]))
     models = ", ".join(sorted({row["model"] for row in runs}))
@@ -86,12 +88,5 @@ def _entry(report: Path, results: Path, ours: bool) -> dict[str, Any]:
         "last": max(started, default=""),
         "size": [f"{len(runs):,} run{'' if len(runs) == 1 else 's'}", models, " to ".join(days)],
         "verdicts": [(verdict, int(counts[verdict])) for verdict in claim_text.VERDICTS if verdict in counts],
-        "claims": _most_important(claims),
+        "claims": core.to_dict("records"),
     }
-
-
-def _most_important(claims: pd.DataFrame) -> list[dict[Any, Any]]:
-    """Return the first core claims that are decided, then those that are inconclusive, of each fact one."""
-    core = claims[claims["claim_id"].isin(CORE) & claims["verdict"].isin((*DECIDED, "inconclusive"))]
-    ordered = core.assign(open=core["verdict"] == "inconclusive", place=core["claim_id"].map(CORE.index))
-    return ordered.sort_values(["open", "place"], kind="stable").drop_duplicates("fact").head(LINES).to_dict("records")

@@ -10,8 +10,7 @@ from typing import Any
 import pandas as pd
 
 from lorabench.claims.judge import CLAIMS, judge_claims
-from lorabench.config.margins import Margins
-from lorabench.config.predictions import Predictions
+from lorabench.config.margins import Margins, Predictions
 from lorabench.store.schemas import VERDICTS_BY_MARGIN
 from lorabench.store.tables import Tables
 
@@ -28,9 +27,7 @@ def scaled(margins: Margins, factor: float) -> Margins | None:
     A factor of learning rates is as many times as large on a logarithmic scale.
     """
     shares = {name: getattr(margins, name) * factor for name in ("loss", "final_loss", "reward")}
-    if max(shares.values()) >= 1:
-        return None
-    return Margins(**shares, lr_factor=margins.lr_factor**factor)
+    return Margins(**shares, lr_factor=margins.lr_factor**factor) if max(shares.values()) < 1 else None
 
 
 def verdicts_by_margin(
@@ -68,10 +65,10 @@ def turned(by_margin: pd.DataFrame, judged: pd.DataFrame) -> dict[str, Any] | No
     rows: list[dict[str, Any]] = []
     stay = []
     for claim_id, at in by_margin.groupby("claim_id", sort=False):
-        if at["verdict"].nunique() == 1:
-            stay.append(str(claim_id))
-            continue
         claim = about.loc[claim_id]
         by_factor = at.sort_values("factor").assign(unit=claim["unit"]).to_dict("records")
-        rows.append({"claim_id": claim_id, "at": by_factor} | {name: claim[name] for name in ("statement", "verdict")})
+        if at["verdict"].nunique() == 1:
+            stay.append(str(claim_id))
+        else:
+            rows.append({"claim_id": claim_id, "at": by_factor, **claim[["statement", "verdict"]]})
     return {"factors": sorted(by_margin["factor"].unique()), "rows": rows, "stay": stay}

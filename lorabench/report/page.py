@@ -40,9 +40,6 @@ from lorabench.utils.studies import studies
 
 _HERE = Path(__file__).parent
 
-_DEFAULT_PRESET = "laptop"
-"""The preset that Snakemake runs where none is named."""
-
 SECTIONS: list[dict[str, Any]] = yaml.safe_load((_HERE / "sections.yaml").read_text(encoding="utf-8"))
 """The page's sections in the paper's order, and then those of studies: which figures and claims are shown together."""
 SECTIONS += [study.texts["section"] for study in studies()]
@@ -74,10 +71,9 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
     tested = [claim for claim in claims if claim["verdict"] != "not tested"]
     all_curves = read_table(tables, "curves")
     judging = Judging(plan.preset.margins, ExampleLosses.of(read_table(tables, "test_losses", optional=True)))
-    curves = curves_to_draw(runs, all_curves)
     recipe = measured_recipe(all_runs, all_curves, judging)
     trained = plan.preset.experiments.trained()
-    page = (
+    rendered = (
         environment()
         .get_template("page.html.j2")
         .render(
@@ -89,7 +85,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             counting=claim_text.COUNTING,
             tally=claim_text.tally(judged),
             statements=dict(zip(judged["claim_id"], judged["statement"], strict=True)),
-            bases=summary.bases(runs),
+            bases=runs[["model", "base_params", "hidden_size"]].drop_duplicates("model").to_dict("records"),
             # The data of a user stay out of the page.
             examples={
                 name: None if question else summary.example(layout.dataset(name)) for name in plan.preset.sources
@@ -111,7 +107,9 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             datasets=summary.dataset_origins(layout),
             doctor=record_for(plan.preset.execution),
             # As JSON for the page's script, escaped so that no text in it can end its HTML element.
-            curves=htmlsafe_json_dumps(curves, dumps=json.dumps, separators=(",", ":"), allow_nan=False),
+            curves=htmlsafe_json_dumps(
+                curves_to_draw(runs, all_curves), dumps=json.dumps, separators=(",", ":"), allow_nan=False
+            ),
             downloads=table_downloads(tables, out.parent, without=() if evaluated else ("evals",)),
             tables=tables,
             figures_folder=layout.figures,
@@ -119,7 +117,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         )
     )
     with atomic_path(out) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(rendered, encoding="utf-8")
 
 
 def environment() -> jinja2.Environment:
@@ -137,10 +135,7 @@ def environment() -> jinja2.Environment:
 
 
 def inline(name: str) -> dict[str, str]:
-    """Return a file of this package to embed, and its hash for the page's content security policy.
-
-    The policy lets a browser run and apply only what has one of these hashes.
-    """
+    """Return a file to embed, and its hash: the page's policy lets a browser run and apply only what has one."""
     text = (_HERE / name).read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return {"text": Markup(text), "hash": f"sha256-{digest}"}
@@ -160,8 +155,8 @@ def _figure(figure: PaperFigure, layout: Layout, source: str) -> dict[str, Any]:
 
 def _command(source: str, target: Path) -> str:
     """Return the command line that makes a file of the preset."""
-    # Snakemake's --config takes all words that follow it, so it comes last.
-    config = [] if source == _DEFAULT_PRESET else ["--config", f"preset={source}"]
+    # Snakemake runs laptop where no preset is named. Its --config takes all words that follow it, so it comes last.
+    config = [] if source == "laptop" else ["--config", f"preset={source}"]
     return shlex.join(["snakemake", "--cores", "all", str(target), *config])
 
 
@@ -203,20 +198,22 @@ def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
     Returns:
         `measures`: a list of (split, metric). `grids`: a list of lists of steps. `curves`: by run_id, a list of (index
         of the measure, index of the grid, values to four digits). `styles`: by label, the colour, dashes and width of a
-        line.
+        line. Of a curve with more than 60 steps there are the first, the last, and log-spaced ones between them.
     """
     styles = arm_styles(runs.rename(columns={"label": "arm"}))
     drawn = {label: [style.colour, _DASHES[style.linestyle], style.linewidth] for label, style in styles.items()}
-    if curves.empty:
-        return {"measures": [], "grids": [], "curves": {}, "styles": drawn}
-    curves = curves[curves["run_id"].isin(runs["run_id"]) & np.isfinite(curves["value"].astype(float))]
-    groups = curves.sort_values("step", kind="stable").groupby(["split", "metric", "run_id"], sort=True)
     measures: dict[tuple[str, str], int] = {}
     grids: dict[tuple[int, ...], int] = {}
     by_run: dict[str, list[Any]] = {}
-    for (split, metric, run_id), points in groups:
+    if len(curves):
+        curves = curves[curves["run_id"].isin(runs["run_id"]) & np.isfinite(curves["value"].astype(float))]
+        curves = curves.sort_values("step", kind="stable")
+    for (split, metric, run_id), points in curves.groupby(["split", "metric", "run_id"]) if len(curves) else ():
         steps = points["step"].to_numpy(int)
-        kept = thinned(steps, _POINTS)
+        kept = np.arange(len(steps))
+        if len(steps) > _POINTS:
+            wanted = np.geomspace(max(1, steps[0]), steps[-1], _POINTS - 1)
+            kept = np.unique([0, *np.searchsorted(steps, np.floor(wanted + 0.5)).clip(0, len(steps) - 1)])
         measure = measures.setdefault((str(split), str(metric)), len(measures))
         grid = grids.setdefault(tuple(steps[kept].tolist()), len(grids))
         values = [float(f"{value:.4g}") for value in points["value"].to_numpy(float)[kept]]
@@ -224,19 +221,10 @@ def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
     return {"measures": list(measures), "grids": list(grids), "curves": by_run, "styles": drawn}
 
 
-def thinned(steps: np.ndarray, limit: int) -> np.ndarray:
-    """Return the indices of at most `limit` of the ascending steps: the first, the last, and log-spaced ones."""
-    if len(steps) <= limit:
-        return np.arange(len(steps))
-    wanted = np.geomspace(max(1, steps[0]), steps[-1], limit - 1)
-    return np.unique([0, *np.searchsorted(steps, np.floor(wanted + 0.5)).clip(0, len(steps) - 1)])
-
-
 def table_downloads(folder: Path, page: Path, without: Collection[str] = ()) -> list[dict[str, Any]]:
     """Return the tables of a folder as data: URIs of their CSV files, compressed with gzip if they are large.
 
     Args:
-        folder: the tables.
         page: the folder of the page.
         without: names of tables to leave out.
 
@@ -278,23 +266,20 @@ def text(value: Any) -> str:
 
 def parametrization(block: Block) -> str:
     """Describe how the LoRA of a block of an experiment differs from the paper's parametrization."""
-    parts = [f"variants {', '.join(block.variants)}"] if block.variants != ["lora"] else []
-    parts += [f"alpha {_listed(block.alphas)}"] if block.alphas else []
-    if block.alpha_power:
-        parts.append(f"alpha times rank^{block.alpha_power:g}")
-    if block.inits_a != [1.0]:
-        parts.append(f"init of A times {_listed(block.inits_a)}")
-    if block.lr_ratios != [1.0]:
-        parts.append(f"LR of B / LR of A {_listed(block.lr_ratios)}")
-    if block.transforms:
-        parts.append("p, q " + " and ".join(_listed(pair) for pair in block.transforms))
-    if block.eps is not None:
-        parts.append(f"Adam's epsilon {block.eps:g}")
-    return "; ".join(parts) or "standard"
-
-
-def _listed(values: list[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
+    alphas, inits, ratios, *transforms = (
+        ", ".join(f"{value:g}" for value in values)
+        for values in (block.alphas or [], block.inits_a, block.lr_ratios, *block.transforms)
+    )
+    parts = {
+        f"variants {', '.join(block.variants)}": block.variants != ["lora"],
+        f"alpha {alphas}": block.alphas,
+        f"alpha times rank^{block.alpha_power:g}": block.alpha_power,
+        f"init of A times {inits}": block.inits_a != [1.0],
+        f"LR of B / LR of A {ratios}": block.lr_ratios != [1.0],
+        f"p, q {' and '.join(transforms)}": transforms,
+        f"Adam's epsilon {block.eps or 0:g}": block.eps is not None,
+    }
+    return "; ".join(part for part, differs in parts.items() if differs) or "standard"
 
 
 def anchor(name: Any, kind: str) -> str:

@@ -51,6 +51,13 @@ def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Records:
     `same_fact` holds the ids of the other claims that state the same fact, and `bar` the claim's numbers in units of
     its margin, as places on an axis.
     """
+
+    def place(value: float) -> float:
+        # The axis is one from 0 to 100, and logarithmic beyond LINEAR margins.
+        size = min(abs(value), END)
+        length = size if size <= LINEAR else LINEAR + math.log10(size / LINEAR)
+        return round(50 + math.copysign(length, value) / (LINEAR + math.log10(END / LINEAR)) * 50, 1)
+
     known = runs[["run_id", "label", "model", "dataset", "lr", "seed", "status"]]
     stating = {claim_id: ids for ids in facts(table)["claim_ids"] for claim_id in ids}
     placed = in_margins(table).set_index("claim_id")[["x", "x_low", "x_high", "holds_from", "holds_to"]]
@@ -60,15 +67,8 @@ def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Records:
         claim["runs"] = known[known["run_id"].isin(list_of_words(claim["run_ids"]))].to_dict("records")
         claim["same_fact"] = [other for other in stating[claim_id] if other != claim_id]
         numbers = placed.loc[claim_id]
-        claim["bar"] = None if numbers.isna().any() else {name: _place(value) for name, value in numbers.items()}
+        claim["bar"] = None if numbers.isna().any() else numbers.map(place).to_dict()
     return shown
-
-
-def _place(value: float) -> float:
-    """Return the place of a number of margins on an axis from 0 to 100, which is logarithmic beyond LINEAR margins."""
-    size = min(abs(value), END)
-    length = size if size <= LINEAR else LINEAR + math.log10(size / LINEAR)
-    return round(50 + math.copysign(length, value) / (LINEAR + math.log10(END / LINEAR)) * 50, 1)
 
 
 def costs(runs: pd.DataFrame, recommendation: RankRecommendation) -> dict[str, Any]:
@@ -97,33 +97,32 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
         return None
     compared = comparisons(pd.concat(tuned), pd.DataFrame(), judging)
     noise = fitted_noise(compared).to_dict("records")
+    names = ("lr_best", "lr", "lr_low", "lr_high", "nll", "nll_low", "nll_high", "ratio")
+    unknown = dict.fromkeys(names, math.nan) | {"resolved": False, "at_edge": False, "n_seeds": 0}
     arms = []
     for comparison in compared:
+        fit = comparison.fit
         for arm in comparison.arms:
             label = arm_label(arm)
             grid = first_seed(comparison.rows[label])
-            names = ("lr_best", "lr", "lr_low", "lr_high", "nll", "nll_low", "nll_high")
-            row: dict[str, Any] = arm | dict.fromkeys(names, math.nan)
-            row |= {"resolved": False, "at_edge": False, "n_seeds": 0} | (optimum(comparison, arm) or {})
-            if label in comparison.fit.optima:
+            row: dict[str, Any] = arm | unknown | (optimum(comparison, arm) or {})
+            if label in fit.optima:
                 # At the edge of a grid too, it is the optimum of which the ratio and the recipe are.
-                row["lr"] = math.exp(comparison.fit.optima[label].value)
+                row["lr"] = math.exp(fit.optima[label].value)
             best = [row[name] for name in ("nll", "nll_low", "nll_high")]
             # A low error is a high accuracy.
             best = [1 - best[0], 1 - best[2], 1 - best[1]] if rewarded else best
             row |= dict(zip(("best", "best_low", "best_high"), best, strict=True))
             row |= {"label": label, "n_runs": len(grid), "n_diverged": int((grid["status"] == "diverged").sum())}
-            row |= {"ratio": math.nan, "ratio_resolved": False}
-            row["standard"] = bool(is_standard(comparison.rows[label]).all())
+            row |= {"standard": bool(is_standard(comparison.rows[label]).all()), "ratio_resolved": False}
             if comparison.fullft and arm["method"] != "fullft":
-                ratio = comparison.fit.log_ratio(label, "FullFT")
-                row |= {"ratio": math.exp(ratio.value)}
-                row |= dict(zip(("ratio_low", "ratio_high"), map(math.exp, ratio.interval()), strict=True))
-                row["ratio_resolved"] = all(comparison.fit.resolved.get(each, False) for each in (label, "FullFT"))
+                ratio = fit.log_ratio(label, "FullFT")
+                low, high = map(math.exp, ratio.interval())
+                row |= {"ratio": math.exp(ratio.value), "ratio_low": low, "ratio_high": high}
+                row["ratio_resolved"] = fit.resolved.get(label, False) and fit.resolved.get("FullFT", False)
             arms.append(row)
         comparison.forget()
-    result = "accuracy" if rewarded else "NLL"
-    return {"name": name, "result": result, "noise": noise, "arms": arms}
+    return {"name": name, "result": "accuracy" if rewarded else "NLL", "noise": noise, "arms": arms}
 
 
 def sampler(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
@@ -133,22 +132,13 @@ def sampler(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, A
         `arms`, the rows of `sampler_mismatch` with their `label` and the name of their `sampler` (a list, empty
         for runs that are not in the plan); `names` of all samplers; `n_above`, the number of runs above the KL `limit`.
     """
-    names = {
-        run_id: sweep.condition.rollouts.sampler
-        for sweep in plan.sweeps
-        if sweep.condition.rollouts
-        for run_id in sweep.run_ids
-    }
+    rollouts = {run_id: sweep.condition.rollouts for sweep in plan.sweeps for run_id in sweep.run_ids}
     arms: Records = sampler_mismatch(runs, curves).to_dict("records")
     for row in arms:
-        row["label"] = arm_label(row)
-        row["sampler"] = sorted({names[run_id] for run_id in row["run_ids"] if run_id in names})
-    return {
-        "arms": arms,
-        "names": sorted({name for row in arms for name in row["sampler"]}),
-        "n_above": sum(row["n_above"] for row in arms),
-        "limit": MAX_KL,
-    }
+        sampled = [rollouts.get(run_id) for run_id in row["run_ids"]]
+        row |= {"label": arm_label(row), "sampler": sorted({drawn.sampler for drawn in sampled if drawn})}
+    names = sorted({name for row in arms for name in row["sampler"]})
+    return {"arms": arms, "names": names, "n_above": sum(row["n_above"] for row in arms), "limit": MAX_KL}
 
 
 def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
@@ -212,15 +202,14 @@ def _versions(table: pd.DataFrame) -> list[dict[str, str]]:
 def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
     """Return the runs, tokens, FLOPs and seconds (one job at a time) that were planned, and that were spent."""
     planned = combined(job_cost(plan, job) for job in plan.jobs)
-    tokens, flops, seconds = (runs[name].sum() for name in ("train_tokens", "train_flops", "wall_s"))
+    names = {"tokens": "train_tokens", "flops": "train_flops", "seconds": "wall_s"}
     expected = {"runs": planned.runs, "tokens": planned.tokens, "flops": planned.flops}
     statuses = ("done", "diverged", "unrewarded", "collapsed")
-    by_status = {status: int((runs["status"] == status).sum()) for status in statuses}
     return {
         "planned": expected | {"seconds": planned.job_hours * 3600},
-        "spent": {"runs": len(runs), "tokens": tokens, "flops": flops, "seconds": seconds},
+        "spent": {"runs": len(runs)} | {name: runs[column].sum() for name, column in names.items()},
         "jobs": planned.jobs,
-        **by_status,
+        **{status: int((runs["status"] == status).sum()) for status in statuses},
         # Runs of RL that finished and count as diverged.
         "broken": int((is_rl(runs) & (runs["status"] == "done") & is_sick(runs)).sum()),
     }
@@ -229,11 +218,6 @@ def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
 def inputs(runs: pd.DataFrame) -> Records:
     """Return the hashes of model, data, tokenizer and chat template, once for each combination."""
     return runs[["model", "dataset", *_INPUTS]].drop_duplicates().to_dict("records")
-
-
-def bases(runs: pd.DataFrame) -> Records:
-    """Return the models of the runs with their numbers of parameters and hidden sizes."""
-    return runs[["model", "base_params", "hidden_size"]].drop_duplicates("model").to_dict("records")
 
 
 def example(path: Path) -> tuple[str, str] | None:

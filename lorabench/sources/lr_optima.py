@@ -106,9 +106,8 @@ def known_optima(studies: Sequence[Study], presets: Sequence[Path] = ()) -> list
     optima += [*_authors_optima(), *_stated_optima({study.source for study in studies})]
     # A condition that several figures or presets show counts once.
     own: dict[tuple[Any, ...], LrOptimum] = {}
-    for folder in presets:
-        for optimum in _preset_optima(folder):
-            own.setdefault((*(getattr(optimum, name) for name in _CONDITION), optimum.method), optimum)
+    for optimum in (optimum for folder in presets for optimum in _preset_optima(folder)):
+        own.setdefault((*(getattr(optimum, name) for name in _CONDITION), optimum.method), optimum)
     return optima + list(own.values())
 
 
@@ -116,20 +115,20 @@ def _study_optima(study: Study) -> list[LrOptimum]:
     """Return the optima of a study: for each condition of FullFT, and of LoRA's highest rank with a grid."""
     attributes = study.description.attributes
     about: dict[str, Any] = {"source": study.source, "family": study.about.family, "width": study.about.hidden_size}
-    about["mean_lr"] = mean_lr(attributes.schedule)
+    about |= {"mean_lr": mean_lr(attributes.schedule), "rl": study.is_rl}
     # An alpha may also be a rule, in place of a number.
     alpha = pd.to_numeric(attributes.alpha, errors="coerce")
     optima = []
     for runs in study.conditions():
-        first = {name: runs[name].iloc[0] for name in _CONDITION} | about | {"rl": study.is_rl}
-        fullft = runs[runs["method"] == "fullft"]
-        if fullft["lr"].nunique() >= MIN_LRS:
+        first = {name: runs[name].iloc[0] for name in _CONDITION} | about
+        swept = runs[runs.groupby(["method", "rank"], dropna=False)["lr"].transform("nunique") >= MIN_LRS]
+        fullft, lora = (swept[swept["method"] == method] for method in ("fullft", "lora"))
+        if len(fullft):
             optima.append(grid_optimum(fullft, first | {"method": "fullft", "alpha": ALPHA}))
-        lora = runs[runs["method"] == "lora"].groupby("rank").filter(lambda arm: arm["lr"].nunique() >= MIN_LRS)
         if len(lora):
-            highest = lora[lora["rank"] == lora["rank"].max()]
-            rank = highest["rank"].iloc[0]
-            optima.append(grid_optimum(highest, first | {"method": "lora", "alpha": alpha, "rank": rank}))
+            rank = lora["rank"].max()
+            of_lora = {"method": "lora", "alpha": alpha, "rank": rank}
+            optima.append(grid_optimum(lora[lora["rank"] == rank], first | of_lora))
     return optima
 
 
@@ -260,13 +259,8 @@ def _preset_optima(folder: Path) -> list[LrOptimum]:
 
 def optima_table(optima: Sequence[LrOptimum]) -> pd.DataFrame:
     """Return optima as a table, one row each, without their grids."""
-    names = [field.name for field in fields(LrOptimum) if field.name not in ("log_lrs", "losses")]
-    return pd.DataFrame([asdict(optimum) for optimum in optima], columns=names).astype({"rank": "Int64"})
-
-
-def optima_of_table(table: pd.DataFrame) -> list[LrOptimum]:
-    """Return the optima of a table, the inverse of `optima_table`."""
-    return [LrOptimum.from_row(row) for row in table.to_dict("records")]
+    table = pd.DataFrame([asdict(optimum) for optimum in optima], columns=[name.name for name in fields(LrOptimum)])
+    return table.drop(columns=["log_lrs", "losses"]).astype({"rank": "Int64"})
 
 
 def measured_optima(tables: Tables) -> pd.DataFrame:

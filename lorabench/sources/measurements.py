@@ -37,7 +37,6 @@ from lorabench.sources.studies import REWARD_SD, Study
 from lorabench.store.io import read_claims
 from lorabench.store.published import NOT_PUBLISHED, read_held_out, read_provenance
 from lorabench.store.tables import MIXED, UNKNOWN
-from lorabench.utils import formats
 
 PROJECT = "lorabench"
 """The source that all presets of this project are: one more preset is not one more laboratory."""
@@ -81,9 +80,6 @@ measurement is part of the summary."""
 
 Z = 1.959964
 """Half of the width of a 95% interval in standard errors."""
-
-_TWO_SIGMA = 2.0
-_MIN_SOURCES = 2
 
 
 def read_own(folder: Path, name: str) -> pd.DataFrame:
@@ -162,25 +158,6 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
     return cells.fillna({"others": ""}).reindex(columns=_MATRIX).reset_index(drop=True)
 
 
-def share_text(cell: Mapping[Any, Any]) -> str:
-    """Return how many of the comparisons of a cell of the matrix hold, as `1 of 2 hold`; empty with only one."""
-    parts = cell["n_parts"]
-    return "" if formats.missing(parts) or parts < 2 else f"{int(cell['n_hold'])} of {int(parts)} hold"
-
-
-def range_text(cell: Mapping[Any, Any]) -> str:
-    """Return the range of the estimates of a cell of the matrix, or its estimate where there is only one.
-
-    Runs that lack the setting of a claim measure something else, so they have no number.
-    """
-    if cell["verdict"] in ("setting not met", "not tested") or formats.missing(cell["estimate"]):
-        return ""
-    ends = [formats.number(cell[name]) for name in ("part_low", "part_high")]
-    if share_text(cell) and ends[0] != ends[1] and formats.DASH not in ends:
-        return " to ".join(ends)
-    return formats.number(cell["estimate"])
-
-
 class _Best(NamedTuple):
     """The best learning rate of an arm: the geometric middle of those that may be the best.
 
@@ -202,12 +179,16 @@ def measurement_table(studies: Sequence[Study], claims: pd.DataFrame, own: Seque
         claims: as from `studies.judge`, of all studies.
         own: presets of one's own, each as from `read_own`; of those only the comparison that decides a claim counts.
     """
-    rows = []
-    for preset in own:
-        rows += _measured_preset(preset)
+    rows = [row for preset in own for row in _measured_preset(preset)]
     for study in studies:
         for runs in study.conditions():
-            rows += _measured_condition(study, runs)
+            if study.has_losses:
+                rows += _measured(study, runs, ["lr_ratio", "loss_gap"], rates=False)
+            if study.by_accuracy and study.has_losses:
+                rows += _measured(study, runs.assign(loss=1 - runs["final_reward"]), ["accuracy_gap"], rates=True)
+            if not study.has_losses:
+                measures = ["lr_ratio"] if study.is_rl else ["lr_ratio", "accuracy_gap"]
+                rows += _measured(study, runs, measures, rates=True)
     for study in studies:
         judged = claims[(claims["source"] == study.source) & (claims["model"] == study.model)]
         growth = _fitted(judged, "D1", "gap_growth")
@@ -216,6 +197,12 @@ def measurement_table(studies: Sequence[Study], claims: pd.DataFrame, own: Seque
             batches = f"batch {runs['batch_size'].min()} to {runs['batch_size'].max()}"
             rows.append(growth | _about(study) | {"task": "sft", "dataset": f"{runs['dataset'].iloc[0]}, {batches}"})
     return pd.DataFrame(rows, columns=_MEASUREMENT).astype({"batch_size": "Int64"})
+
+
+def _about(study: Study) -> dict[str, Any]:
+    about = {"source": study.source, "study": study.name, "scale": study.about.scale}
+    about |= {"parameters": study.about.parameters, "task": "rl" if study.is_rl else "sft"}
+    return about | {name: getattr(study.description.attributes, name) for name in ATTRIBUTES if name != "task"}
 
 
 def _fitted(claims: pd.DataFrame, claim_id: str, measure: str) -> dict[str, Any] | None:
@@ -245,46 +232,30 @@ def _measured_preset(claims: pd.DataFrame) -> list[dict[str, Any]]:
         first = claim.iloc[0]
         # The claim is about the accuracy that rank 1 lacks.
         row["value"] *= -1 if measure == "rank_1_gap" else 1
-        place = {"source": PROJECT, "study": f"lorabench {first['origin']}", "scale": first["scale"]}
         # A scope is `0.83M parameters, 50 steps, instruct, worked`; the last parts are the datasets.
         parts = [part for part in first["scope"].split(", ") if not re.search(r"parameters$|steps$", part)]
-        place |= {"parameters": int(first["parameters"]), "task": task}
-        place |= {"dataset": ", ".join(parts).removeprefix("RL on ")}
-        attributes = {"precision": "fp32 weights", "schedule": "constant", "alpha": "32", "base_kind": "base"}
-        rows.append(row | place | attributes)
-    return rows
-
-
-def _about(study: Study) -> dict[str, Any]:
-    attributes = study.description.attributes
-    return {
-        "source": study.source,
-        "study": study.name,
-        "scale": study.about.scale,
-        "parameters": study.about.parameters,
-        "task": "rl" if study.is_rl else "sft",
-        **{name: getattr(attributes, name) for name in ATTRIBUTES if name != "task"},
-    }
-
-
-def _measured_condition(study: Study, runs: pd.DataFrame) -> list[dict[str, Any]]:
-    """Measure the runs of one dataset, batch size and number of steps."""
-    if not study.has_losses:
-        return _measured(study, runs, ["lr_ratio"] if study.is_rl else ["lr_ratio", "accuracy_gap"], rates=True)
-    rows = _measured(study, runs, ["lr_ratio", "loss_gap"], rates=False)
-    if study.by_accuracy:
-        rows += _measured(study, runs.assign(loss=1 - runs["final_reward"]), ["accuracy_gap"], rates=True)
+        row |= {"source": PROJECT, "study": f"lorabench {first['origin']}", "scale": first["scale"], "task": task}
+        row |= {"parameters": int(first["parameters"]), "dataset": ", ".join(parts).removeprefix("RL on ")}
+        rows.append(row | {"precision": "fp32 weights", "schedule": "constant", "alpha": "32", "base_kind": "base"})
     return rows
 
 
 def _measured(study: Study, runs: pd.DataFrame, measures: Sequence[str], rates: bool) -> list[dict[str, Any]]:
-    """Take measurements of a condition whose losses are error rates, or not."""
-    own_sigma = _own_noise(runs, rates)
-    # The noise that a source states is that of what it is judged by.
-    noise = study.noise if rates or not study.by_accuracy else None
-    sigma = own_sigma or (noise.sigma if noise else math.nan)
-    noise_remarks = [] if own_sigma or noise is None else [f"noise from {noise.source}"]
-    noise_remarks += ["noise between seeds not known"] if math.isnan(sigma) else []
+    """Take measurements of a condition, the runs of one dataset, batch size and length; its losses may be rates."""
+    # The deviation between seeds is that of the runs' own, pooled over arms and LRs, or that which a source states,
+    # which is one of what it is judged by.
+    column, sigma = REWARD_SD if rates else "final_test_nll_sd", math.nan
+    cells = runs.groupby(["method", "rank", "lr"], dropna=False)["loss"]
+    dof = cells.count() - 1
+    if column in runs and runs[column].notna().any():
+        sigma = math.sqrt(float((runs[column].astype(float) ** 2).mean()))
+    elif dof.sum() > 0:
+        sigma = math.sqrt(float((cells.var() * dof).sum() / dof.sum()))
+    noise_remark = "" if sigma > 0 else "noise between seeds not known"
+    if not sigma > 0:
+        sigma = math.nan
+        if study.noise and (rates or not study.by_accuracy):
+            sigma, noise_remark = study.noise.sigma, f"noise from {study.noise.source}"
     fullft_runs = runs[runs["method"] == "fullft"]
     fullft = _best(fullft_runs, sigma)
     if fullft is None:
@@ -310,23 +281,11 @@ def _measured(study: Study, runs: pd.DataFrame, measures: Sequence[str], rates: 
             # The gap of error rates is one of accuracies.
             value = fullft.loss - lora.loss if rates else lora.loss - fullft.loss
             error = sigma * math.sqrt(1 / lora.n + 1 / fullft.n)
-            remarks += noise_remarks
+            remarks += [noise_remark] if noise_remark else []
         row = {"measure": measure, "dataset": runs["dataset"].iloc[0], "batch_size": runs["batch_size"].iloc[0]}
         row |= {"value": value, "error": error, "counts": not edges and math.isfinite(error)}
         rows.append(_about(study) | row | {"remark": "; ".join(remarks)})
     return rows
-
-
-def _own_noise(runs: pd.DataFrame, rates: bool) -> float | None:
-    """Return the deviation between seeds of a group's own runs, pooled over arms and LRs; None with one seed."""
-    column = REWARD_SD if rates else "final_test_nll_sd"
-    if column in runs and runs[column].notna().any():
-        return math.sqrt(float((runs[column].astype(float) ** 2).mean()))
-    cells = runs.groupby(["method", "rank", "lr"], dropna=False)["loss"]
-    dof = cells.count() - 1
-    if not dof.sum() > 0:
-        return None
-    return math.sqrt(float((cells.var() * dof).sum() / dof.sum()))
 
 
 def _best(arm: pd.DataFrame, sigma: float) -> _Best | None:
@@ -341,7 +300,7 @@ def _best(arm: pd.DataFrame, sigma: float) -> _Best | None:
     lrs = np.log(cells.index.to_numpy(float))
     losses, n = cells["loss"].to_numpy(float), cells["n"].to_numpy(float)
     best = cells.index.tolist().index(lowest(dict(zip(cells.index, losses.tolist(), strict=True))))
-    alike = 0.0 if math.isnan(sigma) else _TWO_SIGMA * sigma * np.sqrt(1 / n + 1 / n[best])
+    alike = 0.0 if math.isnan(sigma) else 2 * sigma * np.sqrt(1 / n + 1 / n[best])
     # The LRs next to the best, up to the first on each side that the noise tells from it.
     far = np.flatnonzero(losses - losses[best] > alike)
     low, high = max(far[far < best], default=-1) + 1, min(far[far > best], default=len(lrs)) - 1
@@ -377,8 +336,8 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
                 means = part.groupby(["source", "task"])[["value", "error"]].mean()
                 groups[str(group)] = random_effects(means["value"].tolist(), means["error"].tolist())
             known = [effects for group, effects in groups.items() if group not in (UNKNOWN, MIXED)]
-            enough = [effects for effects in known if effects.k >= _MIN_SOURCES]
-            chance = p_of_groups(enough) if len(enough) >= _MIN_SOURCES else math.nan
+            enough = [effects for effects in known if effects.k >= 2]
+            chance = p_of_groups(enough) if len(enough) >= 2 else math.nan
             if not attribute or len(groups) > 1:
                 for group, effects in groups.items():
                     row = {"measure": measure, "attribute": attribute, "group": group, **asdict(effects)}

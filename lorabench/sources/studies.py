@@ -125,10 +125,7 @@ class Source(Strict):
 
 
 def import_source(folder: Path) -> tuple[Source, Tables]:
-    """Read a source.
-
-    Returns:
-        Its file, and its runs and curves as published: nothing stands in for a loss that they lack.
+    """Return the file of a source, and its runs and curves as published: nothing stands in for a loss that they lack.
 
     Raises:
         UserError: the file `source.yaml` is absent, not YAML, or wrong (all wrong fields are named), a table has
@@ -326,6 +323,39 @@ def _noise(stated: NoiseOf, folder: Path, published: Mapping[str, pd.DataFrame],
 BY_ACCURACY = "the test accuracy stands in for the test loss, so that losses are error rates"
 
 
+def judge(study: Study, claims: Sequence[Claim] = CLAIMS, margins: Margins | None = None) -> pd.DataFrame:
+    """Judge claims on a study; LoRA is that of the ranks up to the highest one with a grid of LRs.
+
+    Without margins, DEFAULT_MARGINS hold.
+
+    Returns:
+        The table `claims` with the columns source, model, scale, parameters and doubts before its own.
+    """
+    noise, reward_noise = (None, study.noise) if study.is_rl else (study.noise, None)
+    tables = study.tables
+    # The claims compare LoRA's highest rank at its optimal LR, of which fewer LRs say nothing. Without a rank that has
+    # MIN_LRS of them, in a comparison and placement, all runs stay.
+    runs = tables.runs.reindex(columns=list(dict.fromkeys([*tables.runs, *COMPARED, "rank", "placement", "lr"])))
+    ranks = runs["rank"].astype(float).where(runs["method"].eq("lora"))
+    cells = [runs[name] for name in (*COMPARED, "placement")]
+    n_lrs = runs.groupby([*cells, ranks], dropna=False)["lr"].transform("nunique")
+    above = ranks > ranks.where(n_lrs >= MIN_LRS).groupby(cells, dropna=False).transform("max")
+    tables = replace(tables, runs=tables.runs[~above])
+    if study.by_accuracy:
+        # The margin of accuracies is a share of the gain, as in RL, however low the error rate.
+        stated = margins or DEFAULT_MARGINS
+        of_accuracy = stated.model_copy(update={"loss": stated.reward, "final_loss": 1.0})
+        judged = judge_claims(_error_rates_as_losses(tables), claims, of_accuracy, noise)
+        judged["unit"] = judged["unit"].replace("nats per token", "error rate")
+        for column in ("reason", "margin_rule"):
+            judged[column] = judged[column].str.replace(r"\bnats\b", "in error rate", regex=True)
+    else:
+        judged = judge_claims(tables, claims, margins, noise, reward_noise)
+    about: dict[str, Any] = {"source": study.source, "model": study.model, "scale": study.about.scale}
+    about |= {"parameters": study.about.parameters, "doubts": "; ".join(study.description.doubts)}
+    return judged.assign(**about)[[*about, *judged]]
+
+
 def _error_rates_as_losses(tables: Tables) -> Tables:
     """Return tables whose losses are error rates, and whose curves start at that of the base; other losses go.
 
@@ -342,48 +372,3 @@ def _error_rates_as_losses(tables: Tables) -> Tables:
     first = base[["run_id"]].assign(step=0, split="validation", metric="nll", value=1 - base["base_reward"])
     others = tables.curves[tables.curves["metric"] != "nll"]
     return replace(tables, runs=judged, curves=pd.concat([others, first], ignore_index=True) if len(others) else first)
-
-
-def _up_to_swept_rank(tables: Tables) -> Tables:
-    """Leave out the runs of LoRA above the highest rank that has MIN_LRS LRs, in each comparison and placement.
-
-    The claims compare LoRA's highest rank at its optimal LR, of which fewer LRs say nothing. Without such a rank all
-    runs stay.
-    """
-    cells = tables.runs.reindex(columns=[*COMPARED, "method", "rank", "placement", "lr"])
-    lora = cells["method"].eq("lora").fillna(False).astype(bool)
-    arms = cells[lora].groupby([*COMPARED, "placement", "rank"], dropna=False)["lr"].transform("nunique")
-    swept = cells.loc[lora, "rank"].astype(float).where(arms >= MIN_LRS)
-    highest = swept.groupby([cells.loc[lora, name] for name in (*COMPARED, "placement")], dropna=False).transform("max")
-    above = (cells.loc[lora, "rank"].astype(float) > highest).reindex(tables.runs.index, fill_value=False)
-    return replace(tables, runs=tables.runs[~above])
-
-
-def judge(study: Study, claims: Sequence[Claim] = CLAIMS, margins: Margins | None = None) -> pd.DataFrame:
-    """Judge claims on a study; LoRA is that of the ranks up to the highest one with a grid of LRs.
-
-    Without margins, DEFAULT_MARGINS hold.
-
-    Returns:
-        The table `claims` with the columns source, model, scale, parameters and doubts before its own.
-    """
-    noise, reward_noise = (None, study.noise) if study.is_rl else (study.noise, None)
-    tables = _up_to_swept_rank(study.tables)
-    if study.by_accuracy:
-        # The margin of accuracies is a share of the gain, as in RL, however low the error rate.
-        stated = margins or DEFAULT_MARGINS
-        of_accuracy = stated.model_copy(update={"loss": stated.reward, "final_loss": 1.0})
-        judged = judge_claims(_error_rates_as_losses(tables), claims, of_accuracy, noise)
-        judged["unit"] = judged["unit"].replace("nats per token", "error rate")
-        for column in ("reason", "margin_rule"):
-            judged[column] = judged[column].str.replace(r"\bnats\b", "in error rate", regex=True)
-    else:
-        judged = judge_claims(tables, claims, margins, noise, reward_noise)
-    about: dict[str, Any] = {
-        "source": study.source,
-        "model": study.model,
-        "scale": study.about.scale,
-        "parameters": study.about.parameters,
-        "doubts": "; ".join(study.description.doubts),
-    }
-    return judged.assign(**about)[[*about, *judged]]

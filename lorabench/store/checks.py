@@ -11,16 +11,9 @@ import pandas as pd
 from lorabench.config.fields import METHOD_NAMES
 from lorabench.errors import UserError
 
-_LOSSES = ["final_valid_nll", "final_test_nll"]
-
-_COUNTS = ["batch_size", "steps", "n_seeds", "trainable_params", "base_params", "hidden_size", "train_tokens"]
-
-_SCALES = ["alpha", "init_a", "lr_ratio"]
-
 SMALLEST, MAX_NUMBER, MAX_LR = 1e-30, 1e15, 1e6
 """Numbers of a table that are smaller, larger, or larger learning rates are mistakes, and make sums overflow."""
 
-_REWARDS = ["base_reward", "final_valid_reward", "final_reward", "best_reward"]
 
 # Losses are comparable only for the same text, tokenization and base model, and scores only for the same sampler: each
 # of these columns must have one value per combination of the columns that follow it.
@@ -46,9 +39,8 @@ def check_table(runs: pd.DataFrame) -> None:
     """Check that the runs table is valid. Columns that it lacks are not checked.
 
     Raises:
-        UserError: A run_id is missing or appears twice; a column has a value that is not allowed (see `_rules`), such
-            as a negative loss; a finished run has no finite losses, or in RL no rewards between 0 and 1; or see
-            `check_comparable`.
+        UserError: A run_id is missing or appears twice; a column has a value that is not allowed, such as a negative
+            loss; a finished run has no finite losses, or in RL no rewards between 0 and 1; or see `check_comparable`.
     """
     if runs.empty:
         return
@@ -65,11 +57,10 @@ def check_table(runs: pd.DataFrame) -> None:
 
 
 def check_comparable(table: pd.DataFrame, rows: Literal["runs", "scores"]) -> None:
-    """Check that the rows of `runs`, or the scores of `evals`, can be compared with one another.
+    """Raise UserError if the rows of `runs`, or the scores of `evals`, can't be compared with one another.
 
-    Raises:
-        UserError: one name stands for several tokenizers, chat templates, datasets or models; or some scores of a model
-            and of what was trained from it were computed with another sampler than others.
+    One name stands for several tokenizers, chat templates, datasets or models; or some scores of a model and of what
+    was trained from it were computed with another sampler than others.
     """
     for column, (what, per) in _ONE_PER[rows].items():
         if column not in table or not set(per) <= set(table.columns):
@@ -84,8 +75,11 @@ def check_comparable(table: pd.DataFrame, rows: Literal["runs", "scores"]) -> No
 
 def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
     """Return the rules for values: the column, which of its values are right, and what is allowed."""
-    from_0 = ["final_test_nll_sd", "final_train_nll", "eps"]
-    names = ["rank", "lr", *_COUNTS, *_SCALES, *from_0, *_LOSSES, *_REWARDS]
+    counts = ["batch_size", "steps", "n_seeds", "trainable_params", "base_params", "hidden_size", "train_tokens"]
+    scales, from_0 = ["alpha", "init_a", "lr_ratio"], ["final_test_nll_sd", "final_train_nll", "eps"]
+    losses, rewards = ["final_valid_nll", "final_test_nll"], ["base_reward", "final_valid_reward", "final_reward"]
+    rewards.append("best_reward")
+    names = ["rank", "lr", *counts, *scales, *from_0, *losses, *rewards]
     # A column that is lacking is null in what the other rules say of it.
     whole = "method" in runs
     runs = runs.reindex(columns=["model", "dataset", "task", "method", "status", "seed", *names])
@@ -96,28 +90,25 @@ def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
     lora, fullft, rl = runs["method"].isin(adapters), runs["method"].isin(["fullft"]), is_rl(runs)
     done, stopped = runs["status"].isin(["done"]), rl & runs["status"].isin(["unrewarded", "collapsed"])
     ranked = (lora & number["rank"].ge(1)) | (fullft & ~known["rank"]) | (not whole)
+    ended = done | stopped | runs["status"].isin(["diverged"])
     rules = [
         ("task", ~known["task"] | runs["task"].isin(["sft", "rl"]), "sft, rl"),
         ("method", lora | fullft, ", ".join(METHOD_NAMES)),
-        (
-            "status",
-            done | stopped | runs["status"].isin(["diverged"]),
-            "done, diverged, and in RL unrewarded and collapsed",
-        ),
+        ("status", ended, "done, diverged, and in RL unrewarded and collapsed"),
         ("rank", ranked, "whole numbers from 1 up for lora, none for fullft"),
         ("lr", number["lr"].between(SMALLEST, MAX_LR), f"numbers above 0, from {SMALLEST:g} to {MAX_LR:g}"),
         ("seed", known["seed"], "whole numbers"),
     ]
     rules += [(name, known[name] & runs[name].ne(""), "a name") for name in ("model", "dataset")]
     for columns, low, allowed in (
-        (_COUNTS, 1, f"whole numbers from 1 {up_to}"),
-        (_SCALES, SMALLEST, f"numbers above 0, {up_to}"),
+        (counts, 1, f"whole numbers from 1 {up_to}"),
+        (scales, SMALLEST, f"numbers above 0, {up_to}"),
         (from_0, 0, f"numbers from 0 {up_to}"),
     ):
         rules += [(name, ~known[name] | number[name].between(low, MAX_NUMBER), allowed) for name in columns]
     unfinished, allowed = rl | ~done, f"a finite number where status is done, from 0 {up_to}"
-    rules += [(name, unfinished | number[name].between(0, MAX_NUMBER), allowed) for name in _LOSSES]
-    for name in _REWARDS:
+    rules += [(name, unfinished | number[name].between(0, MAX_NUMBER), allowed) for name in losses]
+    for name in rewards:
         final = name.startswith("final")
         needed = (rl & done) | stopped if final else pd.Series(False, index=runs.index)
         allowed = "a share of 0 to 1" + (" where RL finished" if final else "")
@@ -126,12 +117,7 @@ def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
 
 
 def refuse_rows(table: pd.DataFrame, wrong: pd.Series[bool], named_by: str, column: str, allowed: str) -> None:
-    """Refuse a table of which rows are wrong in a column.
-
-    Raises:
-        UserError: at least one row is wrong. The message names the first by its value of `named_by`, such as a run_id,
-            and says what is `allowed`.
-    """
+    """Raise UserError if a row is wrong in a column, and name the first by its value of `named_by`."""
     if not wrong.any():
         return
     [row] = table[wrong].head(1).to_dict("records")
@@ -161,11 +147,7 @@ def check_curves(curves: pd.DataFrame) -> None:
 
 
 def check_test_losses(losses: pd.DataFrame) -> None:
-    """Check that the table `test_losses` can be read.
-
-    Raises:
-        UserError: A column is missing, a value is missing or infinite, or a number of tokens is negative.
-    """
+    """Raise UserError if the table `test_losses` lacks a column or a value, or has an infinite or negative number."""
     needed = ["run_id", "example", "loss", "tokens"]
     if missing := [name for name in needed if name not in losses]:
         raise UserError(f"the test_losses table has no column {', '.join(missing)}")

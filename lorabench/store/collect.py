@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from lorabench.config.inputs import HubDataset, HubModel, ModelSpec, TinyModel
 from lorabench.config.preset import Preset
-from lorabench.data.groups import groups_of_tests, has_groups
+from lorabench.data.identity import groups_of_tests, has_groups
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
@@ -49,10 +49,8 @@ def write_entries(
     run_id: str, entries: Sequence[CurvePoint] | Sequence[ExampleLoss], schema: pa.Schema, path: Path
 ) -> None:
     """Write one run's rows of CURVES or RUN_TEST_LOSSES, and number them in the order given."""
-    own = [name for name in schema.names if name not in ("run_id", "example")]
-    columns: dict[str, Any] = {name: [getattr(entry, name) for entry in entries] for name in own}
-    columns |= {"run_id": [run_id] * len(entries), "example": range(len(entries))}
-    write_table(pa.Table.from_pydict(columns, schema=schema), path)
+    rows = [vars(entry) | {"run_id": run_id, "example": number} for number, entry in enumerate(entries)]
+    write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 
 def sweep_table(folders: Sequence[RunFolder], sweep: Sweep) -> pa.Table:
@@ -64,21 +62,24 @@ def sweep_table(folders: Sequence[RunFolder], sweep: Sweep) -> pa.Table:
     return pa.table([*pa.Table.from_pylist(rows, schema=RUNS).columns, *nested.columns], schema=JOB)
 
 
-def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layout | None = None) -> None:
+def collect(jobs: list[Path], out: Path, plan: Plan, layout: Layout) -> None:
     """Merge files of jobs into the tables `runs`, `curves` (both parquet and CSV) and `test_losses` (parquet).
 
-    Args:
-        jobs: the files of the jobs, each a table JOB.
-        out: the folder of the tables.
-        plan: the plan to take the runs' experiments and kinds of data and base from; without it, those are kept that
-            the files were written with.
-        layout: the files of the data, from which the groups of test examples are taken; without it, there are none.
+    The runs' experiments and kinds of data and base are those of the plan, and the groups of test examples those of the
+    layout's data.
 
     Raises:
         UserError: a file is damaged or missing, or its job is not in the plan.
     """
-    runs = pa.concat_tables([_read_runs(path, plan) for path in jobs])
-    runs = runs.sort_by([("model", "ascending"), ("dataset", "ascending")])
+
+    def runs_of(path: Path) -> pa.Table:
+        table = read_parquet(path, RUNS)
+        column = RUNS.field("experiments")
+        experiments = pa.array([plan.job(path.stem).experiments] * len(table), column.type)
+        table = table.set_column(RUNS.get_field_index("experiments"), column, experiments)
+        return with_unrecorded(table, plan.preset)
+
+    runs = pa.concat_tables(map(runs_of, jobs)).sort_by([("model", "ascending"), ("dataset", "ascending")])
     curves, losses = (
         pa.schema([JOB.field(name) for name in ("run_id", "model", "dataset", column)])
         for column in ("curve", "test_losses")
@@ -87,11 +88,9 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layou
     def losses_of(path: Path) -> pa.Table:
         table = read_parquet(path, losses)
         rows = entries(table, "test_losses", RUN_TEST_LOSSES)
-        groups = None
-        if layout is not None and len(table):
-            # The runs of a job have the same model and dataset.
-            dataset = table["dataset"][0].as_py()
-            groups = test_groups(layout, table["model"][0].as_py(), dataset)
+        # The runs of a job have the same model and dataset.
+        model, dataset = (table[name][0].as_py() if len(table) else None for name in ("model", "dataset"))
+        groups = test_groups(layout, model, dataset) if model and dataset else None
         if groups is None:
             return rows.append_column("group", pa.nulls(len(rows), pa.string()))
         for count in set(pc.list_value_length(table["test_losses"]).to_pylist()) - {None, 0, len(groups)}:
@@ -100,9 +99,8 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None, layout: Layou
 
     write_table(runs, out / "runs.parquet")
     write_csv(runs.to_pandas(), out / "runs.csv")
-    write_tables(
-        (entries(read_parquet(path, curves), "curve", CURVES) for path in jobs), CURVES, out / "curves.parquet"
-    )
+    curves_of_jobs = (entries(read_parquet(path, curves), "curve", CURVES) for path in jobs)
+    write_tables(curves_of_jobs, CURVES, out / "curves.parquet")
     write_csv(read_parquet(out / "curves.parquet").to_pandas(), out / "curves.csv")
     write_tables(map(losses_of, jobs), TEST_LOSSES, out / "test_losses.parquet")
 
@@ -126,21 +124,11 @@ def test_groups(layout: Layout, model: str, dataset: str) -> pa.Array | None:
     return pa.array(groups_of_tests(layout.dataset(dataset), tokens), pa.string())
 
 
-def _read_runs(path: Path, plan: Plan | None) -> pa.Table:
-    """Read the runs of a job, with the columns that runs don't record."""
-    table = read_parquet(path, RUNS)
-    if plan is None:
-        return with_unrecorded(table, None)
-    experiments = pa.array([plan.job(path.stem).experiments] * len(table), RUNS.field("experiments").type)
-    table = table.set_column(RUNS.get_field_index("experiments"), RUNS.field("experiments"), experiments)
-    return with_unrecorded(table, plan.preset)
-
-
-def with_unrecorded(table: pa.Table, preset: Preset | None) -> pa.Table:
+def with_unrecorded(table: pa.Table, preset: Preset) -> pa.Table:
     """Return the table `runs` with the columns filled that runs don't record.
 
     In some of them other projects' runs may differ, while all runs of this project share the value. Others are kinds
-    of things that the preset names; they are left as they are without a preset.
+    of things that the preset names; the preset that runs were saved from may have named other data and models since.
     """
     lora, rows = pc.not_equal(table["method"], "fullft"), len(table)
     protocols = [json.loads(text or "{}") for text in table["protocol"].to_pylist()]
@@ -151,12 +139,10 @@ def with_unrecorded(table: pa.Table, preset: Preset | None) -> pa.Table:
         "precision": pa.repeat("fp32", rows),
         "schedule": pa.array([protocol.get("schedule", "constant") for protocol in protocols], pa.string()),
     }
-    if preset is not None:
-        # The preset that runs were saved from may have named other data and models since.
-        kinds = {name: source.kind for name, source in preset.sources.items()}
-        base_kinds = {name: base_kind(model) for name, model in preset.models.items()}
-        columns["data_kind"] = pa.array(map(kinds.get, table["dataset"].to_pylist()), pa.string())
-        columns["base_kind"] = pa.array(map(base_kinds.get, table["model"].to_pylist()), pa.string())
+    kinds = {name: source.kind for name, source in preset.sources.items()}
+    base_kinds = {name: base_kind(model) for name, model in preset.models.items()}
+    columns["data_kind"] = pa.array(map(kinds.get, table["dataset"].to_pylist()), pa.string())
+    columns["base_kind"] = pa.array(map(base_kinds.get, table["model"].to_pylist()), pa.string())
     for name, values in columns.items():
         table = table.set_column(table.schema.get_field_index(name), name, values)
     return table.cast(RUNS)
@@ -176,9 +162,7 @@ def base_kind(spec: ModelSpec) -> str | None:
 
 
 def collect_evals(files: list[Path], out: Path) -> None:
-    """Merge the scores of evaluations into the table `evals` (parquet and CSV) in the folder `out`.
-
-    Rows are ordered by model, the base model before its fine-tuned runs.
+    """Merge the scores of evaluations into the table `evals` (parquet and CSV), a base before its fine-tuned runs.
 
     Raises:
         UserError: a file is damaged, or was not written by `lorabench step evaluate`.
@@ -192,5 +176,4 @@ def collect_evals(files: list[Path], out: Path) -> None:
             raise UserError(f"{path} is no evaluation: it has no column {', '.join(missing)}")
         frames.append(frame)
     # The stable sort keeps the rows of one model in the order of its tasks.
-    table = pd.concat(frames).sort_values(order, na_position="first", kind="stable")
-    write_frame(table, "evals", out)
+    write_frame(pd.concat(frames).sort_values(order, na_position="first", kind="stable"), "evals", out)

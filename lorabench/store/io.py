@@ -17,30 +17,21 @@ import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
 from lorabench.store.schemas import CLAIMS, PARQUET_ONLY, SCHEMAS, WHERE_ABSENT
-from lorabench.utils.checked_parquet import add_checksum, check_parquet
-from lorabench.utils.files import atomic_path
+from lorabench.utils.files import add_checksum, atomic_path, check_parquet
 
 ROWS_AT_ONCE = 2**20
 """Rows that are held in memory while a large table is written; they become a row group of the parquet file."""
 
 
 def write_table(table: pa.Table, path: Path, **options: Any) -> None:
-    """Write a parquet file with a checksum, whole or not at all; the options are those of PyArrow.
-
-    Raises:
-        NoSpaceError: the disk is full.
-    """
+    """Write a parquet file with a checksum, whole or not at all; NoSpaceError says that the disk is full."""
     with atomic_path(path) as partial:
         pq.write_table(table, partial, **options)
         add_checksum(partial)
 
 
 def write_tables(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
-    """Write the rows of several tables into one file as `write_table` does, and hold few of them at a time.
-
-    Raises:
-        NoSpaceError: the disk is full.
-    """
+    """Write the rows of several tables into one file as `write_table` does, and hold few of them at a time."""
     with atomic_path(path) as partial:
         with pq.ParquetWriter(partial, schema) as writer:
             held = schema.empty_table()
@@ -54,10 +45,9 @@ def write_tables(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> N
 
 
 def write_frame(frame: pd.DataFrame, name: str, out: Path, all_columns: bool = True) -> None:
-    """Write the tidy table `name` into the folder `out`, as parquet and CSV.
+    """Write the tidy table `name` into the folder `out`, as parquet and, unless it is in PARQUET_ONLY, as CSV.
 
-    A table in PARQUET_ONLY is written as parquet only. The table has all documented columns or, without `all_columns`,
-    those of them that the frame has.
+    It has all documented columns or, without `all_columns`, those of them that the frame has.
     """
     schema = SCHEMAS[name]
     if not all_columns:
@@ -87,10 +77,7 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
     """Read a tidy table from a folder, parquet or else CSV, in the documented types.
 
     Documented columns may be missing, and other columns are kept. Integers are `Int64`, since they may be null; lists
-    are lists of words.
-
-    Args:
-        optional: whether to return an empty table without columns if there is no file.
+    are lists of words. An `optional` table without a file is empty and has no columns.
 
     Raises:
         UserError: there is no such file, it can't be read, or a column holds a value of another type.
@@ -139,11 +126,7 @@ def typed_frame(frame: pd.DataFrame, name: str, path: Path) -> pd.DataFrame:
 
 
 def read_claims(folder: Path, without: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Read the table `claims` of a folder, which may lack the columns `without`.
-
-    Raises:
-        UserError: the table lacks another column, as one from an older version does; see also `read_table`.
-    """
+    """Read the table `claims` of a folder, which may lack the columns `without`, but no others, as older ones do."""
     claims = read_table(folder, "claims")
     if absent := [name for name in CLAIMS.names if name not in claims and name not in without]:
         raise UserError(
@@ -154,21 +137,13 @@ def read_claims(folder: Path, without: tuple[str, ...] = ()) -> pd.DataFrame:
 
 
 def typed_columns(frame: pd.DataFrame, name: str, path: Path) -> pd.DataFrame:
-    """Return the table `name` with its documented columns in their types; other columns are kept.
-
-    Raises:
-        UserError: a column holds a value of another type; the message names the file `path`.
-    """
+    """Return the table `name` with its documented columns in their types; others are kept, and errors name `path`."""
     columns = {column.name: column.type for column in SCHEMAS[name] if column.name in frame}
     return frame.assign(**{column: _typed(frame[column], kind, path) for column, kind in columns.items()})
 
 
 def read_rows(folder: Path, name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Read some columns of a tidy table as one dict per row, with None for a missing value.
-
-    Raises:
-        UserError: see `read_table`.
-    """
+    """Read some columns of a tidy table as one dict per row, with None for a missing value (see `read_table`)."""
     frame = read_table(folder, name).reindex(columns=list(columns)).astype(object)
     return [dict(zip(columns, row, strict=True)) for row in frame.where(frame.notna(), None).itertuples(index=False)]
 
@@ -199,7 +174,11 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
         what, valid, typed = "truth value", truth.notna(), truth.astype("boolean")
     else:
         if not pd.api.types.is_any_real_numeric_dtype(column):
-            numbers = column.astype(object).where(column.map(_may_be_number))
+            # No list, date or truth value is a number, and no integer beyond 64 bits can be one.
+            kinds = (str, int, float, np.number, Decimal)
+            real = column.map(lambda value: isinstance(value, kinds) and not isinstance(value, bool))
+            large = column.map(lambda value: isinstance(value, int) and abs(value) >= 2**63)
+            numbers = column.astype(object).where(real & ~large)
         numbers = pd.to_numeric(numbers, errors="coerce")
         what, valid, typed = "number", numbers.notna(), numbers.astype("float64")
         if pa.types.is_int64(kind):
@@ -208,13 +187,6 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
     if len(wrong := column[column.notna() & ~valid]):
         raise UserError(f"{path}: column {column.name} has {wrong.tolist()[0]!r}, which is not a {what}")
     return typed
-
-
-def _may_be_number(value: Any) -> bool:
-    """Return whether a value can be read as a number: no list, date, truth value or integer beyond 64 bits."""
-    if isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) < 2**63
-    return isinstance(value, str | float | np.number | Decimal)
 
 
 def list_of_words(value: Any) -> list[str]:

@@ -42,10 +42,7 @@ class Layout:
         """Return the layout of a preset, given by a shipped preset's name or the path of a YAML file.
 
         A first seed that is given with it (see `load_preset`) is a part of the name, so that the runs with other seeds
-        have folders of their own: `results/laptop@100`.
-
-        Raises:
-            PresetError: there is no such preset, or it is not valid.
+        have folders of their own: `results/laptop@100`. PresetError says that there is no such valid preset.
         """
         _, first_seed = split_name(preset)
         name = preset_path(preset).stem
@@ -76,32 +73,21 @@ class Layout:
         return self.root / "hub" / "models" / f"{model}.{model_id(spec)}.json"
 
     def fetched_data(self, dataset: str) -> Path | None:
-        """Return the file that describes what was fetched of a dataset or problem set of the hub.
-
-        None if the data are not from the hub, or a local copy is read.
-        """
+        """Return the file on what was fetched of a dataset or problem set of the hub; None if other data are read."""
         spec = self.preset.sources[dataset]
         if not isinstance(spec, HubDataset | HubProblems) or spec.path is not None:
             return None
         return self.root / "hub" / "data" / f"{dataset}.{dataset_id(spec)}.json"
 
     def model(self, model: str) -> ModelSpec:
-        """Return a model's spec; the revision of a hub model is the commit that was fetched.
-
-        Raises:
-            UserError: the model was not fetched yet.
-        """
+        """Return a model's spec; the revision of a hub model is the commit that must have been fetched."""
         spec, fetched = self.preset.models[model], self.fetched_model(model)
         if fetched is None or not isinstance(spec, HubModel):
             return spec
         return spec.model_copy(update={"revision": read_fetched(fetched)[spec.id].commit})
 
     def commits(self, condition: Condition) -> dict[str, str]:
-        """Return the commits of the hub's repositories that a condition reads, by repository id.
-
-        Raises:
-            UserError: a repository was not fetched yet.
-        """
+        """Return the commits of the hub's repositories that a condition reads, by id; UserError if one is lacking."""
         held_out = condition.rollouts.held_out if condition.rollouts else ()
         files = [self.fetched_model(condition.model), *map(self.fetched_data, (condition.dataset, *held_out))]
         return {name: repository.commit for file in files if file for name, repository in read_fetched(file).items()}

@@ -9,8 +9,6 @@ import os
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lorabench.planning.plan import Plan
@@ -22,7 +20,6 @@ from lorabench.utils.files import read_json, write_json
 
 INTERVAL = float(os.environ.get("LORABENCH_PROGRESS_SECONDS", "2"))
 """Seconds between two updates of a progress file; the profile of a cluster asks for fewer."""
-
 
 _STATE = dict.fromkeys(("run", "runs", "seed", "step", "steps"), int) | {"label": str, "sweep": str, "lr": int | float}
 """The entries of a progress file."""
@@ -52,29 +49,13 @@ class Progress:
             write_json(state | {"sweep": self._sweep.sweep_id}, self._layout.progress(run))
 
 
-@dataclass(frozen=True)
-class Status:
-    """The state of a preset's work."""
-
-    runs_done: int
-    runs_planned: int
-    jobs_done: int
-    jobs_planned: int
-    at_work: list[dict[str, Any]]
-    """The contents of the runs' progress files, each with `age_s`: the seconds since the job last wrote it. A job that
-    was killed leaves its file."""
-    report: Path | None
-
-
 def finished_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
     """Return the numbers of finished runs, of planned runs (as far as they are known) and of finished jobs.
 
     A run's folder and a job's file have their names only when they are whole, so two lists of names tell what is
     finished. The runs of a finished job may be deleted.
     """
-    files, folders = (
-        set(os.listdir(folder)) if folder.is_dir() else set[str]() for folder in (layout.jobs, layout.runs)
-    )
+    files, folders = ({path.name for path in folder.glob("*")} for folder in (layout.jobs, layout.runs))
     done = planned = jobs_done = 0
     for job in plan.jobs:
         expected = job.n_runs
@@ -96,9 +77,11 @@ def finished_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
     return done, planned, jobs_done
 
 
-def status(plan: Plan, layout: Layout) -> Status:
-    """Read the state of a preset's work from the files on disk."""
-    runs_done, runs_planned, jobs_done = finished_runs(plan, layout)
+def runs_at_work(plan: Plan, layout: Layout) -> list[dict[str, Any]]:
+    """Return the contents of the runs' progress files, each with `age_s`: the seconds since the job last wrote it.
+
+    A job that was killed leaves its file.
+    """
     at_work: list[dict[str, Any]] = []
     unfinished = {sweep.sweep_id for job in plan.jobs if not layout.job(job).exists() for sweep in job.sweeps}
     for path in sorted((layout.root / "progress").glob("*.json")):
@@ -112,12 +95,4 @@ def status(plan: Plan, layout: Layout) -> Status:
                 now = os.fstat(probe.fileno()).st_mtime
             if state["sweep"] in unfinished:
                 at_work.append({**state, "age_s": now - written})
-    at_work.sort(key=lambda run: (run["label"], run["run"]))
-    return Status(
-        runs_done=runs_done,
-        runs_planned=runs_planned,
-        jobs_done=jobs_done,
-        jobs_planned=len(plan.jobs),
-        at_work=at_work,
-        report=layout.report if layout.report.exists() else None,
-    )
+    return sorted(at_work, key=lambda run: (run["label"], run["run"]))

@@ -23,11 +23,11 @@ CONTROLS = tuple(name for study in studies() for name in study.texts.get("contro
 NOT_PUBLISHED = ("run_ids",)
 """The columns of the table `claims` that are not published."""
 
+# The entries of provenance.json that are read.
 _PROVENANCE = dict.fromkeys(("preset", "first_started", "last_started"), str) | {
     **dict.fromkeys(("runs", "run_seconds"), int),
     **dict.fromkeys(("devices", "inputs"), list),
 }
-"""The entries of provenance.json that are read."""
 
 
 def published_folders(root: Path) -> list[Path]:
@@ -41,11 +41,7 @@ def evidence_folders(root: Path) -> list[Path]:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Return the content of the file provenance.json in the folder of a published preset; empty without the file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Return the content of a published preset's provenance.json, empty without it, or an error if it is damaged."""
     path = folder / "provenance.json"
     if not path.is_file():
         return {}

@@ -36,15 +36,14 @@ from lorabench.utils.files import file_sha256, flush_to_disk, read_parquet
 RECORD = "record.json"
 """The name of a run's record in its folder; a run that has one is finished."""
 
+# The blocks of a record, each with the entries that are read without asking whether they are there.
 _BLOCKS = {
     "spec": {"protocol", "lr", "seed", *(field.name for field in fields(Condition))},
     "outcome": {"status"},
     "environment": {"model_sha256", "packages"},
 }
-"""The blocks of a record, each with the entries that are read without asking whether they are there."""
-
+# The entries of a record with the checksums of the run's other files, and of the record itself.
 _CHECKSUMS = {"files", "sha256"}
-"""The entries of a record with the checksums of the run's other files, and of the record itself."""
 
 
 class RunFolder:
@@ -64,21 +63,15 @@ class RunFolder:
         return self.record.is_file()
 
     def read_record(self) -> dict[str, Any]:
-        """Read the record of a finished run, without checksums.
-
-        Raises:
-            UserError: the record is missing or damaged, or is not that of this run.
-        """
+        """Read the record of a finished run, without checksums; UserError if it is damaged or not that of this run."""
         with self._damage_explained():
             return {name: value for name, value in self._whole_record().items() if name in ("run_id", *_BLOCKS)}
 
     def read_nested(self) -> pa.Table:
         """Read the curves and test losses of a finished run: one row with the columns `curve` and `test_losses` of JOB.
 
-        The latter is null for a run that was made before test losses were kept.
-
-        Raises:
-            UserError: one of the files is damaged or is not that of this run, or the curves are missing.
+        The latter is null for a run that was made before test losses were kept. UserError says that a file is damaged
+        or is not that of this run.
         """
         self.check_files(self.curves, self.test_losses)
         nested = {}
@@ -109,10 +102,9 @@ class RunFolder:
         return record
 
     def check_files(self, *paths: Path) -> None:
-        """Check files of a finished run, or those in its folders, if the run was not made by an earlier version.
+        """Raise UserError if a file of a finished run, or in a folder of it, is damaged, missing or of another run.
 
-        Raises:
-            UserError: a file is damaged or missing, or is not that of this run.
+        A run of an earlier version has no checksums.
         """
         with self._damage_explained():
             listed: Mapping[str, str] = self._whole_record().get("files", {})
@@ -127,16 +119,14 @@ class RunFolder:
         try:
             yield
         except (ValueError, TypeError, RecursionError, OSError, UserError) as error:
-            raise UserError(f"run {self.run_id} is damaged ({error}); {self._again()}") from error
-
-    def _again(self) -> str:
-        """Return how the run is trained again: what its job's file holds counts as trained, whatever the folder has."""
-        ids, files = pa.schema([JOB.field("run_id")]), sorted(self.final.parents[1].glob("jobs/*.parquet"))
-        jobs = [str(path) for path in files if self.run_id in read_parquet(path, ids)["run_id"].to_pylist()]
-        if not jobs:
-            return f"delete {self.final} to have it trained again"
-        again = f"`lorabench run PRESET {' '.join(jobs)}`"
-        return f"delete {' and '.join([str(self.final), *jobs])} to have it trained again, by {again}"
+            # What its job's file holds counts as trained, whatever the folder has.
+            ids, files = pa.schema([JOB.field("run_id")]), sorted(self.final.parents[1].glob("jobs/*.parquet"))
+            jobs = [str(path) for path in files if self.run_id in read_parquet(path, ids)["run_id"].to_pylist()]
+            command = f", by `lorabench run PRESET {' '.join(jobs)}`" if jobs else ""
+            raise UserError(
+                f"run {self.run_id} is damaged ({error}); delete {' and '.join([str(self.final), *jobs])} to have it "
+                f"trained again{command}"
+            ) from error
 
     def tidy(self) -> None:
         """Remove the half-written files of a killed job; the checkpoint stays until the run is finished."""
@@ -156,8 +146,7 @@ class RunFolder:
     def finishing(self, record: Mapping[str, Any]) -> Iterator[Path]:
         """Yield a temporary folder for the finished run's files but its record; it becomes the run's folder on success.
 
-        Raises:
-            NoSpaceError: the disk is full.
+        NoSpaceError says that the disk is full.
         """
         self.tidy()
         try:

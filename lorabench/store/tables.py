@@ -1,8 +1,7 @@
 """All tidy tables of one folder, or of several that are merged and must not contradict each other.
 
-Own runs have a validation split, by which the learning rate is picked, and a test split, which is reported. Tables from
-elsewhere may have one evaluation set only, or the training loss alone. They are judged all the same: `Tables.read` puts
-another loss in the place of one that is lacking, and the column REMARK says what stands in for what.
+Tables from elsewhere may have one evaluation set only, or the training loss alone. `Tables.read` puts another loss in
+the place of one that is lacking, and the column REMARK says what stands in for what.
 """
 
 from __future__ import annotations
@@ -19,27 +18,19 @@ from lorabench.store.checks import check_comparable, check_curves, check_table, 
 from lorabench.store.io import list_of_words, read_table, table_path, typed_frame, write_frame
 from lorabench.store.schemas import SCHEMAS, WHERE_ABSENT
 
+_SCORE = "run_id model dataset task metric filter num_fewshot n_samples sampler eval_batch_size task_version"
 KEYS = {
     "runs": ["run_id"],
     "curves": ["run_id", "step", "split", "metric"],
     "compute": ["model", "method", "rank", "placement", "batch_size", "sequence_length", "device", "threads"],
     "counts": ["architecture", "placement", "part", "rank", "include_unembedding"],
-    "evals": [
-        *("run_id", "model", "dataset", "task", "metric", "filter", "num_fewshot", "n_samples"),
-        *("sampler", "eval_batch_size", "task_version", "template_sha256"),
-    ],
+    "evals": [*_SCORE.split(), "template_sha256"],
     "test_losses": ["run_id", "example"],
 }
 """The columns that identify a row of each table."""
 
-MAY_DIFFER = {
-    "runs": [
-        *("wall_s", "peak_mem_bytes", "device", "threads", "host"),
-        *("started", "git_sha", "git_dirty_patch", "versions"),
-    ],
-    "compute": ["step_s", "peak_mem_bytes"],
-    "evals": ["versions"],
-}
+_MACHINE = "wall_s peak_mem_bytes device threads host started git_sha git_dirty_patch versions"
+MAY_DIFFER = {"runs": _MACHINE.split(), "compute": ["step_s", "peak_mem_bytes"], "evals": ["versions"]}
 """Columns that describe the machine, in which rows may differ; the first folder's values are kept."""
 
 REMARK = "remark_on_losses"
@@ -74,10 +65,8 @@ class Tables:
     def read(cls, *folders: Path) -> Tables:
         """Read the tables of one folder, or of several and merge them as `lorabench merge` does.
 
-        Another loss stands in for one that the runs lack (see `with_stand_ins`).
-
-        Raises:
-            UserError: a folder holds none of the tables; see also `read_table` and `merge_tables`.
+        Another loss stands in for one that the runs lack. UserError says that a folder holds none of the tables; see
+        also `read_table` and `merge_tables`.
         """
         merged = {
             name: merge_tables(name, frames) if len(frames) > 1 else next(iter(frames.values()), pd.DataFrame())
@@ -87,11 +76,7 @@ class Tables:
 
     @classmethod
     def of(cls, frames: Mapping[str, pd.DataFrame]) -> Tables:
-        """Return the tables of data frames by name, as `read` would return them of files.
-
-        Raises:
-            UserError: there is no table of that name, or a column holds a value of another type.
-        """
+        """Return the tables of data frames by name, as `read` would return them of files, or raise UserError."""
         for name, frame in frames.items():
             if name not in KEYS or not isinstance(frame, pd.DataFrame):
                 what = f"of the type {type(frame).__name__}" if name in KEYS else "not known"
@@ -107,22 +92,20 @@ def _usable(runs: pd.DataFrame) -> pd.DataFrame:
     A run without experiments belongs to all others, whose claims and figures would take a variant for LoRA.
     """
     runs = with_stand_ins(runs)
-    if "method" not in runs:
+    variant = ~runs["method"].fillna("lora").isin(["fullft", "lora"]) if "method" in runs else pd.Series(dtype=bool)
+    if not variant.any():
         return runs
-    variant = runs["method"].notna() & ~runs["method"].isin(["fullft", "lora"])
     named = runs["experiments"].map(list_of_words) if "experiments" in runs else pd.Series([[]] * len(runs), runs.index)
     unnamed = variant & named.map(len).eq(0)
-    if not unnamed.any():
-        return runs
     own = is_rl(runs).map({True: ["variants_rl"], False: ["variants"]})
     return runs.assign(experiments=named.where(~unnamed, own))
 
 
 def _read_all(folders: Sequence[Path]) -> dict[str, dict[Path, pd.DataFrame]]:
     """Return the tables that the folders hold, by name and folder."""
-    *names, last = KEYS
     for folder in folders:
         if not any(table_path(folder, name) for name in KEYS):
+            *names, last = KEYS
             raise UserError(f"no table {', '.join(names)} or {last} (.parquet or .csv) in {folder}")
     return {name: {folder: read_table(folder, name) for folder in folders if table_path(folder, name)} for name in KEYS}
 
@@ -131,11 +114,11 @@ def merge(folders: list[Path], out: Path) -> None:
     """Merge the tables in KEYS of several folders into the folder `out`, as parquet and CSV.
 
     The merged tables have the documented columns that at least one folder has, null in the rows of the other folders.
-    `out` may be one of the folders. Nothing is written if tables contradict each other.
+    `out` may be one of the folders.
 
     Raises:
         UserError: a folder holds no table, a table can't be read or is not valid (see `check_table`, `check_curves`
-            and `check_comparable`), or tables contradict each other (see `merge_tables`).
+            and `check_comparable`), or tables contradict each other. Nothing is written then.
     """
     merged = {name: merge_tables(name, frames) for name, frames in _read_all(folders).items() if frames}
     check_table(with_stand_ins(merged.get("runs", pd.DataFrame())))
@@ -146,13 +129,9 @@ def merge(folders: list[Path], out: Path) -> None:
 
 
 def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
-    """Merge tables of one kind: rows with the same KEYS become one row, with the experiments of all of them.
+    """Merge tables of one kind by folder: rows with the same KEYS become one row, with the experiments of all of them.
 
-    Args:
-        frames: the tables by the folder that they are from, typed as by `read_table`.
-
-    Returns:
-        The table in its documented columns, rows in the order in which they first appear.
+    Rows are in the order in which they first appear.
 
     Raises:
         UserError: some tables lack a column of KEYS that others have, or rows with the same KEYS differ in a column

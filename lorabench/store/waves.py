@@ -25,7 +25,15 @@ def waves(sweep: Sweep, layout: Layout) -> Iterator[list[Run]]:
     """
     losses: dict[tuple[float, int], float] = {}
     while wave := next_runs(sweep, losses):
-        _check_commits(sweep, layout, wave)
+        fetched = layout.commits(sweep.condition)
+        for folder in (RunFolder(layout.runs, run.run_id) for run in wave):
+            used = folder.read_record()["environment"].get("hub_commits", {}) if folder.done() else fetched
+            for name in (name for name in fetched if fetched[name] != used.get(name)):
+                raise UserError(
+                    f"run {folder.run_id} was made with {name} at commit {used.get(name)}, but {fetched[name]} is "
+                    f"fetched now: write the former into the file of {name} in {layout.pins} and fetch again, or "
+                    f"delete {folder.final} to train the run again"
+                )
         yield wave
         losses |= {(run.lr, run.seed): _loss(run, layout) for run in wave}
 
@@ -34,10 +42,7 @@ def next_wave(plan: Plan, sweep: Sweep, layout: Layout, number: int) -> list[Run
     """Return the runs of the wave of a number, from 2, of a sweep whose runs are jobs of their own.
 
     It is empty after the last wave; but first it is the best run, which is deleted, if it must be trained again for its
-    weights.
-
-    Raises:
-        UserError: a run of an earlier wave is not finished.
+    weights. UserError says that a run of an earlier wave is not finished.
     """
     check_trained(sweep, layout)
     known = list(islice(waves(sweep, layout), number))
@@ -73,7 +78,7 @@ def run_without_weights(plan: Plan, sweep: Sweep, layout: Layout) -> Run | None:
     An earlier plan with other LRs may have had another best LR and deleted them. The weights of a restored run were
     left behind, and only an evaluation needs them.
     """
-    best = best_lr(sweep, _losses(sweep, layout))
+    best = best_lr(sweep, finished_losses(sweep, lambda run: _loss(run, layout)))
     if best is None:
         return None
     run = Run(sweep.condition, best, sweep.seeds.first)
@@ -83,7 +88,7 @@ def run_without_weights(plan: Plan, sweep: Sweep, layout: Layout) -> Run | None:
 
 def end_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], None]) -> pa.Table:
     """Delete the weights of a finished sweep that the preset does not keep; return its runs as rows of JOB."""
-    losses = _losses(sweep, layout)
+    losses = finished_losses(sweep, lambda run: _loss(run, layout))
     folders = {(lr, seed): RunFolder(layout.runs, Run(sweep.condition, lr, seed).run_id) for lr, seed in losses}
     if sweep.lattice is not None:
         say(f"{sweep.condition.label} {ending(sweep, losses)}")
@@ -94,28 +99,8 @@ def end_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], Non
     return sweep_table(list(folders.values()), sweep)
 
 
-def _losses(sweep: Sweep, layout: Layout) -> dict[tuple[float, int], float]:
-    """Return the validation losses of a finished sweep, in the order of its waves."""
-    return finished_losses(sweep, lambda run: _loss(run, layout))
-
-
 def _loss(run: Run, layout: Layout) -> float:
     folder = RunFolder(layout.runs, run.run_id)
     if not folder.done():
         raise UserError(f"run {run.run_id} is not finished, and which runs come after it depends on its loss")
     return validation_loss(folder.read_record())
-
-
-def _check_commits(sweep: Sweep, layout: Layout, wave: list[Run]) -> None:
-    """Raise UserError if a finished run used another commit of a Hugging Face repository than is fetched now."""
-    fetched = layout.commits(sweep.condition)
-    for folder in (RunFolder(layout.runs, run.run_id) for run in wave):
-        if not folder.done():
-            continue
-        used = folder.read_record()["environment"].get("hub_commits", {})
-        for name in (name for name in fetched if fetched[name] != used.get(name)):
-            raise UserError(
-                f"run {folder.run_id} was made with {name} at commit {used.get(name)}, but {fetched[name]} is fetched "
-                f"now: write the former into the file of {name} in {layout.pins} and fetch again, or delete "
-                f"{folder.final} to train the run again"
-            )

@@ -6,8 +6,8 @@ and models have no dropout.
 
 If a model is sharded over processes, each process writes its part. The file of the first process is the checkpoint: its
 header has the step and the number of parts, and it replaces the old checkpoint when all other parts are written, so
-that parts of two steps are never mixed. Any number of processes can read it; as many as wrote it read their own parts
-only. Tensors are read one by one, so that the host's memory never holds a whole model with Adam's state.
+that parts of two steps are never mixed. Any number of processes can read it, one tensor at a time; as many as wrote it
+read their own parts only.
 
 A checkpoint that is damaged or belongs to another run is ignored with a warning: the run starts again from step 1.
 """
@@ -86,24 +86,49 @@ class Checkpoint:
     def load(
         self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> dict[str, Any] | None:
-        """Restore weights and optimizer state in place and return the saved `progress`.
+        """Restore weights and optimizer state in place and return the saved `progress`, in all processes together.
 
-        Returns None and changes nothing if there is no checkpoint, or none that can be used; a warning then names the
-        reason. Every process must call this, and all restore the checkpoint or none does.
+        It changes nothing and returns None if there is no checkpoint, or none that can be used, with a warning.
         """
         path, processes = self._path, self._processes
         if not processes.any(path.exists()):
             return None
-        progress, parts, reason = self._verify()
+        progress: dict[str, Any] | None = None
+        reason = f"{path} can't be used by another process"
+        try:
+            about = read_header(path)
+            if not about.items() >= self._owner.items():
+                owner = f"run {about.get('run_id')}, protocol {about.get('protocol_version')}"
+                raise DamagedTensorsError(f"{path} is of {owner}")
+            parts = _parts(path, int(about["step"]), int(about["parts"]))
+            # Each part is verified by one process.
+            for part in parts[processes.rank :: processes.count]:
+                if not verify_tensors(part).items() >= self._owner.items():
+                    raise DamagedTensorsError(f"{part} is of another run")
+            with open_tensors(path, "numpy") as file:
+                progress = json.loads(file.get_tensor("progress").tobytes())
+        except (DamagedTensorsError, KeyError, ValueError) as error:
+            reason = str(error) if isinstance(error, DamagedTensorsError) else f"{path} is damaged (its header)"
         with ExitStack() as opened:
-            files = [opened.enter_context(open_tensors(part)) for part in parts]
-            if progress and _shapes(files) != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
-                progress, reason = None, f"{path} is of a model with other parameters"
+            if processes.any(progress is None):
+                progress = None
+            else:
+                files = [opened.enter_context(open_tensors(part)) for part in parts]
+                saved, shapes = set(files[0].keys()), {}
+                for key in saved:
+                    kind, _, name = key.partition("/")
+                    if kind == "parameter":
+                        # Its rows are spread over the files.
+                        rows = [file.get_slice(key).get_shape() for file in files]
+                        shapes[name] = (
+                            tuple(rows[0]) if len(rows) == 1 else (sum(part[0] for part in rows), *rows[0][1:])
+                        )
+                if shapes != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
+                    progress, reason = None, f"{path} is of a model with other parameters"
             if progress is None:
                 if processes.first:
                     logging.warning("run %s starts again from step 1: checkpoint %s", self._run_id, reason)
                 return None
-            saved = set(files[0].keys())
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(_tensor(files, f"parameter/{name}", parameter, processes))
@@ -114,40 +139,6 @@ class Checkpoint:
             logging.info("run %s goes on after step %d", self._run_id, progress["step"])
         return progress
 
-    def _verify(self) -> tuple[dict[str, Any] | None, list[Path], str]:
-        """Verify the parts of the checkpoint, each by one process.
-
-        Return the progress and the parts; if it can't be used None, no parts and the reason, in all processes.
-        """
-        progress: dict[str, Any] | None = None
-        path, processes, parts = self._path, self._processes, list[Path]()
-        reason = f"{path} can't be used by another process"
-        try:
-            about = read_header(path)
-            if not about.items() >= self._owner.items():
-                owner = f"run {about.get('run_id')}, protocol {about.get('protocol_version')}"
-                raise DamagedTensorsError(f"{path} is of {owner}")
-            parts = _parts(path, int(about["step"]), int(about["parts"]))
-            for part in parts[processes.rank :: processes.count]:
-                if not verify_tensors(part).items() >= self._owner.items():
-                    raise DamagedTensorsError(f"{part} is of another run")
-            with open_tensors(path, "numpy") as file:
-                progress = json.loads(file.get_tensor("progress").tobytes())
-        except (DamagedTensorsError, KeyError, ValueError) as error:
-            reason = str(error) if isinstance(error, DamagedTensorsError) else f"{path} is damaged (its header)"
-        return (None, [], reason) if processes.any(progress is None) else (progress, parts, "")
-
-
-def _shapes(files: list[Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter, whose rows are spread over the files."""
-    shapes = {}
-    for key in files[0].keys():  # noqa: SIM118
-        kind, _, name = key.partition("/")
-        if kind == "parameter":
-            parts = [file.get_slice(key).get_shape() for file in files]
-            shapes[name] = tuple(parts[0]) if len(parts) == 1 else (sum(part[0] for part in parts), *parts[0][1:])
-    return shapes
-
 
 def _tensor(files: list[Any], key: str, like: torch.Tensor, processes: Processes) -> torch.Tensor:
     """Return a saved tensor, on the device of `like` and sharded as it is; numbers are not sharded."""
@@ -155,7 +146,7 @@ def _tensor(files: list[Any], key: str, like: torch.Tensor, processes: Processes
         # This is Adam's step count, which is on the CPU unless Adam is fused on a GPU.
         number: torch.Tensor = files[0].get_tensor(key)
         return number.to(like.device)
-    if processes.sharded and len(files) == processes.count:
+    if processes.count > 1 and len(files) == processes.count:
         own = files[processes.rank].get_tensor(key)
         if own.shape == local_part(like).shape:
             result = torch.empty_like(like)

@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,13 +108,13 @@ class SweepContext:
                 "hidden_size": config.hidden_size,
                 "entropy_bits": dataset.entropy_bits if isinstance(dataset, FactsDataset) else None,
                 "train_flops": train_flops_per_token(model) * outcome.train_tokens,
-                "peak_mem_bytes": int(processes.most(peak)),
+                "peak_mem_bytes": int(processes.gather([peak]).max()),
             },
             "environment": environment,
         }
         keep = outcome.status != "diverged"
         state: dict[str, torch.Tensor] | None = None
-        if keep and processes.sharded:
+        if keep and processes.count > 1:
             # Every process takes part in gathering; the first one keeps the tensors.
             whole = ((name, full_tensor(weight.detach())) for name, weight in trained_parameters(model).items())
             state = {name: weight.cpu() for name, weight in whole if processes.first}
@@ -135,11 +134,7 @@ class SweepContext:
 
 
 class Base:
-    """The base model of a job's sweeps.
-
-    It is loaded once for LoRA, which does not change it, and again after each run that does. A model that is sharded is
-    loaded again for each run, since LoRA must be added before.
-    """
+    """The base model of a job's sweeps: loaded once for LoRA, and again after runs that change it or are sharded."""
 
     def __init__(self) -> None:
         self._model: PreTrainedModel | None = None
@@ -156,7 +151,7 @@ class Base:
             recomputed, keeping = context.recomputed_layers
             if recomputed:
                 recompute_activations(self._model, keeping)
-        if not processes.sharded:
+        if processes.count == 1:
             frozen = context.sweep.condition.method not in ("fullft", *CHANGES_BASE)
             if frozen and context.machine.autocast == torch.bfloat16:
                 hold_in_bf16(self._model)
@@ -169,28 +164,28 @@ class Base:
     def sharded(self, context: SweepContext) -> PreTrainedModel:
         """Return the base model, sharded over the processes if there are several; it can then only be evaluated."""
         model = self.untrained(context)
-        if context.machine.processes.sharded:
+        if context.machine.processes.count > 1:
             self._model = None
         return context.machine.processes.shard(model)
 
     @contextmanager
     def trainable(self, context: SweepContext, run: Run) -> Iterator[torch.nn.Module]:
         """Provide the model of a run: the base model itself, or with a new adapter, sharded if there are processes."""
-        model, processes = self.untrained(context), context.machine.processes
-        if processes.sharded and run.condition.method not in ("fullft", "lora"):
-            name = METHOD_NAMES[run.condition.method]
+        model, processes, method = self.untrained(context), context.machine.processes, run.condition.method
+        if processes.count > 1 and method not in ("fullft", "lora"):
+            name = METHOD_NAMES[method]
             raise UserError(f"{name} needs whole layers where it starts: --processes = {processes.count}; allowed: 1")
-        if run.condition.method == "fullft" or processes.sharded:
+        adapted: Any = model if method == "fullft" else with_adapter(model, context, run)
+        if method == "fullft" or processes.count > 1:
             self._model = None
-            yield processes.shard(model if run.condition.method == "fullft" else with_adapter(model, context, run))
+            yield processes.shard(adapted)
             return
-        adapted = with_adapter(model, context, run)
         # Where activations are recomputed, memory is short, so no second copy of the base in bf16 is kept.
         use_fast_products(adapted, keep_cast=not context.recomputed_layers[0])
         try:
             yield adapted
         finally:
-            if run.condition.method in CHANGES_BASE:
+            if method in CHANGES_BASE:
                 self._model = None
             else:
                 self._model = adapted.unload()
@@ -200,16 +195,8 @@ class Base:
 def with_adapter(model: PreTrainedModel, context: SweepContext, run: Run) -> Any:
     """Return a base model with the new adapter of a run."""
     condition, head = run.condition, context.plan.preset.protocol.include_unembedding
-    assert condition.rank
-    assert condition.placement
-    assert condition.alpha
-    sizes = condition.rank, condition.placement, condition.alpha
+    sizes: tuple[Any, Any, Any] = condition.rank, condition.placement, condition.alpha
     return add_lora(model, *sizes, head, run.seed, condition.init_a or 1.0, condition.method)
-
-
-def now() -> str:
-    """Return the time in UTC, for a run's record."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def code_state(patches: Path) -> dict[str, str | None]:
@@ -222,14 +209,15 @@ def code_state(patches: Path) -> dict[str, str | None]:
         command = ["git", "-C", str(_REPOSITORY), *arguments]
         return subprocess.run(command, capture_output=True, check=True, timeout=30).stdout
 
+    unknown: dict[str, str | None] = {"git_sha": None, "git_dirty_patch": None}
     try:
         if Path(os.fsdecode(git("rev-parse", "--show-toplevel").strip())).resolve() != _REPOSITORY.resolve():
-            return {"git_sha": None, "git_dirty_patch": None}
+            return unknown
         sha = git("rev-parse", "HEAD").decode().strip()
         # Other tracked files, such as figures, do not affect a run.
         diff = git("diff", "HEAD", "--", "lorabench", "workflow")
     except (OSError, subprocess.SubprocessError):
-        return {"git_sha": None, "git_dirty_patch": None}
+        return unknown
     patch = hashlib.sha256(diff).hexdigest()[:16] if diff else None
     path = patches / f"{patch}.patch"
     if diff and not path.exists():

@@ -3,12 +3,11 @@
 Each process computes its share of a batch; losses, gradients and norms are summed over all processes, so that the
 numbers equal those of one process up to the order of additions. A single process runs the same code.
 
-The model is sharded with accelerate's FSDP2: each process keeps a part of every parameter, of its gradient and of its
-optimizer state, in fp32. The parameters of a layer are gathered in fp32 while it is computed, under the same autocast
-as on one GPU.
+Accelerate's FSDP2 shards the model: each process keeps a part of every parameter, of its gradient and of its optimizer
+state, in fp32. A layer's parameters are gathered while it is computed, under the same autocast as on one GPU.
 
-The processes are started by torch's elastic launcher, and each runs the same command. A failure of one ends all of
-them; a `UserError` is passed to the launching process, which shows it once.
+Torch's elastic launcher starts the processes, each with the same command. A failure of one ends all of them; a
+`UserError` is passed to the launching process, which shows it once.
 """
 
 from __future__ import annotations
@@ -61,11 +60,6 @@ class Processes:
         """Whether this process is the one that writes files and reports progress."""
         return self.rank == 0
 
-    @property
-    def sharded(self) -> bool:
-        """Whether a model's parameters are sharded over the processes."""
-        return self.count > 1
-
     def gather(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
         """Gather equally many numbers from every process; all receive (processes, values) in double precision."""
         numbers = np.asarray(values, np.float64)
@@ -83,14 +77,6 @@ class Processes:
             dist.all_gather_object(everyone, own)
         return everyone
 
-    def total(self, value: float) -> float:
-        """Return the sum of a value over all processes."""
-        return float(self.gather([value]).sum())
-
-    def most(self, value: float) -> float:
-        """Return the largest value of all processes."""
-        return float(self.gather([value]).max())
-
     def any(self, happened: bool) -> bool:
         """Return whether `happened` is true in any process, so that all processes decide alike."""
         return bool(self.gather([happened]).any())
@@ -106,11 +92,11 @@ class Processes:
     def even(self, parts: Iterable[T], nothing: T) -> list[T]:
         """Pad this process's parts with `nothing`: all processes must make equally many passes through the model."""
         own = list(parts)
-        return own + [nothing] * (int(self.most(len(own))) - len(own))
+        return own + [nothing] * (int(self.gather([len(own)]).max()) - len(own))
 
     def shard(self, model: M) -> M:
         """Shard a model that has its weights in the first process, on its CPU; without sharding return it unchanged."""
-        if not self.sharded:
+        if self.count == 1:
             return model
         from accelerate import Accelerator
         from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
@@ -144,22 +130,14 @@ SINGLE_PROCESS = Processes()
 """A single process on the CPU."""
 
 
-def is_worker() -> bool:
-    """Return whether this process was started by the elastic launcher."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def launch(count: int, arguments: Sequence[str]) -> None:
     """Run `python ARGUMENTS` in `count` processes and wait for their end.
 
-    After a signal, on which `lorabench.utils.signals.stop_immediately` raises Stopped, the processes get SIGTERM and
-    have an hour to save their state, however many signals follow. Where an operation of a sharded model has no
-    deterministic kernel, the processes start again and do without.
+    After a signal the processes get SIGTERM and have an hour to save their state, however many signals follow; then
+    this raises Stopped. Where an operation of a sharded model has no deterministic kernel, they start again and do
+    without.
 
-    Raises:
-        UserError: the machine has fewer GPUs than `count`, or a process raised a UserError.
-        Stopped: a signal asked the job to end.
-        SystemExit: a process failed otherwise.
+    UserError says that there are fewer GPUs, or what a process raised; SystemExit that a process failed otherwise.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -210,7 +188,7 @@ def errors_to_launcher() -> Iterator[None]:
     try:
         yield
     except (Stopped, UserError) as error:
-        if not is_worker():
+        if not dist.is_torchelastic_launched():
             raise
         if isinstance(error, Stopped):
             sys.exit(error.exit_status)
@@ -230,7 +208,7 @@ def join() -> Processes:
 
 
 def leave(processes: Processes) -> None:
-    """Leave the process group when the work of all processes is done."""
+    """Leave the process group."""
     if processes.count > 1:
         dist.destroy_process_group()
 

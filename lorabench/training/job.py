@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -43,6 +42,8 @@ def run_job(
 ) -> None:
     """Train all runs of a job and write its parquet file, or train one run of its sweep and write no such file.
 
+    After a signal it raises Stopped; finished runs and checkpoints are kept.
+
     Args:
         say: reports one line of progress; called in the first process only.
         processes: the processes that train the job together; each calls this function.
@@ -51,7 +52,6 @@ def run_job(
     Raises:
         UserError: memory or disk space ran out, the run is not in the sweep's next wave, or a finished run was made
             with another commit of a Hugging Face repository than is fetched now.
-        Stopped: a signal asked the job to end; finished runs and checkpoints are kept.
     """
     # The trainer keeps the model, data and graders of the job's sweeps until the end. It is imported here since each
     # trainer imports libraries that the other does not need.
@@ -119,7 +119,16 @@ def train_sweep(
             if processes.first:
                 layout.progress(run).unlink(missing_ok=True)
         if processes.first:
-            say(f"{title}: {_result(folder.read_record()['outcome'])}")
+            outcome = folder.read_record()["outcome"]
+            if outcome["status"] == "diverged":
+                result = f"diverged at step {outcome['diverged_at']}"
+            elif "final_reward" in outcome:
+                result = f"accuracy {outcome['base_reward']:.3f} -> {outcome['final_reward']:.3f}"
+                if when := {"unrewarded": "ever right", "collapsed": "right any more"}.get(outcome["status"]):
+                    result += f"; stopped, no response was {when}"
+            else:
+                result = f"test {outcome['final_test_nll']:.4f} nats"
+            say(f"{title}: {result}")
 
     numbers: dict[str, int] = {}
     for wave in waves(sweep, layout):
@@ -133,13 +142,3 @@ def train_sweep(
         raise UserError(f"run {run_id!r} is not one of sweep {sweep.sweep_id}; has the preset changed since?")
     if best := run_without_weights(plan, sweep, layout):
         finish(numbers[best.run_id], best, for_weights=True)
-
-
-def _result(outcome: dict[str, Any]) -> str:
-    if outcome["status"] == "diverged":
-        return f"diverged at step {outcome['diverged_at']}"
-    if "final_reward" in outcome:
-        reward = f"accuracy {outcome['base_reward']:.3f} -> {outcome['final_reward']:.3f}"
-        when = {"unrewarded": "ever right", "collapsed": "right any more"}.get(outcome["status"])
-        return f"{reward}; stopped, no response was {when}" if when else reward
-    return f"test {outcome['final_test_nll']:.4f} nats"

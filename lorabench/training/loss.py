@@ -1,8 +1,7 @@
 """Losses in pieces, and the loss of SFT, the NLL in nats summed over scored tokens, with its micro-batches.
 
-Logits are computed only at tokens whose prediction counts, and for a limited number of tokens at a time, so that those
-of a whole batch are never held at once. The decoder and the unembedding are called as modules, so that LoRA on either
-takes effect.
+Logits are computed only at tokens whose prediction counts, and for a limited number of tokens at a time. The decoder
+and the unembedding are called as modules, so that LoRA on either takes effect.
 """
 
 from __future__ import annotations
@@ -31,19 +30,13 @@ than 32 and 64 on the laptop preset's batches; the GPU's is assumed."""
 
 
 def micro_batches(lengths: np.ndarray, max_tokens: int, pass_tokens: int) -> list[np.ndarray]:
-    """Split a batch by length into the micro-batches of least cost, by dynamic programming.
+    """Split examples, given their lengths in tokens, into the micro-batches of least cost, by dynamic programming.
 
-    A micro-batch costs its rows times its longest row, plus `pass_tokens`.
-
-    Args:
-        lengths: tokens of each example of the batch, (examples,).
-        max_tokens: limit of rows times longest row of a micro-batch; a single example always fits.
-        pass_tokens: fixed cost of a pass through the model, in tokens.
-
-    Returns:
-        The positions within the batch of each micro-batch's examples, short examples first.
+    A micro-batch costs its rows times its longest row, plus `pass_tokens`. Unless it is a single example, this product
+    is at most `max_tokens`. Returned are the positions of each micro-batch's examples, short examples first.
     """
     order = np.argsort(lengths, kind="stable")
+    # By the number of examples, shortest first: the least cost, and where the last micro-batch then starts.
     costs, starts = np.zeros(len(order) + 1), np.zeros(len(order) + 1, np.int64)
     for end, longest in enumerate(lengths[order].tolist(), 1):
         first = min(end - 1, max(0, end - max_tokens // max(1, longest)))
@@ -71,14 +64,8 @@ class Batch(NamedTuple):
         """The number of scored targets."""
         return int((self.targets != IGNORED).sum())
 
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device; the copy to a GPU is asynchronous."""
-        if device.type == "cuda":
-            return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
-        return Batch(*(tensor.to(device) for tensor in self))
 
-
-def collate(split: TokenizedSplit, examples: Sequence[int] | np.ndarray) -> Batch:
+def collate(split: TokenizedSplit, examples: Sequence[int] | np.ndarray, device: torch.device | None = None) -> Batch:
     """Build a batch of examples, given by index; no examples give one token without a target."""
     tokens = [split.example(int(index)) for index in examples]
     # An example's last token is only a target.
@@ -87,7 +74,7 @@ def collate(split: TokenizedSplit, examples: Sequence[int] | np.ndarray) -> Batc
     for row, (ids, scored) in enumerate(tokens):
         inputs[row, : len(ids) - 1] = ids[:-1]
         targets[row, : len(ids) - 1] = np.where(scored[1:], ids[1:], IGNORED)
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+    return Batch(torch.as_tensor(inputs, device=device), torch.as_tensor(targets, device=device))
 
 
 def scored_by_example(split: TokenizedSplit) -> np.ndarray:
@@ -122,29 +109,25 @@ def backward_in_pieces(
     Args:
         inputs: arguments of the decoder.
         tokens: indices into (rows x length) of the positions whose logits are computed, (tokens,).
-        compute: what is computed from the logits of some tokens.
+        compute: what is computed from the logits of some tokens, at most `at_once`.
         loss: the part of the loss, a scalar, that follows from these numbers.
         autocast: the type of autocast; None for fp32.
-        at_once: the most tokens whose logits are computed at once.
     """
-
-    def cast() -> torch.autocast:
-        return torch.autocast(tokens.device.type, dtype=autocast, enabled=autocast is not None)
-
+    cast = torch.autocast(tokens.device.type, dtype=autocast, enabled=autocast is not None)
     if len(tokens) <= at_once or isinstance(model, FSDPModule):
-        with cast():
+        with cast:
             numbers = call_as_forward(model, of_tokens, inputs, tokens, compute, at_once)
         total = loss(numbers, slice(None))
         total.backward()
         return total.detach(), numbers.detach()
-    with cast():
-        hidden = _hidden(model, inputs, tokens)
+    with cast:
+        hidden = without_peft(model).get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[tokens]
     # The backward pass goes through the unembedding piece by piece, then once through the decoder.
     leaf, head = hidden.detach().requires_grad_(), without_peft(model).get_output_embeddings()
     total, parts = torch.zeros((), device=tokens.device), []
     for start in range(0, len(tokens), at_once):
         piece = slice(start, start + at_once)
-        with cast():
+        with cast:
             numbers = compute(head(leaf[piece]), piece)
         part = loss(numbers, piece)
         part.backward()
@@ -163,7 +146,8 @@ def of_tokens(
     unembedding is called once nevertheless, so that FSDP communicates equally often in processes with other numbers of
     pieces.
     """
-    hidden, head = _hidden(model, inputs, tokens), without_peft(model).get_output_embeddings()
+    hidden = without_peft(model).get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[tokens]
+    head = without_peft(model).get_output_embeddings()
     if len(hidden) <= at_once:
         return compute(head(hidden), slice(None))
     forward = head.forward
@@ -183,65 +167,45 @@ def of_tokens(
     return whole
 
 
-def _hidden(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-    """Return the inputs of the unembedding at some tokens, (tokens, width)."""
-    hidden: Tensor = without_peft(model).get_decoder()(**inputs, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)[tokens]
-
-
-def tokens_at_once(model: nn.Module, max_logits: int) -> int:
-    """Return the number of tokens that have at most `max_logits` logits, at least 1."""
-    return max(1, max_logits // int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
-
-
 def add_gradient(
     model: nn.Module, batch: Batch, divisor: int, autocast: torch.dtype | None, max_logits: int | None
 ) -> Tensor:
     """Add the gradient of a batch's NLL divided by `divisor`, and return this quotient, a scalar on the device.
 
-    Args:
-        divisor: usually the scored tokens of the whole batch, of which `batch` is a part.
-        autocast: the type of autocast; None for fp32.
-        max_logits: limit of the logits computed at once (see `MAX_LOGITS`); None for no limit.
+    The divisor is usually the scored tokens of the whole batch, of which `batch` is a part; `max_logits` (see
+    `MAX_LOGITS`) may be None for no limit.
     """
-    tokens, targets = _scored(batch)
-    at_once = len(tokens) if max_logits is None else tokens_at_once(model, max_logits)
-
-    def loss(nlls: Tensor, _: slice) -> Tensor:
-        return nlls.sum() / divisor
-
+    inputs, (tokens, targets) = {"input_ids": batch.inputs}, _scored(batch)
+    at_once = len(tokens) if max_logits is None else max(1, max_logits // without_peft(model).config.vocab_size)
     # The context includes the backward pass, since recomputed layers read the tokens again.
     with computing_only(model, tokens):
-        nll, _ = backward_in_pieces(model, {"input_ids": batch.inputs}, tokens, _nlls(targets), loss, autocast, at_once)
-    return nll
+        return backward_in_pieces(
+            model, inputs, tokens, _nlls(targets), lambda nlls, _: nlls.sum() / divisor, autocast, at_once
+        )[0]
 
 
 def batch_gradient(
     model: nn.Module, split: TokenizedSplit, examples: np.ndarray, machine: Machine
 ) -> tuple[float, int, int]:
-    """Compute the gradient of the token-weighted NLL of some examples, micro-batch by micro-batch.
+    """Compute the gradient of the token-weighted NLL of some examples, given by index, micro-batch by micro-batch.
 
-    Args:
-        examples: indices into the split, (examples,); each process computes a share of them.
-
-    Returns:
-        The NLL in nats per scored token, and the numbers of tokens and of scored tokens, the same in all processes.
+    Each process computes a share. All return the NLL in nats per scored token, and the tokens and scored tokens.
     """
     processes, device, lengths = machine.processes, machine.device, split.lengths()
     share = examples[processes.share(lengths[examples])]
-    tokens = int(processes.total(lengths[share].sum()))
     parts = micro_batches(lengths[share], machine.max_batch_tokens, PASS_TOKENS[device.type])
-    batches = [collate(split, part) for part in processes.even((share[part] for part in parts), share[:0])]
-    scored = int(processes.total(sum(batch.scored for batch in batches)))
+    batches = [collate(split, part, device) for part in processes.even((share[part] for part in parts), share[:0])]
+    counts = [lengths[share].sum(), sum(batch.scored for batch in batches)]
+    tokens, scored = processes.gather(counts).sum(0).astype(int).tolist()
 
     def add() -> float:
         nll = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
-            nll += add_gradient(model, batch.to(device), scored, machine.autocast, MAX_LOGITS[device.type])
+            nll += add_gradient(model, batch, scored, machine.autocast, MAX_LOGITS[device.type])
         return nll.item()
 
     nll = deterministically(add, model.zero_grad, machine)
-    return processes.total(nll), tokens, scored
+    return float(processes.gather([nll]).sum()), tokens, scored
 
 
 @torch.no_grad()
@@ -249,10 +213,11 @@ def example_nlls(model: nn.Module, split: TokenizedSplit, machine: Machine) -> n
     """Return the NLL of each example of a split over its scored tokens, in nats: (examples,), in all processes."""
     processes, kind = machine.processes, machine.device.type
     counts, share = scored_by_example(split), processes.share(split.lengths())
-    nats, owners, at_once = [np.zeros(0)], [share[:0]], tokens_at_once(model, MAX_LOGITS[kind])
+    nats, owners = [np.zeros(0)], [share[:0]]
+    at_once = max(1, MAX_LOGITS[kind] // without_peft(model).config.vocab_size)
     parts = micro_batches(split.lengths()[share], machine.max_batch_tokens, PASS_TOKENS[kind])
     for examples in processes.even((share[part] for part in parts), share[:0]):
-        batch = collate(split, examples).to(machine.device)
+        batch = collate(split, examples, machine.device)
         tokens, targets = _scored(batch)
         with machine.cast(), computing_only(model, tokens):
             nlls = call_as_forward(model, of_tokens, {"input_ids": batch.inputs}, tokens, _nlls(targets), at_once)

@@ -1,9 +1,8 @@
 """Parts shared by the loops of SFT and RL: machine, outcome, data order, optimizer, and gradients that repeat.
 
 By default the backward pass of PyTorch's fused attention on a GPU, and of indexing, adds in an order that differs from
-one call to the next, so that a run that was resumed would differ. `torch.use_deterministic_algorithms` selects kernels
-with a fixed order; it has to be strict, since with `warn_only` fused attention keeps its default. cuBLAS also needs a
-workspace of a fixed size.
+call to call, so that a resumed run would differ. `torch.use_deterministic_algorithms` selects kernels with a fixed
+order. It has to be strict, since with `warn_only` fused attention keeps its default.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
     device = device_of(execution)
     if processes.count > 1:
         device = processes.device
-    products: Products | None = None
+    products = None
     if device.type == "cpu":
         torch.set_num_threads(max(1, execution.threads // processes.count))
         keep_freed_memory()
@@ -100,11 +99,10 @@ def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
 
 
 def machine_state(device: torch.device) -> dict[str, Any]:
-    """Return the device, the visible GPUs, the CPU's instructions and threads, the host and the package versions."""
+    """Return the device and what it is, the threads, the host and the package versions, for a record."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "device_type": device.type,
-        # The GPUs of the node that a scheduler assigned to this process.
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         # The instructions of the processor that PyTorch uses, such as AVX2 or AVX512.
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -168,13 +166,8 @@ def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], run: Run, proto
         groups.setdefault(run.lr * ratio if ".lora_B." in name else run.lr, []).append(parameter)
     # `initial_lr` is PyTorch's own name for what a schedule starts from.
     options: list[dict[str, Any]] = [{"params": group, "lr": lr, "initial_lr": lr} for lr, group in groups.items()]
-    return torch.optim.AdamW(
-        options,
-        betas=(protocol.betas[0], protocol.betas[1]),
-        eps=run.condition.eps,
-        weight_decay=protocol.weight_decay,
-        fused=True,
-    )
+    betas, eps = (protocol.betas[0], protocol.betas[1]), run.condition.eps
+    return torch.optim.AdamW(options, betas=betas, eps=eps, weight_decay=protocol.weight_decay, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, protocol: Protocol) -> None:
@@ -204,11 +197,8 @@ def deterministically(compute: Callable[[], T], undo: Callable[[], None], machin
     """Return the result of `compute`, which computes a gradient, on a GPU with deterministic kernels.
 
     If an operation has none, a warning names it, and this call, after `undo`, and all later ones do without. A sharded
-    model needs new processes for that (see `lorabench.training.distributed.launch`): FSDP does not recover from a pass
-    that was broken off, and would give no gradient from then on.
-
-    Raises:
-        NoKernelError: an operation of a sharded model has no deterministic kernel.
+    model needs new processes for that (see `lorabench.training.distributed.launch`), since FSDP does not recover from a
+    pass that was broken off; then this raises NoKernelError.
     """
     if machine.device.type != "cuda" or NONDETERMINISTIC in os.environ:
         return compute()
@@ -223,7 +213,7 @@ def deterministically(compute: Callable[[], T], undo: Callable[[], None], machin
         if lacks not in str(error):
             raise
         operation = str(error).split(lacks, maxsplit=1)[0].strip()
-        if machine.processes.sharded:
+        if machine.processes.count > 1:
             raise NoKernelError(
                 f"{operation} has no deterministic kernel on this GPU, so a model that is sharded over "
                 f"{machine.processes.count} processes can only be trained with {NONDETERMINISTIC}=1 in the environment"

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from lorabench.models.passes import trained_parameters
 from lorabench.runs import Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss
 from lorabench.training.checkpoint import Checkpoint
-from lorabench.training.context import Base, SweepContext, now
+from lorabench.training.context import Base, SweepContext
 from lorabench.training.distributed import full_tensor
 from lorabench.training.loss import batch_gradient, example_nlls, mean_nll, scored_by_example
 from lorabench.training.run import Machine, Outcome, clip_gradient, data_order, make_optimizer, set_lr
@@ -50,25 +51,16 @@ class SftOutcome(Outcome):
 
 def curve_steps(steps: int, protocol: Protocol) -> set[int]:
     """Return the steps after which the validation loss is measured: log-spaced, and the protocol's `validate_at`."""
-    return _spaced(steps, protocol.curve_points) | {step for step in protocol.validate_at if step <= steps}
-
-
-def _spaced(steps: int, points: int) -> set[int]:
-    """Return log-spaced steps from 1 to the last one, as many as points or fewer."""
-    return {round(step) for step in np.geomspace(1, steps, points)}
+    spaced = {round(step) for step in np.geomspace(1, steps, protocol.curve_points)}
+    return spaced | {step for step in protocol.validate_at if step <= steps}
 
 
 class ValidationCurve:
-    """Measures the validation losses of runs: at every point on the same examples, and at the end on all of the split.
+    """Measures the validation losses of runs: at every point on `number` examples (None: all), and at the end on all.
 
     The examples of a curve have a loss that differs from that of all, by nearly as much at one step as at another. So
-    each point is their loss plus what the base model's loss on all examples has above its loss on these. The curve then
-    starts at the base's loss on all, and its fall is that on its own examples.
-
-    Args:
-        split: the validation split.
-        number: examples of the curve, or fewer if the split has fewer; None for all.
-        base: the base model's NLL of each example of the split in nats, (examples,).
+    each point is their loss plus what the base model's loss on all examples has above its loss on these. `base` is the
+    base model's NLL of each example of the split in nats, (examples,).
     """
 
     def __init__(self, split: TokenizedSplit, number: int | None, base: np.ndarray) -> None:
@@ -119,17 +111,17 @@ def train_sft(
 
     Raises:
         UserError: the gradient of the first step is 0, or a later step has none.
-        Stopped: a signal asked the job to end, and the run is saved.
     """
     condition, train = run.condition, data["train"]
     parameters = trained_parameters(model)
     optimizer = make_optimizer(parameters, run, protocol)
-    # The probe is constructed before a checkpoint is loaded since it remembers the initial A.
     # The weights of DoRA and full fine-tuning are no base plus a product of two factors.
-    probe = AdapterProbe(adapter_pairs(model)) if condition.method in ("lora", *CHANGES_BASE) else None
+    pairs = adapter_pairs(model) if condition.method in ("lora", *CHANGES_BASE) else {}
+    # A checkpoint, which is loaded below, has another A.
+    initial_a = {name: a.detach().clone() for name, (a, _, _) in pairs.items()}
     order = data_order(len(train), condition.steps, condition.batch_size, run.seed)
     validate_at = curve_steps(condition.steps, protocol)
-    probe_at = validate_at | (_spaced(condition.steps, protocol.probe_points) if protocol.probe_points else set())
+    probe_at = validate_at | {round(step) for step in np.geomspace(1, condition.steps, protocol.probe_points or 0)}
     config: Any = model.config
     exploded = math.log(config.vocab_size) + EXPLODED_ABOVE_UNIFORM
 
@@ -160,13 +152,11 @@ def train_sft(
             )
         if step * condition.batch_size <= len(train):
             epoch_nats, epoch_scored = epoch_nats + loss * scored, epoch_scored + scored
-        probed = probe if step in probe_at else None
-        if probed:
-            probed.before_step()
         set_lr(optimizer, step, condition.steps, protocol)
-        optimizer.step()
-        if probed:
-            record(step, "train", probed.after_step())
+        if pairs and step in probe_at:
+            record(step, "train", measured_step(pairs, initial_a, optimizer))
+        else:
+            optimizer.step()
         optimizer.zero_grad()
         if step == condition.steps:
             point, valid = validation.last(model, machine)
@@ -197,86 +187,51 @@ def train_sft(
     return outcome
 
 
-_GRAM_NUMBERS = 1 << 23
-"""Numbers of the Gram matrices that are decomposed together; 64 MiB."""
-
 Pair = tuple[Tensor, Tensor, float]
 """The factors of a layer, A (r, d_in) and B (d_out, r), and its scaling: W' = W + scaling * B A."""
 
 
-class AdapterProbe:
-    """Measures single optimizer steps of a LoRA adapter.
+@torch.no_grad()
+def measured_step(
+    pairs: Mapping[str, Pair], initial_a: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, float]:
+    """Make an optimizer step of a LoRA adapter, given its pairs by layer, and return measures of the step by name.
 
-    The measures need the factors A and B only, never a matrix of the layer's size: with U of few columns and V of few
-    rows, ||U V||_F^2 is the sum over entries of (U^T U) * (V V^T), and the singular values of U are the square roots of
-    the eigenvalues of U^T U.
+    - a_moved: mean over layers of ||A - A0||_F / ||A0||_F.
+    - update_norm: root of the sum over layers of ||W'_after - W'_before||_F^2.
+    - b_over_a: share of layers whose B has a larger spectral norm than A.
+    - descent: -<update of all A and B, gradient>, the first-order fall of the batch's loss in nats.
 
-    Call `before_step()` when the batch's gradients are computed and `after_step()` after the update. Construct the
-    probe before the first step, and before a checkpoint is loaded, since it remembers the initial A. If gradients are
-    clipped before `before_step()`, `descent` is that of the clipped gradient.
-
-    Args:
-        pairs: the trained factors of each layer by name, all of one rank, as `lorabench.models.lora.adapter_pairs`
-            returns them.
+    They need no matrix of the layer's size: with U of few columns and V of few rows, ||U V||_F^2 is the sum over
+    entries of (U^T U) * (V V^T), and the singular values of U are the square roots of the eigenvalues of U^T U.
     """
-
-    def __init__(self, pairs: Mapping[str, Pair]) -> None:
-        self._pairs = dict(pairs)
-        self._initial_a = {name: a.detach().clone() for name, (a, _, _) in self._pairs.items()}
-        self._before: dict[str, list[Tensor]] = {}
-
-    def before_step(self) -> None:
-        """Copy the factors and gradients that the step will change."""
-        for name, (a, b, _) in self._pairs.items():
-            gradients = (torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in (a, b))
-            self._before[name] = [tensor.detach().clone() for tensor in (a, b, *gradients)]
-
-    @torch.no_grad()
-    def after_step(self) -> dict[str, float]:
-        """Return the measures of the step since `before_step()`, and release the copies made there.
-
-        Returns:
-            The measures by name; an empty dictionary if no layer carries LoRA.
-
-            a_moved: mean over layers of ||A - A0||_F / ||A0||_F.
-            update_norm: root of the sum over layers of ||W'_after - W'_before||_F^2.
-            b_over_a: share of layers whose B has a larger spectral norm than A.
-            descent: -<update of all A and B, gradient>, the first-order fall of the batch's loss in nats.
-        """
-        if not self._pairs:
-            return {}
-        layers, larger, grams = [], [], []
-        for number, (name, (a, b, scaling)) in enumerate(self._pairs.items(), 1):
-            initial_a = full_tensor(self._initial_a[name])
-            old_a, old_b, a_grad, b_grad = map(full_tensor, self._before.pop(name))
-            a, b = full_tensor(a), full_tensor(b)
-            a_step, b_step = (a - old_a).double(), (b - old_b).double()
-            descent = -(a_step * a_grad).sum() - (b_step * b_grad).sum()
-            # B'A' - BA = (B' - B) A' + B (A' - A).
-            left = torch.cat([b_step, old_b.double()], dim=1)
-            right = torch.cat([a.double(), a_step], dim=0)
-            update = scaling**2 * ((left.T @ left) * (right @ right.T)).sum()
-            moved = (a - initial_a).double().norm() / initial_a.double().norm()
-            layers.append(torch.stack([moved, update, descent]))
-            grams += [a.double() @ a.double().T, b.double().T @ b.double()]
-            # A GPU takes as long for one small matrix as for many, so they are decomposed together.
-            if len(grams) * grams[0].numel() > _GRAM_NUMBERS or number == len(self._pairs):
-                # The decomposition raises on NaN, which a diverging run may contain; other measures then show the NaN.
-                largest = torch.linalg.eigvalsh(torch.nan_to_num(torch.stack(grams)))[:, -1]
-                larger.append(largest[1::2] > largest[::2])
-                grams = []
-        # All results are transferred at once. Rounding may leave the squared norm of a step without change below zero.
-        moved, update, descent = torch.stack(layers).T
-        norm = update.sum().clamp(min=0).sqrt()
-        measures = torch.stack([moved.mean(), norm, torch.cat(larger).double().mean(), descent.sum()])
-        return dict(zip(("a_moved", "update_norm", "b_over_a", "descent"), measures.tolist(), strict=True))
+    before = {name: (full_tensor(a).clone(), full_tensor(b).clone()) for name, (a, b, _) in pairs.items()}
+    optimizer.step()
+    layers = []
+    for name, (own_a, own_b, scaling) in pairs.items():
+        (old_a, old_b), a, b = before.pop(name), full_tensor(own_a), full_tensor(own_b)
+        a_step, b_step = (a - old_a).double(), (b - old_b).double()
+        gradients = (torch.zeros_like(own) if own.grad is None else own.grad for own in (own_a, own_b))
+        a_grad, b_grad = map(full_tensor, gradients)
+        descent = -(a_step * a_grad).sum() - (b_step * b_grad).sum()
+        # B'A' - BA = (B' - B) A' + B (A' - A).
+        left = torch.cat([b_step, old_b.double()], dim=1)
+        right = torch.cat([a.double(), a_step], dim=0)
+        update = scaling**2 * ((left.T @ left) * (right @ right.T)).sum()
+        initial = full_tensor(initial_a[name])
+        moved = (a - initial).double().norm() / initial.double().norm()
+        grams = torch.stack([a.double() @ a.double().T, b.double().T @ b.double()])
+        # The decomposition raises on NaN, which a diverging run may contain; other measures then show the NaN.
+        largest = torch.linalg.eigvalsh(torch.nan_to_num(grams))[:, -1]
+        layers.append(torch.stack([moved, update, descent, (largest[1] > largest[0]).double()]))
+    # All results are transferred at once. Rounding may leave the squared norm of a step without change below zero.
+    moved, update, descent, larger = torch.stack(layers).T
+    measures = torch.stack([moved.mean(), update.sum().clamp(min=0).sqrt(), larger.mean(), descent.sum()])
+    return dict(zip(("a_moved", "update_norm", "b_over_a", "descent"), measures.tolist(), strict=True))
 
 
 class SftTrainer:
-    """Trains the runs of a job's sweeps.
-
-    The sweeps share one model and one dataset, which are read once; the base model is evaluated once.
-    """
+    """Trains the runs of a job's sweeps, which share one model and one dataset; the base model is evaluated once."""
 
     def __init__(self) -> None:
         self._base = Base()
@@ -285,12 +240,7 @@ class SftTrainer:
         self._validation: ValidationCurve | None = None
 
     def __call__(self, context: SweepContext, run: Run, tick: Callable[[int], None]) -> None:
-        """Train a run and write it.
-
-        Raises:
-            UserError: the base model's validation loss is worse than that of a uniform guess.
-            Stopped: a signal asked the job to end, and the run is saved.
-        """
+        """Train a run and write it; UserError says that the base model's loss is worse than that of a uniform guess."""
         protocol, machine, model = context.plan.preset.protocol, context.machine, run.condition.model
         if not self._data:
             tokenizer = load_tokenizer(context.layout.model(model))
@@ -309,7 +259,7 @@ class SftTrainer:
                     f"({uniform:.2f}): wrong weights or tokenizer"
                 )
             self._validation = validation
-        environment = self._environment | {"started": now()}
+        environment = self._environment | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
         with self._base.trainable(context, run) as trained:
             checkpoint = context.checkpoint(run)
             outcome = train_sft(run, trained, self._data, protocol, machine, checkpoint, self._validation, tick)

@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Callable
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -42,9 +42,6 @@ from lorabench.training.loss import MAX_LOGITS, Batch, add_gradient, check_plain
 from lorabench.training.run import machine_state
 from lorabench.utils.exhaustion import keep_freed_memory
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 # Steps before time is measured: the optimizer's state is allocated and caches fill.
 _WARM_UP = 2
 
@@ -54,27 +51,18 @@ def measure_compute(
 ) -> pd.DataFrame:
     """Measure a step of FullFT and of LoRA on all layers at each rank, on random tokens that are all scored.
 
-    - `linear_flops` counts the products of the linear layers, forward and backward, with 2 FLOPs per multiply-add. As
-      in the formula, every layer computes the gradient of its input. In training LoRA needs no such gradient below the
-      first adapted layer, so the output of the embedding is made to require one, in both arms and for the count alone.
-      `total_flops` also counts the products of attention in full, without the saving of a causal mask. FLOPs are
-      counted while PEFT computes LoRA; time and memory are measured with the layers that runs are trained with.
-    - `step_s` is the median of the seconds of forward pass, backward pass and AdamW update. Arms take turns, so that
+    The rows of the table `compute` that this returns, FullFT first, have in the columns
+
+    - `linear_flops` the products of the linear layers, with 2 FLOPs per multiply-add, and in `total_flops` those of
+      attention too, without the saving of a causal mask. They are counted while PEFT computes LoRA; time and memory are
+      measured with the layers that runs are trained with.
+    - `step_s` the median of the seconds of forward pass, backward pass and AdamW update. Arms take turns, so that
       changes of the machine's speed affect all arms alike.
-    - `peak_mem_bytes` is the size of parameters, buffers and optimizer state, plus the most that other tensors
-      (gradients, activations, temporaries) take at any time in a step. On a GPU the latter is read from the allocator,
-      on a CPU from the lifetime of every tensor's storage; neither includes the memory of libraries.
+    - `peak_mem_bytes` the size of parameters, buffers and optimizer state, plus the most that other tensors take at any
+      time in a step, without the memory of libraries.
 
-    Args:
-        name: name of the model in the table.
-        threads: number of CPU threads.
-
-    Returns:
-        Rows of the table `compute`, FullFT first.
-
-    Raises:
-        UserError: the model cannot be read, has experts (to which the formula does not apply), changes its logits, or
-            takes fewer tokens than the experiment's sequences have.
+    UserError says that the model cannot be read, has experts (to which the formula does not apply), changes its logits,
+    or takes fewer tokens.
     """
     bf16, cuda = protocol.precision == "bf16", device.type == "cuda"
     torch.set_num_threads(threads)
@@ -87,18 +75,22 @@ def measure_compute(
     longest = base.config.max_position_embeddings
     if length > longest:
         raise UserError(f"sequence_length = {length}: model {name!r} takes at most {longest} tokens")
+    if getattr(base.config, "num_experts_per_tok", None):
+        raise UserError(f"{type(base).__name__} has experts; the count of FLOPs is that of a dense model")
+    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear)}
+    chosen = [layers[name] for name in targets(base, "all", protocol.include_unembedding)[0]]
+    products = sum(layer.in_features * layer.out_features for layer in layers.values())
     common = {
         "model": name,
         "batch_size": experiment.batch_size,
         "sequence_length": length,
-        "effective_width": effective_width(base, protocol.include_unembedding),
+        "effective_width": 2 * products / sum(layer.in_features + layer.out_features for layer in chosen),
         "base_params": base_parameters(base),
         "device": machine_state(device)["device"],
         "threads": torch.get_num_threads(),
     }
-    generator, shape = torch.Generator().manual_seed(0), (experiment.batch_size, length)
-    tokens = (torch.randint(base.config.vocab_size, shape, generator=generator).to(device) for _ in range(2))
-    batch = Batch(*tokens)
+    generator, shape = torch.Generator().manual_seed(0), (2, experiment.batch_size, length)
+    batch = Batch(*torch.randint(base.config.vocab_size, shape, generator=generator).to(device))
     rows: list[dict[str, Any]] = []
     steps = []
     for rank in (None, *experiment.ranks):
@@ -141,25 +133,11 @@ def measure_compute(
     return table.reindex(columns=COMPUTE.names).astype({"rank": "Int64"})
 
 
-def effective_width(model: PreTrainedModel, include_unembedding: bool) -> float:
-    """Return N of the formula in the module's docstring, for LoRA on all layers.
-
-    Raises:
-        UserError: the model has experts, each of which computes only some of the tokens.
-    """
-    chosen, _ = targets(model, "all", include_unembedding)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
-    if getattr(model.config, "num_experts_per_tok", None):
-        raise UserError(f"{type(model).__name__} has experts; the count of FLOPs is that of a dense model")
-    products = sum(layer.in_features * layer.out_features for layer in layers.values())
-    return 2 * products / sum(layers[name].in_features + layers[name].out_features for name in chosen)
-
-
 def count_flops(model: Any, batch: Batch, bf16: bool) -> tuple[int, int]:
     """Count the FLOPs of one forward and backward pass: those of the linear layers, and the total.
 
-    Nothing is computed: the tensors have shapes and types but no content. Only the plain attention kernel has its
-    products counted on every device, and at lengths of thousands of tokens its scores would not fit into a GPU.
+    As in the formula, every layer computes the gradient of its input. Nothing is computed: the tensors have no content,
+    since the scores of the plain attention kernel, the only one that is counted everywhere, might not fit into a GPU.
     """
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -186,12 +164,7 @@ def training_step(model: Any, batch: Batch, protocol: Protocol) -> tuple[Callabl
     """
     autocast = torch.bfloat16 if protocol.precision == "bf16" else None
     optimizer = torch.optim.AdamW(
-        trained_parameters(model).values(),
-        lr=0.0,
-        betas=(protocol.betas[0], protocol.betas[1]),
-        eps=protocol.eps,
-        weight_decay=protocol.weight_decay,
-        fused=True,
+        trained_parameters(model).values(), lr=0.0, weight_decay=protocol.weight_decay, fused=True
     )
 
     def step() -> None:
@@ -212,7 +185,7 @@ def peak_memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: 
 
 
 def growth(step: Callable[[], None], device: torch.device) -> int:
-    """Return the most bytes that a step had allocated at any time beyond those allocated before it."""
+    """Return the most bytes that a step had allocated at any time beyond those before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -231,19 +204,17 @@ class NewStorages(TorchDispatchMode):
         self.bytes, self.peak = 0, 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
+    def _add(self, size: int) -> None:
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def storages(tree: Any) -> list[Any]:
-            return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-        def freed(size: int) -> None:
-            self.bytes -= size
-
-        self._seen.update(storages((args, kwargs)))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        self._seen.update(tensor.untyped_storage() for tensor in given)
         out = func(*args, **(kwargs or {}))
-        for storage in storages(out):
-            if storage not in self._seen:
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
                 self._seen.add(storage)
-                self.bytes += storage.nbytes()
-                self.peak = max(self.peak, self.bytes)
-                weakref.finalize(storage, freed, storage.nbytes())
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
         return out

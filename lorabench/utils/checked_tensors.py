@@ -25,10 +25,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, st
 
     Tensors on a GPU are copied to the host's memory first; none may share its memory with another.
     """
+    whole: dict[str, Any]
     if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
         from safetensors.numpy import save_file
 
-        whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        whole = dict(tensors)
     else:
         from safetensors.torch import save_file
 

@@ -28,14 +28,6 @@ _NO_MEMORY = (
 )
 _SIZE = re.compile(r"allocate ([\d.]+ \w+)")
 
-# Parameters of `mallopt`, as numbered in glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-
-# A larger block still returns to the system as soon as it is freed. Older versions accept 32 MiB at most.
-_LARGEST_KEPT = (1 << 30, 32 << 20)
-# Bytes of free memory at the heap's end that are kept at most; `mallopt` takes no larger number.
-_KEPT = (1 << 31) - 1
-
 
 class NoSpaceError(UserError):
     """A file could not be written for lack of space."""
@@ -56,28 +48,25 @@ def space_for(path: Path | str) -> Iterator[None]:
         number = _number(error)
         if isinstance(error, UserError) or number not in _NO_SPACE | _NO_ACCESS | _WRONG_PATH:
             raise
-        if number not in _NO_SPACE:
-            named = getattr(error, "filename", None)
-            # A temporary file would have got the name `path`; Arrow gives a file's name in the message only.
-            file = path if named is None or str(named).endswith(".partial") else named
-            # A folder can't be made where a file is.
-            reason = "it is no folder" if number == errno.EEXIST else os.strerror(number)
-            if not (named or isinstance(path, Path)):
-                reason = str(error)
-            raise UserError(f"{file} can't be read or written: {reason}") from error
-        raise NoSpaceError(
-            f"no space left to write {path}; make room and give the same command again: "
-            "finished runs and the last checkpoints are kept"
-        ) from error
+        if number in _NO_SPACE:
+            raise NoSpaceError(
+                f"no space left to write {path}; make room and give the same command again: "
+                "finished runs and the last checkpoints are kept"
+            ) from error
+        named = getattr(error, "filename", None)
+        # A temporary file would have got the name `path`; Arrow gives a file's name in the message only.
+        file = path if named is None or str(named).endswith(".partial") else named
+        # A folder can't be made where a file is.
+        reason = "it is no folder" if number == errno.EEXIST else os.strerror(number)
+        reason = reason if named or isinstance(path, Path) else str(error)
+        raise UserError(f"{file} can't be read or written: {reason}") from error
 
 
 @contextmanager
 def memory_for(what: str, advice: str) -> Iterator[None]:
     """Turn the error of a machine without free memory into a NoMemoryError, and that of a GPU into a UserError.
 
-    Args:
-        what: what was computed, the subject of the message.
-        advice: how to need less memory, for the message.
+    The message says `what` was computed, and gives `advice` how to need less memory.
     """
     try:
         yield
@@ -102,17 +91,17 @@ def _number(error: Exception) -> int | None:
 
 
 def keep_freed_memory() -> bool:
-    """Make this process reuse freed memory: blocks up to 1 GiB, and up to 2 GiB at the end of its heap.
+    """Make this process reuse freed memory, and return whether it does; False with another C library than glibc.
 
-    By default glibc returns free memory at the end of its heap to the system, beyond twice the largest block that was
-    freed, and each block above 32 MiB; the system then maps and clears the same pages again in every training step.
-
-    Returns:
-        Whether the process does so from now on; False with another C library than glibc.
+    It reuses blocks up to 1 GiB, and up to 2 GiB at the end of its heap. By default glibc returns free memory there to
+    the system, and each block above 32 MiB; the system then maps and clears the same pages in every training step.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     # Other C libraries have no `mallopt`, or number its parameters differently.
     if libc is None or not hasattr(libc, "gnu_get_libc_version"):
         return False
-    kept = any(libc.mallopt(_MMAP_THRESHOLD, size) for size in _LARGEST_KEPT)
-    return bool(kept and libc.mallopt(_TRIM_THRESHOLD, _KEPT))
+    # Parameters of `mallopt`, as numbered in glibc's malloc.h.
+    trim_threshold, mmap_threshold = -1, -3
+    # Older versions accept 32 MiB at most; the bytes at the heap's end are the largest number that `mallopt` takes.
+    kept = any(libc.mallopt(mmap_threshold, size) for size in (1 << 30, 32 << 20))
+    return bool(kept and libc.mallopt(trim_threshold, (1 << 31) - 1))

@@ -2,6 +2,10 @@
 
 The package needs the workflow with its presets and published numbers: in a clone,
 `lorabench/packaged` holds links to the repository's files, in a wheel copies of them.
+
+Parquet detects neither a changed byte of a page nor most changes of the footer. So a file's checksum lies between its
+data and its footer, where other readers skip it. Unlike an entry of the metadata, it is not copied into a file that
+another program makes of the table. Hashing takes two to three seconds a GB.
 """
 
 from __future__ import annotations
@@ -10,14 +14,14 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lorabench.errors import UserError
-from lorabench.utils.checked_parquet import check_parquet, damaged
 from lorabench.utils.exhaustion import space_for
 
 if TYPE_CHECKING:
@@ -28,15 +32,19 @@ WORKFLOW = _PACKAGED / "workflow"
 SNAKEFILE = WORKFLOW / "Snakefile"
 REFERENCE = _PACKAGED / "reference"
 """Published numbers, each with its source (SOURCES.md)."""
+_MARK = b"\xfflorabench\xffseal\xff"
+"""Stands before and after a checksum, so that a flipped bit in one of them does not hide that there is one. No text in
+a table holds it, since it is not valid UTF-8."""
+_TAIL = 1 << 20
+"""The bytes at the end of a file in which the checksum is looked for; a footer takes about 100 bytes for each column of
+each million rows."""
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it replaces `path` on success and is removed on failure.
 
-    Raises:
-        NoSpaceError: the disk is full; `path` keeps its old content.
-        UserError: `path` can't be written, or is no regular file, such as a folder or a device.
+    NoSpaceError says that the disk is full, UserError that `path` can't be written, or is no regular file.
     """
     # A name may have 255 bytes.
     name = path.name if len(os.fsencode(path.name)) <= 150 else digest(path.name)
@@ -103,6 +111,49 @@ def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:
         return merged.select(schema.names).cast(schema)
 
 
+def add_checksum(path: Path) -> None:
+    """Add the checksum to a parquet file that was just written."""
+    with path.open("r+b") as file:
+        # The length of the footer stands before the last four bytes.
+        file.seek(-8, os.SEEK_END)
+        start = file.tell() - int.from_bytes(file.read(4), "little")
+        seal = _seal(file, start, start)
+        file.seek(start)
+        footer = file.read()
+        file.seek(start)
+        file.write(seal + footer)
+
+
+def check_parquet(path: Path) -> None:
+    """Raise UserError if a parquet file's content differs from what was written, unless it has no checksum."""
+    with path.open("rb") as file:
+        tail = max(file.seek(0, os.SEEK_END) - _TAIL, 0)
+        file.seek(tail)
+        if mark := re.search(re.escape(_MARK), file.read()):
+            start = tail + mark.start()
+            end = start + 2 * len(_MARK) + hashlib.sha256().digest_size
+            file.seek(start)
+            if file.read(end - start) != _seal(file, start, end):
+                raise UserError(_damaged(path, "its checksum is not that of its content"))
+
+
+def _seal(file: BinaryIO, start: int, footer: int) -> bytes:
+    """Return the marked checksum of all bytes but those from `start` to the footer."""
+    file.seek(footer)
+    digest = hashlib.sha256(file.read())
+    file.seek(0)
+    for at in range(0, start, _TAIL):
+        digest.update(file.read(min(_TAIL, start - at)))
+    return _MARK + digest.digest() + _MARK
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return (
+        f"{path} is damaged; delete it to have it made again, in a preset's results by `lorabench run PRESET {path}` "
+        f"({reason})"
+    )
+
+
 @contextmanager
 def damage_explained(path: Path) -> Iterator[None]:
     """Check a parquet file, and turn the error if it can't be read into a UserError, which says to delete the file."""
@@ -117,7 +168,7 @@ def damage_explained(path: Path) -> Iterator[None]:
         reason = str(error).strip().split("\n")[0]
         if "launch worker thread" in reason:
             raise MemoryError(reason) from error
-        raise UserError(damaged(path, reason)) from error
+        raise UserError(_damaged(path, reason)) from error
 
 
 def file_sha256(path: Path) -> str:

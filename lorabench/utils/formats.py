@@ -19,11 +19,7 @@ _SPANS = ((86_400, "d"), (3_600, "h"), (60, "min"))
 
 
 def missing(value: Any) -> bool:
-    """Return whether a value of a table is null.
-
-    >>> [missing(value) for value in (None, float("nan"), 0.0, "", [])]
-    [True, True, False, False, False]
-    """
+    """Return whether a value of a table is null: None, NaN, NaT or NA."""
     if value is None:
         return True
     if isinstance(value, (int, float, str, list, tuple, dict)):
@@ -35,11 +31,7 @@ def missing(value: Any) -> bool:
 
 
 def printable(text: str) -> str:
-    """Return foreign text on one line, for a terminal: what is not printable, such as control characters, is escaped.
-
-    >>> print(printable("a\\x1b[31m\\nb"))
-    a\\x1b[31m\\nb
-    """
+    """Return foreign text on one line, for a terminal: what is not printable is escaped."""
     if text.isprintable():
         return text
     return "".join(
@@ -48,12 +40,9 @@ def printable(text: str) -> str:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """Write a number to the given number of significant digits.
+    """Write a number to the given number of significant digits (2.92), a whole one below a million with all (123,456).
 
-    Whole numbers below a million keep all their digits. A power of ten is written only below 1e-4 and from 1e6 on.
-
-    >>> [number(value) for value in (2.9182, 2.8, 12, 123456.7, 1.5e-7)]
-    ['2.92', '2.80', '12', '123,457', '1.50e-7']
+    A power of ten is written only below 1e-4 and from 1e6 on.
     """
     if missing(value):
         return DASH
@@ -68,38 +57,22 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def count(value: Any) -> str:
-    """Write a number rounded to a whole one, with commas between thousands.
-
-    >>> count(12345.6)
-    '12,346'
-    """
+    """Write a number rounded to a whole one, with commas between thousands."""
     return DASH if missing(value) else f"{round(value):,}"
 
 
 def nll(value: Any) -> str:
-    """Write a loss in nats per token, or an accuracy, to four decimals: its noise is rarely below a thousandth.
-
-    >>> nll(1.23456)
-    '1.2346'
-    """
+    """Write a loss in nats per token, or an accuracy, to four decimals: its noise is rarely below a thousandth."""
     return DASH if missing(value) else f"{value:.4f}"
 
 
 def signed(value: Any) -> str:
-    """Write a difference of losses or accuracies, with its sign.
-
-    >>> signed(0.0041)
-    '+0.0041'
-    """
+    """Write a difference of losses or accuracies to four decimals, with its sign."""
     return DASH if missing(value) else f"{value:+.4f}"
 
 
 def lr(value: Any, digits: int = 3) -> str:
-    """Write a learning rate as a power of ten; its mantissa has no decimals where they would all be 0.
-
-    >>> [lr(value) for value in (3e-4, 2.266e-3, 1.0)]
-    ['3e-4', '2.27e-3', '1e0']
-    """
+    """Write a learning rate as a power of ten (3e-4); its mantissa has no decimals where they would all be 0."""
     if missing(value):
         return DASH
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
@@ -108,11 +81,7 @@ def lr(value: Any, digits: int = 3) -> str:
 
 
 def interval(low: Any, high: Any, write: Callable[[Any], str] = number) -> str:
-    """Write an interval, each end by `write`.
-
-    >>> interval(1.5, 2.25)
-    '[1.50, 2.25]'
-    """
+    """Write an interval, each end by `write`: [1.50, 2.25]."""
     return DASH if missing(low) or missing(high) else f"[{write(low)}, {write(high)}]"
 
 
@@ -122,31 +91,19 @@ def lr_interval(low: Any, high: Any) -> str:
 
 
 def fixed_interval(low: float, high: float, decimals: int) -> str:
-    """Write an interval to the given number of decimals, as it stands behind an estimate in a sentence.
-
-    >>> fixed_interval(1.0, 2.254, 2), fixed_interval(math.nan, 2.0, 2)
-    ('[1.00, 2.25]', '(no interval)')
-    """
+    """Write an interval to the given number of decimals, as it stands behind an estimate in a sentence."""
     return "(no interval)" if math.isnan(low + high) else f"[{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
 def with_interval(value: float, low: float, high: float, decimals: int, sign: str = "", unit: str = "") -> str:
-    """Write an estimate with its interval in a sentence; with the sign `+`, it is never without a sign.
-
-    >>> with_interval(0.5, 0.25, 0.75, 2, "+", " nats"), with_interval(math.nan, math.nan, math.nan, 2)
-    ('+0.50 nats [0.25, 0.75]', 'unknown')
-    """
+    """Write an estimate with its interval in a sentence; with the sign `+`, it is never without a sign."""
     if math.isnan(value):
         return "unknown"
     return f"{value:{sign}.{decimals}f}{unit} {fixed_interval(low, high, decimals)}"
 
 
 def amount(value: Any, unit: str = "") -> str:
-    """Write a large quantity to three significant digits, with a metric prefix (steps of 1000, also for bytes).
-
-    >>> amount(1.24e6), amount(3.5e12, "FLOP"), amount(8.1e9, "B"), amount(12)
-    ('1.24 M', '3.50 TFLOP', '8.10 GB', '12')
-    """
+    """Write a large quantity to three digits, with a metric prefix (steps of 1000, also for bytes): 3.50 TFLOP."""
     if missing(value):
         return DASH
     factor, prefix = next((step for step in _PREFIXES if abs(value) >= step[0]), (1, ""))
@@ -154,11 +111,7 @@ def amount(value: Any, unit: str = "") -> str:
 
 
 def parameters(value: Any) -> str:
-    """Write a count of parameters as the table of the paper's figure 4 does (0.49B), smaller ones in M and K.
-
-    >>> [parameters(value) for value in (487_000_000, 2_621_440, 1_536)]
-    ['0.49B', '2.62M', '1.5K']
-    """
+    """Write a count of parameters as the table of the paper's figure 4 does (0.49B), smaller ones in M and K."""
     if missing(value):
         return DASH
     if value >= 1e8:
@@ -167,11 +120,7 @@ def parameters(value: Any) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """Write a time span in the largest unit that it is at least two of: seconds, minutes, hours or days.
-
-    >>> [duration(seconds) for seconds in (41.5, 150, 9_000, 200_000)]
-    ['41.5 s', '2.50 min', '2.50 h', '2.31 d']
-    """
+    """Write a time span in the largest unit that it is at least two of: seconds, minutes, hours or days."""
     if missing(seconds):
         return DASH
     length, unit = next((span for span in _SPANS if seconds >= 2 * span[0]), (1, "s"))
@@ -179,11 +128,7 @@ def duration(seconds: Any) -> str:
 
 
 def when(value: Any) -> str:
-    """Write a time stamp (text, ISO 8601) to the minute.
-
-    >>> when("2026-01-02T03:04:05+00:00")
-    '2026-01-02 03:04 UTC'
-    """
+    """Write a time stamp (text, ISO 8601) to the minute: 2026-01-02 03:04 UTC."""
     if missing(value):
         return DASH
     return f"{value[:10]} {value[11:16]}" + (" UTC" if value.endswith("+00:00") else "")
@@ -191,19 +136,15 @@ def when(value: Any) -> str:
 
 def print_table(
     columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
+    rows: Sequence[Sequence[str]],
     numbers: Collection[str] = (),
     title: str = "",
     notes: Iterable[str] = (),
     total: bool = False,
 ) -> None:
-    """Print a table of text to the standard output.
+    """Print a table of text, with a line above it and sentences below it.
 
-    Args:
-        numbers: the columns that are aligned to the right.
-        title: a line above the table.
-        notes: sentences below the table.
-        total: whether a line sets the last row apart.
+    The columns of `numbers` are aligned to the right; with `total` a line sets the last row apart.
     """
     from rich import box
     from rich.console import Console
@@ -213,10 +154,9 @@ def print_table(
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left")
-    cells = list(rows)
-    for position, row in enumerate(cells, 1):
+    for position, row in enumerate(rows, 1):
         # A Text is not parsed as markup, which names of files and models might look like.
-        table.add_row(*(Text(printable(cell)) for cell in row), end_section=total and position == len(cells) - 1)
+        table.add_row(*(Text(printable(cell)) for cell in row), end_section=total and position == len(rows) - 1)
     # Without a terminal, rich would assume a width of 80 characters and cut the columns.
     console = Console(width=None if sys.stdout.isatty() else 150)
     if title:

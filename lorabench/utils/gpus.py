@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from lorabench.errors import UserError
@@ -35,11 +36,8 @@ _GIB = float(1 << 30)
 class Gpu:
     """A GPU: its peak FLOP/s of dense bf16 products with fp32 accumulation, and its memory in bytes and bytes/s.
 
-    The memory is the least that torch reports (`total_memory`): the driver keeps a part, and a GPU that is sold with 80
-    GB may have 85.5 billion bytes.
-
-    `efficiency` is the share of the peak that the cost model assumes in training until runs are measured: an assumption
-    for eager PyTorch with autocast of fp32 weights.
+    The memory is the least that torch reports, of which the driver keeps a part. `efficiency` is the share of the peak
+    that the cost model assumes in training until runs are measured: for eager PyTorch with autocast of fp32 weights.
     """
 
     peak_flops: float
@@ -92,10 +90,7 @@ def difference_from(gpu: str, device: str, memory: float) -> str | None:
 
 
 def none_seen(gpu: str, torch: str, cuda: str | None) -> str:
-    """Return a sentence about a machine on which torch sees no GPU, though a preset names one of `GPUS`.
-
-    Given are the version of torch and that of CUDA that it was built for; None if it was built without.
-    """
+    """Return a sentence about a machine on which torch, built for a version of CUDA or none, sees no GPU of `GPUS`."""
     driver = next(iter(_nvidia_smi("--query-gpu=driver_version")), None)
     there = "nvidia-smi names no GPU" if driver is None else f"the driver is {driver}"
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
@@ -110,25 +105,19 @@ def none_seen(gpu: str, torch: str, cuda: str | None) -> str:
 def processor() -> str:
     """Return the name of this machine's CPU."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = re.search(r"^model name.*?: *(.*\S)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return name[1] if name else platform.machine()
 
 
 def visible_devices() -> list[str]:
-    """Return the GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes: numbers or UUIDs.
-
-    They are those of CUDA_VISIBLE_DEVICES, or all that `nvidia-smi` lists; none where it is not installed.
-    """
+    """Return the numbers or UUIDs of the GPUs in CUDA_VISIBLE_DEVICES, or of all that `nvidia-smi` lists, if any."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        names = [name.strip() for name in chosen.split(",")]
-        # CUDA ignores all names after one that is not valid; users write -1 for no GPU.
-        end = next((place for place, name in enumerate(names) if not name or name.startswith("-")), len(names))
-        return names[:end]
-    return _nvidia_smi("--query-gpu=index")
+    if chosen is None:
+        return _nvidia_smi("--query-gpu=index")
+    # CUDA ignores all names after one that is not valid; users write -1 for no GPU.
+    return list(takewhile(lambda name: name and name[0] != "-", (name.strip() for name in chosen.split(","))))
 
 
 def compute_modes() -> list[str]:
@@ -150,13 +139,10 @@ def _nvidia_smi(*options: str) -> list[str]:
 def own_devices(count: int, say: Callable[[str], None]) -> Iterator[None]:
     """Within the context, CUDA_VISIBLE_DEVICES names `count` GPUs that no other job on this machine holds.
 
-    Nothing changes where no GPU is visible, and where Slurm has assigned a job its GPUs. Torch, which is not imported
-    yet, will take a GPU's memory in segments that grow, unless the user has set its allocator: batches of many lengths
-    and a cache that grows otherwise leave gaps between blocks that no tensor fits in. `say` is called with one line if
-    this process has to wait for other jobs.
-
-    Raises:
-        UserError: fewer GPUs are visible.
+    Nothing changes where no GPU is visible, and where Slurm has assigned a job its GPUs; UserError says that fewer are
+    visible. `say` is called with one line if this process has to wait for other jobs. Torch, which is not imported yet,
+    will take a GPU's memory in segments that grow, unless the user has set its allocator: batches of many lengths and a
+    cache that grows otherwise leave gaps between blocks that no tensor fits in.
     """
     # All versions of torch read the older name first.
     if "PYTORCH_ALLOC_CONF" not in os.environ:

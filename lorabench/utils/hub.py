@@ -65,16 +65,14 @@ class FetchedRepository:
 
     def data_files(self, config: str | None, split: str) -> list[Path]:
         """Return the local files of a part of a dataset; UserError if one is not, or no longer, in the cache."""
-        from huggingface_hub import constants, hf_hub_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub import constants, try_to_load_from_cache
 
         files = []
         for name in self.parts[_part_name(config, split)]:
-            try:
-                local = hf_hub_download(self.id, name, repo_type=self.kind, revision=self.commit, local_files_only=True)
-            except LocalEntryNotFoundError as error:
+            local = try_to_load_from_cache(self.id, name, constants.HF_HUB_CACHE, self.commit, self.kind)
+            if not isinstance(local, str):
                 place = f"{self.kind} {self.id} is not in the hub's cache {constants.HF_HUB_CACHE}"
-                raise UserError(f"{name} of {place}; fetch it again") from error
+                raise UserError(f"{name} of {place}; fetch it again")
             files.append(Path(local))
         return files
 
@@ -128,10 +126,9 @@ def fetch_repositories(wanted: list[WantedRepository], pins: Path, out: Path) ->
 
 
 def look_up(wanted: WantedRepository, file: str | None = None) -> str:
-    """Return the text of a small file of a repository, from the hub's cache or else by one request to the hub.
+    """Return the text of a small file of a repository from the hub's cache or the hub, or what the hub says of it.
 
-    Without a file, return what the hub says of the repository. UserError says that it is not on the hub, or that the
-    hub does not answer within two seconds.
+    UserError says that it is not on the hub, or that the hub does not answer within two seconds.
     """
     from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -209,30 +206,29 @@ def _explained(wanted: WantedRepository) -> Iterator[None]:
     """Turn an error of the hub's client that the user can correct into a UserError of one sentence."""
     from huggingface_hub import constants, errors
 
-    # The last class is that of the client's HTTP library, which differs between versions of the client.
-    no_connection = (
-        *(ConnectionError, TimeoutError, errors.DryRunError, errors.LocalEntryNotFoundError),
-        errors.HTTPError,  # type: ignore[attr-defined]
-    )
     try:
         yield
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         failed = f"{wanted} can't be fetched at {wanted.revision}"
-        login, token = "log in with `hf auth login` or set HF_TOKEN", "`hf auth login` or HF_TOKEN"
         page = f"{constants.ENDPOINT}/{'datasets/' if wanted.kind == 'dataset' else ''}{wanted.id}"
+        gated = f"is gated: ask for access on {page}, then log in with `hf auth login` or set HF_TOKEN"
+        unknown = "is not on the hub, or is private and needs a token (`hf auth login` or HF_TOKEN)"
+        # The last class is that of the client's HTTP library, which differs between versions of the client.
+        no_connection = (ConnectionError, TimeoutError, errors.DryRunError, errors.LocalEntryNotFoundError)
+        no_connection += (errors.HTTPError,)  # type: ignore[attr-defined]
         # The order matters: GatedRepoError is a RepositoryNotFoundError, and all errors of the hub are errors of HTTP.
         reasons: list[tuple[Any, str]] = [
-            (errors.GatedRepoError, f"{wanted} is gated: ask for access on {page}, then {login}"),
+            (errors.GatedRepoError, f"{wanted} {gated}"),
             (errors.RevisionNotFoundError, f"{wanted} has no revision {wanted.revision!r}"),
             (errors.RemoteEntryNotFoundError, f"{wanted} lacks a file that is needed: {lines[-1]}"),
-            (errors.RepositoryNotFoundError, f"{wanted} is not on the hub, or is private and needs a token ({token})"),
+            (errors.RepositoryNotFoundError, f"{wanted} {unknown}"),
             (errors.OfflineModeIsEnabled, f"{failed}: HF_HUB_OFFLINE is set"),
             (errors.HfHubHTTPError, f"{failed}: {lines[0]}"),
             (no_connection, f"{failed}: no connection to {constants.ENDPOINT} ({lines[0]})"),
             (OSError, f"{failed}: {lines[0]}"),
         ]
-        sentence = next((sentence for kind, sentence in reasons if isinstance(error, kind)), None)
-        if sentence is None:
-            raise
-        raise UserError(sentence) from error
+        for kind, sentence in reasons:
+            if isinstance(error, kind):
+                raise UserError(sentence) from error
+        raise

@@ -27,13 +27,8 @@ _POLL = 1.0
 def locked(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock file `path` inside the `with` block; the file is removed at its end.
 
-    Args:
-        what: what the lock protects, for messages.
-        say: is called with one line if this process has to wait.
-
-    Raises:
-        UserError: the file system grants no locks.
-        Stopped: this process was asked to end while it waited.
+    `say` is called with one line if this process has to wait for `what` the lock protects. UserError says that the file
+    system grants no locks, Stopped that this process was asked to end while it waited.
     """
     # Imported here, since a command that takes no lock would start 60 ms later.
     from filelock import UnixFileLock

@@ -11,10 +11,9 @@ _LIMIT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 
 
 def partition_minutes(partitions: str) -> float | None:
-    """Return the longest time in minutes that all partitions give a job, as `sinfo` reports it.
+    """Return the longest time in minutes that all partitions, separated by commas, give a job, as `sinfo` reports it.
 
-    The names of the partitions are separated by commas; an empty text is the default partition. Infinity stands for no
-    limit, None for what `sinfo` does not say.
+    An empty text is the default partition; infinity stands for no limit, None for what `sinfo` does not say.
     """
     if not shutil.which("sinfo"):
         return None

@@ -47,10 +47,9 @@ class Study:
         return Path(spec.origin).parent
 
     @cached_property
-    def texts(self) -> dict[str, Any]:
-        """The content of `study.yaml`."""
-        texts: dict[str, Any] = read_yaml(self.folder / "study.yaml")
-        return texts
+    def texts(self) -> Any:
+        """The content of `study.yaml`, a mapping."""
+        return read_yaml(self.folder / "study.yaml")
 
     @property
     def predicts(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, path: Path) -> Any:
-    """Return the data of YAML text.
+    """Return the data of YAML text; UserError, which names the file of a path, says that it is not YAML.
 
-    Args:
-        path: the file, for error messages.
-
-    Raises:
-        UserError: it is not YAML; a mapping repeats a key, of which YAML would take the last; it has tags, too many
-            nodes or levels, or an alias of what contains it.
+    It also says that a mapping repeats a key, of which YAML would take the last, or that there are tags, too many nodes
+    or levels, or an alias of what contains it.
     """
     try:
         _check(text, path)
@@ -70,8 +66,7 @@ class _Open:
 
     anchor: str | None
     before: int
-    is_mapping: bool
-    keys: set[str] = field(default_factory=set)
+    keys: set[str] | None  # None in a list.
     key_is_next: bool = True
 
 
@@ -86,8 +81,8 @@ def _check(text: str, path: Path) -> None:
         if not isinstance(event, yaml.NodeEvent):
             continue
         wrong, is_alias = "", isinstance(event, yaml.AliasEvent)
-        if inside and inside[-1].is_mapping:
-            parent = inside[-1]
+        parent = inside[-1] if inside else None
+        if parent and parent.keys is not None:
             if parent.key_is_next and isinstance(event, yaml.ScalarEvent):
                 if event.value in parent.keys:
                     wrong = f"the key {event.value[:80]!r} is there twice"
@@ -98,7 +93,7 @@ def _check(text: str, path: Path) -> None:
         if not is_alias and event.tag is not None:
             wrong = f"the tag {event.tag[:80]!r} can't be used here"
         if isinstance(event, yaml.CollectionStartEvent):
-            inside.append(_Open(event.anchor, size, isinstance(event, yaml.MappingStartEvent)))
+            inside.append(_Open(event.anchor, size, set() if isinstance(event, yaml.MappingStartEvent) else None))
         size += sizes.get(event.anchor, 1) if is_alias else 1
         if size > MAX_NODES:
             wrong = f"there are more than {MAX_NODES:,} keys and values, with those that aliases repeat"

@@ -4,68 +4,53 @@ from __future__ import annotations
 
 from functools import partial
 
-from lorabench.analysis.comparison import kept
+from lorabench.analysis.arms import kept
 from lorabench.claims.claim import SWEEP, Evidence, claim, unjudged_if
 from studies.lr_ratio.conditions import MeasuredRatio, measured_ratios, stated_predictions
 from studies.lr_ratio.theories import LogRatio, predicted
 
-_THEORIES = (
-    (
-        "P1",
-        "movement",
+_THEORIES = {
+    "movement": (
         "none: a theory of this project",
         "The LR ratio R follows R sqrt(1 + (R LR_F / u*)^2) = c d / alpha, given FullFT's optimal LR",
         "with u* = u0 (128/d) sqrt(50/T), width d, T steps, and c lower by 1 + k/r at rank r",
     ),
-    (
-        "P2",
-        "scale",
+    "scale": (
         "none: a theory of this project",
         "The LR ratio depends on the width over alpha alone: R (1 + kappa R) = c d / alpha",
         "for which length and batch size do not matter",
     ),
-    (
-        "P3",
-        "fixed_lora",
+    "fixed_lora": (
         "none: from published sweeps of others",
         "LoRA's optimal LR does not depend on the width, and the LR ratio grows as FullFT's falls",
         "which speaks of alpha 32, 50 steps and batch size 8",
     ),
-    (
-        "P4",
-        "constant",
+    "constant": (
         "10 (fit over 14 models: 9.8)",
         "The LR ratio is 10 at every width, length and batch size",
         "the paper's number in conditions that the paper does not have, at alpha 32",
     ),
-    (
-        "P5",
-        "naive",
+    "naive": (
         "hidden size / (2 alpha), which the paper finds contradicted",
         "The LR ratio is half of the width over alpha",
         "from the paper's naive derivation",
     ),
-    (
-        "P6",
-        "mu_a",
+    "mu_a": (
         "none: the maximal-update theory of LoRA, arXiv 2602.06204",
         "The LR ratio is c times the square root of the width over alpha",
         "which speaks of an A that is trained, of any initial scale",
     ),
-    (
-        "P7",
-        "still",
+    "still": (
         "none: a theory of this project",
         "The LR ratio is c times the width over alpha, as if A never moved",
         "with c = sqrt(3), which is derived",
     ),
-)
-"""The id, name, source, statement and content of each theory."""
+}
+"""The source, statement and content of the theory of each claim from P1 on, by its name."""
 
 
 @kept
 def _measured(evidence: Evidence) -> list[MeasuredRatio]:
-    """Return the conditions in which the ratio is measured, with any alpha."""
     return measured_ratios(evidence.runs, evidence.curves, evidence.judging)
 
 
@@ -80,9 +65,9 @@ def _predicted_ratios(theory: str, evidence: Evidence) -> list[tuple[str, tuple[
     ]
 
 
-for claim_id, theory, source, statement, content in _THEORIES:
+for number, (theory, (source, statement, content)) in enumerate(_THEORIES.items(), 1):
     claim(
-        id=claim_id,
+        id=f"P{number}",
         kind="own prediction",
         statement=statement,
         figure="own",

@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import ALPHA, arm_label
-from lorabench.analysis.beginnings import at_step
 from lorabench.analysis.comparison import Comparison, Judging, comparisons
+from lorabench.analysis.curves import at_step
 from lorabench.analysis.estimate import Estimate, ExampleLosses, combined
 from lorabench.analysis.finding import Finding, decide
 from lorabench.analysis.lr_law import METHODS, SweptMethods
@@ -94,10 +94,10 @@ class MeasuredRatio(SweptMethods):
 
 
 def measured_ratios(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging) -> list[MeasuredRatio]:
-    """Return the conditions that some runs measure: own runs first, then prefixes.
+    """Return the conditions that some supervised runs with hidden_size measure: own runs first, then prefixes.
 
-    The runs are supervised, with the columns of `comparisons` and hidden_size. Alpha and A's initial scale may be any,
-    and A may be trained like B or be frozen (see FROZEN); LoRA+ and LoRA on some layers only are left out.
+    Alpha and A's initial scale may be any, and A may be trained like B or be frozen (see FROZEN); LoRA+ and LoRA on
+    some layers only are left out.
     """
     lora = runs["method"] == "lora"
     all_layers = runs["placement"].isna() | runs["placement"].eq("all")
@@ -150,10 +150,8 @@ def stated_predictions(judging: Judging) -> Predictions:
 
 
 def prediction_table(ratios: Sequence[MeasuredRatio], predictions: Predictions) -> pd.DataFrame:
-    """Return one row per condition and theory that speaks of it (columns COLUMNS).
-
-    `off_by` is the measured over the predicted ratio, and the verdict that of the single condition.
-    """
+    """Return one row per condition and theory that speaks of it (COLUMNS); `off_by` is the measured over the predicted
+    ratio, and the verdict is that of the condition."""
     rows: list[dict[str, Any]] = []
     for ratio in ratios:
         low, high = ratio_interval(ratio.log_ratio)
@@ -175,9 +173,9 @@ def rms_factors(table: pd.DataFrame) -> pd.DataFrame:
     """Return by theory how far the measured ratios of a `prediction_table` are from the predicted ones.
 
     Returns:
-        Columns theory, conditions (their number; a condition whose ratio is not measured is left out), rms_factor (the
-        root mean square of ln(measured / predicted) as a factor), bias (their mean as a factor), worst (the factor of
-        the worst condition), beyond (the number of conditions whose 95% interval leaves out all factors up to 1.6).
+        Columns theory, conditions (the number of measured ones), rms_factor (the root mean square of ln(measured /
+        predicted) as a factor), bias (their mean as a factor), worst (the factor of the worst condition), beyond (the
+        number of conditions whose 95% interval leaves out all factors up to 1.6).
     """
     known = table[table["off_by"].notna()]
     rows = []

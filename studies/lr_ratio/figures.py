@@ -92,13 +92,11 @@ def _published() -> pd.DataFrame:
     for name in ("width", "fullft_lr", "ratio"):
         rows[name] = np.sqrt(rows[f"{name}_low"].astype(float) * rows[f"{name}_high"].astype(float))
     rows = rows.dropna(subset=["width", "steps", "alpha", "fullft_lr", "ratio"])
-    numbers = rows[["width", "steps", "alpha", "fullft_lr"]].astype(float).itertuples(index=False)
-    return rows.assign(theory=_SHOWN, predicted=[_ratio(*row) for row in numbers])
-
-
-def _ratio(width: float, steps: float, alpha: float, fullft_lr: float) -> float:
-    predict = predicted(DEFAULT, Setting(width, steps, BATCH_SIZE, alpha))[_SHOWN]
-    return float(np.exp(predict(np.asarray(math.log(fullft_lr)))))
+    ratios = []
+    for width, steps, alpha, lr in rows[["width", "steps", "alpha", "fullft_lr"]].astype(float).to_numpy().tolist():
+        predict = predicted(DEFAULT, Setting(width, steps, BATCH_SIZE, alpha))[_SHOWN]
+        ratios.append(float(np.exp(predict(np.asarray(math.log(lr))))))
+    return rows.assign(theory=_SHOWN, predicted=ratios)
 
 
 def _draw_measured(axes: Axes, shown: pd.DataFrame, published: pd.DataFrame, marks: dict[Any, str]) -> None:

@@ -47,20 +47,13 @@ def predicted(predictions: Predictions, setting: Setting) -> dict[str, LogRatio]
     With width d, T steps, A's initial scale s and constants of each theory:
 
     - `movement`: R sqrt(s^2 + (R LR_F / u*)^2) = c d / alpha / (1 + k/r), where LR_F is FullFT's optimal LR and u* = u0
-      (128/d) sqrt(50/T) the LR at which A moves by as much as its initial size at s = 1, into a direction that has
-      nothing to do with it. u* falls with the width, and the net movement grows as that of a random walk; it goes by
-      the mean LR of a run where the LR falls. While A is frozen, R = c d / (s alpha) / (1 + k/r) at rank r: the sizes
-      of A's r products with an input differ by layer and input, most at rank 1, and the largest limit the LR.
+      (128/d) sqrt(50/T) the LR at which A moves by as much as its initial size at s = 1; it goes by the mean LR of a
+      run where the LR falls. While A is frozen, R = c d / (s alpha) / (1 + k/r) at rank r.
     - `still`: R = c d / (s alpha), as if A never moved.
-    - `mu_a`: c sqrt(d / alpha), the maximal-update theory of LoRA (Chen, Villar and Hayou, arXiv 2602.06204), by which
-      LoRA's optimal LR goes as 1/sqrt(alpha d) and that of FullFT as 1/d. It speaks of A that is trained, and its
-      initial scale does not matter.
-    - `scale`: R (1 + kappa R) = c d / alpha. FullFT's best LR is the one whose outputs move by a certain amount over a
-      run, so that it is proportional to u*, and the ratio depends on d / alpha alone.
-    - `fixed_lora`: R_128 (d/128)^(fullft_exponent - lora_exponent). Published sweeps find LoRA's optimum at about the
-      same LR from 0.6B to 32B parameters, while FullFT's falls. They do not vary alpha, length and batch size, so the
-      theory speaks of the condition of its parameter only.
-    - `constant`: the paper's number. The paper has alpha 32 throughout, so it is silent on other values.
+    - `mu_a`: c sqrt(d / alpha), the maximal-update theory of LoRA (Chen, Villar and Hayou, arXiv 2602.06204), of any s.
+    - `scale`: R (1 + kappa R) = c d / alpha, whatever the length and the batch size.
+    - `fixed_lora`: R_128 (d/128)^(fullft_exponent - lora_exponent), in the condition of its parameter only.
+    - `constant`: the paper's number, at its alpha 32 only.
     - `naive`: c d / alpha with c = 1/2, the paper's derivation, in which LoRA of full rank is made equal to FullFT.
 
     All but the first two are silent on a frozen A, and all but the first three on another scale of it.
@@ -99,17 +92,11 @@ def predicted(predictions: Predictions, setting: Setting) -> dict[str, LogRatio]
 
 
 def converted_lr(lr: float, here: Setting, there: Setting, theory: MovementTheory, fullft_growth: float = 1.0) -> float:
-    """Convert LoRA's optimal LR from one setting of a model to another by the theory `movement`.
+    """Convert LoRA's optimal LR from one setting of a model to another by the theory `movement`, whose c does not
+    matter.
 
     By it, LR sqrt(s^2 + (LR / u*)^2) alpha (1 + k/r) is c d times the optimal LR of FullFT, which does not depend on
-    alpha and the rank.
-
-    Args:
-        lr: the optimal LR of LoRA at `here`.
-        here: the setting that it is from, of one width with `there`.
-        there: the setting to convert it to.
-        theory: the constants; c does not matter.
-        fullft_growth: the optimal LR of FullFT there over that here, for another length or batch size.
+    alpha and the rank, and grows by `fullft_growth` to another length or batch size.
     """
 
     def size_of_a(setting: Setting, at: float) -> float:

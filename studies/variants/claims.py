@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from lorabench.analysis.arms import is_standard
-from lorabench.analysis.comparison import Comparison, comparisons, kept, require
+from lorabench.analysis.arms import is_standard, kept
+from lorabench.analysis.comparison import Comparison, comparisons, require
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, together
 from lorabench.analysis.optima import as_ratio, in_words, judge_ratio, ratio_text
@@ -142,10 +142,8 @@ def _as_predicted(switch: Switch, predicted: float) -> Finding:
         f"{ratio_text(comparison, switch.arm, switch.lora)}, where {predicted:.2f} is predicted; the measured ratio "
         f"over the predicted one is {in_words(off)}"
     )
-    problems = comparison.problems(switch.arms, resolved=True)
-    reopened = comparison.reopened(switch.arms, resolved=True)
     rule, margin_rule = Within.margin(math.log(factor)), f"a factor of {factor:g}"
-    return as_ratio(decide(rule, off, text, comparison.run_ids(switch.arms), problems, margin_rule, reopened))
+    return as_ratio(comparison.decide(rule, off, text, switch.arms, margin_rule, resolved=True))
 
 
 @_sft(

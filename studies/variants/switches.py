@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import STANDARD, arm_label, with_losses
-from lorabench.analysis.comparison import Arm, Comparison, kept
+from lorabench.analysis.arms import STANDARD, arm_label, kept, with_losses
+from lorabench.analysis.comparison import Arm, Comparison
 from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import Estimate, combined, student, unknown
 from lorabench.config.fields import LORA_PLUS_RATIO, VARIANT_NAMES, Variant
@@ -23,10 +23,7 @@ from studies.lr_ratio.theories import Setting, converted_lr
 
 
 def variant_of(arm: Mapping[str, Any]) -> Variant | None:
-    """Return which variant of LoRA an arm is; None for full fine-tuning and for any other parametrization.
-
-    At rank 1 rsLoRA is LoRA.
-    """
+    """Return which variant of LoRA an arm is, or None; at rank 1 rsLoRA is LoRA."""
     if arm["method"] == "fullft":
         return None
     alpha, init_a, ratio = (arm[name] if arm[name] is not None else STANDARD[name] for name in STANDARD)
@@ -93,15 +90,13 @@ class Switch:
         B changes by about the LR, so that the size follows from the initial factors. In PiSSA these are the largest
         singular directions of the weights, and both factors are not 0.
         """
-        sizes = [self._first_update(arm) for arm in self.arms]
-        return sizes[1] / sizes[0]
-
-    def _first_update(self, arm: Arm) -> float:
-        runs = self.comparison.rows[arm_label(arm)]
-        norms = train_curves(runs, self.comparison.curves, "update_norm")
-        first = norms[norms["step"] == 1]
-        sizes = first["value"].astype(float) / first["lr"].astype(float)
-        return float(np.exp(np.log(sizes).mean())) if len(sizes) and (sizes > 0).all() else math.nan
+        logs = []
+        for arm in self.arms:
+            norms = train_curves(self.comparison.rows[arm_label(arm)], self.comparison.curves, "update_norm")
+            first = norms[norms["step"] == 1]
+            sizes = first["value"].astype(float) / first["lr"].astype(float)
+            logs.append(float(np.log(sizes).mean()) if (sizes > 0).all() else math.nan)
+        return math.exp(logs[1] - logs[0])
 
     def log_width_ratio(self) -> Estimate:
         """Return the natural logarithm of the width of the variant's range of good LRs over that of LoRA's.
@@ -128,33 +123,24 @@ def curvatures(comparison: Comparison) -> dict[str, Estimate]:
     It is the mean over the seeds that have this LR and both of its neighbours. The variance over seeds is pooled over
     the arms, as that of losses is, since three seeds hardly tell it.
     """
-    by_seed = {label: _curvatures_by_seed(comparison, label) for label in comparison.rows}
+    by_seed = {}
+    for label, rows in comparison.rows.items():
+        grid = comparison.fit.grids.get(label)
+        if grid is not None and 0 < grid.centre < len(grid.lrs) - 1:
+            lrs = grid.lrs[grid.centre - 1 : grid.centre + 2]
+            done = with_losses(rows[rows["status"].eq("done") & rows["lr"].isin(lrs)])
+            losses = done.pivot(index="seed", columns="lr", values="test_loss").astype(float).dropna()
+            slopes = np.diff(losses.to_numpy()) / np.diff(np.log(lrs))
+            by_seed[label] = np.diff(slopes)[:, 0] / math.log(lrs[2] / lrs[0])
     several = [values for values in by_seed.values() if len(values) > 1]
     dof = sum(len(values) - 1 for values in several)
     variance = sum(float(((values - values.mean()) ** 2).sum()) for values in several) / max(dof, 1)
-    return {
-        label: student(
-            float(values.mean()),
-            math.sqrt(variance / len(values)),
-            dof,
-            f"curvature {comparison.label} {label}",
-            len(values),
-        )
-        for label, values in by_seed.items()
-        if len(values)
-    }
-
-
-def _curvatures_by_seed(comparison: Comparison, label: str) -> np.ndarray:
-    """Return the curvature of a parabola through the losses at three neighbouring LRs, for each seed that has them."""
-    grid, rows = comparison.fit.grids.get(label), comparison.rows[label]
-    if grid is None or not 0 < grid.centre < len(grid.lrs) - 1:
-        return np.empty(0)
-    lrs = grid.lrs[grid.centre - 1 : grid.centre + 2]
-    done = with_losses(rows[rows["status"].eq("done") & rows["lr"].isin(lrs)])
-    losses = done.pivot(index="seed", columns="lr", values="test_loss").astype(float).dropna()
-    slopes = np.diff(losses.to_numpy()) / np.diff(np.log(lrs))
-    return np.asarray(np.diff(slopes)[:, 0] / math.log(lrs[2] / lrs[0]))
+    known = {}
+    for label, values in by_seed.items():
+        if len(values):
+            error, name = math.sqrt(variance / len(values)), f"curvature {comparison.label} {label}"
+            known[label] = student(float(values.mean()), error, dof, name, len(values))
+    return known
 
 
 WIDEST = 10.0
@@ -165,10 +151,7 @@ _FLAT = 1e-9
 
 
 def switches(comparison: Comparison, *variants: Variant) -> list[Switch]:
-    """Return the arms of some variants, each beside LoRA of the same rank and layers, where there is one.
-
-    At rank 1 rsLoRA is LoRA, and is left out.
-    """
+    """Return the arms of some variants, each beside LoRA of the same rank and layers, where there is one."""
     same = ["rank", "placement"]
     found = {(variant_of(arm), *(arm[name] for name in same)): arm for arm in comparison.arms if variant_of(arm)}
     return [

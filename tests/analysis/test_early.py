@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabench.analysis.beginnings import at_end, at_step, coupled
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.curves import compared_ranks, early_difference, inverse_rank_fit
+from lorabench.analysis.curves import at_end, at_step, compared_ranks, early_difference, inverse_rank_fit
 from lorabench.analysis.estimate import combined, student
+from lorabench.analysis.optima import coupled
 
 from ..handmade.lora import difficulty, lora_run, lora_tables, nll
 from ..handmade.sft import STEPS, arm, tables
@@ -49,26 +49,6 @@ def test_sigma_is_that_of_batches_over_both_ranks():
     assert math.isnan(early_difference(*early_tables(seeds=[0])).sigma_batch)
 
 
-def test_the_lr_with_most_pairs_counts_and_diverged_runs_are_left_out():
-    runs, curves = early_tables(lrs=(1e-4, 1e-3))
-    assert early_difference(runs, curves).lr == 1e-4
-    lost = (runs["lr"] == 1e-4) & (runs["rank"] == 64) & (runs["seed"] == 1)
-    early = early_difference(runs[~lost], curves)
-    assert (early.lr, early.curves.n_seeds) == (1e-3, 3)
-    diverged = runs.assign(status=runs["status"].mask(lost, "diverged"))
-    early = early_difference(diverged[diverged["lr"] == 1e-4], curves)
-    assert (list(early.curves.by_seed), early.n_diverged, len(early.curves.run_ids)) == ([0, 2], 1, 4)
-
-
-def test_without_two_ranks_or_losses_there_is_none():
-    assert early_difference(*early_tables(ranks=(1, 4))) is None
-    runs, curves = early_tables()
-    assert early_difference(runs, curves.iloc[:0]) is None
-    assert early_difference(runs, pd.DataFrame()) is None
-    assert early_difference(runs, curves.assign(value=math.nan)) is None
-    assert early_difference(runs.iloc[:0], curves) is None
-
-
 def test_the_ranks_are_the_papers_or_nearest():
     assert compared_ranks((1, 4, 16, 64)) == (16, 64)
     assert compared_ranks((1, 4, 16)) == (4, 16)
@@ -101,23 +81,6 @@ def test_losses_are_those_of_the_curves_and_all_else_is_kept(step):
     assert (as_of_step["steps"] == step).all()
     changed = ["steps", "status", "final_valid_nll", "final_test_nll"]
     pd.testing.assert_frame_equal(as_of_step.drop(columns=changed), runs.drop(columns=changed))
-
-
-@pytest.mark.parametrize("loss", ["no row", math.nan, math.inf])
-def test_a_run_without_a_loss_there_is_left_out(loss):
-    runs, curves = two_arms()
-    lost = (curves["run_id"] == runs["run_id"].iloc[0]) & (curves["step"] == 8)
-    curves = curves[~lost] if loss == "no row" else curves.assign(value=curves["value"].mask(lost, loss))
-    assert set(runs["run_id"]) - set(at_step(runs, curves, 8)["run_id"]) == {runs["run_id"].iloc[0]}
-
-
-def test_a_run_that_diverged_later_but_was_not_evaluated_there_is_left_out():
-    runs, curves = two_arms(diverges_from=1e-2)
-    runs["diverged_at"] = pd.array([40 if status == "diverged" else None for status in runs["status"]], dtype="Int64")
-    at_8 = at_step(runs, curves, 8)
-    assert set(at_8["status"]) == {"done"}
-    assert len(at_8) == len(runs) - 4
-    assert (at_step(runs, curves, 64)["status"] == "diverged").sum() == 4
 
 
 def noisy(sigma, shared, number):

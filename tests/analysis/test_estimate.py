@@ -22,17 +22,8 @@ from lorabench.analysis.estimate import (
     ratio_of_means,
     student,
     t_quantile,
-    unknown,
     without_run_noise,
 )
-
-
-def test_intervals_are_those_of_student():
-    for dof, level in ((2, 0.9), (2, 0.95), (30, 0.95)):
-        expected = stats.t.interval(level, dof, 1.0, 0.1)
-        assert student(1.0, 0.1, dof, "a").interval(level) == pytest.approx(expected, rel=0.01)
-    # With a known error of 1 an effect of 1.96 + 0.84 is seen in 80% of experiments.
-    assert student(0.0, 1.0, 10_000, "d").detectable == pytest.approx(2.80, abs=0.02)
 
 
 def test_the_mean_over_seeds_has_the_interval_of_scipy_and_leaves_out_missing_values():
@@ -43,12 +34,6 @@ def test_the_mean_over_seeds_has_the_interval_of_scipy_and_leaves_out_missing_va
     assert (estimate.value, estimate.n_seeds) == (pytest.approx(1 / 3), 3)
     assert mean_interval(values[:3]) == pytest.approx((1 / 3, known.low, known.high))
     assert math.isnan(mean_interval(values[:1])[1])
-
-
-def test_errors_that_are_not_known_are_said_to_be_unknown():
-    numbers = [mean_over_seeds([0.4], "c"), mean_over_seeds([], "c"), unknown(1.0), exact(2.0)]
-    assert [number.known for number in numbers] == [False, False, False, True]
-    assert exact(2.0).interval() == (2.0, 2.0)
 
 
 def test_draws_of_one_fit_cancel_where_they_are_the_same_and_those_of_two_names_do_not():
@@ -83,14 +68,6 @@ def test_ends_of_sums_of_errors_are_those_of_student_within_1_percent_of_the_wid
         shares.append(np.abs(np.array(Estimate(0.0, draws @ weights).interval()) - expected) / np.ptp(expected))
     assert np.sqrt(np.mean(np.square(shares))) < 0.005
     assert np.max(shares) < 0.015
-
-
-def test_errors_that_follow_from_others_or_are_0_may_be_drawn():
-    covariance = np.zeros((3, 3))
-    covariance[:2, :2] = [[1.0, 2.0], [2.0, 4.0]]
-    draws = multivariate_student(covariance, 10, "i")
-    np.testing.assert_allclose(draws[:, 1], 2 * draws[:, 0], atol=1e-3)
-    assert not draws[:, 2].any()
 
 
 def test_a_loss_has_the_error_of_its_groups_of_examples_and_single_examples_miss_it():

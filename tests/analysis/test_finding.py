@@ -4,44 +4,27 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 from scipy.stats import norm
 
-from lorabench.analysis.estimate import exact, student, unknown
+from lorabench.analysis.estimate import student
 from lorabench.analysis.finding import (
     N_AGAIN,
-    SEVERITY,
     Finding,
     decide,
     exponential,
-    finding,
     in_unit,
     together,
     with_parts,
     without,
-    worst,
 )
-from lorabench.analysis.rules import Above, Problem, Within
+from lorabench.analysis.rules import Above, Within
 
 RULE = Within.margin(0.01)
 
 
 def judged(value, error=0.001, name="a"):
     return decide(RULE, student(value, error, 20, name, 6), name, [name])
-
-
-def test_corrections_multiply_where_findings_are_nested():
-    # Alone it contradicts at a level of about 0.02, so one of two comparisons does too, and one of four does not.
-    against = judged(0.0125)
-    assert against.verdict == "contradicted"
-    assert 0.0125 < against.against < 0.025
-    fine = judged(0.0, name="b")
-    pair = together([against, fine])
-    assert pair.verdict == "contradicted"
-    assert pair.against == pytest.approx(2 * against.against)
-    assert together([pair, together([fine, fine])]).verdict == "inconclusive"
-    assert worst([fine, fine]).verdict == "confirmed"
 
 
 def again(rule, value, error=0.001, name="a", dof=1e6):
@@ -73,57 +56,6 @@ def test_the_probability_of_the_same_verdict_is_that_of_a_normal_number_with_twi
     assert judged.borderline == (expected < 0.8)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rule", [RULE, Above(0.01)])
-def test_new_runs_decide_the_same_as_often_as_is_predicted(rule):
-    # Truths all over the scale, with errors of a fifth to the whole margin, known by 10 degrees of freedom.
-    random = np.random.default_rng(0)
-    predicted, realised = [], []
-    for _ in range(1000):
-        error = random.uniform(0.002, 0.01)
-        truth = random.uniform(-0.02 - 5 * error, 0.02 + 5 * error)
-        first, second = (
-            again(rule, truth + error * random.standard_normal(), error * math.sqrt(random.chisquare(10) / 10), dof=10)
-            for _ in range(2)
-        )
-        if first.p_again is not None:
-            predicted.append(first.p_again)
-            realised.append(first.verdict == second.verdict)
-    print(len(predicted), np.mean(realised), np.mean(predicted))
-    error = math.sqrt(np.mean(np.multiply(predicted, 1 - np.array(predicted))) / len(predicted))
-    assert np.mean(realised) == pytest.approx(np.mean(predicted), abs=0.03 + 2 * error)
-
-
-def test_only_what_an_interval_decides_comes_out_again_with_a_probability():
-    flagged = decide(RULE, student(0.0099, 0.001, 20, "a", 6), "a flag", [], [Problem("at the edge")])
-    numbers = [decide(RULE, exact(0.00999), "a count", []), decide(RULE, unknown(0.0), "no error", []), flagged]
-    numbers += [finding([], "a count", "confirmed"), judged(0.01)]
-    assert [number.p_again for number in numbers] == [None] * 5
-    assert not any(number.borderline for number in numbers)
-
-
-def test_one_comparison_makes_the_verdict_on_several_borderline():
-    near, far = judged(0.0082), judged(0.0, name="b")
-    assert (near.verdict, near.borderline, far.p_again) == ("confirmed", True, 1.0)
-    assert together([near, far]).p_again == near.p_again
-    assert together([together([far, far]), together([near, far])]).p_again == near.p_again
-    # Comparisons of one fit share their errors, and those of two fits do not.
-    other = judged(0.0082, name="c")
-    assert together([near, near]).p_again == near.p_again
-    assert together([near, other]).p_again == pytest.approx(near.p_again * other.p_again, abs=0.05)
-    # A comparison that is open for certain leaves nothing to come out again.
-    flagged = decide(RULE, student(0.0, 0.001, 20, "d", 6), "a flag", [], [Problem("at the edge")])
-    assert together([near, flagged]).p_again is None
-
-
-def test_a_contradiction_comes_out_again_at_its_corrected_level():
-    strong = judged(0.0138)
-    assert (strong.verdict, strong.borderline) == ("contradicted", False)
-    fine = [judged(0.0, name=name) for name in "bcdefgh"]
-    several = together([strong, *fine])
-    assert (several.verdict, several.borderline) == ("contradicted", True)
-
-
 def test_the_sign_is_right_in_all_comparisons_only_if_none_is_open_or_contradicts():
     rule = Above(0.01)
     small, large, open_one, none = (
@@ -144,20 +76,6 @@ def test_the_sign_is_right_in_all_comparisons_only_if_none_is_open_or_contradict
     weak = decide(rule, student(0.01 - 0.0019, 0.001, 20, "weak", 6), "", [])
     assert (weak.verdict, together([weak, large]).verdict) == (sign, "inconclusive")
     assert without(small, "contradicted").verdict == "inconclusive"
-
-
-def test_what_speaks_against_a_verdict_speaks_against_it_in_new_runs_too():
-    opened = without(judged(0.0082), "confirmed")
-    assert (opened.verdict, opened.p_again) == ("inconclusive", None)
-    assert together([judged(0.0), opened]).verdict == "inconclusive"
-    assert SEVERITY.index("confirmed") not in opened.outcomes.verdicts
-
-
-def test_new_runs_with_a_reason_against_a_verdict_are_open():
-    reopened = np.arange(N_AGAIN) % 4 == 0
-    opened = decide(RULE, student(0.0, 0.001, 1e6, "a", 6), "", [], reopened=reopened)
-    assert (opened.verdict, opened.p_again) == ("confirmed", 0.75)
-    assert together([judged(0.0), opened]).p_again == 0.75
 
 
 def test_a_finding_on_several_comparisons_says_how_many_hold():

@@ -17,12 +17,9 @@ from lorabench.analysis.invariances import (
     move_times,
     run_pairs,
     step_sizes,
-    with_lr_grid,
-    with_scales,
 )
 
 from ..handmade.lora import lora_run, lora_tables, nll, update_norm
-from ..handmade.sft import arm, tables
 
 FACTORS = st.floats(0.01, 100)
 
@@ -39,15 +36,6 @@ def test_transformed_runs_are_equivalent(p, q, alpha, init_a, lr):
     [pair] = run_pairs(runs).to_dict("records")
     assert pair["equivalent"]
     assert pair["time_ratio"] == pytest.approx(1)
-
-
-def test_nulls_are_standard_and_fullft_has_no_scales():
-    runs = table({}, {"rank": 16})
-    runs[["alpha", "init_a", "lr_ratio"]] = math.nan
-    runs.loc[1, "method"] = "fullft"
-    scaled = with_scales(runs)
-    assert scaled["update_scale"].tolist() == [pytest.approx(0.032)]
-    assert scaled["time_scale"].tolist() == [pytest.approx(1000)]
 
 
 def test_controls_are_of_settings_with_equivalent_runs_at_the_smallest_epsilon():
@@ -112,21 +100,6 @@ def test_a_has_moved_where_a_power_law_reaches_1(power, at):
     assert times[["limit", "bound"]].values.tolist() == [[pytest.approx(at), 0]]
 
 
-def test_move_times_are_of_runs_with_the_measure():
-    runs, curves = lora_tables(
-        [lora_run(lr=lr) for lr in (1e-3, 1e-6)], a_moved=lambda run, step: run["lr"] * step * 100
-    )
-    times = move_times(runs, curves).set_index("lr")
-    assert times.loc[1e-3, ["step", "limit", "bound"]].tolist() == pytest.approx([10, 10, 0])
-    assert math.isnan(times.loc[1e-6, "step"])
-    assert times.loc[1e-6, ["limit", "bound"]].tolist() == [64, 1]
-    sooner = move_times(*lora_tables([lora_run()], a_moved=lambda run, step: 2.0 + step))
-    assert sooner[["limit", "bound"]].values.tolist() == [[1, -1]]
-    assert sooner["step"].isna().all()
-    assert move_times(runs, curves[curves["metric"] == "nll"]).empty
-    assert move_times(runs, pd.DataFrame()).empty
-
-
 def test_step_sizes_are_of_the_longest_standard_runs_at_the_fitted_optimum():
     def loss(lr):
         return 2.0 + math.log(lr / 1e-3) ** 2
@@ -140,10 +113,3 @@ def test_step_sizes_are_of_the_longest_standard_runs_at_the_fitted_optimum():
     assert set(measured[columns].itertuples(index=False, name=None)) == {(1e-3, 16, 0, 32.0), (1e-3, 16, 1, 32.0)}
     at = measured[(measured["seed"] == 1) & (measured["step"] == 8)]["size"].item()
     assert at == pytest.approx(update_norm(lora_run(seed=1), 8) / 1e-3)
-
-
-def test_tuned_arms_have_a_grid_and_the_standard_initial_scale():
-    variants = [{"alpha": 32.0, "init_a": 1.0}, {"alpha": 32.0, "init_a": 2.0}]
-    variants.append({"alpha": 8.0, "init_a": 1.0, "lrs": (1e-3, 3e-3)})
-    measured = with_lr_grid(tables([arm(8, optimum=3e-3, **variant) for variant in variants])[0])
-    assert (set(measured["alpha"]), set(measured["init_a"]), len(measured)) == ({32.0}, {1.0}, 8)

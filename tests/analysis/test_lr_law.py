@@ -102,16 +102,6 @@ def test_errors_of_predictions_from_the_other_models():
     assert np.isnan(left_out).any()
 
 
-def test_what_does_not_determine_a_law():
-    every = optima(LrLaw(1e-4, 10.0, {"llama": 0.78, "qwen": 0.08}))
-    # A second hidden size of one family determines the base, and so the other family's exponent.
-    assert fit_lr_law([o for o in every if o.hidden_size == 64 or o.lineage == "llama"])
-    # With one hidden size per family, two exponents and a base are too many unknowns.
-    one_size = [o for o in every if o.hidden_size == 64]
-    for few in ([], one_size, [o for o in every if o.method == "lora"], [o for o in one_size if o.lineage == "llama"]):
-        assert fit_lr_law(few) is None
-
-
 def numbers(values, error=0.1):
     return [student(value, error, 10, f"number {place}") for place, value in enumerate(values)]
 

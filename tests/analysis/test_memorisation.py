@@ -8,13 +8,7 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.memorisation import (
-    best_stored,
-    description_lengths,
-    is_memorisation,
-    late_growth,
-    stored_bits,
-)
+from lorabench.analysis.memorisation import best_stored, description_lengths, late_growth, stored_bits
 
 from ..handmade.sft import arm, tables
 
@@ -55,16 +49,6 @@ def test_stored_bits_are_the_entropy_less_what_is_left_to_tell():
     assert stored.loc[[1e-2, 3e-2], "bits_stored"].isna().all()
     less = stored_bits(facts({1: -200.0}, offsets=(0.0,))[0]).set_index("lr")
     assert less.loc[1e-3, "bits_stored"] == pytest.approx(-200)
-
-
-def test_other_datasets_and_tables_have_no_facts():
-    runs, _ = tables([arm(1, optimum=1e-3)])
-    for table in (runs, runs.assign(entropy_bits=math.nan, test_scored_tokens=5, trainable_params=5)):
-        assert not is_memorisation(table).any()
-        assert stored_bits(table).empty
-        assert best_stored(table).empty
-    both = pd.concat([runs, facts({1: 10.0})[0]])
-    assert set(stored_bits(both)["dataset"]) == {"facts"}
 
 
 def test_best_stored_is_that_of_the_fitted_minimum():

@@ -24,7 +24,7 @@ from lorabench.analysis.optima import (
 )
 from lorabench.analysis.slopes import slopes_by_seed
 
-from ..handmade.sft import CURVATURE, arm, tables
+from ..handmade.sft import arm, tables
 from ..handmade.training import shared, trained
 
 
@@ -73,19 +73,6 @@ def test_curves_are_interpolated_at_the_optimum_where_seeds_have_the_lrs_around_
     assert off_optimum(comparison, lora, fullft, 1e-6) == []
 
 
-def test_otherwise_the_nearest_lr_stands_for_the_optimum_and_its_loss_is_told():
-    comparison = compared(every_lr=False)
-    lora, fullft = comparison.lora[64], comparison.fullft
-    runs = runs_at_optimum(comparison, lora)
-    assert (set(runs["lr"]), set(runs["weight"]), len(runs)) == ({3e-3}, {1.0}, 3)
-    lost = CURVATURE * math.log(3e-3 / OPTIMUM) ** 2
-    assert pair_at_optimum(comparison, lora, fullft).by_seed[0].loc[2:].mean() == pytest.approx(lost, rel=0.01)
-    [problem] = off_optimum(comparison, lora, fullft, 9 * lost)
-    assert f"add {lost:.4f} nats" in problem.text
-    assert problem.remedy is not None
-    assert off_optimum(comparison, lora, fullft, 11 * lost) == []
-
-
 def test_numbers_of_curves_carry_the_error_of_their_lrs():
     comparison = compared(every_lr=True)
     lora, fullft = comparison.lora[64], comparison.fullft
@@ -131,22 +118,6 @@ def test_the_envelope_is_no_lower_with_more_lrs():
 
 
 GRID = (6e-4, 7.7e-4, 1e-3, 1.3e-3, 1.7e-3)
-
-
-def test_runs_in_a_window_of_steps():
-    runs, curves = tables([trained(None, optimum=1e-3), trained(64, optimum=3e-3)])
-    # One run diverges at step 500, and another one is cut off there.
-    late, cut = runs["run_id"].iloc[:2]
-    runs.loc[runs["run_id"] == late, "status"] = "diverged"
-    curves = curves[~curves["run_id"].isin([late, cut]) | (curves["step"] < 500)]
-    [comparison] = comparisons(runs, curves)
-    before, after = (in_window(comparison, *window).runs.set_index("run_id") for window in ((100, 200), (600, 800)))
-    assert (before.loc[late, "status"], after.loc[late, "status"]) == ("done", "diverged")
-    assert cut in before.index
-    assert cut not in after.index
-    points = comparison.points("train", "nll")
-    inside = points[(points["run_id"] == cut) & points["step"].between(100, 200)]
-    assert before.loc[cut, "final_test_nll"] == pytest.approx(inside["value"].mean())
 
 
 STEPS = np.arange(1, 1001)

@@ -44,13 +44,6 @@ def test_ratios_are_per_run_and_to_the_first_of_a_case():
     assert [row.ratio for row in table.with_ratios(ROWS)] == [1, 5, 1, 1, 0.25, 1, 1]
 
 
-def test_table_for_a_terminal_has_a_line_for_each_row():
-    header, *lines = table.shown(table.with_ratios(ROWS)).splitlines()
-    assert len(lines) == len(ROWS)
-    assert all(len(line) <= len(header) for line in lines)
-    assert lines[4].split() == ["tiny", "LoRA,", "8", "lanes", "8", "0.5", "0.0625", "0.25", "70.5", "50%"]
-
-
 def found(train: float = 1.0, test: float = 2.0) -> dict[float, sweep.Losses]:
     return {1e-3: sweep.Losses(1.0, 2.0), 2e-3: sweep.Losses(train, test)}
 
@@ -89,14 +82,6 @@ def test_a_command_that_fails_is_told(tmp_path):
     process = sweep.start([sys.executable, "-c", "print('what it said'); exit(3)"], tmp_path, 1)
     with pytest.raises(SystemExit, match="failed:\nwhat it said"):
         sweep.finish(process)
-
-
-def test_each_arm_of_a_training_step_can_be_repeated():
-    setting = steps.QUICK[0]
-    made = {name: steps.training_step(setting, method) for name, method in steps.ARMS.items()}
-    assert made["LoRA"][1] == made["PEFT"][1]
-    seconds = steps.median_seconds({name: step for name, (step, _) in made.items()}, repeats=1)
-    assert all(value > 0 for value in seconds.values())
 
 
 def test_a_model_that_is_not_here_is_left_out(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -93,74 +92,6 @@ def test_inconclusive_where_noise_or_data_leave_it_open(claims, changes, remedy)
     for _, row in table.iterrows():
         verdict_is(row, "inconclusive")
         assert remedy in row["would_decide"]
-
-
-def test_what_test_examples_add_to_the_gap_at_all_batch_sizes_cancels_in_its_growth():
-    runs, curves = world()
-    hard, own = np.random.default_rng(0).normal(0, 1, (2, 50))
-
-    def width(sign):
-        """Return the width of D1's interval where LoRA finds some examples harder, by a sign for each batch size."""
-        adds = (runs["batch_size"].map(sign) * (runs["method"] == "lora")).astype(float)
-        losses = pd.concat(
-            pd.DataFrame({"run_id": run_id, "example": range(50), "loss": 2.0 + hard + 0.1 * add * own, "tokens": 1})
-            for run_id, add in zip(runs["run_id"], adds, strict=True)
-        )
-        row = judged("D1", runs, curves, test_losses=losses)
-        return row["ci_high"] - row["ci_low"]
-
-    plain = judged("D1", runs, curves)
-    assert width({8: 1, 32: 1, 128: 1}) == pytest.approx(plain["ci_high"] - plain["ci_low"])
-    assert width({8: 1, 32: 1, 128: -1}) == pytest.approx(2 * 1.96 * 0.2 * own.std() / math.sqrt(50), rel=0.1)
-
-
-def test_rank_1_is_left_out_and_large_batches_are_a_condition():
-    runs, curves = world(ranks=(1, 4, 64), rank_gap={(1, 8): 0.5})
-    assert judged(IDS, runs, curves)["verdict"].tolist() == ["confirmed"] * 4
-    runs, curves = world(gap={16: 0.03}, fullft={16: 2.0}, halfway={16: 2.0})
-    claims = judged(IDS, runs[runs["batch_size"].lt(128)], curves)
-    assert claims["verdict"].tolist() == ["setting not met"] * 4
-    assert claims["missing"].str.contains("here 8 to 32, with 128 steps at 32", regex=False).all()
-    assert claims.loc["D1", "estimate"] == pytest.approx(GAP[32] - GAP[8], abs=4 * NOISE)
-
-
-def test_a_rank_that_is_worse_at_every_batch_size_is_no_effect_of_the_batch_size():
-    lacking = {(4, size): 0.1 for size in GAP}
-    row = judged("D3", *world(rank_gap=lacking))
-    assert (row["verdict"], row["estimate"]) == ("confirmed", pytest.approx(0.0, abs=4 * NOISE))
-    assert "LoRA r64 - LoRA r4" in row["reason"]
-    # Where two ranks are high, low ones are not judged, which may lack more where more is learned.
-    three = world(ranks=(4, 16, 64), rank_gap={(4, 8): 0.3})
-    claims = judged(IDS, *three)
-    assert set(claims["verdict"]) == {"confirmed"}
-    assert "LoRA r64 - LoRA r16" in claims.loc["D3", "reason"]
-    assert not claims["reason"].str.contains("LoRA r4 ").any()
-
-
-def test_what_a_seed_does_to_the_change_of_the_gap_at_all_batch_sizes_cancels():
-    runs, curves = world()
-    at = curves.merge(runs[["run_id", "method", "seed", "batch_size", "steps"]], on="run_id")
-    ends = ((at["method"] == "lora") & (at["step"] > at["steps"] * 3 / 4)).to_numpy(float)
-
-    def width(*names):
-        """Return the width of D2's interval if the gap at the end varies by the seed and by further columns."""
-        keys = at[list(names)].astype(str).agg(" ".join, axis=1)
-        row = judged("D2", runs, curves.assign(value=curves["value"] + ends * keys.map(lambda key: jitter(key, 0.02))))
-        return row["ci_high"] - row["ci_low"]
-
-    assert width("seed") < 0.2 * width("seed", "batch_size")
-
-
-def test_what_hangs_on_the_lr_carries_the_error_of_the_optimum():
-    runs, curves = world(noise=0.005)
-    at = curves.merge(runs[["run_id", "method", "lr", "batch_size", "steps"]], on="run_id")
-    train = at["split"].eq("train")
-    # No loss is below 0.
-    curves = curves.assign(value=curves["value"] + 10 * train)
-    late = train & (at["method"] == "lora") & (at["batch_size"] == 128) & (at["step"] > at["steps"] * 3 / 4)
-    slope = np.where(late, np.log(at["lr"].astype(float) / 4e-3), 0.0)
-    plain, steep = (judged("D2", runs, table) for table in (curves, curves.assign(value=curves["value"] + slope)))
-    assert steep["ci_high"] - steep["ci_low"] > 3 * (plain["ci_high"] - plain["ci_low"])
 
 
 def test_missing_curves_and_arms():

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import weakref
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,14 +9,13 @@ import pytest
 from lorabench.analysis import comparison
 from lorabench.analysis.loss_fit import fit_losses
 from lorabench.claims.judge import CLAIMS, judge_claims
-from lorabench.claims.scope import full_runs
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.errors import UserError
 from lorabench.store.schemas import CLAIMS as COLUMNS
 from lorabench.store.tables import Tables
 
 from ..handmade.sft import LRS, arm, tables
-from . import judged, verdict_is
+from . import judged
 
 IDS = ["A7", "B1", "B2", "B3", "B4"]
 
@@ -70,18 +68,6 @@ def test_fits_of_many_comparisons_are_not_held_together(monkeypatch):
     assert most <= 2
 
 
-def test_one_seed_or_an_optimum_at_the_edge_decides_nothing():
-    single = {"offsets": (0.0,)}
-    for given, why in (
-        (world(every=single), "seeds"),
-        (world({64: {"floor": 3.0, "optimum": 3e-4}}, single), "seeds"),
-        (world({64: {"lrs": LRS[:4]}}), "edge of its grid"),
-    ):
-        claims = judged(IDS, *given)
-        for claim in IDS:
-            verdict_is(claims.loc[claim], "inconclusive", why)
-
-
 def test_what_tables_may_lack():
     runs, curves = world()
     for few, why in (
@@ -105,12 +91,6 @@ def test_only_runs_of_the_claims_experiment_are_read():
     other = other.assign(run_id=other["run_id"] + "x", experiments="early other")
     assert set(judged(IDS, pd.concat([runs, other]), curves)["verdict"]) == {"confirmed"}
     assert set(judged(IDS, other, other_curves)["verdict"]) == {"not tested"}
-
-
-def test_shorter_runs_are_left_out_where_there_are_full_ones():
-    short, full, longer = (SimpleNamespace(runs=pd.DataFrame({"steps": [steps]})) for steps in (999, 1000, 3000))
-    assert full_runs([("short", short), ("full", full), ("longer", longer)]) == [("full", full), ("longer", longer)]
-    assert full_runs([("short", short)]) == [("short", short)]
 
 
 def test_mixed_tokenizers_are_refused():
@@ -157,8 +137,3 @@ def test_equal_within_the_margin(small, large, a7, b2):
     assert abs(both["estimate"]) == pytest.approx(max(abs(small), abs(large)), abs=1e-3)
     assert small_only["fact"] == both["fact"]
     assert small_only["margin_high"] == pytest.approx(MARGIN, rel=0.01)
-
-
-def test_noise_leaves_it_open_and_seeds_would_decide():
-    row = on_two_datasets({"small": 0.0, "large": 0.0}, "B2", sigma=0.05)
-    assert (row["verdict"], row["decide_seeds"] > 3) == ("inconclusive", True)

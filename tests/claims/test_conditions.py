@@ -103,20 +103,6 @@ def test_what_fails_on_models_below_1b_alone_is_not_seen_here():
     assert judged(lambda evidence: replace(small, run_ids=()))["verdict"] == "contradicted"
 
 
-def test_a_claim_on_several_comparisons_says_how_many_hold():
-    findings = {
-        "x": Finding("confirmed", "", 1.0),
-        "y": Finding("contradicted", "", 3.0),
-        "z": Finding("not tested", ""),
-    }
-    row = judged(findings.get, over=lambda evidence: zip(findings, findings, strict=True))
-    assert (row["n_hold"], row["n_parts"], row["part_low"], row["part_high"]) == (1, 2, 1.0, 3.0)
-    row = judged(lambda evidence: findings["x"])
-    assert (row["n_hold"], row["n_parts"], row["part_low"]) == (1, 1, 1.0)
-    row = judged(lambda evidence: findings["x"], scope.whole_runs)
-    assert (row["n_hold"], row["n_parts"]) == (0, 0)
-
-
 def test_an_inconclusive_claim_says_what_would_decide_it_in_words_and_columns():
     remedy = Remedy("9 seeds and LR 0.01", seeds=9, test_examples=400, lrs=(("LoRA r64", 0.01),))
     row = judged(lambda evidence: Finding("inconclusive", "too noisy", remedy=remedy))

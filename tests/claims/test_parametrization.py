@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 
 from ..handmade.lora import descent, lora_run, lora_tables, luck, nll, update_norm
@@ -130,15 +129,6 @@ def test_lr_a_does_not_matter_at_first(size, moved, verdict, left_out):
         assert 0.98 < claim["ci_low"] < claim["ci_high"] < 1.02
 
 
-def test_slopes_need_seeds_and_a_falling_loss():
-    few = judged("C6", *lora_tables(grid(*TENFOLD, seeds=range(2)), a_moved=lambda run, step: 0.0))
-    verdict_is(few, "inconclusive", "2 paired seeds")
-    rising_loss = lora_tables(grid(*TENFOLD), nll=lambda run, step: 3.0 + step, a_moved=lambda run, step: 0.0)
-    claim = judged("C6", *rising_loss)
-    assert (claim["verdict"], "does not fall" in claim["reason"]) == ("inconclusive", True)
-    assert judged("C6", *lora_tables(grid({}, {"lr": 1e-2})))["verdict"] == "not tested"
-
-
 SCALE = 0.032  # alpha * init_A * LR_B of the standard run
 
 
@@ -173,20 +163,6 @@ def test_the_time_scale_of_a(power, verdict):
     times = f"{4 if power == 2 else 5} times and {int(power == 2)} bounds at 1 update scales"
     verdict_is(claim, verdict, times)
     assert claim["estimate"] == pytest.approx(power, abs=0.05)
-
-
-def test_times_at_other_update_scales_are_not_compared():
-    # The time grows as the time scale, but also as alpha * init_A * LR_B, which a fixed alpha lets vary with init_A.
-    def moved(run, step):
-        scale = run["alpha"] * run["init_a"] * run["lr"] * run["lr_ratio"] / SCALE
-        return moving(1.0)(run, step) / scale
-
-    mixed = [*TIMES, *({"init_a": init_a, "lr": 1e-3} for init_a in (0.25, 0.5, 2.0, 4.0))]
-    claim = judged("C7", *lora_tables(grid(*mixed, steps=512), a_moved=moved, nll=flat))
-    assert (claim["verdict"], claim["estimate"]) == ("confirmed", pytest.approx(1, abs=0.05))
-    only = judged("C7", *lora_tables(grid(*mixed[4:], steps=512), a_moved=moved, nll=flat))
-    assert only["verdict"] == "inconclusive"
-    assert only["would_decide"].startswith("3 values of init_A / LR_A")
 
 
 def test_runs_in_which_a_does_not_move_that_far_are_bounds():
@@ -269,14 +245,6 @@ def test_b_outgrows_a(share, verdict):
     assert (claim["margin_low"], claim["unit"]) == (0.6, "share of layers")
 
 
-def test_the_longest_runs_decide_whether_b_outgrows_a():
-    longer = sweeps(dataset="worked", steps=1200) + sweeps(dataset="facts", steps=1500, entropy_bits=9.0)
-    share = {"instruct": 0.1, "worked": 0.9, "facts": 0.1}
-    claim = judged("C10", *ended(sweeps() + longer, lambda run, step: share[run["dataset"]]))
-    assert claim["verdict"] == "confirmed"
-    assert claim["reason"].startswith("tiny/worked (longest runs, 1200 steps)")
-
-
 # The effective LR ---------------------------------------------------------------------------------------------------
 
 
@@ -291,17 +259,6 @@ def test_the_effective_lr(norm, verdict):
     assert claim["verdict"] == verdict
     assert claim["ci_low"] <= claim["estimate"] <= claim["ci_high"]
     assert (claim["margin_low"], claim["margin_high"]) == pytest.approx((1.1, math.inf))
-
-
-def test_the_effective_lr_of_the_standard_parametrization_in_the_first_half():
-    def norm(run, step):
-        return update_norm(run, step) if run["alpha"] == 32 and step <= 32 else run["lr"] * 1e-9
-
-    claim = judged("C11", *lora_tables(grid({}, {"alpha": 8.0}, steps=64), update_norm=norm))
-    assert claim["verdict"] == "confirmed"
-    factors = np.array([[1 + (0.1 + luck(seed, size=0.01)) * (step - 1) for step in (8, 16, 32)] for seed in SEEDS])
-    assert claim["estimate"] == pytest.approx(np.exp(np.log(factors).mean()))
-    assert claim["n_runs"] == len(SEEDS)
 
 
 MOVING_AND_STILL = [{}, {"lr": 1e-4, "lr_ratio": 10.0}]

@@ -95,20 +95,6 @@ def test_inconclusive_where_noise_or_data_leave_it_open(claims, settings):
         verdict_is(row, "inconclusive")
 
 
-def test_a_better_mlp_confirms_that_attention_adds_nothing():
-    row = placed("E2", world({("mlp", rank): {"floor": 1.9} for rank in (8, 16)}))
-    assert (row["verdict"], row["estimate"]) == ("confirmed", pytest.approx(-0.1, abs=4 * NOISE))
-
-
-def test_attention_with_more_parameters_comes_first():
-    fewer = {("attn", 8): {"trainable_params": 1590}}
-    assert "LoRA r17 attn - LoRA r8 mlp" in placed("E1", world(fewer))["reason"]
-    # Without such a pair, the nearest.
-    claim = placed("E1", world(fewer, without=[("attn", 17)]))
-    assert "LoRA r8 attn - LoRA r8 mlp" in claim["reason"]
-    assert claim["verdict"] == "confirmed"
-
-
 def test_what_each_claim_is_about():
     worse = {("attn", 17): {"floor": 2.0}}
     claims = placed(["E1", "E3"], pd.concat([world(family="llama"), moe(changes=worse)]))

@@ -11,7 +11,7 @@ from lorabench.analysis.comparison import Judging
 from lorabench.claims.recipe import measured_recipe
 from lorabench.config.margins import Margins
 
-from ..handmade import make_sweep, rl, runs_table
+from ..handmade import make_sweep, runs_table
 
 SEEDS = 24
 LRS = [3e-4, 5.5e-4, 1e-3, 1.7e-3, 3e-3, 5.5e-3, 1e-2, 1.7e-2, 3e-2]
@@ -52,35 +52,6 @@ def test_lora_matches_from_some_rank_up():
     assert none.use.gap.ci_low > none.margin.value
 
 
-def test_learning_rates_are_those_of_the_optima():
-    recommendation = only(sft(None, 64))
-    # The curve is steeper above its optimum, so the optimum of the parabola is lower.
-    use, fullft = recommendation.use, recommendation.fullft
-    assert use.lr_low < use.lr_opt < use.lr_high < 3e-3
-    assert use.resolved
-    assert use.lr == float(f"{use.lr_opt:.1e}")
-    assert use.ratio.estimate == pytest.approx(use.lr_opt / fullft.lr_opt)
-    assert use.ratio.low < use.ratio.estimate < use.ratio.high
-    assert use.ratio.estimate == pytest.approx(3, rel=0.1)
-    assert use.ratio.problems == ()
-
-
-def test_margins_are_those_of_the_gain_where_the_base_is_known():
-    runs = runs_table(sft(None, 1, 64))
-    curves = pd.DataFrame({"run_id": runs["run_id"], "step": 0, "split": "validation", "metric": "nll", "value": 20.0})
-    judging = Judging(Margins(loss=0.025, reward=0.1, lr_factor=1.6))
-    [recommendation] = measured_recipe(runs, curves, judging).recommendations
-    # 10% of the final loss is less than 2.5% of the gain, which is nearly all format.
-    assert recommendation.margin.value == pytest.approx(0.1 * recommendation.fullft.loss)
-    assert "10% of the final loss of FullFT" in recommendation.margin.rule
-    # Rank 1 is 0.3 nats worse.
-    assert recommendation.smallest.rank == 64
-    alone = Judging(Margins(loss=0.025, final_loss=0.9, reward=0.1, lr_factor=1.6))
-    [recommendation] = measured_recipe(runs, curves, alone).recommendations
-    assert recommendation.margin.value == pytest.approx(0.025 * (20 - 2.57), rel=0.01)
-    assert recommendation.lora[0].answer == "yes"
-
-
 def test_a_rank_is_not_recommended_if_a_higher_one_is_better_by_the_margin():
     # Rank 1 is as good as full fine-tuning within a margin of 0.1, and rank 64 better than both.
     runs = runs_table(sft(None, 1) + shifted(sft(64), -0.4))
@@ -109,27 +80,7 @@ def test_placements_against_all_layers():
     assert {part.placement: part.answer for part in choice.parts} == {"mlp": "yes", "attn": "no"}
 
 
-def test_rl_is_judged_by_error_rate():
-    arms = [rl.arm(rank, optimum=1e-3, peak=peak) for rank, peak in ((None, 0.8), (1, 0.8), (8, 0.5))]
-    recommendation = only([row for rows, _ in arms for row in rows])
-    assert recommendation.setting["task"] == "rl"
-    assert [choice.answer for choice in recommendation.lora] == ["yes", "no"]
-    assert recommendation.lora[1].gap.estimate == pytest.approx(0.3)
-    assert recommendation.use.loss == pytest.approx(0.2, abs=0.01)
-
-
 def test_without_two_tuned_methods_there_is_no_answer():
     for rows in (sft(None), sft(64), sft(None, 64, lrs=[1e-3, 3e-3])):
         recommended = measured_recipe(runs_table(rows))
         assert (recommended.recommendations, recommended.answer) == ((), None)
-
-
-def test_a_table_may_lack_columns():
-    runs = runs_table(sft(None, 64) + rl.arm(optimum=1e-3)[0] + rl.arm(1, optimum=1e-3)[0])
-    few = runs[["run_id", "model", "dataset", "method", "rank", "placement", "batch_size", "lr", "seed", "status"]]
-    assert measured_recipe(few).recommendations == ()
-    assert measured_recipe(pd.DataFrame()).recommendations == ()
-    supervised = few[:56].assign(final_valid_nll=runs["final_valid_nll"], final_test_nll=runs["final_test_nll"])
-    [recommendation] = measured_recipe(supervised).recommendations
-    assert recommendation.answer == "yes"
-    assert recommendation.use.trainable_params is None

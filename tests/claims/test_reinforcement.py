@@ -132,38 +132,11 @@ def test_inconclusive_where_noise_or_data_leave_it_open(claims, settings, reason
         verdict_is(row, "inconclusive", reason)
 
 
-def test_a_better_rank_1_and_problems_that_only_one_arm_solves():
-    row = judged("F1", *world({RANK_1: {"peak": 0.95}}))
-    assert (row["verdict"], row["estimate"]) == ("confirmed", pytest.approx(-0.15, abs=0.01))
-    runs, curves = world()
-    # FullFT fails at the first 20 of 100 problems in all of its runs, rank 1 at the next 20.
-    first = runs["rank"].map({1: 20, 8: 40}).fillna(0).astype(int)
-    losses = [
-        {"run_id": run_id, "example": place, "loss": float(start <= place < start + 20), "tokens": 1}
-        for run_id, start in zip(runs["run_id"], first, strict=True)
-        for place in range(100)
-    ]
-    row = judged("F1", runs, curves, test_losses=pd.DataFrame(losses))
-    assert row["verdict"] == "inconclusive"
-    assert (row["ci_high"] - row["ci_low"]) / 2 == pytest.approx(1.96 * math.sqrt(0.4 / 100), rel=0.1)
-
-
 def test_a_grid_that_ends_too_near_to_the_optimum_leaves_the_cost_of_a_miss_open():
     near = (1e-5, 3e-5, 1e-4, 1.2e-4, 1.3e-4, 1.4e-4)
     claim = judged("F2", *world({FULLFT: {"lrs": near}}))
     verdict_is(claim, "inconclusive", "FullFT: no LR near 0.00028")
     assert claim["decide_lrs"][0].startswith("FullFT=0.00027")
-
-
-@pytest.mark.parametrize("tied", [(1e-4, 3e-4), (3e-5, 1e-4, 3e-4)])
-def test_a_flat_top_has_no_optimal_lr(tied):
-    runs, curves = world()
-    top = runs["method"].eq("fullft") & runs["lr"].isin(tied)
-    for name in ("final_reward", "final_valid_reward"):
-        # Two tied LRs would give a parabola whose optimum lies halfway between them, with a small error.
-        runs.loc[top, name] = 0.82 if len(tied) == 2 else noisy(0.82, runs.loc[top, "run_id"] + name)
-    claim = judged("B10", runs, curves)
-    verdict_is(claim, "inconclusive", f"FullFT: LRs {', '.join(f'{lr:.2g}' for lr in tied)} are equally good")
 
 
 def test_an_optimum_between_two_breakdowns_is_not_known():
@@ -207,16 +180,6 @@ def test_a_setting_that_is_not_met_is_named(settings, missing):
     assert claims["missing"].str.contains(missing, regex=False).all()
 
 
-def test_a_bracketed_optimum_with_seeds_around_it_needs_no_more_lrs():
-    few, curves = world(every={"lrs": LRS[1:6]})
-    first = few[few["seed"].eq(0)]
-    repeated = [first.assign(seed=seed, run_id=first["run_id"] + f"-again-{seed}") for seed in (1, 2)]
-    more = pd.concat(repeated)
-    for name in ("final_reward", "final_valid_reward"):
-        more[name] = noisy(more[name], more["run_id"] + name)
-    verdict_is(judged("F1", pd.concat([first, more], ignore_index=True), curves), "confirmed")
-
-
 def test_problem_sets_that_do_not_count_beside_others():
     runs, curves = world()
     # On one set a cheap rule is nearly as good, on the other no run ever got a reward.
@@ -229,15 +192,6 @@ def test_problem_sets_that_do_not_count_beside_others():
     assert "easy" not in claim["reason"]
     assert "hopeless" not in claim["reason"]
     verdict_is(judged("F1", hopeless, at_hopeless), "not tested")
-
-
-def test_a_repeat_that_diverged_decides_nothing_on_curves():
-    runs, curves = world()
-    lost = runs["rank"].eq(1).fillna(False) & runs["seed"].eq(2)
-    runs.loc[lost, ["status", "final_valid_reward", "final_reward"]] = ["diverged", math.nan, math.nan]
-    claims = judged(["F3", "F4", "F5"], runs, curves)
-    assert set(claims["verdict"]) == {"inconclusive"}
-    assert "1 seeds diverged at its best LR" in claims.loc["F3", "reason"]
 
 
 def test_the_plateau_divides_the_windows():
@@ -278,26 +232,6 @@ def test_a_run_without_rewards_stays_its_base():
         steps = f"largest gradient of {len(runs) - 1 + STEPS // 5} steps"
         verdict_is(claim, verdict, f"of 1 runs without other steps {changed} of 2 accuracies changed", steps)
         assert first in claim["run_ids"]
-
-
-def test_a_collapsed_run_counts_with_the_accuracy_of_its_policy():
-    # The highest LR of every arm ends at an accuracy of 0, below the base but not sick, and one repeat of rank 1 too.
-    runs, curves = world(every={"curvature": 0.1}, base_reward=0.02)
-    lost = runs["lr"].eq(LRS[-1]) | (runs["rank"].eq(1).fillna(False) & runs["seed"].eq(2))
-    rewards = ["final_valid_reward", "final_reward", "best_reward"]
-    runs.loc[lost, rewards] = 0.0
-    done, collapsed = (
-        judged(COMPARED, runs.assign(status=runs["status"].mask(lost, status)), curves)
-        for status in ("done", "collapsed")
-    )
-    pd.testing.assert_frame_equal(done, collapsed)
-    assert lost.sum() == 4
-
-
-def test_gradients_of_0_need_others_beside_them():
-    for gradients, verdict in ((lambda done: 0.0, "inconclusive"), (lambda done: 0.3 * (done > 0.5), "confirmed")):
-        verdict_is(judged("F7", *world(every={"train": {"grad_norm": gradients}})), verdict)
-    verdict_is(judged("F7", *world(every={"train": {"equal_groups": lambda done: 0.5}})), "not tested")
 
 
 def test_bits_per_token_against_sft_of_the_same_model():

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lorabench.config.inputs import FileDataset, FileProblems
+from lorabench.config.inputs import FileDataset, FileProblems, HubDataset
 from lorabench.data import files
 from lorabench.data.chat import NO_ASSISTANT, NO_CHAT, NO_TEXT, NOT_UNICODE, Chat, UnusableRowError, is_first
 from lorabench.data.files import (
@@ -20,15 +20,17 @@ from lorabench.data.files import (
     TOO_LONG,
     Tally,
     chosen_format,
-    file_chats,
+    file_problems,
+    file_rows,
     json_lines,
-    tally_of,
     usable,
+    usable_chats,
 )
-from lorabench.data.identity import dataset_id
-from lorabench.data.problems import make_problems
-from lorabench.data.sft import make_dataset, read_dataset, write_dataset
+from lorabench.data.identity import dataset_id, groups_of_tests, has_groups
+from lorabench.data.problems import make_problems, write_problems
+from lorabench.data.sft import build_dataset, make_dataset, read_dataset, write_dataset
 from lorabench.errors import UserError
+from lorabench.utils.checked_tensors import write_tensors
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 PAIR = [("user", "q"), ("assistant", "a")]
@@ -61,8 +63,8 @@ def pairs(count, prompt="prompt", completion="completion"):
 
 
 def read(path: Path) -> tuple[list[Chat], Tally]:
-    chats, tally = file_chats(path, None)
-    return list(chats), tally
+    tally = Tally(chosen_format(path))
+    return list(usable_chats(file_rows(path, tally), path.name, tally, max_chars=1000)), tally
 
 
 FORMATS = {
@@ -131,8 +133,8 @@ def test_a_bad_row_is_counted_by_its_reason(tmp_path):
     good = json.dumps({"messages": [USER, ASSISTANT]})
     for line, reason in BAD.items():
         path.write_bytes(f"{good}\n{line}\n".encode(errors="surrogateescape"))
-        chats, tally = file_chats(path, None, max_chars=1000)
-        assert len(list(chats)) == tally.usable == 1
+        chats, tally = read(path)
+        assert len(chats) == tally.usable == 1
         [(counted, (count, first))] = tally.bad.items()
         assert (tally.rows, counted.startswith(reason), count, first) == (2, True, 1, 2), (line[:40], counted)
 
@@ -251,10 +253,62 @@ def test_problems_of_a_file(tmp_path):
     path = write(tmp_path, rows)
     answers = {row["question"]: row["answer"] for row in make_problems(problems(path, "number"))}
     assert answers == {"1+1?": "2", "2+2?": "4", "10*150?": "1,500", "1/4?": "0.25"}
-    tally = tally_of(problems(path, "number"))
+    _, tally = file_problems(problems(path, "number"))
     assert tally.bad == {files.NO_NUMBER: (1, 5), REPEATED: (1, 6), NO_TEXT: (1, 7)}
     boxed = make_problems(problems(path, "boxed", train=3))
     assert {row["answer"] for row in boxed} == {"2", "4", "1,500", "0.25", "because"}
     assert all(row["question"].endswith(r" Write your answer in \boxed{} format.") for row in boxed)
     with pytest.raises(UserError, match="has the columns 'question', 'answer'; 'solution' is needed"):
         make_problems(problems(path, "boxed", answer="solution"))
+
+
+SIZES = {"train": 8, "validation": 4, "test": 12}
+
+
+def rows_of_pages():
+    return [{"question": f"{n}+1?", "answer": str(n + 1), "page": f"page {n % 3}"} for n in range(24)]
+
+
+@pytest.mark.parametrize("is_problems", [False, True])
+def test_a_column_of_a_file_names_the_groups_and_changes_no_example(tmp_path, is_problems):
+    data, made = write(tmp_path, rows_of_pages()), tmp_path / "made.parquet"
+
+    def examples(group):
+        if is_problems:
+            own = problems(data, "number", **SIZES, group=group)
+            write_problems(make_problems(own), made)
+        else:
+            own = spec(data, **SIZES, group=group)
+            build_dataset(own, made)
+        assert has_groups(own) == (group is not None)
+        return pq.read_table(made).to_pylist(), dataset_id(own)
+
+    (plain, plain_id), (grouped, grouped_id) = examples(None), examples("page")
+    assert {row["source"] for row in plain} == {"own.jsonl"}
+    assert [row | {"source": ""} for row in grouped] == [row | {"source": ""} for row in plain]
+    for row in grouped:
+        question = row["question"] if is_problems else row["messages"][0]["content"]
+        assert row["source"] == f"own.jsonl/page {int(question.split('+')[0]) % 3}"
+    assert groups_of_tests(made, None) == [row["source"] for row in grouped if row["split"] == "test"]
+    assert plain_id != grouped_id
+    data = write(tmp_path, [*rows_of_pages()[1:], {"question": "q", "answer": "a"}])
+    with pytest.raises(UserError, match="23 of its 24 rows can be used .1 no 'page', which names its group"):
+        build_dataset(spec(data, **SIZES, group="page"), made)
+
+
+def test_a_column_of_the_hub_names_the_groups(tmp_path):
+    folder, made = tmp_path / "owner" / "name", tmp_path / "made.parquet"
+    folder.mkdir(parents=True)
+    chats = [[USER | {"content": f"q{n}"}, ASSISTANT] for n in range(24)]
+    write(folder, [{"messages": chat, "page": n % 2} for n, chat in enumerate(chats)], "train.jsonl")
+    fields = {"kind": "hub", "id": "owner/name", "path": str(tmp_path), "max_chars": 100, "mean_tokens": 5} | SIZES
+    build_dataset(HubDataset(**fields, group="page"), made)
+    groups = groups_of_tests(made, None)
+    assert set(groups) == {"owner/name/0", "owner/name/1"}
+    with pytest.raises(UserError, match="page|other"):
+        build_dataset(HubDataset(**fields, group="other"), made)
+    # Examples over the limit of tokens have no losses.
+    write_tensors(tmp_path / "tokens", {}, {"left_out_of_test": "[0, 3]"})
+    assert groups_of_tests(made, tmp_path / "tokens") == [*groups[1:3], *groups[4:]]
+    with pytest.raises(UserError, match="missing.parquet is missing"):
+        groups_of_tests(tmp_path / "missing.parquet", None)

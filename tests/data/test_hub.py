@@ -36,10 +36,6 @@ def make(tmp_path):
     return make
 
 
-def turn(role, content):
-    return {"role": role, "content": content}
-
-
 def prompts(rows, split=None):
     return [prompt(row["messages"]) for row in rows if split in (None, row["split"])]
 

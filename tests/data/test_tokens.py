@@ -10,9 +10,8 @@ from safetensors import safe_open
 
 from lorabench.config.inputs import ChatDataset, TinyModel
 from lorabench.data import tokens
-from lorabench.data.sft import build_dataset, make_dataset, read_dataset, write_dataset
+from lorabench.data.sft import build_dataset, make_dataset, write_dataset
 from lorabench.data.tokens import (
-    Limits,
     cache_key,
     count_left_out,
     encode_chat,
@@ -81,7 +80,7 @@ def test_a_cache_is_what_safetensors_would_write_and_of_something_else_it_is_ref
     """The expected values are computed by hand; the dtypes matter to other readers."""
     rows, path = dataset
     key = cache_key(tokenizer, path)
-    write_tokens(path, tokenizer, tmp_path / "cache", Limits(512))
+    write_tokens(path, tokenizer, tmp_path / "cache", 512)
     splits = read_tokens(tmp_path / "cache", key)
     with safe_open(tmp_path / "cache", framework="numpy") as file:
         assert file.metadata().keys() == {*key, "sha256"}
@@ -106,45 +105,41 @@ def test_a_cache_is_what_safetensors_would_write_and_of_something_else_it_is_ref
 def test_too_long_and_unscored_examples_and_a_model_without_a_template_are_refused(tokenizer, dataset, tmp_path):
     rows, path = dataset
     with pytest.raises(UserError, match="has no chat template"):
-        write_tokens(path, with_template(tokenizer, None), tmp_path / "cache", Limits(512))
+        write_tokens(path, with_template(tokenizer, None), tmp_path / "cache", 512)
     with pytest.raises(UserError, match=r"has \d+ tokens; the model takes 8"):
-        write_tokens(path, tokenizer, tmp_path / "cache", Limits(8))
+        write_tokens(path, tokenizer, tmp_path / "cache", 8)
     write_dataset([{**rows[0], "messages": [{"role": "user", "content": "hello"}]}, *rows], path)
     with pytest.raises(UserError, match="has no assistant token"):
-        write_tokens(path, tokenizer, tmp_path / "cache", Limits(512))
+        write_tokens(path, tokenizer, tmp_path / "cache", 512)
     assert not (tmp_path / "cache").exists()
 
 
-def test_test_examples_that_are_left_out_are_named(tokenizer, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "_MOST_LEFT_OUT", 1.0)
+def test_examples_over_the_datasets_limit_are_left_out_whole_and_counted(
+    tokenizer, dataset, tmp_path, caplog, monkeypatch
+):
     rows, path = dataset
-    lengths = [len(encode_chat(tokenizer, row["messages"])[0]) for row in rows if row["split"] == "test"]
-    limit = sorted(lengths)[1]
-    write_tokens(path, tokenizer, tmp_path / "cache", Limits(512, limit))
-    left_out = left_out_of_test(tmp_path / "cache")
-    assert left_out == {number for number, length in enumerate(lengths) if length > limit} != set()
-    kept = read_tokens(tmp_path / "cache", cache_key(tokenizer, path))["test"].lengths()
-    assert kept.tolist() == [length for number, length in enumerate(lengths) if number not in left_out]
-    write_tokens(path, tokenizer, tmp_path / "all", Limits(512))
-    assert left_out_of_test(tmp_path / "all") == set()
-
-
-def test_examples_over_the_datasets_limit_are_left_out_whole_and_counted(tokenizer, dataset, tmp_path, caplog):
-    _, path = dataset
-    rows = list(read_dataset(path))
-    train = [row for row in rows if row["split"] == "train"]
-    lengths = sorted(len(encode_chat(tokenizer, row["messages"])[0]) for row in train)
-    limit = lengths[-2]
-    assert lengths[-1] > limit
-    assert max(len(encode_chat(tokenizer, row["messages"])[0]) for row in rows if row["split"] != "train") <= limit
-    write_tokens(path, tokenizer, tmp_path / "cache", Limits(512, limit))
+    lengths = {split: [] for split in ("train", "validation", "test")}
+    for row in rows:
+        lengths[row["split"]].append(len(encode_chat(tokenizer, row["messages"])[0]))
+    longest = sorted(lengths["train"])
+    limit = longest[-2]
+    assert max(lengths["validation"] + lengths["test"]) <= limit < longest[-1]
+    write_tokens(path, tokenizer, tmp_path / "cache", 512, limit)
     split = read_tokens(tmp_path / "cache", cache_key(tokenizer, path))["train"]
-    assert sorted(split.lengths()) == lengths[:-1]
+    assert split.lengths().tolist() == [length for length in lengths["train"] if length <= limit]
     assert count_left_out(tmp_path / "cache") == {"train": 1, "validation": 0, "test": 0}
     assert f"1 of 12 examples of split 'train' have more than max_tokens = {limit} tokens" in caplog.text
-    with pytest.raises(UserError, match=f"of 12 examples of split 'train' have more than max_tokens = {lengths[6]}"):
-        write_tokens(path, tokenizer, tmp_path / "other", Limits(512, lengths[6]))
+    with pytest.raises(UserError, match=f"of 12 examples of split 'train' have more than max_tokens = {longest[6]}"):
+        write_tokens(path, tokenizer, tmp_path / "other", 512, longest[6])
     with pytest.raises(UserError, match="max_tokens = 513 is more than the 512 tokens that the model takes"):
-        Limits(512, 513)
-    write_tokens(path, tokenizer, tmp_path / "all", Limits(512))
-    assert count_left_out(tmp_path / "all") == {}
+        write_tokens(path, tokenizer, tmp_path / "other", 512, 513)
+    write_tokens(path, tokenizer, tmp_path / "all", 512)
+    assert (count_left_out(tmp_path / "all"), left_out_of_test(tmp_path / "all")) == ({}, set())
+    # Test examples that are left out are named.
+    monkeypatch.setattr(tokens, "_MOST_LEFT_OUT", 1.0)
+    limit = sorted(lengths["test"])[1]
+    write_tokens(path, tokenizer, tmp_path / "cache", 512, limit)
+    left_out = left_out_of_test(tmp_path / "cache")
+    assert left_out == {number for number, length in enumerate(lengths["test"]) if length > limit} != set()
+    kept = read_tokens(tmp_path / "cache", cache_key(tokenizer, path))["test"].lengths()
+    assert kept.tolist() == [length for length in lengths["test"] if length <= limit]

@@ -54,7 +54,6 @@ ELSEWHERE = {
         "they need finished runs; tests/report/test_freeze.py and tests/scripts do what they do",
     ),
     "lorabench evidence --out": "the next command of that name does the same with a table more",
-    "lora-advice check ADAPTER": "it needs a server; advice/tests/check/test_served.py starts one",
     'pip install "lora-advice': "the suite's tests have it installed",
     "snakemake doctor": "it trains nothing; tests/workflow/test_slurm_profile.py plans it",
 }

@@ -22,8 +22,9 @@ from lorabench.store.schemas import SCHEMAS
 from ..conftest import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
-STUDIES = sorted((REPOSITORY / "studies").glob("*/README.md"))
-PAGES = [*REPOSITORY.glob("*.md"), REPOSITORY / "config/README.md", *DOCS.glob("*.md"), *STUDIES]
+ELSEWHERE = [*REPOSITORY.glob("studies/*/README.md"), *REPOSITORY.glob("advice/docs/*.md")]
+PAGES = [*(REPOSITORY / name for name in ("config/README.md", "advice/README.md")), *ELSEWHERE]
+PAGES += [*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")]
 
 
 def anchors(page: Path) -> set[str]:
@@ -51,17 +52,29 @@ def test_pages_that_code_names_exist():
     """Messages and docstrings name pages by their path from the root."""
     named = {
         match
-        for folder in ("lorabench", "workflow", "benchmarks", "studies", "tests", "paper_figures", ".ci", "slurm")
+        for folder in (
+            "lorabench",
+            "advice",
+            "workflow",
+            "benchmarks",
+            "studies",
+            "tests",
+            "paper_figures",
+            ".ci",
+            "slurm",
+        )
         for path in (REPOSITORY / folder).rglob("*")
-        if path.suffix in (".py", ".smk", ".yaml", ".json", ".md", ".j2", "") and path.is_file()
-        for match in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text(errors="ignore"))
+        if path.suffix in (".py", ".smk", ".yaml", ".json", ".j2", "")
+        and path.is_file()
+        and "egg-info" not in str(path)
+        for match in re.findall(r"(?<![\w/])(?:advice/)?docs/[\w/-]+\.md", path.read_text(errors="ignore"))
     }
     assert sorted(name for name in named if not (REPOSITORY / name).is_file() and "reports/_src" not in name) == []
 
 
 def test_files_and_names_that_the_pages_state_exist():
     pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
-    path = r"`((?:lorabench|workflow|benchmarks|studies|tests|docs|slurm|paper_figures/reference)/[\w./-]+)`"
+    path = r"`((?:lorabench|advice|workflow|benchmarks|studies|tests|docs|slurm|paper_figures/reference)/[\w./-]+)`"
     named = {(page.name, name) for page in pages for name in re.findall(path, page.read_text())}
     assert sorted((page, name) for page, name in named if not (REPOSITORY / name).exists()) == []
     for page in (REPOSITORY / "docs/reference").glob("*.md"):
@@ -103,7 +116,7 @@ def test_the_navigation_is_short_hand_written_pages_too_and_every_page_is_reacha
         path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if path.parent.name != "published"
     )
     pages = {name: (DOCS / name).read_text() for name in written}
-    pages |= {hooks.STUDIES[path.relative_to(REPOSITORY).as_posix()]: hooks.study_page(path) for path in STUDIES}
+    pages |= {hooks.ELSEWHERE[path.relative_to(REPOSITORY).as_posix()]: hooks.page_of(path) for path in ELSEWHERE}
     generated = re.compile(r"<!-- (\w+): written by .*?<!-- end of \1 -->", re.S)
     by_hand = {name: generated.sub("", text).count("\n") for name, text in pages.items()}
     assert {name: lines for name, lines in by_hand.items() if lines > 250} == {}

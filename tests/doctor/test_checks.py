@@ -20,9 +20,8 @@ from lorabench.errors import UserError
 from lorabench.models import lora
 from lorabench.models.passes import trained_parameters
 from lorabench.models.specs import dimensions
-from lorabench.planning.memory import USABLE
+from lorabench.planning.memory import USABLE, title
 from lorabench.planning.plan import make_plan
-from lorabench.planning.seconds import flops_per_second
 from lorabench.runs import Run
 from lorabench.store.layout import Layout
 from lorabench.training import loss
@@ -93,11 +92,11 @@ def test_an_error_is_a_failed_check_in_one_sentence():
 
 def test_the_largest_models_that_fit_one_gpu_are_chosen():
     core, paper = (make_plan(on_gpu(load_preset(name), "H100-80GB")) for name in ("core", "paper"))
-    titles = [subject.title for subject in training_subjects(core)]
+    titles = [title(subject.condition) for subject in training_subjects(core)]
     assert titles[0].startswith("full fine-tuning of llama-3-2-")
     assert [title.split(" of ")[0] for title in titles[1:]] == ["LoRA r64 all"]
     subjects = training_subjects(paper)
-    assert "qwen3-30b-a3b" in subjects[-1].title
+    assert "qwen3-30b-a3b" in title(subjects[-1].condition)
     # The mixture of experts fits no single GPU, so it has fewer layers of the same sizes.
     whole = dimensions(paper.preset.models["qwen3-30b-a3b-base"])
     assert replace(subjects[-1].sizes, layers=whole.layers) == whole
@@ -153,19 +152,6 @@ GPU_PRESETS = [
 ]
 
 
-@pytest.mark.parametrize("name", GPU_PRESETS)
-def test_a_step_at_the_planned_speed_and_with_the_memory_of_the_estimate_passes(name):
-    preset, gpu = load_preset(name), Machine(torch.device("cuda"), 4096)
-    for subject in training_subjects(make_plan(preset)):
-        # The estimate is up to 20% above what a step takes.
-        for above in (1.0, 1.1, 1.2):
-            assert bench.check_memory(preset, gpu, subject, subject.planned_memory(preset) / above).status == "pass"
-        assert bench.check_memory(preset, gpu, subject, 1.1 * subject.planned_memory(preset)).status == "fail"
-        speed = bench.check_speed(preset, subject, subject.flops(preset) / flops_per_second(preset.execution))
-        assert speed.status == "measured"
-        assert speed.value == pytest.approx(speed.planned)
-
-
 @pytest.mark.parametrize("name", slow_but("core", GPU_PRESETS))
 def test_a_step_with_the_memory_of_its_tensors_passes(name, monkeypatch):
     """The memory is that of tensors which have sizes but no content, in a few layers of the preset's models."""
@@ -177,7 +163,7 @@ def test_a_step_with_the_memory_of_its_tensors_passes(name, monkeypatch):
     # On a GPU PyTorch's kernel computes attention. Which tokens are scored can't be read from tensors without content.
     monkeypatch.setattr(bench, "attend_in_blocks", lambda model: None)
     monkeypatch.setattr(loss, "_scored", all_scored)
-    monkeypatch.setattr(lora, "_equal", lambda rounded, weight: True)
+    monkeypatch.setattr(torch, "equal", lambda rounded, weight: True)
     # PEFT moves its layers to the device where they are, which such tensors do not allow.
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *others, **options: module)
     preset, gpu = load_preset(name), Machine(torch.device("cuda"), 4096)
@@ -194,7 +180,7 @@ def test_a_step_with_the_memory_of_its_tensors_passes(name, monkeypatch):
                 optimizer.step()
                 optimizer.zero_grad()
         memory = bench.check_memory(preset, gpu, subject, new.peak)
-        assert memory.status == "pass", f"{subject.title}: {memory.sentence}"
+        assert memory.status == "pass", f"{title(subject.condition)}: {memory.sentence}"
 
 
 @pytest.mark.slow

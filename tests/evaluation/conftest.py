@@ -85,14 +85,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
 @pytest.fixture(scope="package")
 def trained(prepared: Prepared) -> Prepared:
     """Return the preset with its data made and both sweeps trained."""
-    from lorabench.data.tokens import Limits, write_tokens
+    from lorabench.data.tokens import write_tokens
     from lorabench.models.base import load_tokenizer, max_length
     from lorabench.training.job import run_job
 
     plan, layout = prepared.plan, prepared.layout
     model = plan.preset.models["tiny"]
     source, target = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
-    write_tokens(source, load_tokenizer(model), target, Limits(max_length(model)))
+    write_tokens(source, load_tokenizer(model), target, max_length(model))
     for sweep in plan.sweeps:
         run_job(plan, Job((sweep,)), layout, lambda line: None)
     return prepared

@@ -116,26 +116,3 @@ def test_a_checkpoint_that_can_not_be_used_changes_nothing(damage, reason, tmp_p
     assert message.startswith(f"run mine starts again from step 1: checkpoint {path} ")
     assert reason in message
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", [cut, pytest.param(flip, marks=pytest.mark.long)])
-def test_the_run_of_a_damaged_checkpoint_starts_again(damage, half, unbroken):
-    damage(half.checkpoint("sft", 1))
-    output = half.train("sft")
-    assert len([line for line in output.splitlines() if "starts again from step 1" in line]) == 1
-    assert "goes on after step" not in output
-    assert half.numbers("sft") == unbroken.numbers("sft")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["record.json", "curves.parquet"])
-def test_a_damaged_finished_run_is_named_and_trained_again_when_it_is_deleted(name, half, unbroken):
-    folder = half.run_path("sft", 0)
-    flip(folder / name, 99)
-    message = half.train("sft", status=2).splitlines()[-1]
-    assert message.startswith(f"lorabench: run {folder.name} is damaged (")
-    assert message.endswith(f"; delete {folder.relative_to(half.folder)} to have it trained again")
-    shutil.rmtree(folder)
-    half.train("sft")
-    assert half.numbers("sft") == unbroken.numbers("sft")

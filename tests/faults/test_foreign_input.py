@@ -10,10 +10,8 @@ import math
 import random
 import re
 import resource
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -221,34 +219,7 @@ def record(folder: Path, chance: random.Random) -> Run:
     return read
 
 
-def server(folder: Path, chance: random.Random) -> Run:
-    from lora_advice.check.served import _nlls  # The probe of a model would take most of the time.
-
-    ids = list(range(8))
-    choice = {"logprobs": {"token_logprobs": [None, *[-0.5] * 8]}, "prompt_logprobs": [None]}
-    body = mutated(json.dumps({"choices": [choice], "data": [{"id": "a"}]}).encode(), chance)
-    start = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (len(body) + chance.choice([0, 0, 0, 5, -5]))
-    start = mutated(start, chance) if chance.random() < 0.4 else start
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def do_POST(self) -> None:
-            self.wfile.write(start + body)
-
-    def ask() -> None:
-        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as answering:
-            threading.Thread(target=answering.serve_forever, args=(0.01,), daemon=True).start()
-            try:
-                _nlls(f"http://127.0.0.1:{answering.server_port}", "a", ids, time.monotonic() + 2.0)
-            finally:
-                answering.shutdown()
-
-    return sentence(ask)
-
-
-CASES_OF = {config: 46, adapter: 120, model: 100, preset: 140, table: 60, record: 80, server: 40}
+CASES_OF = {config: 46, adapter: 120, model: 100, preset: 140, table: 60, record: 80}
 """How many mutations there are of each kind of input."""
 
 

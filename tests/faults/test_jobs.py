@@ -12,19 +12,18 @@ import threading
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from lorabench.data.grading import Grader
 from lorabench.errors import UserError
-from lorabench.store.progress import status
+from lorabench.store.progress import runs_at_work
 from lorabench.utils import signals
 from lorabench.utils.checked_tensors import read_header
 from lorabench.utils.exhaustion import NoMemoryError, memory_for
 from lorabench.utils.lock import locked
 
-from .conftest import AT_WORK, numbers
+from .conftest import AT_WORK
 
 
 @pytest.mark.slow
@@ -49,45 +48,13 @@ def test_a_killed_job_goes_on_from_its_checkpoint_with_the_same_numbers(half, un
 
 
 @pytest.mark.slow
-def test_a_job_of_two_sweeps_goes_on_in_the_second(place, unbroken):
-    place.change(lambda raw: raw["experiments"]["rank"][0].update(ranks={"all": [1, 2]}))
-    # On so fast a machine one sweep is too short for a job of its own.
-    place.change(lambda raw: raw["execution"].update(gflops=2000.0))
-    [job] = [job for job in place.plan.jobs if len(job.sweeps) == 2]
-    first, second = job.sweeps
-    runs, file = place.path(place.layout.runs), place.path(place.layout.job(job))
-
-    def at_work_on_the_second() -> bool:
-        return any((runs / f"{run.run_id}.partial" / "checkpoint.safetensors").exists() for run in second.grid())
-
-    killed = place.start("step", "train", job.job_id)
-    killed.until(at_work_on_the_second)
-    held: set[str] = set()
-    # Between two runs there is no lock for a moment.
-    killed.until(lambda: held.update(path.stem for path in place.path(place.layout.root).glob("locks/*")) or bool(held))
-    assert held <= second.run_ids
-    killed.signal(signal.SIGKILL)
-    killed.wait()
-    ended = {path: path.stat().st_mtime_ns for path in runs.glob("*/record.json")}
-    assert len(ended) == first.n_runs
-    assert not file.exists()
-
-    assert "goes on after step" in place.run("step", "train", job.job_id)
-    assert {path: path.stat().st_mtime_ns for path in ended} == ended
-    rows = numbers(pq.read_table(file).to_pylist())
-    assert len(rows) == job.n_runs
-    kept = [row["run_id"] for row in unbroken.numbers("sft")]
-    assert [row for row in rows if row["run_id"] in kept] == unbroken.numbers("sft")
-
-
-@pytest.mark.slow
 def test_status_shows_when_a_killed_job_last_gave_a_sign_of_life(half, monkeypatch):
     monkeypatch.chdir(half.folder)
-    state = status(half.plan, half.layout)
-    assert {job["label"] for job in state.at_work} == {sweep.condition.label for sweep in half.plan.sweeps}
+    at_work = runs_at_work(half.plan, half.layout)
+    assert {job["label"] for job in at_work} == {sweep.condition.label for sweep in half.plan.sweeps}
     for path in half.path(half.layout.root).glob("progress/*"):
         os.utime(path, (time.time() - 120,) * 2)
-    assert all(job["age_s"] == pytest.approx(120, abs=10) for job in status(half.plan, half.layout).at_work)
+    assert all(job["age_s"] == pytest.approx(120, abs=10) for job in runs_at_work(half.plan, half.layout))
     assert half.run("status").count("last sign of life 2 minutes ago") == 2
 
 
@@ -157,19 +124,6 @@ except signals.Stopped as stopped:
 
 def test_a_repeated_signal_does_not_change_the_exit_status_of_a_stopped_process():
     assert subprocess.run([sys.executable, "-c", STOPPED], check=False).returncode == 128 + signal.SIGTERM
-
-
-@pytest.mark.slow
-def test_a_signal_leaves_no_half_written_file(place):
-    tokens = place.path(place.layout.tokens("tiny", "instruct"))
-    tokens.unlink()
-    job = place.start("step", "tokens", "tiny", "instruct")
-    job.until(lambda: job.catches(signal.SIGTERM))
-    job.signal(signal.SIGTERM)
-    assert job.wait() == 128 + signal.SIGTERM, job.text
-    assert list(tokens.parent.iterdir()) == []
-    place.run("step", "tokens", "tiny", "instruct")
-    assert tokens.exists()
 
 
 def test_a_signal_to_all_processes_of_a_job_makes_no_answer_wrong():
@@ -265,23 +219,6 @@ def test_a_full_disk_is_one_sentence_and_the_job_goes_on_when_there_is_room(what
         filler.unlink()
     assert "goes on after step" in place.train("sft")
     assert place.numbers("sft") == unbroken.numbers("sft")
-
-
-@pytest.mark.slow
-def test_a_full_disk_leaves_no_part_of_a_table_or_a_cache(unbroken, small_disk):
-    place = small_disk(unbroken)
-    tokens = place.path(place.layout.tokens("tiny", "instruct"))
-    tokens.unlink()
-    jobs = [str(place.layout.job(job)) for job in place.plan.jobs]
-    filler = fill(place.folder, but_for=8_000)
-    for command in (["step", "tokens", "tiny", "instruct"], ["step", "collect", *jobs, "--out", "tables"]):
-        output = place.run(*command, status=2)
-        assert "no space left to write" in output
-        assert "Traceback" not in output
-    assert [path for path in place.folder.rglob("*") if path.parent.name in {"tables", "tokens"}] == []
-    filler.unlink()
-    place.run("step", "collect", *jobs, "--out", "tables")
-    place.run("step", "tokens", "tiny", "instruct")
 
 
 @pytest.mark.slow

@@ -58,16 +58,6 @@ def test_a_longer_grid_trains_only_new_runs(done, unbroken):
 
 
 @pytest.mark.slow
-def test_weights_that_a_shorter_grid_needs_again_are_trained_again(done):
-    grid = done.sweep("sft").grid()
-    [lost] = [number for number in range(2) if not done.run_path("sft", number, "weights").exists()]
-    weights = done.run_path("sft", lost, "weights")
-    done.change(lambda raw: raw["experiments"]["rank"][0]["lrs"].update(lora=[grid[lost].lr]))
-    done.train("sft")
-    assert (weights / "adapter_model.safetensors").exists()
-
-
-@pytest.mark.slow
 def test_other_names_of_an_experiment_and_a_dataset_appear_in_the_tables_of_the_same_runs(done):
     def rows():
         runs = collected(done)

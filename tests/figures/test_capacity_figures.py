@@ -153,19 +153,3 @@ def test_what_cannot_be_shown_is_said():
         figure, plotted = draw(name, tables)
         assert plotted.empty
         assert sentence in texts(figure)
-
-
-ODD = {
-    "one seed": lambda: both(learning((None, 1), offsets=(0.0,)), facts({1: 2_000.0, 4: 3_000.0}, seeds=1)),
-    "full fine-tuning alone": lambda: both(learning((None,)), facts({None: 2_000.0})),
-    "diverged": lambda: both(learning((None, 1)), facts({1: 0.0}, diverged_from=0.0)),
-    "two models": lambda: both(learning(), learning(model="$x^$")),
-    "nothing": lambda: Tables(learning().runs.iloc[:0], learning().curves.iloc[:0]),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ODD)
-def test_odd_tables_are_drawn(case):
-    for name in ("capacity", "memorisation"):
-        draw(name, ODD[case]())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -108,31 +106,6 @@ def test_short_run_draws_losses_as_of_each_length():
     assert sorted(only(plotted, "reference")["ratio"]) == [10.0, 15.0]
     levels = {line.get_ydata()[0] for line in lines(figure.axes[-1], linestyle="--")}
     assert levels == {10.0, 15.0}
-
-
-def test_short_run_counts_what_had_diverged_by_then():
-    runs, curves = lengths()
-    gone = (runs["lr"] > 2e-2) & (runs["method"] == "lora")
-    runs = runs.assign(diverged_at=pd.array([70 if diverged else None for diverged in gone], dtype="Int64"))
-    runs.loc[gone, list(DIVERGED)] = list(DIVERGED.values())
-    curves.loc[curves["run_id"].isin(runs.loc[gone, "run_id"]) & (curves["step"] > 70), "value"] = math.nan
-    _, plotted = draw("short_run", runs, curves)
-    assert only(plotted, "diverged")["steps"].tolist() == [100, 400]
-
-
-ODD_LENGTHS = {
-    "no full fine-tuning": lambda: lengths(ranks=(16,)),
-    "one learning rate and seed": lambda: lengths(lrs=(1e-3,), offsets=(0.0,)),
-    "no curves": lambda: (lengths()[0], pd.DataFrame()),
-    "neither steps nor curves": lambda: (lengths()[0].drop(columns="steps"), pd.DataFrame()),
-}
-
-
-@pytest.mark.filterwarnings("error")
-def test_short_run_of_odd_tables():
-    for case, make in ODD_LENGTHS.items():
-        _, plotted = draw("short_run", *make())
-        assert len(only(plotted, "loss")), case
 
 
 # Published losses in figure 2.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from . import sft
 from .sft import ArmTables
 
 LRS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -32,52 +33,29 @@ def arm(
     curvature: float = CURVATURE,
     lrs: Sequence[float] = LRS,
     offsets: Sequence[float] = OFFSETS,
-    diverges_from: float = math.inf,
     best_gain: float = 0.0,
     sets: dict[str, float] = AIME,
     train: dict[str, Series] | None = None,
-    model: str = "tiny",
-    dataset: str = "problems",
-    placement: str = "all",
     **columns: Any,
 ) -> ArmTables:
-    """Return the runs and curves of one arm, which is FullFT if it has no rank.
+    """Return the runs and curves of one arm as `sft.arm` does, with these columns.
 
     `peak` is its final test accuracy at `optimum`, `best_gain` the increase of that accuracy at its best evaluation,
     `sets` the final accuracies on held-out problem sets (which all start at 0.02), and `train` replaces metrics of the
     training steps.
     """
-    method = "fullft" if rank is None else "lora"
-    best = min((lr for lr in lrs if lr < diverges_from), key=lambda lr: abs(math.log(lr / optimum)))
-    cells = [(lr, 0) for lr in lrs] + [(best, seed) for seed in range(1, len(offsets))]
-    runs, curves = [], []
-    for lr, seed in cells:
-        run_id = f"rl-{model}-{dataset}-{method}-{rank}-{placement}-{lr}-{seed}"
-        final = max(BASE, min(1.0, peak - curvature * math.log(lr / optimum) ** 2 + offsets[seed]))
-        diverged = lr >= diverges_from
-        runs.append(
-            {
-                "run_id": run_id,
-                "model": model,
-                "dataset": dataset,
-                "task": "rl",
-                "method": method,
-                "rank": rank,
-                "placement": None if rank is None else placement,
-                "lr": lr,
-                "batch_size": 64,
-                "steps": STEPS,
-                "seed": seed,
-                "status": "diverged" if diverged else "done",
-                "base_reward": BASE,
-                "constant_reward": 0.02,
-                "rule_reward": BASE,
-                "final_valid_reward": None if diverged else final,
-                "final_reward": None if diverged else final,
-                "best_reward": None if diverged else final + best_gain,
-                **columns,
-            }
-        )
+    fixed = {"dataset": "problems", "batch_size": 64, "steps": STEPS, "task": "rl", "base_reward": BASE}
+    fixed |= {"constant_reward": 0.02, "rule_reward": BASE}
+    runs, curves = sft.arm(rank, optimum=optimum, lrs=lrs, offsets=offsets, **fixed | columns)[0], []
+    for run in runs:
+        final = max(BASE, min(1.0, peak - curvature * math.log(run["lr"] / optimum) ** 2 + offsets[run["seed"]]))
+        diverged = run["status"] == "diverged"
+        for name in ("final_valid_nll", "final_test_nll", "train_tokens"):
+            del run[name]
+        rewards = {"final_valid_reward": final, "final_reward": final, "best_reward": final + best_gain}
+        run |= (dict.fromkeys(rewards) if diverged else rewards) | columns
+        key = ("rl", run["model"], run["dataset"], run["method"], rank, columns.get("placement", "all"), run["lr"])
+        run["run_id"] = "-".join(map(str, (*key, run["seed"])))
         metrics: dict[tuple[str, str], Series] = {
             ("train", "reward"): grown(BASE, final),
             ("train", "response_length"): grown(200, 400),
@@ -94,7 +72,7 @@ def arm(
         for (split, metric), series in metrics.items():
             steps = range(1, STEPS + 1) if split == "train" else (0, STEPS // 2, STEPS)
             curves += [
-                {"run_id": run_id, "step": step, "examples": 64 * step, "tokens": 64 * 300 * step}
+                {"run_id": run["run_id"], "step": step, "examples": 64 * step, "tokens": 64 * 300 * step}
                 | {"split": split, "metric": metric, "value": series(step / STEPS)}
                 for step in steps
                 if not (diverged and step > 4)

@@ -17,7 +17,7 @@ from lorabench.models import attention
 from lorabench.models.attention import attend_in_blocks, causal_attention
 from lorabench.models.base import load_model, skeleton
 from lorabench.models.passes import cache_argument
-from lorabench.models.specs import MAX_BLOCK_QUERIES, blocks
+from lorabench.models.specs import MAX_BLOCK_QUERIES
 
 from ..training.conftest import base_of
 
@@ -59,15 +59,6 @@ def test_it_is_the_formula_with_its_gradients(rows, groups, each, length, width,
     assert_close(output, expected)
     for own, other in zip(gradients, torch.autograd.grad(expected, given, upstream), strict=True):
         assert_close(own, other)
-
-
-@given(st.integers(1, 3000))
-def test_blocks_cover_each_query_once(length):
-    parts = blocks(length)
-    assert [query for block in parts for query in range(length)[block]] == list(range(length))
-    sizes = [block.stop - block.start for block in parts]
-    assert max(sizes) <= MAX_BLOCK_QUERIES
-    assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.fixture

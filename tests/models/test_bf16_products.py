@@ -153,23 +153,11 @@ def test_no_product_of_a_model_is_left_out(base, method):
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the settings are of x86 processors")
 def test_a_processor_without_instructions_for_bf16_multiplies_in_fp32():
     script = (
-        "import time, torch; from lorabench.models import bf16_products as products\n"
-        "torch.set_num_threads(1)\n"
-        "print(products.choose_faster(), products.choose_faster(), end=' ')\n"
-        "x = torch.ones(512, 512, dtype=torch.bfloat16)\n"
-        "seconds = []\n"
-        "for way in ('native', 'fp32'):\n"
-        "    products.use(way); x @ x\n"
-        "    started = time.perf_counter(); x @ x; seconds.append(time.perf_counter() - started)\n"
-        "print(seconds[0] / seconds[1])"
+        "import torch; from lorabench.models import bf16_products as products; torch.set_num_threads(1); "
+        "print(products.choose_faster(), products.choose_faster())"
     )
     # These settings hold PyTorch and oneDNN to the instructions of older processors.
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
-    )
-    first, second, ratio = done.stdout.split()
-    assert (first, second) == ("fp32", "fp32")
-    assert not done.stderr
-    # The settings really turn off the fast products.
-    assert float(ratio) > 5
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout.split(), done.stderr) == (["fp32", "fp32"], "")

@@ -14,7 +14,7 @@ from lorabench.config.loading import load_preset
 from lorabench.models.base import load_model
 from lorabench.models.counts import base_parameters, counts_table, train_flops_per_token
 from lorabench.models.lora import add_lora, in_expert, targets
-from lorabench.models.specs import ARCHITECTURES, architectures, dimensions, dimensions_of_config, guessed_dimensions
+from lorabench.models.specs import ARCHITECTURES, architectures, dimensions, dimensions_of_config
 from lorabench.planning.memory import step_memory
 from lorabench.training.loss import Batch
 from lorabench.training.step_cost import count_flops
@@ -55,7 +55,8 @@ def test_parameters_are_those_of_the_model_and_as_published(name):
     fused = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 3 and in_expert(n))
     assert linear + fused == sum(m.parameters for m in sizes.matrices if m.part != "router")
     # A model of unknown sizes is guessed.
-    guess = guessed_dimensions(sizes.parameters, sizes.hidden)
+    size = {"parameters": sizes.parameters, "hidden_size": sizes.hidden}
+    guess = dimensions(HubModel(kind="hub", id="somebody/new", **size))
     assert 0.7 < guess.parameters / sizes.parameters < 1.4
     assert guess.hidden == sizes.hidden
 
@@ -74,7 +75,7 @@ def test_lora_is_on_the_layers_of_its_placement_and_the_unembedding(name, placem
     assert "lm_head" not in {path.rpartition(".")[2] for path in targets(model, placement, False)[0]}
 
 
-@pytest.mark.parametrize(("name", "placement", "rank"), [(BIG[0], None, None), (BIG[2], "all", 64)])
+@pytest.mark.parametrize(("name", "placement", "rank"), zip(BIG, (None, "attn", "all"), (None, 1, 64), strict=True))
 def test_parameters_weights_gradients_and_moments_have_the_sizes_that_are_counted(name, placement, rank):
     sizes = dimensions_of_config(architectures()[name])
     with torch.device("meta"):

@@ -16,11 +16,14 @@ from transformers import (
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lorabench.config.inputs import TinyModel
 from lorabench.errors import UserError
@@ -178,6 +181,33 @@ def test_lora_of_an_expert_is_scaling_times_b_a(make, experts, transposed, text)
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
+class ListedExperts(torch.nn.Module):
+    """A mixture whose experts are separate modules, as in remote code; all compute."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = torch.nn.Linear(config.hidden_size, 4, bias=False)
+        self.experts = torch.nn.ModuleList([LlamaMLP(config) for _ in range(4)])
+
+    def forward(self, hidden):
+        weights = self.gate(hidden).softmax(-1)
+        return sum(weights[..., [number]] * expert(hidden) for number, expert in enumerate(self.experts))
+
+
+def test_experts_that_are_modules_have_the_rank_over_the_active_ones():
+    config = LlamaConfig(**SMALL, num_hidden_layers=1)
+    model = LlamaForCausalLM(config)
+    model.model.layers[0].mlp = ListedExperts(config)
+    with pytest.raises(UserError, match="LlamaForCausalLM lacks num_experts_per_tok, by which the rank is divided"):
+        add_lora(model, 8, "mlp", 32.0, True, seed=0)
+    model.config.num_experts_per_tok = 2
+    peft_model = add_lora(model, 8, "mlp", 32.0, True, seed=0)
+    names = [f"{number}.{kind}_proj" for number in range(4) for kind in ("gate", "up", "down")]
+    expected = {f"model.layers.0.mlp.experts.{name}": 4 for name in names} | {"lm_head": 8}
+    assert {name: layer.r["default"] for name, layer in lora_layers(peft_model)} == expected
+    assert adapter_pairs(peft_model).keys() == {"lm_head"}
+
+
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64, "pad_token_id": None}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 EXPERTS = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
@@ -197,6 +227,18 @@ GROUPED = {"num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 4, **LI
             "qwen3_next",
             {"num_experts": 4, "shared_expert_intermediate_size": 24, **GROUPED, **EXPERTS},
             ["in_proj_ba", "in_proj_qkvz", "k_proj", "o_proj", "out_proj", "q_proj", "v_proj"],
+        ),
+        (
+            "qwen3_5_text",
+            GROUPED,
+            [
+                *("in_proj_a", "in_proj_b", "in_proj_qkv", "in_proj_z"),
+                "k_proj",
+                "o_proj",
+                "out_proj",
+                "q_proj",
+                "v_proj",
+            ],
         ),
     ],
 )

@@ -83,13 +83,6 @@ def test_what_fits_nowhere_is_one_sentence():
         evaluation_cost(plan, job)
 
 
-@pytest.mark.parametrize("name", ["core", "paper"])
-def test_with_gpus_enough_a_preset_takes_three_days_and_no_job_more_than_one(name):
-    plan = make_plan(load_preset(name))
-    assert max(path_hours(plan, job) for job in plan.jobs) <= 72
-    assert per_experiment(plan)["total"].longest_job_hours <= plan.preset.execution.job_hours == 24
-
-
 def test_runs_as_jobs_start_and_load_the_model_once_each():
     whole = load_preset("paper").with_execution(job_hours=1e6)
     plan, whole_plan = make_plan(load_preset("paper")), make_plan(whole)

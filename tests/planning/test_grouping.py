@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lorabench.config.loading import load_preset
 from lorabench.config.preset import Preset
 from lorabench.planning.memory import gpus_needed
-from lorabench.planning.plan import START_SHARE, Plan, group_sweeps, make_plan
+from lorabench.planning.plan import START_SHARE, Plan, make_plan
 from lorabench.planning.seconds import flops_per_second, job_seconds, start_seconds
 from lorabench.runs import Job
 
@@ -27,15 +27,15 @@ def test_each_sweep_is_in_one_job_with_others_like_it(name, faster, data):
     gflops = faster * flops_per_second(preset.execution) / 1e9
     preset = preset.with_execution(gflops=gflops)
     chosen = data.draw(st.lists(st.sampled_from(PLANS[name].sweeps), unique=True))
-    jobs = group_sweeps(preset, chosen)
-    assert sorted(sweep.sweep_id for job in jobs for sweep in job) == sorted(sweep.sweep_id for sweep in chosen)
-    for job in jobs:
-        kinds = {(sweep.condition.model, sweep.condition.dataset, sweep.condition.task) for sweep in job}
-        needs = {(sweep.experiments, gpus_needed(preset, sweep)) for sweep in job}
+    plan = Plan(preset, tuple(chosen))
+    assert sorted(sweep.sweep_id for job in plan.jobs for sweep in job.sweeps) == sorted(s.sweep_id for s in chosen)
+    for job in plan.jobs:
+        kinds = {(sweep.condition.model, sweep.condition.dataset, sweep.condition.task) for sweep in job.sweeps}
+        needs = {(sweep.experiments, gpus_needed(preset, sweep)) for sweep in job.sweeps}
         assert len(kinds) == len(needs) == 1
-    times = [seconds(Plan(preset, ()), Job(job)) for job in jobs]
+    times = [seconds(plan, job) for job in plan.jobs]
     assert times == sorted(times, reverse=True)
-    assert group_sweeps(preset, chosen) == jobs
+    assert Plan(preset, tuple(chosen)).jobs == plan.jobs
 
 
 @pytest.mark.parametrize("name", PLANS)

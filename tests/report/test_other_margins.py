@@ -14,8 +14,6 @@ from lorabench.store.layout import Layout
 from lorabench.store.schemas import VERDICTS_BY_MARGIN
 from lorabench.store.tables import Tables
 
-from ..claims import test_batch_size as batches
-from ..claims import test_reinforcement as rl
 from ..handmade import claims_table, make_claim
 from ..handmade.sft import arm, tables
 from .conftest import at_twice_the_margins
@@ -43,22 +41,6 @@ def test_a_claim_turns_where_its_margin_passes_the_difference():
     # 8.25 is 10 within a factor of 1.27, and not within 1.13.
     assert verdicts.loc["B1"].tolist() == ["contradicted", *["confirmed"] * 4]
     assert verdicts.loc["B3"].tolist() == ["confirmed"] * 5
-
-
-def test_they_are_those_of_the_engine_with_these_margins():
-    worlds = [
-        batches.world(),
-        rl.world({rl.RANK_8: {"peak": 0.7}}),
-    ]
-    given = Tables(*(pd.concat(parts, ignore_index=True) for parts in zip(*worlds, strict=True)))
-    claims = chosen("D1", "D3", "F1", "F3", "F4")
-    judged = judge_claims(given, claims, DEFAULT_MARGINS)
-    found = verdicts_by_margin(given, judged, DEFAULT_MARGINS)
-    own = found[found["factor"] == 4].set_index("claim_id").drop(columns="factor")
-    again = judge_claims(given, claims, scaled(DEFAULT_MARGINS, 4)).set_index("claim_id")
-    pd.testing.assert_frame_equal(own, again[own.columns])
-    turned = found.groupby("claim_id")["verdict"].nunique().gt(1)
-    assert {"D", "F"} <= {claim_id[0] for claim_id in turned.index[turned]}
 
 
 def test_the_page_shows_what_turns_without_a_script(report, rows):

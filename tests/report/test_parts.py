@@ -11,13 +11,11 @@ import string
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lorabench.claims.judge import CLAIMS
 from lorabench.figures.catalog import FIGURES
 from lorabench.report import page
-from lorabench.report.page import SECTIONS, arrange, curves_to_draw, table_downloads, thinned
+from lorabench.report.page import SECTIONS, arrange, curves_to_draw, table_downloads
 from lorabench.report.summary import labelled
 
 from ..handmade import curves_of, make_sweep, runs_table
@@ -51,18 +49,6 @@ def test_what_is_in_no_section_comes_last_and_empty_sections_are_left_out():
     assert (last["figures"], last["claims"]) == ([figures[0]], [claims[0]])
 
 
-@given(st.integers(1, 30_000), st.integers(3, 80))
-def test_thinned_keeps_the_ends_and_no_more_than_allowed_spaced_by_logarithm(n, limit):
-    kept = thinned(np.arange(n), limit)
-    assert (kept[0], kept[-1]) == (0, n - 1)
-    assert len(kept) <= limit
-    assert (np.diff(kept) > 0).all()
-    assert len(kept) == n or n > limit
-    kept = thinned(np.arange(10_001), 41)
-    assert (kept <= 10).sum() >= 8
-    assert 8 <= ((kept > 100) & (kept <= 1000)).sum() <= 12
-
-
 def test_curves_are_those_of_the_table(runs):
     curves = curves_of(runs)
     drawn = curves_to_draw(runs, curves)
@@ -76,6 +62,12 @@ def test_curves_are_those_of_the_table(runs):
     # Runs that finished share one list of steps, and runs that diverged another.
     assert len(drawn["grids"]) == 2
     assert json.loads(json.dumps(drawn, allow_nan=False))["curves"] == drawn["curves"]
+    # Of a long curve there are the ends and points that are spaced by logarithm.
+    long = curves.iloc[[0] * 10_001].assign(step=range(10_001))
+    [steps] = map(np.array, curves_to_draw(runs, long)["grids"])
+    assert (steps[0], steps[-1]) == (0, 10_000)
+    assert 40 < len(steps) <= 60
+    assert 8 <= ((steps > 100) & (steps <= 1000)).sum() <= 16
     # Unknown runs and values that are no numbers are left out.
     odd = curves.head(3).assign(run_id=["stranger", *curves["run_id"][1:3]], value=[1.0, np.inf, np.nan], step=999)
     assert curves_to_draw(runs, pd.concat([curves, odd]))["curves"] == drawn["curves"]

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.rewards import with_error_rates
 from lorabench.data.chat import SPLITS
-from lorabench.data.files import tally_of
+from lorabench.data.files import file_chats
 from lorabench.data.sft import build_dataset
-from lorabench.data.tokens import Limits, write_tokens
+from lorabench.data.tokens import write_tokens
 from lorabench.models.base import load_tokenizer
 from lorabench.report.summary import dataset_origins, example, experiment
 from lorabench.store.layout import Layout
@@ -95,7 +95,7 @@ def test_bad_rows_of_files_and_of_the_hub_are_shown_with_their_reasons(preset, t
         tulu={"kind": "hub", "id": "allenai/tulu-3-sft-mixture", "path": "copies", "train": 16, "validation": 4,
               "test": 4, **sizes},
     )  # fmt: skip
-    write_json(tally_of(layout.preset.datasets["rows"]).plain(), layout.tally("rows"))
+    write_json(file_chats(layout.preset.datasets["rows"])[1].plain(), layout.tally("rows"))
     build_dataset(layout.preset.datasets["tulu"], layout.dataset("tulu"))
     file, hub = dataset_origins(layout)
     bad = ["2 not JSON (first: line 4)", "1 no text (first: line 5)"]
@@ -109,12 +109,12 @@ def test_generated_data_have_a_row_for_examples_too_long_only(preset):
     path, tokens = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
     build_dataset(layout.preset.datasets["instruct"], path)
     tokenizer = load_tokenizer(layout.preset.models["tiny"])
-    write_tokens(path, tokenizer, tokens, Limits(10_000))
+    write_tokens(path, tokenizer, tokens, 10_000)
     assert dataset_origins(layout) == []
     ends = load_file(tokens)
     lengths = np.concatenate([np.diff(ends[f"{split}.offsets"]) for split in SPLITS])
     limit = int(lengths.max()) - 1
-    write_tokens(path, tokenizer, tokens, Limits(10_000, limit))
+    write_tokens(path, tokenizer, tokens, 10_000, limit)
     [row] = dataset_origins(layout)
     assert row["rows"] is None
     counts = [int(sentence.split()[0]) for sentence in row["left_out"]]

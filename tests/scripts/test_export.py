@@ -1,9 +1,8 @@
-"""Presets exported as a dataset: tables come back as they were; card and metadata have exactly their columns."""
+"""Presets exported as a dataset: tables come back as they were; the card has exactly their columns."""
 
 from __future__ import annotations
 
 import json
-from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -16,11 +15,8 @@ from export import export, exportable
 from lorabench.errors import UserError
 from lorabench.store.io import read_table, write_frame
 from lorabench.store.layout import Layout
-from lorabench.store.published import PUBLISHED
-from lorabench.store.schemas import PRESET, SCHEMAS, description
-from lorabench.utils.formats import DASH
+from lorabench.store.schemas import PRESET, SCHEMAS
 
-from ..conftest import REPOSITORY
 from ..handmade import claims_table, curves_of, evals_table, make_claim, make_eval, make_sweep, runs_table
 
 RUNS = runs_table(make_sweep(None) + make_sweep(16))
@@ -45,7 +41,7 @@ def test_own_tables_come_back_from_the_files_and_from_datasets(own: Path, tmp_pa
     from datasets import load_dataset
 
     assert exportable() == ["smoke"]
-    assert export(["smoke"], own, "apache-2.0") == {
+    assert export(["smoke"], own) == {
         "smoke": {"runs": len(RUNS), "curves": len(TABLES["curves"]), "evals": 1, "claims": 1}
     }
     assert json.loads((own / "smoke/provenance.json").read_text())["runs"] == len(RUNS)
@@ -62,81 +58,35 @@ def test_own_tables_come_back_from_the_files_and_from_datasets(own: Path, tmp_pa
         assert loaded.to_list() == pq.read_table(own / "smoke" / f"{name}.parquet").to_pylist()
 
 
-def test_saved_runs_and_published_verdicts_are_exported_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "paper_figures").symlink_to(REPOSITORY / "paper_figures")
-    assert {"laptop", "laptop@100", "lr_ratio", "overnight@100"} <= set(exportable())
-    out = tmp_path / "dataset"
-    kinds = {"overnight@100": {"docstrings", "documentation"}, "rl_smollm2": {"sums"}}
-    rows = export([*kinds, "laptop@100"], out, "cc-by-4.0")
-    for preset in kinds:
-        saved = pa.concat_tables(pq.read_table(path) for path in Layout.of(preset).saved_runs.glob("*.parquet"))
-        assert rows[preset]["runs"] == len(saved)
-        folder = out / preset.replace("@", "-from-seed-")
-        runs = read_table(folder, "runs").set_index("run_id")
-        for record in map(json.loads, saved["record"].to_pylist()):
-            row = runs.loc[record["run_id"]]
-            assert row["lr"] == record["spec"]["lr"]
-            for name in ("final_test_nll", "final_reward"):
-                value = record["outcome"].get(name)
-                assert row[name] == value or (pd.isna(row[name]) and value is None)
-        assert kinds[preset] == set(runs["data_kind"])
-        points = sum(map(len, saved["curve"].to_pylist()))
-        assert points == rows[preset]["curves"] == pq.read_metadata(folder / "curves.parquet").num_rows
-    held_out = read_table(out / "laptop-from-seed-100", "claims")
-    published = pd.read_csv(PUBLISHED / "laptop/held_out/claims.csv")
-    assert held_out["verdict"].tolist() == published["verdict"].tolist()
-    assert set(held_out["preset"]) == {"laptop@100"}
-    assert not any(map(len, held_out["run_ids"]))
-    page = (out / "README.md").read_text()
-    assert f"| laptop@100 {f'| {DASH} ' * 3}| {len(published)} | published verdicts |" in page
-    assert "license: cc-by-4.0\n" in page
-
-
-def test_card_and_metadata_have_exactly_the_columns_of_the_files(own: Path):
-    export(["smoke"], own, "apache-2.0", url="https://example.org/runs")
-    page = (own / "README.md").read_text()
-    _, head, body = page.split("---\n", 2)
-    card, metadata = yaml.safe_load(head), json.loads((own / "croissant.json").read_text())
+def test_the_card_has_exactly_the_columns_of_the_files(own: Path):
+    export(["smoke"], own)
+    _, head, body = (own / "README.md").read_text().split("---\n", 2)
+    card = yaml.safe_load(head)
     assert [config["config_name"] for config in card["configs"]] == list(TABLES)
-    assert [records["name"] for records in metadata["recordSet"]] == list(TABLES)
     sections = dict(section.split("\n", 1) for section in body.split("\n## ")[1:])
-    types = {"sc:Text": "string", "sc:Integer": "int", "sc:Float": "float", "sc:Boolean": "bool"}
-    infos, records = card["dataset_info"], metadata["recordSet"]
-    for config, info, files, fields in zip(card["configs"], infos, metadata["distribution"], records, strict=True):
+    for config in card["configs"]:
         name = config["config_name"]
         [path] = own.glob(config["data_files"])
-        assert [path] == list(own.glob(files["includes"]))
         written = pq.read_schema(path)
         assert written.names == [*PRESET.names, *SCHEMAS[name].names]
-        assert [feature["name"] for feature in info["features"]] == written.names
-        listed = [line.split("`")[1] for line in sections[name].splitlines() if line.startswith("| `")]
-        assert listed == written.names
-        for column, feature, entry in zip(written, info["features"], fields["field"], strict=True):
-            kind = feature.get("dtype") or feature["list"]
-            assert kind == {"double": "float64", "float": "float32"}.get(str(column.type), kind)
-            assert kind.startswith(types[entry["dataType"]])
-            assert ("list" in feature) == entry.get("repeated", False) == pa.types.is_list(column.type)
-            assert entry["source"] == {"fileSet": {"@id": files["@id"]}, "extract": {"column": column.name}}
-            assert description(column)
-            assert "](" not in entry["description"]
-    # What the specification of Croissant 1.0 requires.
-    required = {"@context", "@type", "conformsTo", "description", "license", "name", "url", "creator", "datePublished"}
-    assert required <= metadata.keys()
-    ids = [part["@id"] for part in chain(metadata["distribution"], records, *(part["field"] for part in records))]
-    assert len(ids) == len(set(ids))
-    assert all(part.keys() >= {"@type", "@id", "name", "encodingFormat"} for part in metadata["distribution"])
-    assert all(part.keys() >= {"@type", "@id", "name", "dataType"} for entry in records for part in entry["field"])
+        lines = [line for line in sections[name].splitlines() if line.startswith("| `")]
+        assert [line.split("`")[1] for line in lines] == written.names
+        assert not any("](" in line for line in lines)
+        for column, line in zip(written, lines, strict=True):
+            kind, meaning = (cell.strip() for cell in line.split("|")[2:4])
+            names = {"double": "float64", "float": "float32"}
+            assert kind == ("list of strings" if pa.types.is_list(column.type) else names.get(str(column.type), kind))
+            assert meaning
 
 
 def test_nothing_is_written_where_there_are_no_tables_or_into_a_folder_with_others(own: Path):
     with pytest.raises(
-        UserError, match=r"preset laptop has no tables: neither in results/laptop/tables, .* paper_figures/partial"
+        UserError, match=r"preset laptop has no tables in results/laptop/tables, where a finished preset has them"
     ):
-        export(["smoke", "laptop"], own, "apache-2.0")
+        export(["smoke", "laptop"], own)
     assert not own.exists()
     own.mkdir()
     (own / "notes.txt").touch()
     with pytest.raises(UserError, match="dataset is not empty; export into a new folder"):
-        export(["smoke"], own, "apache-2.0")
+        export(["smoke"], own)
     assert [path.name for path in own.iterdir()] == ["notes.txt"]

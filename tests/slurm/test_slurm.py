@@ -193,8 +193,3 @@ def test_the_numbers_are_those_of_a_run_on_this_machine(seen, checkout):
     shutil.copy(PRESET, checkout / "local.yaml")
     snakemake(checkout, "results/local/tables/runs.parquet", "--config", "preset=local.yaml")
     check_equal(checkout, "cluster", "local")
-
-
-def test_logs_of_successful_jobs_are_kept(seen, checkout):
-    logs = {path.stem for path in (checkout / "slurm_logs").rglob("*.log")}
-    assert {job["JobId"] for job in seen.jobs} <= logs

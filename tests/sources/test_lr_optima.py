@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.sources.lr_optima import known_optima, measured_optima, optima_of_table, optima_table
+from lorabench.sources.lr_optima import known_optima, measured_optima
 from lorabench.sources.studies import read_studies
 from lorabench.store.tables import Tables
 
@@ -40,12 +40,6 @@ def test_an_edge_does_not_count_and_a_diverged_neighbour_bounds(source):
     # The authors' sweep left out the runs at 3e-3 that diverged, so 1e-3 is inside.
     by_model = {optimum.model: optimum for optimum in optima if optimum.dataset == "tulu3"}
     assert (by_model["meta-llama/Llama-3.2-1B"].lr, by_model["meta-llama/Llama-3.2-1B"].counts) == (1e-3, True)
-
-
-def test_a_table_of_optima_is_read_back(tmp_path):
-    optima = known_optima([], [REPOSITORY / "paper_figures/published/laptop"])
-    assert repr(optima_of_table(optima_table(optima))) == repr(optima)
-    assert {optimum.source for optimum in optima} >= {"lorabench", "the paper's authors", "Baseten"}
 
 
 def test_a_preset_with_a_foreign_model_is_refused(tmp_path):

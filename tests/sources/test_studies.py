@@ -8,11 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
-from lorabench.sources.measurements import matrix, measurement_table, range_text, read_own, share_text, summary_table
+from lorabench.sources.measurements import matrix, measurement_table, read_own, summary_table
 from lorabench.sources.studies import import_source, judge, read_studies, source_folders
-from lorabench.utils.files import REFERENCE
 
 from ..conftest import REPOSITORY
 from .conftest import COLUMNS, ROWS
@@ -26,15 +24,6 @@ def studies():
 @pytest.fixture(scope="module")
 def claims(studies):
     return pd.concat([judge(study) for study in studies], ignore_index=True)
-
-
-@pytest.mark.slow
-def test_every_shipped_source_is_read_and_judged(studies, claims):
-    assert {study.source for study in studies} == {path.parent.name for path in REFERENCE.glob("*/source.yaml")}
-    assert {study.about.scale for study in studies} == {"0.6B", "1.7B", "3B", "8B", "70B"}
-    assert len(claims) == len(studies) * len(CLAIMS)
-    for study in studies:
-        assert all(study.description.origin.model_dump().values()), study.name
 
 
 @pytest.mark.slow
@@ -94,7 +83,7 @@ def test_the_matrix_has_a_column_for_each_scale_and_the_worst_verdict_of_several
     assert at.loc[("B3", "tiny"), "verdict"] == own.set_index("claim_id").loc["B3", "verdict"]
 
 
-def test_a_cell_counts_the_comparisons_of_all_its_sources_and_has_no_number_without_the_setting():
+def test_a_cell_counts_the_comparisons_of_all_its_sources():
     own = read_own(REPOSITORY / "paper_figures/published/laptop", "laptop")
     nothing = own.iloc[:0].assign(source=None)
     b3 = own[own["claim_id"] == "B3"].assign(verdict="confirmed", estimate=1.1, n_hold=1, n_parts=1)
@@ -105,11 +94,7 @@ def test_a_cell_counts_the_comparisons_of_all_its_sources_and_has_no_number_with
     ]
     [cell] = matrix(nothing, several).to_dict("records")
     assert (cell["verdict"], cell["origin"]) == ("contradicted", "more")
-    assert (share_text(cell), range_text(cell)) == ("2 of 3 hold", "0.800 to 1.30")
-    [cell] = matrix(nothing, several[2:]).to_dict("records")
-    assert (cell["estimate"], share_text(cell), range_text(cell)) == (1.1, "", "")
-    [cell] = matrix(nothing, several[1:2]).to_dict("records")
-    assert (share_text(cell), range_text(cell)) == ("", "1.10")
+    assert [cell[name] for name in ("n_hold", "n_parts", "part_low", "part_high")] == [2, 3, 0.8, 1.3]
 
 
 def test_a_source_of_ones_own_stands_next_to_the_shipped_ones(source):

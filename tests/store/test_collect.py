@@ -34,7 +34,7 @@ def test_runs_have_the_columns_in_which_sources_differ(tmp_path, schedule):
     path = tmp_path / f"{job.job_id}.parquet"
     point = {"step": 1, "examples": 4, "tokens": 10, "split": "train", "metric": "nll", "value": None}
     write_job([row | {"curve": [point], "test_losses": [{"loss": 2.5, "tokens": 4}]} for row in rows], path)
-    collect([path], tmp_path / "tables", plan)
+    collect([path], tmp_path / "tables", plan, Layout.of("smoke"))
     runs = read_table(tmp_path / "tables", "runs").set_index("method")
     names = ["data_kind", "base_kind", "precision", "schedule", "alpha_convention", "unembedding"]
     assert runs.loc["lora", names].tolist() == ["instruct", "base", "fp32", schedule, "alpha/r", True]

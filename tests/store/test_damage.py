@@ -60,7 +60,7 @@ def test_a_flipped_bit_is_named_in_all_of_200_places(finished):
     folder, sweep, tables = folders[0], plan.sweeps[0], layout.tables()
     job = layout.job(plan.job_of(sweep))
     write_table(collect.sweep_table(folders, sweep), job)
-    collect.collect([job], tables)
+    collect.collect([job], tables, plan, layout)
     write_frame(claims_table([make_claim("C1")]), "claims", tables)
     scores = Path("results/mine/evals/a.parquet")
     write_table(pa.Table.from_pandas(evals_table([make_eval("base", 0.5)]), schema=EVALS), scores)
@@ -71,7 +71,7 @@ def test_a_flipped_bit_is_named_in_all_of_200_places(finished):
         folder.curves: folder.read_nested,
         folder.test_losses: folder.read_nested,
         folder.weights / "adapter_model.safetensors": lambda: folder.check_files(folder.weights),
-        job: lambda: collect.collect([job], Path("elsewhere")),
+        job: lambda: collect.collect([job], Path("elsewhere"), plan, layout),
         **{
             tables / f"{name}.parquet": lambda name=name: read_table(tables, name)
             for name in ("runs", "curves", "test_losses", "claims")

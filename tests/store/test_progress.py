@@ -12,7 +12,7 @@ import pytest
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
-from lorabench.store.progress import finished_runs, status
+from lorabench.store.progress import finished_runs, runs_at_work
 from lorabench.store.run_folder import RunFolder
 
 
@@ -61,7 +61,6 @@ def test_a_job_that_finds_its_lrs_has_the_runs_that_its_file_has(planned):
     rows = job.n_runs + 3
     pq.write_table(pa.table({"run_id": ["a"] * rows}), layout.job(job))
     assert finished_runs(plan, layout) == (done + rows, expected + 3, 1)
-    assert (status(plan, layout).runs_done, status(plan, layout).jobs_done) == (rows, 1)
     # A damaged file counts with the runs that were expected.
     layout.job(job).write_bytes(b"PAR1")
     assert finished_runs(plan, layout) == (job.n_runs, expected, 1)
@@ -76,7 +75,7 @@ def test_a_damaged_progress_file_is_named(planned, text):
     path = layout.root / "progress" / "abc.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(STATE))
-    assert status(plan, layout).at_work == []
+    assert runs_at_work(plan, layout) == []
     path.write_text(text)
     with pytest.raises(UserError, match=f"^{path} is damaged .*; delete it; a run in training writes it again"):
-        status(plan, layout)
+        runs_at_work(plan, layout)

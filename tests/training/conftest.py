@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, MistralConfig, Qwen2
 from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import ChatDataset, ModelSpec, TinyModel
 from lorabench.data.sft import build_dataset
-from lorabench.data.tokens import Limits, cache_key, read_tokens, write_tokens
+from lorabench.data.tokens import cache_key, read_tokens, write_tokens
 from lorabench.models.attention import attend_in_blocks
 from lorabench.models.base import load_model, load_tokenizer, skeleton
 from lorabench.models.lora import add_lora, use_fast_products
@@ -36,6 +36,10 @@ from lorabench.training.run import Machine
 from lorabench.training.sft import ValidationCurve, train_sft
 
 TINY, CPU = TinyModel(kind="tiny"), torch.device("cpu")
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
+]
 
 # Families without a shipped base, with random weights: grouped heads, biases, tied and scaled embeddings.
 FAMILIES: dict[str, Any] = {
@@ -67,7 +71,7 @@ def make_data(folder: Path, max_chars: int) -> Path:
     """Write a small instruction mixture (80 train, 8 validation, 8 test examples) and its tokens."""
     spec = ChatDataset(kind="instruct", train=80, validation=8, test=8, max_chars=max_chars)
     build_dataset(spec, folder / "data.parquet")
-    write_tokens(folder / "data.parquet", load_tokenizer(TINY), folder / "tokens", Limits(512))
+    write_tokens(folder / "data.parquet", load_tokenizer(TINY), folder / "tokens", 512)
     return folder
 
 
@@ -130,7 +134,7 @@ def train(
         head, init_a = protocol.include_unembedding, condition.init_a or 1.0
         arm = condition.rank, condition.placement, condition.alpha
         model = add_lora(model, *arm, head, seed, init_a, condition.method)
-        if not processes.sharded:
+        if processes.count == 1:
             use_fast_products(model)
     model = processes.shard(model)
     # B of a new adapter is zero.
@@ -155,7 +159,7 @@ def built(tmp_path_factory):
         dataset, tokens = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
         if not (folder / "dataset").exists():
             build_dataset(layout.preset.datasets["instruct"], folder / "dataset")
-            write_tokens(folder / "dataset", load_tokenizer(TINY), folder / "tokens", Limits(512))
+            write_tokens(folder / "dataset", load_tokenizer(TINY), folder / "tokens", 512)
         dataset.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "dataset", dataset)
         tokens.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a GPU computes, in tests that run on a CPU as well: long sequences, repetition, going on, and doctor."""
+"""What a GPU computes, in tests that run on a CPU as well: long sequences, repetition, and doctor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 
-from lorabench.config.experiments import Protocol
 from lorabench.config.loading import load_preset
 from lorabench.doctor import bench
 from lorabench.models.passes import trained_parameters
@@ -23,12 +22,7 @@ from lorabench.training import loss
 from lorabench.training.run import Machine, deterministically, machine_of
 from lorabench.utils.gpus import GPUS, is_called
 
-from .conftest import BrokenError, condition_of, train
-
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
-]
+from .conftest import needs_gpu
 
 
 @pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=needs_gpu)])
@@ -75,21 +69,20 @@ def test_a_gradient_comes_out_again_bit_for_bit(device, plan, arm):
     assert all(map(torch.equal, gradients[0][1:], gradients[1][1:]))
 
 
-@pytest.mark.parametrize(("method", "rank"), [("fullft", None), ("lora", 4)])
-def test_a_run_that_was_broken_off_ends_as_an_unbroken_one(device, method, rank, data, tmp_path):
-    condition = condition_of(method, rank, steps=6, batch_size=4)
-    options = {"lr": 1e-3, "protocol": Protocol(precision="bf16"), "device": device}
-
-    def die(step: int) -> None:
-        if step == 3:
-            raise BrokenError
-
-    whole, _ = train(condition, data, tmp_path / "whole", **options)
-    with pytest.raises(BrokenError):
-        train(condition, data, tmp_path, checkpoint_seconds=0, tick=die, **options)
-    resumed, _ = train(condition, data, tmp_path, **options)
-    assert resumed.curve == whole.curve
-    assert resumed.test_losses == whole.test_losses
+@pytest.mark.parametrize("name", ["smollm2", "first_gpu"])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_doctor_finds_no_fault_of_this_gpu(name, tmp_path):
+    gpu = max((gpu for gpu in GPUS if is_called(gpu, torch.cuda.get_device_name())), key=len, default=None)
+    if gpu is None or (name == "first_gpu" and find_spec("vllm") is None):
+        pytest.skip("this GPU is not in lorabench/utils/gpus.py, or vllm is not installed")
+    (tmp_path / "here.yaml").write_text(yaml.safe_dump({"extends": name, "execution": {"gpu": gpu}}))
+    command = [sys.executable, "-m", "lorabench.cli", "doctor", "--preset", "here.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900)
+    [record] = (tmp_path / "results/doctor").glob("*.json")
+    failed = {check["name"] for check in json.loads(record.read_text())["checks"] if check["status"] == "fail"}
+    # What the machine has beside its GPU is not the question here.
+    assert failed <= {"memory of the host", "disk"}, done.stderr
 
 
 def test_products_in_bf16_are_summed_in_fp32(device, plan):
@@ -97,22 +90,3 @@ def test_products_in_bf16_are_summed_in_fp32(device, plan):
     matmul.allow_bf16_reduced_precision_reduction = True
     machine = machine_of(plan)
     assert matmul.allow_bf16_reduced_precision_reduction == (machine.device.type == "cpu")
-
-
-@pytest.mark.parametrize("name", ["smollm2", "first_gpu"])
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-def test_doctor_finds_no_fault_of_this_gpu(name, tmp_path):
-    if name == "first_gpu" and find_spec("vllm") is None:
-        pytest.skip("vllm is not installed; docs/cluster.md says how")
-    here = torch.cuda.get_device_name()
-    gpu = max((gpu for gpu in GPUS if is_called(gpu, here)), key=len, default=None)
-    if gpu is None:
-        pytest.skip(f"{here} is not in lorabench/utils/gpus.py")
-    (tmp_path / "here.yaml").write_text(yaml.safe_dump({"extends": name, "execution": {"gpu": gpu}}))
-    command = [sys.executable, "-m", "lorabench.cli", "doctor", "--preset", "here.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900)
-    [record] = (tmp_path / "results/doctor").glob("*.json")
-    failed = [check for check in json.loads(record.read_text())["checks"] if check["status"] == "fail"]
-    # What the machine has beside its GPU is not the question here.
-    assert [check for check in failed if check["name"] not in ("memory of the host", "disk")] == [], done.stderr

@@ -9,12 +9,17 @@ import torch
 
 from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import PathModel, TinyModel
+from lorabench.config.loading import load_preset
 from lorabench.models.base import load_model
 from lorabench.models.lora import hold_in_bf16
 from lorabench.models.passes import trained_parameters
+from lorabench.planning.plan import make_plan
+from lorabench.runs import Run
+from lorabench.store.layout import Layout
+from lorabench.training.context import Base, SweepContext
 from lorabench.training.run import Machine
 
-from .conftest import condition_of, train, write_tied
+from .conftest import condition_of, sweep_of, train, write_tied
 
 BF16 = Machine(torch.device("cpu"), 4096, autocast=torch.bfloat16)
 
@@ -63,3 +68,17 @@ def test_weights_that_bf16_would_round_stay_in_fp32():
         layer.weight[3, 4] = 1 + 2**-12
     hold_in_bf16(model)
     assert (layer.weight.dtype, other.weight.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_full_fine_tuning_starts_from_the_published_weights_after_lora_held_them_in_bf16():
+    preset = load_preset("laptop").model_copy(update={"protocol": Protocol(precision="bf16")})
+    plan, base, layout = make_plan(preset), Base(), Layout("laptop", preset)
+    lora = sweep_of(plan, "lora")
+    fullft = next(s for s in plan.sweeps if (s.condition.model, s.condition.rank) == (lora.condition.model, None))
+    with base.trainable(SweepContext(plan, lora, layout, BF16), Run(lora.condition, 1e-3, 0)) as model:
+        assert types_of(model)["base_layer"] == torch.bfloat16
+    with base.trainable(SweepContext(plan, fullft, layout, BF16), Run(fullft.condition, 1e-3, 0)) as model:
+        published = load_model(preset.models[lora.condition.model])
+        for own, weight in zip(model.parameters(), published.parameters(), strict=True):
+            assert own.dtype == torch.float32
+            assert torch.equal(own, weight)

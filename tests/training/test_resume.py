@@ -8,29 +8,42 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import TinyModel
 from lorabench.runs import Job, Run
-from lorabench.store.progress import status
+from lorabench.store.progress import finished_runs
 from lorabench.training.loss import scored_by_example
 
 from ..forks import start_forked
-from .conftest import BrokenError, condition_of, sweep_of, train, trained, wait_for
+from .conftest import BrokenError, condition_of, needs_gpu, sweep_of, train, trained, wait_for
 
 
-@pytest.mark.parametrize(("method", "rank"), [("fullft", None), ("lora", 4), ("pissa", 4)])
-def test_resumed_equals_unbroken(method, rank, data, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "rank", "device"),
+    [
+        ("fullft", None, "cpu"),
+        ("lora", 4, "cpu"),
+        ("pissa", 4, "cpu"),
+        pytest.param("fullft", None, "cuda", marks=needs_gpu),
+        pytest.param("lora", 4, "cuda", marks=needs_gpu),
+    ],
+)
+def test_resumed_equals_unbroken(method, rank, device, data, tmp_path):
     """The 10 steps of 8 are an epoch, so the description length is among the numbers."""
-    condition, spec = condition_of(method, rank, steps=10, batch_size=8), TinyModel(kind="tiny", name="llama-64")
-    whole, model = train(condition, data, tmp_path / "whole", lr=3e-3, spec=spec)
+    condition = condition_of(method, rank, steps=10, batch_size=8)
+    options = {"lr": 3e-3, "spec": TinyModel(kind="tiny", name="llama-64"), "device": torch.device(device)}
+    if device == "cuda":
+        options["protocol"] = Protocol(precision="bf16")
+    whole, model = train(condition, data, tmp_path / "whole", **options)
 
     def break_at_five(step):
         if step == 5:
             raise BrokenError
 
     with pytest.raises(BrokenError):
-        train(condition, data, tmp_path / "broken", lr=3e-3, checkpoint_seconds=0, tick=break_at_five, spec=spec)
+        train(condition, data, tmp_path / "broken", checkpoint_seconds=0, tick=break_at_five, **options)
     resumed_steps = []
-    resumed, resumed_model = train(condition, data, tmp_path / "broken", lr=3e-3, tick=resumed_steps.append, spec=spec)
+    resumed, resumed_model = train(condition, data, tmp_path / "broken", tick=resumed_steps.append, **options)
     assert resumed_steps == list(range(5, 11))
     assert {**vars(resumed), "wall_s": 0} == {**vars(whole), "wall_s": 0}
     assert whole.first_epoch_nats > 0
@@ -69,8 +82,7 @@ def test_a_walk_killed_in_the_middle_ends_as_an_unbroken_one(ready):
     # Weights are kept at the best LR only.
     assert len(list(layout.runs.glob("*/weights"))) == sweep.seeds.best
     others = sum(s.n_runs for s in plan.sweeps if s != sweep)
-    done = status(plan, layout)
-    assert (done.runs_done, done.runs_planned) == (len(unbroken), sweep.n_runs + others)
+    assert finished_runs(plan, layout)[:2] == (len(unbroken), sweep.n_runs + others)
 
 
 def test_a_half_written_run_is_no_result(ready):

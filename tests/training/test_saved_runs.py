@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 
 import saved_runs
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
-from lorabench.store.progress import status
+from lorabench.store.progress import finished_runs
 from lorabench.training import sft
 from lorabench.training.job import SweepContext, run_job
 from saved_runs import restore_runs, save_runs
@@ -59,7 +58,8 @@ def saved(ready):
 def test_an_unfinished_sweep_goes_on_with_the_numbers_of_an_uninterrupted_one(ready, saved, monkeypatch):
     plan, layout = saved
     assert restore_runs(plan, layout) == (2, 0, 0)
-    assert status(plan, layout).runs_done == 2
+    assert restore_runs(plan, layout) == (0, 2, 0)
+    assert finished_runs(plan, layout)[0] == 2
     started = []
     train_sft = sft.train_sft
     monkeypatch.setattr(sft, "train_sft", lambda run, *rest: started.append(run.run_id) or train_sft(run, *rest))
@@ -71,24 +71,6 @@ def test_an_unfinished_sweep_goes_on_with_the_numbers_of_an_uninterrupted_one(re
     pd.testing.assert_frame_equal(rows[NUMBERS], whole[NUMBERS], check_exact=True)
     assert [list(value) for value in rows["test_losses"]] == [list(value) for value in whole["test_losses"]]
     assert [list(points) for points in rows["curve"]] == [list(points) for points in whole["curve"]]
-
-
-@pytest.mark.slow
-def test_a_finished_job_is_restored_and_has_its_table_without_training(ready, monkeypatch):
-    plan, layout = ready("done", lora=LRS)
-    for job in plan.jobs:
-        run_job(plan, job, layout, lambda line: None)
-    before = {job: pq.read_table(layout.job(job)) for job in plan.jobs}
-    runs, size = save_runs(plan, layout)
-    assert runs == sum(map(len, before.values()))
-    assert size / runs < 20_000
-    wipe_results(layout)
-    assert restore_runs(plan, layout) == (runs, 0, 0)
-    assert restore_runs(plan, layout) == (0, runs, 0)
-    monkeypatch.setattr(sft, "train_sft", None)
-    for job, table in before.items():
-        run_job(plan, job, layout, lambda line: None)
-        assert pq.read_table(layout.job(job)) == table
 
 
 def test_saving_elsewhere_keeps_what_was_saved_and_runs_of_another_version_or_settings_are_refused(saved, monkeypatch):

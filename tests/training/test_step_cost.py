@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorabench.config.experiments import ComputeExperiment, Protocol
-from lorabench.config.inputs import PathModel
+from lorabench.config.inputs import PathModel, TinyModel
 from lorabench.errors import UserError
 from lorabench.store.schemas import COMPUTE
 from lorabench.training import step_cost
 from lorabench.training.loss import Batch
-from lorabench.training.step_cost import effective_width, measure_compute
+from lorabench.training.step_cost import measure_compute
 
 RANKS = [1, 8, 64]
 N = 64
@@ -59,6 +62,20 @@ def test_square_layers_cost_the_papers_formula_and_the_table_is_as_documented(sq
     assert ratios(table) == pytest.approx({rank: 2 / 3 + 2 * rank / N for rank in RANKS}, rel=1e-12)
 
 
+def test_growth_is_that_of_the_allocator(square, tmp_path):
+    """The reference is torch.profiler, which records every block of the CPU's allocator."""
+    model, batch = step_cost.load_model(square), torch.arange(32).reshape(2, 16)
+    step, _ = step_cost.training_step(model, Batch(batch, batch), Protocol())
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    profiled.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    blocks = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    peak = max(np.cumsum([size for _, size in blocks]))
+    assert step_cost.growth(step, torch.device("cpu")) == pytest.approx(peak, rel=0.01)
+
+
 def test_flops_are_counted_without_computing(square):
     """The larger batch would take 4 GB for one layer's attention scores alone."""
     model = step_cost.load_model(square)
@@ -83,7 +100,5 @@ def test_the_formula_has_the_gradients_that_a_frozen_embedding_saves(square, mon
 def test_what_can_not_be_measured_is_said(square):
     with pytest.raises(UserError, match="sequence_length = 65: model 'it' takes at most 64 tokens"):
         measured(square, sequence_length=65)
-    model = step_cost.load_model(square)
-    model.config.num_experts_per_tok = 2
-    with pytest.raises(UserError, match="LlamaForCausalLM has experts"):
-        effective_width(model, include_unembedding=True)
+    with pytest.raises(UserError, match="Qwen3MoeForCausalLM has experts"):
+        measured(TinyModel(kind="tiny", name="moe-128"))

@@ -21,8 +21,7 @@ from lorabench.config.inputs import PathModel
 from lorabench.data.tokens import cache_key, read_tokens
 from lorabench.evaluation.runner import transformers_model
 from lorabench.models.base import load_model, load_tokenizer
-from lorabench.models.lora import add_lora, save_adapter, use_fast_products
-from lorabench.models.nf4 import round_to_nf4
+from lorabench.models.lora import add_lora, round_to_nf4, save_adapter, use_fast_products
 from lorabench.models.passes import trained_parameters
 from lorabench.models.specs import shipped_folder
 from lorabench.planning.plan import make_plan

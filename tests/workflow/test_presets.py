@@ -119,6 +119,12 @@ def test_the_costs_by_sampler_are_those_of_the_plan(name, sampler):
     assert shown == [pytest.approx(hour, rel=0.02, abs=0.5) for hour in hours]
 
 
+def test_first_gpu_takes_a_day_of_one_gpu_at_most():
+    preset = load_preset("first_gpu")
+    assert (preset.execution.gpu, preset.execution.max_gpus) == ("H100-80GB", 1)
+    assert per_experiment(make_plan(preset))["total"].gpu_hours <= 24
+
+
 def plan_digests(name):
     """The SHA-256 of a shipped preset's sorted run ids, and of its sorted sweep ids."""
     rows = make_plan(load_preset(name)).rows()

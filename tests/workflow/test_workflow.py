@@ -18,7 +18,6 @@ from lorabench.analysis.arms import ARM
 from lorabench.claims.judge import CLAIMS
 from lorabench.config.execution import EVAL_SOURCES
 from lorabench.figures.catalog import figures_of_preset
-from lorabench.models.base import converted_folder
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 
@@ -214,15 +213,6 @@ def test_what_snakemake_leaves_out_is_said(smoke):
         report.with_name("away").rename(report)
     assert "results/smoke/report/index.html is not made yet: give the same command again" in output
     assert "Traceback" not in output
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_presets_share_a_converted_model(checkout):
-    folder = converted_folder(Layout.of("overnight").preset.models["smollm2-135m"])
-    target = str(folder / "model.safetensors")
-    assert planned_jobs(snakemake(checkout, target, "--config", "preset=overnight")) == {"convert_gguf": 1}
-    assert "Nothing to be done" in snakemake(checkout, target, "--dry-run", "--config", "preset=smollm2")
 
 
 BAD_TASKS = [

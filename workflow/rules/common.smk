@@ -6,7 +6,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from lorabench.config.inputs import GgufModel
-from lorabench.data.groups import has_groups
+from lorabench.data.identity import has_groups
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES, figures_of_preset
 from lorabench.models.base import CONVERTED, converted_folder

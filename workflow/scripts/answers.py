@@ -40,9 +40,8 @@ class Question(NamedTuple):
     """By what the numbers of the table are multiplied."""
 
 
-QUESTIONS = tuple(
-    Question(claim_id, **about) for claim_id, about in read_yaml(Path(__file__).with_name("questions.yaml")).items()
-)
+_QUESTIONS = read_yaml(Path(__file__).with_name("questions.yaml"))
+QUESTIONS = tuple(Question(claim_id, **about) for claim_id, about in _QUESTIONS.items())
 
 
 def answer(question: Question, cells: pd.DataFrame) -> str:
@@ -53,19 +52,29 @@ def answer(question: Question, cells: pd.DataFrame) -> str:
     advice = question.if_open if not decided else question.if_yes if decided[-1] == "yes" else question.if_no
     places: dict[str, list[str]] = {}
     for row in rows:
-        places.setdefault(ANSWERS[row["verdict"]], []).append(_place(question, row))
+        # A number beside "undecided" would look like an answer.
+        remark = _remark(question, row) if row["verdict"] in DECIDED else ""
+        place = at_size(row["scale"]) + (f" ({remark})" if remark else "")
+        places.setdefault(ANSWERS[row["verdict"]], []).append(place)
     answers = [f"*{word.capitalize()}* {_listed(where)}." for word, where in places.items()]
     return " ".join([f"**{advice}** {question.text}", *(answers or ["No runs in the paper's setting answer this."])])
 
 
-def _place(question: Question, cell: Mapping[Any, Any]) -> str:
-    """Return the size of a cell's models, and in brackets what was measured there and how sure the verdict is."""
-    # A number beside "undecided" would look like an answer.
-    remark = _remark(question, cell) if cell["verdict"] in DECIDED else ""
-    return at_size(cell["scale"]) + (f" ({remark})" if remark else "")
-
-
 def _remark(question: Question, cell: Mapping[Any, Any]) -> str:
+    """Return what was measured in a cell, a range or a number with its 95% interval, and how sure the verdict is."""
+
+    def known(*names: str) -> list[str]:
+        values = [question.factor * cell[name] for name in names if not formats.missing(cell[name])]
+        return [format(value, question.form) for value in sorted(values)]
+
+    estimate, ends, interval = known("estimate"), known("part_low", "part_high"), known("ci_low", "ci_high")
+    measured = ""
+    if cell["unit"] == question.unit and estimate:
+        if cell["n_parts"] > 1 and len(set(ends)) == 2:
+            measured = question.measured.format(" to ".join(ends))
+        else:
+            measured = question.measured.format(estimate[0])
+            measured += f" [{', '.join(interval)}]" if len(interval) == 2 else ""
     again, same = "", holds_again(cell) and cell["explored"]
     if same:
         again = "the same on held-out seeds"
@@ -75,22 +84,7 @@ def _remark(question: Question, cell: Mapping[Any, Any]) -> str:
         again = f"{ANSWERS.get(cell['held_out'], 'not tested')} on held-out seeds"
     if borderline(cell):
         again = f"borderline, but {again}" if same else ", ".join(filter(None, ["borderline", again]))
-    return "; ".join(filter(None, [_measured(question, cell), again]))
-
-
-def _measured(question: Question, cell: Mapping[Any, Any]) -> str:
-    """Return the range of several comparisons, or the number of one with its 95% interval."""
-
-    def known(*names: str) -> list[str]:
-        values = [question.factor * cell[name] for name in names if not formats.missing(cell[name])]
-        return [format(value, question.form) for value in sorted(values)]
-
-    estimate, ends, interval = known("estimate"), known("part_low", "part_high"), known("ci_low", "ci_high")
-    if cell["unit"] != question.unit or not estimate:
-        return ""
-    if cell["n_parts"] > 1 and len(set(ends)) == 2:
-        return question.measured.format(" to ".join(ends))
-    return question.measured.format(estimate[0]) + (f" [{', '.join(interval)}]" if len(interval) == 2 else "")
+    return "; ".join(filter(None, [measured, again]))
 
 
 def count_of_core(cells: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""Judge all shipped sources beside the published presets; write the evidence and the pages that show it.
+"""Judge all shipped sources beside the published presets; write the evidence, its pages, and lora-advice's facts.
 
 Run it from the root of the repository: `python workflow/scripts/evidence.py`.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import typer
 
+from facts import write_facts
 from lorabench.cli.common import in_one_sentence
 from lorabench.report.evidence import evidence_tables, write_evidence
 from lorabench.sources.measurements import read_own
@@ -24,14 +25,11 @@ def main() -> None:
         folders = evidence_folders(Path())
         own = [read_own(folder, folder.name) for folder in folders]
         publish_evidence(evidence_tables(own=own, presets=folders), Path())
+        write_facts(Path())
 
 
 def publish_evidence(tables: Mapping[str, pd.DataFrame], root: Path) -> None:
-    """Write the evidence to where a repository shows it, and the generated parts of its pages.
-
-    Raises:
-        UserError: a page has no place for its part; then nothing is changed.
-    """
+    """Write the evidence to where a repository shows it, and the parts of its pages, if all have their place."""
     check_places(root)
     folder = root / PUBLISHED / "evidence"
     write_evidence(tables, folder)

@@ -38,17 +38,31 @@ _CONFIG = (
 
 
 def write_facts(root: Path) -> None:
-    """Write the facts of a repository into `advice/lora_advice/facts`.
-
-    Args:
-        root: the repository's root, with the published evidence.
-    """
+    """Write the facts of the repository at `root`, which has published evidence, into `advice/lora_advice/facts`."""
     folder, published = root / "advice/lora_advice/facts", root / "paper_figures/published"
     for name in _COPIED:
         shutil.copyfile(published / "evidence" / name, folder / name)
     _write_variants(folder / "variant_lrs.csv", published)
-    (folder / "theory.json").write_text(json.dumps(theory(), indent=2) + "\n")
-    (folder / "bases.json").write_text(json.dumps(bases(), indent=2) + "\n")
+    assert DEFAULT.movement
+    exponents = dict(PUBLISHED.exponents)
+    theory = {
+        "law": {"base": PUBLISHED.base, "multiplier": PUBLISHED.multiplier, "exponents": exponents, "pivot": PIVOT},
+        "movement": DEFAULT.movement.model_dump(),
+        "alpha": ALPHA,
+        "lr_factor": DEFAULT_MARGINS.lr_factor,
+        "short_ratio": SHORT_RATIO,
+    }
+    (folder / "theory.json").write_text(json.dumps(theory, indent=2) + "\n")
+    known: dict[str, Any] = {}
+    for name, fields in model_catalogue().items():
+        if fields["kind"] == "tiny":
+            spec = TinyModel.model_validate(fields)
+            config = json.loads((shipped_folder(spec.name) / "config.json").read_text())
+            weights = json.dumps(weights_sha256(spec), sort_keys=True)
+            kept = {key: config[key] for key in _CONFIG if key in config}
+            base = known.setdefault(spec.name, {"names": [], "weights": weights, "config": kept})
+            base["names"] += [name] if name != spec.name else []
+    (folder / "bases.json").write_text(json.dumps(known, indent=2) + "\n")
     files = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     (folder / "manifest.json").write_text(json.dumps(hashes, indent=2) + "\n")
@@ -71,37 +85,6 @@ def _write_variants(path: Path, published: Path) -> None:
         table = csv.DictWriter(file, others[0].keys(), lineterminator="\n")
         table.writeheader()
         table.writerows([*rows, *others])
-
-
-def theory() -> dict[str, Any]:
-    """Return the constants of the law, of the theory `movement`, and of the paper."""
-    assert DEFAULT.movement
-    return {
-        "law": {
-            "base": PUBLISHED.base,
-            "multiplier": PUBLISHED.multiplier,
-            "exponents": dict(PUBLISHED.exponents),
-            "pivot": PIVOT,
-        },
-        "movement": DEFAULT.movement.model_dump(),
-        "alpha": ALPHA,
-        "lr_factor": DEFAULT_MARGINS.lr_factor,
-        "short_ratio": SHORT_RATIO,
-    }
-
-
-def bases() -> dict[str, Any]:
-    """Return the shipped bases by name: other names in presets, a part of the configuration, and hashes of weights."""
-    known: dict[str, Any] = {}
-    for name, fields in model_catalogue().items():
-        if fields["kind"] == "tiny":
-            spec = TinyModel.model_validate(fields)
-            config = json.loads((shipped_folder(spec.name) / "config.json").read_text())
-            weights = json.dumps(weights_sha256(spec), sort_keys=True)
-            kept = {key: config[key] for key in _CONFIG if key in config}
-            base = known.setdefault(spec.name, {"names": [], "weights": weights, "config": kept})
-            base["names"] += [name] if name != spec.name else []
-    return known
 
 
 if __name__ == "__main__":

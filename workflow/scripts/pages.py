@@ -22,7 +22,7 @@ from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.report import claim_text
 from lorabench.report.freeze import summary_of
-from lorabench.sources.measurements import MEASURES, holds_again, range_text, share_text
+from lorabench.sources.measurements import MEASURES, holds_again
 from lorabench.store.io import read_claims
 from lorabench.store.published import NOT_PUBLISHED, PUBLISHED, published_folders, read_held_out, read_provenance
 from lorabench.utils import formats
@@ -47,23 +47,10 @@ def make_smaller(picture: Path) -> None:
 
 
 def write_pages(root: Path) -> None:
-    """Write the generated parts of all pages.
-
-    Raises:
-        UserError: a page has no place for its part; then nothing is changed.
-    """
+    """Write the generated parts of all pages; if a page has no place for its part (UserError), nothing is changed."""
     for page, text in pages(root).items():
         with atomic_path(root / page) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
-
-
-def pages(root: Path) -> dict[Path, str]:
-    """Return the pages with generated parts, as paths from the root, with the text that they should have.
-
-    Raises:
-        UserError: a page has no place for its part.
-    """
-    return _filled(root, {place: make(root) for place, make in _parts(root).items()})
 
 
 def check_places(root: Path, *presets: str) -> None:
@@ -71,8 +58,13 @@ def check_places(root: Path, *presets: str) -> None:
     _filled(root, dict.fromkeys(_parts(root, *presets), ""))
 
 
+def pages(root: Path) -> dict[Path, str]:
+    """Return the pages with generated parts, as paths from the root, with the text that they should have."""
+    return _filled(root, {place: make(root) for place, make in _parts(root).items()})
+
+
 def _parts(root: Path, *presets: str) -> dict[tuple[Path, str], Callable[[Path], str]]:
-    """Return what makes each part, by its page and name; presets may be named that were not published before."""
+    """Return what makes each part, by its page and name."""
     names = {*presets, *(folder.name for folder in published_folders(root))}
     return {
         **{(page, "answers"): partial(answers_part, page=page) for page in (Path("README.md"), Path("docs/index.md"))},
@@ -100,15 +92,11 @@ def answers_part(root: Path, page: Path) -> str:
     for row in ratios.to_dict("records"):
         value, low, high = (f"{math.exp(row[name]):.1f}" for name in ("mean", "low", "high"))
         mean = f" Over {row['k']} sources the mean is {value} times [{low}, {high}]."
+    more = f"{mean} [What the ratio depends on]({_link('studies/lr_ratio/README.md', page)}); `lorabench recommend` "
+    more += "estimates a learning rate for your model."
     lines = [f"{count_of_core(cells)} The questions that matter most in use:", ""]
     for question in QUESTIONS:
-        text = answer(question, cells)
-        if question.claim_id == "B1":
-            text += (
-                f"{mean} [What the ratio depends on]({_link('studies/lr_ratio/README.md', page)}); `lorabench "
-                "recommend` estimates a learning rate for your model."
-            )
-        lines.append(f"- {text}")
+        lines.append(f"- {answer(question, cells)}{more if question.claim_id == 'B1' else ''}")
     picture = _link(PUBLISHED / "evidence/matrix.svg", page)
     return "\n".join([*lines, "", f"![The answers by the size of the model]({picture})", "", reproduced(root, page)])
 
@@ -127,10 +115,16 @@ def matrix_part(root: Path) -> str:
         linked = f"[{claim_text.verdict(cell)}]({page.name}#{cell['origin']})"
         again = "" if pd.isna(cell["p_again"]) else f" {cell['p_again']:.0%}"
         marks = []
-        if number := range_text(cell):
+        # Runs that lack the setting of a claim measure something else, so they have no number.
+        if cell["verdict"] not in ("setting not met", "not tested") and not pd.isna(cell["estimate"]):
+            several = cell["n_parts"] >= 2
+            share = f"{cell['n_hold']:.0f} of {cell['n_parts']:.0f} hold" if several else ""
+            ends = [formats.number(cell[name]) for name in ("part_low", "part_high")]
+            is_range = several and ends[0] != ends[1] and formats.DASH not in ends
+            number = " to ".join(ends) if is_range else formats.number(cell["estimate"])
             seeds = f"{cell['n_seeds']:.0f} seed{'' if cell['n_seeds'] == 1 else 's'}" if cell["n_seeds"] > 0 else ""
             chosen = "‡" if cell["lr_chosen_on"] == "test" and "RL" in str(cell["scope"]) else ""
-            marks = [share_text(cell), number, seeds + chosen]
+            marks = [share, number, seeds + chosen]
         if cell["verdict"] in DECIDED and not pd.isna(cell["held_out"]):
             again_text = "holds on held-out seeds" if cell["explored"] else "all seeds held out"
             marks.append(again_text if holds_again(cell) else f"{cell['held_out']} on held-out seeds")
@@ -148,14 +142,13 @@ def reproduced(root: Path, page: Path) -> str:
     yes = every = 0
     each = []
     for folder in published_folders(root):
-        if (again := read_held_out(folder)) is None:
-            continue
-        decided = _as_stated_now(again.dropna(subset="again"))
-        failed = decided.loc[decided["again"] != "yes", "statement"]
-        yes, every = yes + len(decided) - len(failed), every + len(decided)
-        without = f" (not: {'; '.join(failed)})" if len(failed) else ""
-        link = f"[{folder.name}]({_link(_RESULTS, page)}#{folder.name})"
-        each.append(f"{link} {len(decided) - len(failed)} of {len(decided)}{without}")
+        if (again := read_held_out(folder)) is not None:
+            decided = _as_stated_now(again.dropna(subset="again"))
+            failed = decided.loc[decided["again"] != "yes", "statement"]
+            held, yes, every = len(decided) - len(failed), yes + len(decided) - len(failed), every + len(decided)
+            without = f" (not: {'; '.join(failed)})" if len(failed) else ""
+            link = f"[{folder.name}]({_link(_RESULTS, page)}#{folder.name})"
+            each.append(f"{link} {held} of {len(decided)}{without}")
     sentence = f"**Of {every} answers of yes or no, on these and other claims, {yes} came out again on held-out seeds**"
     return f"{sentence}: {', '.join(each)}." if each else f"{sentence}."
 
@@ -167,8 +160,7 @@ def _as_stated_now(claims: pd.DataFrame) -> pd.DataFrame:
 
 
 def results_part(root: Path, preset: str) -> str:
-    """Return what a preset says in short: the count of its verdicts, its core claims, this project's own predictions,
-    and the claims that it decides."""
+    """Return what a preset says in short: counts, its core claims, own predictions, and the claims that it decides."""
     folder = root / PUBLISHED / preset
     judged = _as_stated_now(claim_text.in_order(read_claims(folder, without=NOT_PUBLISHED)))
     made, again = read_provenance(folder), read_held_out(folder)
@@ -234,11 +226,7 @@ def evidence_part(root: Path) -> str:
         source, name = read_yaml(path), path.parent.name
         verdicts = judged.loc[judged["source"].eq(name) & judged["verdict"].ne("not tested"), "verdict"]
         counted = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.value_counts().items())
-        lines += [
-            "",
-            f"#### {name}",
-            "",
-            f"{source['about']}. From {source['origin']['repository']}, {source['origin']['date']}. "
-            f"Doubts: {'; '.join(source['doubts'])}. Verdicts: {counted or 'none'}.",
-        ]
+        about = f"{source['about']}. From {source['origin']['repository']}, {source['origin']['date']}. "
+        about += f"Doubts: {'; '.join(source['doubts'])}. Verdicts: {counted or 'none'}."
+        lines += ["", f"#### {name}", "", about]
     return "\n".join(lines)

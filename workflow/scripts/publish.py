@@ -26,18 +26,11 @@ from lorabench.store.published import HELD_OUT, NOT_PUBLISHED, PUBLISHED
 from lorabench.utils.files import atomic_path, write_json
 from pages import check_places, make_smaller, write_pages
 
-_FIGURE_KINDS = (".svg", ".csv")
-"""The suffixes of a figure's published files: the picture, and the table of what it shows."""
+_HELD_OUT = "A file that `lorabench freeze` wrote: publish its runs on held-out seeds, if they kept to it."
 
 
 def main(
-    preset: PresetOption = "laptop",
-    held_out: Annotated[
-        Path | None,
-        typer.Option(
-            help="A file that `lorabench freeze` wrote: publish its runs on held-out seeds, if they kept to it."
-        ),
-    ] = None,
+    preset: PresetOption = "laptop", held_out: Annotated[Path | None, typer.Option(help=_HELD_OUT)] = None
 ) -> None:
     """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs."""
     with in_one_sentence():
@@ -50,9 +43,8 @@ def main(
 def publish(layout: Layout, root: Path) -> None:
     """Copy the figures, claims and provenance of a finished preset to where the repository shows them; write its pages.
 
-    Raises:
-        UserError: the preset has held-out seeds, a page has no place for its part, the figure of the verdicts has not
-            been drawn, or the table claims is from another version; then nothing is changed.
+    Nothing is changed if the preset has held-out seeds, a page has no place for its part, the figure of the verdicts
+    has not been drawn, or the table claims is from another version (UserError).
     """
     if layout.preset.first_seed:
         raise UserError(
@@ -68,8 +60,8 @@ def publish(layout: Layout, root: Path) -> None:
 
 
 def _drawn(layout: Layout) -> list[Path]:
-    """Return the files of a finished preset's figures."""
-    drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in _FIGURE_KINDS)
+    """Return the files of a finished preset's figures: the pictures, and the tables of what they show."""
+    drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in (".svg", ".csv"))
     if layout.figures / "verdicts.svg" not in drawn:
         raise UserError(f"figure {layout.figures}/verdicts.svg does not exist; run the preset {layout.name} first")
     return drawn
@@ -94,13 +86,11 @@ def publish_held_out(path: Path, root: Path) -> str:
 
     They lie in the folder `held_out` of the published preset, with the table `came_out_again`. A preset that was never
     explored is published itself, with its pictures. The pages are written; `path` is what `lorabench freeze` wrote.
+    Nothing is changed if the runs did not keep to the frozen rules (see `check_kept`), a table is missing, or a page
+    has no place for its part (UserError).
 
     Returns:
         A sentence that counts the verdicts that came out again.
-
-    Raises:
-        UserError: the runs did not keep to the frozen rules (see `check_kept`), a table is missing, or a page has no
-            place for its part; then nothing is changed.
     """
     frozen = read_frozen(path)
     layout = Layout.of(frozen.preset)

@@ -26,7 +26,7 @@ import pandas as pd
 import pyarrow as pa
 
 from lorabench.claims.judge import judge_claims
-from lorabench.data.groups import has_groups
+from lorabench.data.identity import has_groups
 from lorabench.data.sft import build_dataset
 from lorabench.models.counts import counts_table
 from lorabench.planning.plan import make_plan
@@ -41,36 +41,28 @@ from saved_runs import saved_tables
 
 PARTIAL, PUBLISHED = Path("paper_figures/partial"), Path("paper_figures/published")
 ANSWERS = PUBLISHED / "rejudged.csv"
-ANSWER_COLUMNS = ("preset", "claim_id", "verdict", "p_again", "estimate", "ci_low", "ci_high", "n_runs", "n_seeds")
+ANSWER_COLUMNS = ["preset", "claim_id", "verdict", "p_again", "estimate", "ci_low", "ci_high", "n_runs", "n_seeds"]
 """The columns of the committed answers on saved runs."""
-
-TOLERANCE = 1e-9
-"""The relative difference of two numbers that counts as none."""
 
 
 def saved_claims(name: str, counts: pd.DataFrame) -> pd.DataFrame:
     """Return the table `claims` of a preset's saved runs, with the preset's name."""
     layout = Layout.of(name)
-    parts = list(saved_tables(make_plan(layout.preset), layout))
+    preset, parts = layout.preset, list(saved_tables(make_plan(layout.preset), layout))
     frames = {table: pa.concat_tables([part[table] for part in parts]).to_pandas() for table in parts[0]}
-    frames |= {"test_losses": _with_groups(frames["test_losses"], frames["runs"], layout), "counts": counts}
-    stated = layout.preset
-    claims = judge_claims(Tables.of(frames), margins=stated.margins, predictions=stated.predictions)
+    losses = frames["test_losses"].merge(frames["runs"][["run_id", "model", "dataset"]], on="run_id")
+    # The groups of test examples are in the data, which are made here.
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        for model, dataset in losses[["model", "dataset"]].drop_duplicates().itertuples(index=False):
+            if has_groups(preset.sources[dataset]):
+                build_dataset(preset.datasets[dataset], layout.dataset(dataset), {})
+                groups = np.array(test_groups(layout, model, dataset))
+                own = losses["model"].eq(model) & losses["dataset"].eq(dataset)
+                losses.loc[own, "group"] = groups[losses.loc[own, "example"]]
+    frames |= {"test_losses": losses.drop(columns=["model", "dataset"]), "counts": counts}
+    claims = judge_claims(Tables.of(frames), margins=preset.margins, predictions=preset.predictions)
     claims.insert(0, "preset", name)
     return claims.drop(columns="run_ids")
-
-
-def _with_groups(losses: pd.DataFrame, runs: pd.DataFrame, layout: Layout) -> pd.DataFrame:
-    """Return test losses with the groups of their examples, which are in the data and made here."""
-    described = losses.merge(runs[["run_id", "model", "dataset"]], on="run_id")
-    with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        for model, dataset in described[["model", "dataset"]].drop_duplicates().itertuples(index=False):
-            if has_groups(layout.preset.sources[dataset]):
-                build_dataset(layout.preset.datasets[dataset], layout.dataset(dataset), {})
-                groups = np.array(test_groups(layout, model, dataset))
-                own = described["model"].eq(model) & described["dataset"].eq(dataset)
-                described.loc[own, "group"] = groups[described.loc[own, "example"]]
-    return described.drop(columns=["model", "dataset"])
 
 
 def differences(new_file: Path, old_file: Path) -> list[str]:
@@ -86,17 +78,11 @@ def differences(new_file: Path, old_file: Path) -> list[str]:
             continue
         for row in old.index[new[column].ne(old[column])]:
             now, before = new.loc[row, column], old.loc[row, column]
-            if not _same_number(now, before):
+            numbers = pd.to_numeric(pd.Series([now, before]), errors="coerce")
+            if not math.isclose(*numbers, rel_tol=1e-9):
                 place = " ".join(filter(None, old.loc[row, keys]))
                 lines.append(f"{new_file.name}, row {row}, {place}: {column} was {before!r}, is {now!r}")
     return lines
-
-
-def _same_number(new: str, old: str) -> bool:
-    try:
-        return math.isclose(float(new), float(old), rel_tol=TOLERANCE)
-    except ValueError:
-        return False
 
 
 def main() -> int:
@@ -113,7 +99,7 @@ def main() -> int:
     answers = pd.concat(claims)
     write_csv(answers, out / ANSWERS.name)
     if arguments.write:
-        write_csv(answers[[*ANSWER_COLUMNS]], ANSWERS)
+        write_csv(answers[ANSWER_COLUMNS], ANSWERS)
     print("judging the sources", file=sys.stderr)
     folders = evidence_folders(Path())
     tables = evidence_tables((), [read_own(folder, folder.name) for folder in folders], folders)

@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -34,19 +33,6 @@ _SCHEMA = pa.schema(
     [("run_id", pa.string()), ("record", pa.string()), JOB.field("curve"), JOB.field("test_losses")],
     metadata={_VERSION: str(PROTOCOL_VERSION)},
 )
-_FLOATS = ("curve.list.element.value", "test_losses.list.element.loss")
-_COUNTS = (
-    *("curve.list.element.step", "curve.list.element.examples", "curve.list.element.tokens"),
-    "test_losses.list.element.tokens",
-)
-_PARQUET: dict[str, Any] = {
-    "compression": "zstd",
-    "compression_level": 15,
-    "use_dictionary": ["run_id", "record", "curve.list.element.split", "curve.list.element.metric"],
-    "column_encoding": dict.fromkeys(_FLOATS, "BYTE_STREAM_SPLIT") | dict.fromkeys(_COUNTS, "DELTA_BINARY_PACKED"),
-}
-"""How a file is written: these encodings take 30% off the size of zstd alone."""
-
 
 app = typer.Typer(cls=OneSentence, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -74,9 +60,6 @@ def save_runs(plan: Plan, layout: Layout) -> tuple[int, int]:
 
     Returns:
         The number of saved runs, and the bytes of all files.
-
-    Raises:
-        UserError: a run or a saved file is damaged.
     """
     run_ids: dict[Path, set[str]] = {}
     for sweep in plan.sweeps:
@@ -93,15 +76,13 @@ def save_runs(plan: Plan, layout: Layout) -> tuple[int, int]:
                 rows[folder.run_id] = pa.table(columns, schema=_SCHEMA)
         if rows:
             table = pa.concat_tables([rows[run_id] for run_id in sorted(rows)])
-            write_table(table, path, **_PARQUET)
+            write_table(table, path, compression="zstd", compression_level=15)
             saved, total = saved + len(rows), total + path.stat().st_size
     return saved, total
 
 
 def restore_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
-    """Write saved runs into the folders of runs.
-
-    A run that is there already is left as it is. All files are checked before anything is written.
+    """Write saved runs into the folders of runs; a run that is there already is left as it is.
 
     Returns:
         The number of runs that were restored, that were there already, and that the plan does not have.
@@ -133,9 +114,6 @@ def saved_tables(plan: Plan, layout: Layout) -> Iterator[dict[str, pa.Table]]:
 
     Runs that the plan does not have (any more) have no experiments. The groups of test examples are null, since
     they are in the data, which are not saved.
-
-    Raises:
-        UserError: a file is damaged or was computed with another protocol version.
     """
     experiments = {run.run_id: sweep.experiments for sweep in plan.sweeps for run in sweep.possible_runs()}
     for path in sorted(layout.saved_runs.glob("*.parquet")):
@@ -152,7 +130,7 @@ def saved_tables(plan: Plan, layout: Layout) -> Iterator[dict[str, pa.Table]]:
 
 
 def _read(path: Path) -> dict[str, pa.Table]:
-    """Return the row of each run in a file of saved runs."""
+    """Return the row of each run in a file of saved runs, of this protocol version (else UserError)."""
     table = read_parquet(path)
     version = (table.schema.metadata or {}).get(_VERSION, b"").decode()
     if version != str(PROTOCOL_VERSION):

@@ -126,7 +126,7 @@ def _variant_factor(config: TrainingConfig, evidence: LrEvidence) -> tuple[float
 
 
 def level(verdict: Verdict) -> Level:
-    """Return the level of a finding; docs/audit-codes.md has how often each is right."""
+    """Return the level of a finding; advice/docs/audit-codes.md has how often each is right."""
     costs = verdict.outside_80 and verdict.p_margin > SURE
     # Where runs may diverge, the interval of the loss has no meaning.
     if verdict.outside_95 and (verdict.share.low > verdict.margin or (costs and verdict.may_diverge)):

@@ -62,11 +62,6 @@ class ModuleUpdate:
     first_share: float
     """Share of the squared norm that lies in the strongest direction."""
 
-    @property
-    def limit(self) -> int:
-        """The highest rank that the update can have."""
-        return min(self.rank, self.d_in, self.d_out)
-
 
 @dataclass(frozen=True)
 class Adapter:
@@ -97,10 +92,10 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         UserError: a file is missing or can't be read.
     """
-    config, tensors = read_adapter_config(folder), _Tensors(folder / WEIGHTS)
+    config, tensors = read_adapter_config(folder), _read_tensors(folder / WEIGHTS)
     factors: dict[str, dict[str, str]] = defaultdict(dict)
     whole, not_finite, foreign = dict[str, int](), list[str](), list[str]()
-    for key, (_, shape) in tensors.shapes.items():
+    for key, (_, stored) in tensors.items():
         name = key.removeprefix(PREFIX)
         match = _LORA.fullmatch(name)
         if name == key or ("lora_" in name and match is None and not name.endswith(_OTHER)):
@@ -108,22 +103,26 @@ def read_adapter(folder: Path) -> Adapter:
         elif match:
             factors[match[1]][match[3]] = key
         elif "lora_" not in name:
-            whole[name] = math.prod(shape)
-            not_finite += [] if _finite(tensors.read(key)) else [name]
+            whole[name] = stored.size
+            not_finite += [] if _is_finite(_numbers(*tensors[key])) else [name]
     modules, findings = list[ModuleUpdate](), list[Finding]()
     scales = config.scales([*map(plain, factors)])
     for module, keys in factors.items():
         if len(keys) < 2:
             continue
-        a, b = tensors.read(keys["A"]), tensors.read(keys["B"])
-        if not _finite(a) or not _finite(b):
+        a, b = (_numbers(*tensors[keys[part]]) for part in "AB")
+        if not _is_finite(a) or not _is_finite(b):
             not_finite.append(module)
             continue
-        update = _update(module, a, b, config, *scales[plain(module)], "lora_embedding_" in keys["A"])
-        if isinstance(update, Finding):
-            findings.append(update)
+        rank, scale = scales[plain(module)]
+        sized = a.ndim == b.ndim == 2 and a.size and b.size
+        experts = len(a) // rank if sized and config.parameters_in(plain(module)) else 1
+        if sized and len(a) == b.shape[1] == experts * rank:
+            default = config.init_lora_weights is True and "lora_embedding_" not in keys["A"]
+            modules.append(_update(module, a, b, rank, experts, scale, default))
         else:
-            modules.append(update)
+            message = f"{module} has A {a.shape} and B {b.shape}, and the configuration gives it rank {rank}"
+            findings.append(_finding("shape", "error", message))
     if not_finite:
         message = f"{len(not_finite)} modules have weights that are NaN or infinite: {listed(not_finite)}"
         findings.append(_finding("not-finite", "error", message))
@@ -139,56 +138,53 @@ def read_adapter(folder: Path) -> Adapter:
         config.init_lora_weights,
         config.targets,
         tuple(sorted(config.target_parameters or ())),
-        dict(Counter(dtype for dtype, _ in tensors.shapes.values())),
-        sum(math.prod(shape) for _, shape in tensors.shapes.values()),
+        dict(Counter(dtype for dtype, _ in tensors.values())),
+        sum(stored.size for _, stored in tensors.values()),
         tuple(modules),
         whole,
         tuple(findings),
     )
 
 
-class _Tensors:
-    """The tensors of a safetensors file as arrays of numpy; bf16 is read as fp32."""
+def _read_tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
+    """Return by name the type of each tensor of a safetensors file and its content, which stays on the disk."""
+    if not path.is_file():
+        other = [file.name for file in sorted(path.parent.glob("adapter_model.*"))]
+        pickled = f" ({', '.join(other)} is not loaded)" if other else ""
+        raise UserError(f"adapter folder {str(path.parent)!r} has no {path.name}{pickled}")
+    try:
+        # It checks that the header and the length of the file agree.
+        with safe_open(path, "numpy"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    data, tensors = np.memmap(path, np.uint8, "r", 8 + length), {}
+    for name, entry in header.items():
+        if len(name) > _LONGEST or not name.isprintable():
+            raise UserError(f"{path}: tensor {name[:80]!r}: allowed: names of up to {_LONGEST:,} printable characters")
+        if entry["dtype"] not in _TYPES:
+            raise UserError(f"{path}: tensor {name} has the type {entry['dtype']}; allowed: {', '.join(_TYPES)}")
+        start, end = entry["data_offsets"]
+        stored = data[start:end].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
+        tensors[name] = (entry["dtype"], stored)
+    return tensors
 
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            other = [file.name for file in sorted(path.parent.glob("adapter_model.*"))]
-            pickled = f" ({', '.join(other)} is not loaded)" if other else ""
-            raise UserError(f"adapter folder {str(path.parent)!r} has no {path.name}{pickled}")
-        try:
-            # It checks that the header and the length of the file agree.
-            with safe_open(path, "numpy"), path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} is not a safetensors file: {error}") from error
-        self._path, self._data = path, np.memmap(path, np.uint8, "r", 8 + length)
-        self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        self.shapes = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in self._entries.items()}
-        if bad := next((name for name in self.shapes if len(name) > _LONGEST or not name.isprintable()), None):
-            raise UserError(f"{path}: tensor {bad[:80]!r}: allowed: names of up to {_LONGEST:,} printable characters")
 
-    def read(self, name: str) -> np.ndarray:
-        """Return a tensor."""
-        dtype, shape = self.shapes[name]
-        if dtype not in _TYPES:
-            raise UserError(f"{self._path}: tensor {name} has the type {dtype}; allowed: {', '.join(_TYPES)}")
-        start, end = self._entries[name]["data_offsets"]
-        values = np.frombuffer(self._data[start:end].tobytes(), _TYPES[dtype]).reshape(shape)
-        return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values
+def _numbers(dtype: str, stored: np.ndarray) -> np.ndarray:
+    """Return a tensor in memory; bf16 as fp32."""
+    return (stored.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else np.array(stored)
 
 
 def _update(
-    module: str, a: np.ndarray, b: np.ndarray, config: AdapterConfig, rank: int, scale: float, embedding: bool
-) -> ModuleUpdate | Finding:
-    """Describe the update of a module by its factors, A (r, d_in) and B (d_out, r), or say why they can't be right."""
-    sized = a.ndim == b.ndim == 2 and a.size and b.size
-    experts = len(a) // rank if sized and config.parameters_in(plain(module)) else 1
-    if not sized or len(a) != b.shape[1] or len(a) != experts * rank:
-        shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
-        return _finding("shape", "error", f"{module} has {shapes}, and the configuration gives it rank {rank}")
+    module: str, a: np.ndarray, b: np.ndarray, rank: int, experts: int, scale: float, default: bool
+) -> ModuleUpdate:
+    """Describe a module's update by A (experts * rank, d_in), with rows by expert, and B (d_out, rank * experts).
+
+    The columns of B are by direction; `default` says whether A began with PEFT's default initialization.
+    """
     energy, first, numerical, effective = 0.0, 0.0, [], []
-    # PEFT keeps the rows of A by expert, and the columns of B by direction.
     for own_a, own_b in zip(
         a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).transpose(2, 0, 1), strict=True
     ):
@@ -199,9 +195,6 @@ def _update(
         shares = values[values > 0] / (values.sum() or 1.0)
         numerical.append(int((values > _DIRECTION * values[0]).sum()))
         effective.append(float(np.exp(-(shares * np.log(shares)).sum())) if values[0] else 0.0)
-    initial = None
-    if config.init_lora_weights is True and not embedding:
-        initial = float(np.sqrt(np.mean(np.square(a, dtype=np.float64)) * 3 * a.shape[1]))
     return ModuleUpdate(
         module,
         rank,
@@ -209,7 +202,7 @@ def _update(
         a.shape[1],
         len(b),
         scale,
-        initial,
+        float(np.sqrt(np.mean(np.square(a, dtype=np.float64)) * 3 * a.shape[1])) if default else None,
         float(np.linalg.norm(b.astype(np.float64))),
         scale * math.sqrt(energy),
         min(numerical),
@@ -218,7 +211,7 @@ def _update(
     )
 
 
-def _finite(values: np.ndarray) -> bool:
+def _is_finite(values: np.ndarray) -> bool:
     """Return whether all values are finite as fp32, in which PEFT computes."""
     with np.errstate(over="ignore"):
         return bool(np.isfinite(values.astype(np.float32)).all())
@@ -281,18 +274,17 @@ def _finding_keys(
 
 def _finding_effects(modules: list[ModuleUpdate], count: int) -> Iterator[Finding]:
     """Find updates without effect, of lower rank than they could have, and hardly used ranks."""
-    zero = [module.module for module in modules if not module.norm]
-    if zero and len(zero) == count:
-        message = "B A is zero in all modules, so the adapter has no effect: it was not trained, or not saved"
-        yield _finding("no-effect", "error", message)
-    elif zero:
+    if zero := [module.module for module in modules if not module.norm]:
         message = f"B A is zero in {len(zero)} of {count} modules, which have no effect: {listed(zero)}"
-        yield _finding("no-effect", "warning", message)
-    deficient = [f"{m.module} ({m.numerical_rank} of {m.rank})" for m in modules if 0 < m.numerical_rank < m.limit]
+        if len(zero) == count:
+            message = "B A is zero in all modules, so the adapter has no effect: it was not trained, or not saved"
+        yield _finding("no-effect", "error" if len(zero) == count else "warning", message)
+    limits = [(module, min(module.rank, module.d_in, module.d_out)) for module in modules if module.norm]
+    deficient = [f"{m.module} ({m.numerical_rank} of {m.rank})" for m, limit in limits if m.numerical_rank < limit]
     if deficient:
         message = f"the update of {len(deficient)} modules has a lower rank than r: {listed(deficient)}"
         yield _finding("rank", "warning", message)
-    shares = [module.effective_rank / module.limit for module in modules if module.norm]
+    shares = [module.effective_rank / limit for module, limit in limits]
     if shares and (middle := median_high(shares)) < 0.1:
         message = f"half of the modules have an effective rank below {middle:.0%} of r"
         yield _finding("rank", "note", f"{message}: a lower rank might have done")

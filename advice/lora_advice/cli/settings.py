@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Argument, Option
 
 from lora_advice.errors import UserError
-
-if TYPE_CHECKING:
-    from lora_advice.data import UserData
 
 Model = Annotated[str, Argument(metavar="MODEL", help="A folder, a model's id on the hub, or a base of the suite.")]
 Tokens = Annotated[int | None, Option(min=1, help="Scored tokens of the training data, which are the assistant's.")]
@@ -38,19 +35,20 @@ def recommend(
     as_json: AsJson = False,
 ) -> None:
     """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
-    from lora_advice.recommend import recommend as recommended
-    from lora_advice.recommend import recommendation_table
+    from lora_advice import recommend as advice
+    from lora_advice.data import read_data
     from lora_advice.user_model import find_model
 
-    described, examined = find_model(model), _examined(data, data_format)
+    described = find_model(model)
+    examined = None if data is None else read_data(Path(data), data_format)
     tokens, examples = (examined.tokens, examined.usable) if examined else (dataset_tokens, None)
-    recommendation = recommended(described, tokens, examples, batch_size, steps, results)
+    recommendation = advice.recommend(described, tokens, examples, batch_size, steps, results)
     if as_json:
         print(json.dumps(asdict(recommendation), indent=2, allow_nan=False))
         return
     about = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in recommendation.model.items())
     print(f"{about}\n{examined}" if examined else about)
-    recommendation_table(recommendation)
+    advice.recommendation_table(recommendation)
 
 
 def convert(
@@ -71,20 +69,18 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Convert a learning rate of LoRA to another alpha, rank, length, batch size or variant."""
-    from lora_advice.recommend import LoraRun, lr_text
-    from lora_advice.recommend import convert as converted
+    from lora_advice import recommend as advice
     from lora_advice.user_model import find_model
     from lora_advice.variants import checked_variant
 
-    for name, value in (("--lr", lr), ("--from-alpha", from_alpha), ("--alpha", alpha)):
-        if value is not None and not value > 0:
-            raise UserError(f"{name} {value:g}: must be above 0")
-    here = LoraRun(checked_variant(from_variant), from_alpha, from_rank, from_steps, from_batch_size)
-    if lr is None and here != LoraRun():
+    _check_positive(("--lr", lr), ("--from-alpha", from_alpha), ("--alpha", alpha))
+    here = advice.LoraRun(checked_variant(from_variant), from_alpha, from_rank, from_steps, from_batch_size)
+    if lr is None and here != advice.LoraRun():
         raise UserError("--from-alpha, --from-rank, --from-steps, --from-batch-size and --from-variant need --lr")
-    there = LoraRun(checked_variant(variant), alpha, rank, steps, batch_size)
-    setting = converted(find_model(model), lr, here, there)
-    print(json.dumps(asdict(setting), indent=2) if as_json else f"{setting.what}: {lr_text(setting)}\n{setting.source}")
+    there = advice.LoraRun(checked_variant(variant), alpha, rank, steps, batch_size)
+    setting = advice.convert(find_model(model), lr, here, there)
+    shown = f"{setting.what}: {advice.lr_text(setting)}\n{setting.source}"
+    print(json.dumps(asdict(setting), indent=2) if as_json else shown)
 
 
 def trainer(
@@ -110,26 +106,25 @@ def trainer(
     out: Annotated[Path | None, Option(help="The folder; finetune-TRAINER by default.")] = None,
 ) -> None:
     """Write a folder to train from with the recommended settings, each with its reason."""
+    from lora_advice import recommend as advice
+    from lora_advice.data import read_data
     from lora_advice.models import HUB_ID
-    from lora_advice.recommend import recommend as recommended
     from lora_advice.trainer_files import Choices, write_folder
     from lora_advice.user_model import find_model
 
-    for option, value in (("--lr", lr), ("--alpha", alpha)):
-        if value is not None and not value > 0:
-            raise UserError(f"{option} {value:g}: must be above 0")
+    _check_positive(("--lr", lr), ("--alpha", alpha))
     on_hub = data is not None and HUB_ID.fullmatch(data) and not Path(data).is_file()
-    examined = None if on_hub else _examined(data, data_format)
+    examined = None if data is None or on_hub else read_data(Path(data), data_format)
     described = find_model(model)
     choices = Choices(lr, rank, alpha, steps, full, grader, data_format if on_hub else None)
     tokens, examples = (examined.tokens, examined.usable) if examined and not grader else (dataset_tokens, None)
-    recommendation = recommended(described, tokens, examples, batch_size, steps)
+    recommendation = advice.recommend(described, tokens, examples, batch_size, steps)
     folder = out or Path(f"finetune-{name}")
     command = write_folder(name, folder, described, recommendation, examined or data or "", choices)
     print(f"{folder} is written; start with: {command}")
 
 
-def _examined(data: str | None, form: str | None) -> UserData | None:
-    from lora_advice.data import read_data
-
-    return None if data is None else read_data(Path(data), form)
+def _check_positive(*values: tuple[str, float | None]) -> None:
+    for name, value in values:
+        if value is not None and not value > 0:
+            raise UserError(f"{name} {value:g}: must be above 0")

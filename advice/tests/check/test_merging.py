@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lora_advice.check.adapter import read_adapter
-from lora_advice.check.merging import check_merging
-from lora_advice.check.probe import probe
+from lora_advice.check.merging import check_merging, probe
 from lora_advice.cli import app
 from lora_advice.errors import UserError
 from lora_advice.user_model import find_model

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -67,19 +68,16 @@ def llm_options(
     """Return the arguments of vLLM's `LLM` with which it draws from a policy.
 
     Args:
-        model: folder or hub id of the model.
         dtype: the name of the type of products.
         max_length: tokens of the longest prompt with its response.
         max_rank: largest rank of the adapter; None without one.
         gpu_share: share of the GPU's memory that the engine may take; None on a CPU.
         tokenizes: whether a text may end a response, for which the engine needs the tokenizer.
-        adapted: names of layers, without those around them, that may carry the adapter; None for all.
+        adapted: last parts of the names of layers that may carry the adapter; None for all.
     """
-    lora: dict[str, Any] = {}
-    if max_rank is not None:
-        # Layers that carry none would take memory all the same.
-        lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank, "lora_target_modules": adapted}
-    return lora | {
+    # Layers that carry no adapter would take memory all the same.
+    lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank, "lora_target_modules": adapted}
+    return ({} if max_rank is None else lora) | {
         "model": model,
         "dtype": dtype,
         "max_model_len": max_length,
@@ -105,45 +103,35 @@ def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> Eng
     """Return the settings of the engine of a sweep; see `llm_options`."""
     machine, condition, preset = context.machine, context.sweep.condition, context.plan.preset
     spec, device = context.layout.model(condition.model), machine.device
-    memory, batch = engine_memory(preset, condition.model, condition), engine_batch(preset, condition)
-    dtype = "bfloat16" if preset.protocol.precision == "bf16" else "float32"
-    max_rank = None if condition.rank is None else max_lora_rank(condition.rank)
+    memory = engine_memory(preset, condition.model, condition)
     head = ("lm_head",) if preset.protocol.include_unembedding else ()
-    adapted = None if condition.placement is None else (*SUFFIXES[condition.placement], *head)
-    share = None
+    gpu, share = None, None
     if device.type == "cuda":
+        gpu = device.index or 0
         share = min(0.95, sum(memory) / torch.cuda.get_device_properties(device).total_memory)
-    limits = longest, int(memory.cache), max_rank, batch, share
-    options = llm_options(model_location(spec), dtype, *limits, tokenizes, adapted)
+    options = llm_options(
+        model_location(spec),
+        "bfloat16" if preset.protocol.precision == "bf16" else "float32",
+        longest,
+        int(memory.cache),
+        None if condition.rank is None else max_lora_rank(condition.rank),
+        engine_batch(preset, condition),
+        share,
+        tokenizes,
+        None if condition.placement is None else (*SUFFIXES[condition.placement], *head),
+    )
     options["trust_remote_code"] = getattr(spec, "trust_remote_code", False)
     if isinstance(spec, HubModel):
         options |= {"revision": spec.revision, "tokenizer_revision": spec.revision}
-    gpu = None if share is None else device.index or 0
     return EngineSettings(options, gpu, max(1, preset.execution.threads // machine.processes.count))
 
 
-def handover_folder(needed: int) -> Path:
-    """Return this machine's folder for files of `needed` bytes, in memory if it has room; UserError if none has."""
-    memory = [MEMORY] if os.access(MEMORY, os.W_OK) else []
-    folders = [*memory, Path(tempfile.gettempdir())]
-    free = {folder: shutil.disk_usage(folder).free for folder in folders}
-    for folder in folders:
-        if free[folder] >= needed:
-            return folder
-    there = " and ".join(f"{amount(space, 'B')} in {folder}" for folder, space in free.items())
-    raise UserError(
-        f"the policies of this job need {amount(needed, 'B')} to be handed over to vLLM, and there are {there} free; "
-        "make room, in a container by a larger /dev/shm (docker run --shm-size), let TMPDIR name a larger folder of "
-        "this machine, or set execution.sampler to own"
-    )
-
-
-class PolicyEngine:
+class PolicyEngine(AbstractContextManager["PolicyEngine"]):
     """The process in which vLLM draws from the policies of a job's runs, one run after another.
 
     It is started at the first draw, and again where a sweep needs other settings. Policies are handed over through a
-    folder that all processes of a job see. What is compiled goes into a folder of each process. This context manager
-    ends the process and removes the folders. What vLLM prints is appended to the file `log`, which stays.
+    folder that all processes of a job see. On exit the process ends and the folders are removed. What vLLM prints is
+    appended to the file `log`.
     """
 
     def __init__(self, processes: Processes, log: Path) -> None:
@@ -155,14 +143,27 @@ class PolicyEngine:
         self._folders = [self._caches]
 
     def make_room(self, needed: int) -> None:
-        """Choose the folder through which policies of `needed` bytes are handed over; every process must call this."""
-        if needed > self._room:
-            made = [machine_folder(handover_folder(needed))] if self._processes.first else []
-            [self._folder] = self._processes.gather_objects(made)[0]
-            self._folders, self._room = [*self._folders, *made], needed
+        """Choose the folder through which policies of `needed` bytes are handed over, in memory if it has room.
 
-    def __enter__(self) -> PolicyEngine:
-        return self
+        Every process must call this. UserError says that no folder of this machine has room.
+        """
+        if needed <= self._room:
+            return
+        made = []
+        if self._processes.first:
+            folders = [*([MEMORY] if os.access(MEMORY, os.W_OK) else []), Path(tempfile.gettempdir())]
+            free = {folder: shutil.disk_usage(folder).free for folder in folders}
+            parent = next((folder for folder, space in free.items() if space >= needed), None)
+            if parent is None:
+                there = " and ".join(f"{amount(space, 'B')} in {folder}" for folder, space in free.items())
+                raise UserError(
+                    f"the policies of this job need {amount(needed, 'B')} to be handed over to vLLM, and there are "
+                    f"{there} free; make room, in a container by a larger /dev/shm (docker run --shm-size), let TMPDIR "
+                    "name a larger folder of this machine, or set execution.sampler to own"
+                )
+            made = [machine_folder(parent)]
+        [self._folder] = self._processes.gather_objects(made)[0]
+        self._folders, self._room = [*self._folders, *made], needed
 
     def __exit__(self, *error: Any) -> None:
         self._stop()
@@ -184,25 +185,21 @@ class PolicyEngine:
             settings: what the engine is started with. In full fine-tuning its model is replaced by the policy.
             interrupt: called while responses are awaited; it may raise to end the drawing.
         """
-        if isinstance(model, PeftModel):
-            self._hand_over_adapter(model, settings)
-        else:
-            self._hand_over_weights(model, settings)
+        hand_over = self._hand_over_adapter if isinstance(model, PeftModel) else self._hand_over_weights
+        hand_over(model, settings)
+        options = {
+            "max_tokens": stop.max_new_tokens,
+            # The log-probability of the drawn token, and of no other.
+            "logprobs": 0,
+            # The stop tokens are all that end a response.
+            "ignore_eos": True,
+            "stop_token_ids": list(stop.tokens),
+            "stop": list(stop.texts) or None,
+            "detokenize": bool(stop.texts),
+            "skip_special_tokens": False,
+        }
 
         def draw_share(share: list[Request]) -> list[Response]:
-            if not share:
-                return []
-            options = {
-                "max_tokens": stop.max_new_tokens,
-                # The log-probability of the drawn token, and of no other.
-                "logprobs": 0,
-                # The stop tokens are all that end a response.
-                "ignore_eos": True,
-                "stop_token_ids": list(stop.tokens),
-                "stop": list(stop.texts) or None,
-                "detokenize": bool(stop.texts),
-                "skip_special_tokens": False,
-            }
             wanted: list[tuple[tuple[int, ...], int | None]] = []
             for request in share:
                 seed: int | None = None
@@ -211,7 +208,7 @@ class PolicyEngine:
                     state = np.random.SeedSequence(request.key).generate_state(1, np.uint64)
                     seed = int(state[0] >> np.uint64(1))
                 wanted.append((request.prompt, seed))
-            answers = self.ask("sample", interrupt, requests=wanted, options=options)
+            answers = self.ask("sample", interrupt, requests=wanted, options=options) if share else []
             return [
                 Response(np.array(tokens, np.int64), np.array(logprobs, np.float32), truncated)
                 for tokens, logprobs, truncated in answers
@@ -220,10 +217,7 @@ class PolicyEngine:
         return sample_in_processes(requests, draw_share, self._processes)
 
     def _hand_over_weights(self, model: Any, settings: EngineSettings) -> None:
-        """Hand over all weights, in the type in which their products are computed, as in training.
-
-        A tied unembedding becomes a weight of its own, since vLLM does not renew tied ones.
-        """
+        """Hand over all weights in the type of the products, and a tied unembedding, which vLLM would not renew."""
         dtype, tensors = getattr(torch, settings.options["dtype"]), {}
         named = dict(model.named_parameters()) | {"lm_head.weight": model.get_output_embeddings().weight}
         # The next policy is written beside this one.
@@ -259,11 +253,10 @@ class PolicyEngine:
         }
         folder = self._folder / f"adapter-{self._handed_over}"
         if self._processes.first:
-            config = model.active_peft_config
-            modules = {name.rsplit(".", 3)[-3] for name in tensors}
+            config, modules = model.active_peft_config, sorted({name.rsplit(".", 3)[-3] for name in tensors})
             folder.mkdir()
             about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.r, "lora_alpha": config.lora_alpha}
-            (folder / "adapter_config.json").write_text(json.dumps(about | {"target_modules": sorted(modules)}))
+            (folder / "adapter_config.json").write_text(json.dumps(about | {"target_modules": modules}))
             with space_for(folder):
                 save_file(tensors, folder / "adapter_model.safetensors")
         self._processes.wait()
@@ -277,6 +270,17 @@ class PolicyEngine:
         if settings == self._settings:
             return False
         self._stop()
+        # This process's place among those of the job is not the engine's.
+        distributed = ("TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "OMP_", "RANK", "WORLD_SIZE")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(distributed)}
+        # Models of the hub are fetched by a job of their own.
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        environment |= vllm_environment(settings.device is None, self._caches)
+        if settings.device is None:
+            environment["OMP_NUM_THREADS"] = str(settings.threads)
+        else:
+            visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+            environment["CUDA_VISIBLE_DEVICES"] = visible[settings.device] if visible else str(settings.device)
         ours, theirs = socket.socketpair()
         folders = [str(self._folder), str(self._caches)]
         start = json.dumps({"trainer": os.getpid(), "folders": folders, "options": settings.options})
@@ -285,7 +289,7 @@ class PolicyEngine:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "lorabench.training.rl.engine_worker", str(theirs.fileno()), start],
                 pass_fds=[theirs.fileno()],
-                env=_environment(settings, self._caches),
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -308,11 +312,9 @@ class PolicyEngine:
             self._settings = None
 
     def ask(self, name: str | None, interrupt: Callable[[], None] = lambda: None, **arguments: Any) -> Any:
-        """Send a message to the process and return its answer; UserError if the engine failed or has ended.
+        """Call a method of the worker's `_Engine`, and return its answer; UserError if the engine failed or has ended.
 
-        Args:
-            name: a method of the worker's `_Engine`; None only awaits the answer that the engine has started.
-            interrupt: called while the answer is awaited; it may raise.
+        Without a name this only awaits the answer that the engine has started. `interrupt` is called meanwhile.
         """
         try:
             if name is not None:
@@ -331,25 +333,9 @@ class PolicyEngine:
                 f"again, and its runs go on from their checkpoints; its log is {self._log}"
             ) from error
         if "error" in answer:
-            alone = "; the GPU may be in a compute mode in which it takes one process (nvidia-smi -c 0 changes it)"
-            hint = alone if "busy or unavailable" in answer["error"] else ""
+            hint = "; the GPU may be in a compute mode in which it takes one process (nvidia-smi -c 0 changes it)"
             raise UserError(
-                f"vLLM, which draws the responses (execution.sampler), failed: {answer['error']}{hint}; its "
-                f"log is {self._log}"
+                f"vLLM, which draws the responses (execution.sampler), failed: {answer['error']}"
+                f"{hint if 'busy or unavailable' in answer['error'] else ''}; its log is {self._log}"
             )
         return answer["result"]
-
-
-def _environment(settings: EngineSettings, caches: Path) -> dict[str, str]:
-    """Return this process's environment, without its place among the job's processes, with vLLM's variables."""
-    distributed = ("TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "OMP_", "RANK", "WORLD_SIZE")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(distributed)}
-    # Models of the hub are fetched by a job of their own.
-    environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    environment |= vllm_environment(settings.device is None, caches)
-    if settings.device is None:
-        environment["OMP_NUM_THREADS"] = str(settings.threads)
-    else:
-        visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[settings.device] if visible else str(settings.device)
-    return environment

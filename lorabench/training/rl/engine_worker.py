@@ -20,7 +20,7 @@ from typing import Any
 
 
 class _Engine:
-    """A running engine. Its methods are the messages that it answers; each returns what is sent back."""
+    """A running engine, whose methods are the messages that it answers."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         from vllm import LLM
@@ -46,17 +46,10 @@ class _Engine:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         self._llm.reset_prefix_cache()
 
-    def sample(
-        self, requests: list[tuple[list[int], int | None]], options: dict[str, Any]
-    ) -> list[tuple[list[int], list[float], bool]]:
-        """Draw responses.
+    def sample(self, requests: list[tuple[list[int], int | None]], options: dict[str, Any]) -> list[Any]:
+        """Draw responses to prompts, each with its seed (None: greedy), by options of vLLM's `SamplingParams`.
 
-        Args:
-            requests: for each response the token ids of its prompt, and its seed (None: greedy).
-            options: arguments of vLLM's `SamplingParams`.
-
-        Returns:
-            For each response its tokens, their log-probabilities, and whether it was cut at its largest length.
+        A response is its tokens, their log-probabilities, and whether it was cut at its largest length.
         """
         from vllm import SamplingParams
 

@@ -75,24 +75,17 @@ class ProblemTexts:
         ends = {int(self.tokenizer.eos_token_id)}
         if self.rollouts.prompt is None:
             # Base models with a chat template may close a turn by another token than their end-of-text token.
-            turn = self._chat("a", "b")[len(self._chat("a")) :]
+            turn = self.prompt("a", "b")[len(self.prompt("a")) :]
             ends |= set(turn) & set(self.tokenizer.all_special_ids)
         return Stop(tuple(sorted(ends)), self.rollouts.max_new_tokens, self.rollouts.stop)
 
-    def prompt(self, question: str) -> tuple[int, ...]:
-        """Return the token ids of a question's prompt, by the chat template or by the preset's plain prompt."""
-        if self.rollouts.prompt is None:
-            return self._chat(question)
-        encoded: Any = self.tokenizer(self.rollouts.prompt.replace("{question}", question))
-        return tuple(encoded["input_ids"])
-
-    def _chat(self, question: str, *response: str) -> tuple[int, ...]:
-        """Return the token ids of a chat up to the assistant's turn, or through it if a response is given."""
-        messages = [{"role": "user", "content": question}]
-        messages += [{"role": "assistant", "content": text} for text in response]
-        encoded: Any = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=not response, return_dict=True
-        )
+    def prompt(self, question: str, *response: str) -> tuple[int, ...]:
+        """Return the token ids of a question by the preset's plain prompt, or by the chat template; then a response."""
+        if self.rollouts.prompt is not None:
+            encoded: Any = self.tokenizer(self.rollouts.prompt.replace("{question}", question))
+        else:
+            chat = [{"role": "user", "content": question}, *({"role": "assistant", "content": r} for r in response)]
+            encoded = self.tokenizer.apply_chat_template(chat, add_generation_prompt=not response, return_dict=True)
         return tuple(encoded["input_ids"])
 
     def text(self, response: Response) -> str:
@@ -102,12 +95,7 @@ class ProblemTexts:
         return decoded[: min(ends, default=len(decoded))]
 
     def read(self, path: Path) -> dict[str, Problems]:
-        """Read the splits of a problem set's file.
-
-        Raises:
-            UserError: the tokenizer has no chat template and the preset gives no prompt, or a prompt with the longest
-                response exceeds the model's length.
-        """
+        """Read the splits of a problem set's file; UserError says that a problem makes no prompt, or too long a one."""
         if self.rollouts.prompt is None and not self.tokenizer.chat_template:
             name = self.tokenizer.name_or_path
             raise UserError(f"the tokenizer {name!r} has no chat template; give the RL experiment a `prompt`")
@@ -141,9 +129,8 @@ class Environment:
 class RlOutcome(Outcome):
     """The outcome of an RL run. Rewards are accuracies of greedy responses, and None if the run diverged.
 
-    The rewards of the best constant answer and of the best cheap rule belong to the problem set (see
-    `lorabench.data.problems`). The entropy of the policy, in nats per token, and the share of truncated responses are
-    means over the last tenth of the steps.
+    The rewards of the best constant answer and of the best cheap rule belong to the problem set. The entropy of the
+    policy, in nats per token, and the share of truncated responses are means over the last tenth of the steps.
     """
 
     base_reward: float | None = None
@@ -167,8 +154,7 @@ def evaluate(
 ) -> tuple[Scores, list[bool]]:
     """Return the metrics of all sets of a policy, and whether each test problem was answered right.
 
-    Responses are greedy, except that several samples per problem of held-out sets are drawn at temperature 1, with
-    random numbers that follow from the run's seed and the number of finished steps.
+    Responses are greedy, but where held-out sets have several samples per problem these are drawn at temperature 1.
     """
     sets = {split: (environment.splits[split], environment.grade, 1) for split in ("validation", "test")}
     sets |= {name: (*held_out, rollouts.held_out_samples) for name, held_out in environment.held_out.items()}
@@ -188,7 +174,7 @@ def evaluate(
         texts = [environment.texts.text(response) for response in drawn]
         rewards = grade(texts, answers)
         if name == "test":
-            right = [reward > 0 for reward in rewards.tolist()]
+            right = (rewards > 0).tolist()
         scores[name] = {"accuracy": float(rewards.mean()), **_response_metrics(drawn, texts)}
         if name in environment.held_out:
             scores[name] |= {"n_problems": len(problems), "n_samples": len(answers)}
@@ -220,9 +206,6 @@ def train_rl(
         The outcome. It is `diverged` if a loss or a gradient norm is not finite, `unrewarded` if no response got a
         reward in the first fifth of the steps (see `PATIENCE`), and `collapsed` if none did in many steps after others
         had (see `COLLAPSED_STEPS`).
-
-    Raises:
-        Stopped: a signal asked the job to end, and the run is saved.
     """
     condition, rollouts, processes = run.condition, run.condition.rollouts, machine.processes
     assert rollouts
@@ -282,8 +265,12 @@ def train_rl(
         if rewarded_at and step - rewarded_at > COLLAPSED_STEPS:
             outcome.status = "collapsed"
             save(step - 1, evaluated=True)
-            # The steps that are left out would not change the policy either, as long as none of them had a reward.
-            scores, expected = evaluated(condition.steps), _without_reward(outcome.curve)
+            # The steps that are left out would not change the policy either, as long as none of them had a reward. The
+            # mean of what the last steps drew from the same policy is expected of them.
+            scores, expected = evaluated(condition.steps), {"reward": 0.0}
+            for metric in ("response_length", "truncated", "reflection", "entropy"):
+                last = [point.value for point in _train_points(outcome.curve, metric)[-COLLAPSED_STEPS:]]
+                expected[metric] = float(np.mean([math.nan if value is None else value for value in last]))
             for later in range(step, condition.steps + 1):
                 record(later, "train", expected)
                 for split, values in scores.items() if later in evaluate_at else ():
@@ -320,8 +307,17 @@ def train_rl(
             optimizer.step()
         optimizer.zero_grad()
         outcome.train_tokens += step_tokens + sum(len(group.prompt) for group in groups)
-        if processes.first:
-            _warn_of_kl(run, step, measured.kl, outcome.curve)
+        # The estimate of KL may be negative, but far below 0 it says as well that the two distributions differ. A
+        # number that is not finite is not below the limit either. The warning comes once per run.
+        kls = [point.value for point in _train_points(outcome.curve, "kl")]
+        warned = any(value is None or abs(value) > MAX_KL for value in kls)
+        if processes.first and not warned and not abs(measured.kl) <= MAX_KL:
+            logging.warning(
+                "In run %s, step %d, the sampler's distribution differs from the learner's by %.2g nats per token "
+                "(KL); above %g the gradient is noisy, since the ratios of their probabilities are neither clipped nor "
+                "masked, and training may become unstable.",
+                *(run.run_id, step, measured.kl, MAX_KL),
+            )
         metrics |= {name: value for name, value in vars(measured).items() if name not in ("tokens", "loss")}
         metrics |= {"grad_norm": norm, "sample_tokens_per_s": step_tokens / (sampled - started)}
         record(step, "train", metrics | {"learn_tokens_per_s": step_tokens / (learned - learning)})
@@ -338,8 +334,10 @@ def train_rl(
             save(step, evaluated=False)
         finish(step)
 
-    outcome.final_entropy = _at_the_end(outcome.curve, "entropy")
-    outcome.final_truncated = _at_the_end(outcome.curve, "truncated")
+    for metric in ("entropy", "truncated"):
+        points = _train_points(outcome.curve, metric)
+        ends = [point.value for point in points[-math.ceil(len(points) / 10) :] if point.value is not None]
+        setattr(outcome, f"final_{metric}", float(np.mean(ends)) if ends else None)
     if outcome.status != "diverged":
         outcome.final_valid_reward, outcome.final_reward = evaluations[-1]
         # The evaluation is chosen by the validation split (the first of equal ones) and reported on the test split.
@@ -353,48 +351,9 @@ def _train_points(curve: list[CurvePoint], metric: str) -> list[CurvePoint]:
     return [point for point in curve if point.split == "train" and point.metric == metric]
 
 
-def _without_reward(curve: list[CurvePoint]) -> dict[str, float]:
-    """Return what is expected of train metrics in the steps that a collapsed run leaves out.
-
-    It is a reward of 0, and the mean of what the last steps, which had the same policy, have drawn.
-    """
-    expected = {"reward": 0.0}
-    for metric in ("response_length", "truncated", "reflection", "entropy"):
-        values = [point.value for point in _train_points(curve, metric)[-COLLAPSED_STEPS:]]
-        expected[metric] = float(np.mean([math.nan if value is None else value for value in values]))
-    return expected
-
-
-def _at_the_end(curve: list[CurvePoint], metric: str) -> float | None:
-    """Return the mean of a train metric over the last tenth of the finished steps; None if it is never finite."""
-    values = [point.value for point in _train_points(curve, metric)]
-    last = [value for value in values[-math.ceil(len(values) / 10) :] if value is not None]
-    return float(np.mean(last)) if last else None
-
-
 def _response_metrics(responses: list[Response], texts: list[str]) -> dict[str, float]:
     return {
         "response_length": float(np.mean([len(response.tokens) for response in responses])),
         "truncated": float(np.mean([response.truncated for response in responses])),
         "reflection": float(np.mean([reflects(text) for text in texts])),
     }
-
-
-def _warn_of_kl(run: Run, step: int, kl: float, curve: list[CurvePoint]) -> None:
-    """Log once per run that a step's KL of sampler and learner is above MAX_KL; `curve` has the earlier steps.
-
-    The estimate of KL may be negative, but far below 0 it says as well that the two distributions differ.
-    """
-    if any(point.value is None or abs(point.value) > MAX_KL for point in curve if point.metric == "kl"):
-        return
-    # A number that is not finite is not below the limit either.
-    if not abs(kl) <= MAX_KL:
-        logging.warning(
-            "In run %s, step %d, the sampler's distribution differs from the learner's by %.2g nats per token (KL); "
-            "above %g the gradient is noisy, since the ratios of their probabilities are neither clipped nor masked, "
-            "and training may become unstable.",
-            run.run_id,
-            step,
-            kl,
-            MAX_KL,
-        )

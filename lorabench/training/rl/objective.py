@@ -22,7 +22,7 @@ from lorabench.errors import UserError
 from lorabench.models.passes import computing_only, without_peft
 from lorabench.planning.flops import SHARED_ROW, row_limit
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, call_as_forward
-from lorabench.training.loss import MAX_LOGITS, backward_in_pieces, of_tokens, tokens_at_once
+from lorabench.training.loss import MAX_LOGITS, backward_in_pieces, of_tokens
 from lorabench.training.rl.sampler import Request, Response, packed, window
 from lorabench.training.run import Machine
 
@@ -53,17 +53,6 @@ class ResponseGroup:
         responses = [self.responses[row] for row in rows]
         return ResponseGroup(self.prompt, responses, self.rewards[rows], self.advantages[rows], self.times[rows])
 
-    def distinct(self) -> ResponseGroup:
-        """Return the group with equal responses merged: short answers are often drawn several times."""
-        seen: dict[tuple[bytes, bytes, float], int] = {}
-        first = [
-            seen.setdefault((response.tokens.tobytes(), response.logprobs.tobytes(), reward), row)
-            for row, (response, reward) in enumerate(zip(self.responses, self.rewards, strict=True))
-        ]
-        rows = list(seen.values())
-        times = np.bincount(first, self.times, len(first))[rows]
-        return replace(self.part(rows), times=times)
-
 
 # What a process without any row computes while other processes have rows.
 _NOTHING = ResponseGroup.of((0,), [Response(np.zeros(1, np.int64), np.zeros(1, np.float32), False)], np.zeros(1))
@@ -89,13 +78,8 @@ class StepMeasures:
 def backward(model: torch.nn.Module, groups: Sequence[ResponseGroup], machine: Machine) -> StepMeasures:
     """Add the gradient of the loss to the model's weights, and return the measures of the batch.
 
-    Groups of equal rewards add nothing to the gradient and are only measured, unless there are no other groups.
-
-    Args:
-        groups: the whole batch of a step; each process computes a share of it.
-
-    Raises:
-        UserError: a prompt with a response is longer than the model's sliding window.
+    Groups of equal rewards add nothing to the gradient and are only measured, unless there are no other groups. Each
+    process computes a share. UserError: a prompt with a response is longer than the model's sliding window.
     """
     device, processes, within = next(model.parameters()).device, machine.processes, window(without_peft(model))
     longest = max(len(group.prompt) + len(response.tokens) for group in groups for response in group.responses)
@@ -111,45 +95,46 @@ def backward(model: torch.nn.Module, groups: Sequence[ResponseGroup], machine: M
     sums, ratio_max = torch.zeros(6, dtype=torch.float64), 0.0
     for some, learn in ((teaching, True), (idle, False)):
         for part in processes.even(row_parts(some, machine.max_batch_tokens, processes), []):
-            layout = _Layout.of(part or [_NOTHING]).to(device)
+            layout = _Layout.of(part or [_NOTHING], device)
             loss, learner, entropy = _compute(model, layout, episodes, machine, learn)
             if not part:
                 continue
             difference = learner - layout.sampler
             ratio = difference.exp()
-            measures = (torch.ones_like(ratio), entropy, -difference, ratio, ratio > 2)
-            count, *others = (layout.total(layout.times * measure) for measure in measures)
+            # Numbers of tokens are added by response, whatever the parts of the loss are.
+            by_response = torch.zeros(layout.is_token.shape, device=device)
+            count, *others = (
+                by_response.masked_scatter(layout.is_token, layout.times * measure).sum()
+                for measure in (torch.ones_like(ratio), entropy, -difference, ratio, ratio > 2)
+            )
             sums += torch.stack([count, loss, *others]).double().cpu()
             ratio_max = max(ratio_max, ratio.max().item())
     tokens, loss_sum, *others = processes.gather(sums.numpy()).sum(0).tolist()
     entropy_mean, kl, ratio_mean, above_2 = (value / tokens for value in others)
-    return StepMeasures(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, processes.most(ratio_max), above_2)
+    ratio_max = float(processes.gather([ratio_max]).max())
+    return StepMeasures(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, ratio_max, above_2)
 
 
 def check_finite(
     model: torch.nn.Module, requests: Sequence[Request], responses: Sequence[Response], machine: Machine
 ) -> None:
-    """Refuse responses with log-probabilities that are not finite, unless the policy itself has none that are.
+    """Raise UserError if a response has log-probabilities that are not finite where the learner has finite ones.
 
     A loss that is not finite would say that the run diverged, whose policy may be sound. Every process must call this.
-
-    Raises:
-        UserError: the learner has finite log-probabilities of the tokens of such a response.
     """
-    pairs = zip(requests, responses, strict=True)
-    broken = next((pair for pair in pairs if not np.isfinite(pair[1].logprobs).all()), None)
-    if broken is None:
+    for request, response in zip(requests, responses, strict=True):
+        if np.isfinite(response.logprobs).all():
+            continue
+        group = ResponseGroup.of(request.prompt, [response], np.zeros(1))
+        layout = _Layout.of([group], next(model.parameters()).device)
+        if bool(_compute(model, layout, 1, machine, learn=False)[1].isfinite().all()):
+            place, length = int((~np.isfinite(response.logprobs)).argmax()), len(request.prompt)
+            raise UserError(
+                f"the sampler (execution.sampler) gives token {place + 1} of a response to a prompt of {length} tokens "
+                f"the log-probability {response.logprobs[place]:g}, and the learner a finite one: it computes wrongly "
+                "on this machine, as lorabench doctor may show; the same command goes on from the checkpoints"
+            )
         return
-    prompt, response = broken[0].prompt, broken[1]
-    layout = _Layout.of([ResponseGroup.of(prompt, [response], np.zeros(1))])
-    learner = _compute(model, layout.to(next(model.parameters()).device), 1, machine, learn=False)[1]
-    if bool(learner.isfinite().all()):
-        place = int((~np.isfinite(response.logprobs)).argmax())
-        raise UserError(
-            f"the sampler (execution.sampler) gives token {place + 1} of a response to a prompt of {len(prompt)} tokens"
-            f" the log-probability {response.logprobs[place]:g}, and the learner a finite one: it computes wrongly on "
-            "this machine, as lorabench doctor may show; the same command goes on from the checkpoints"
-        )
 
 
 def row_parts(
@@ -157,9 +142,9 @@ def row_parts(
 ) -> Iterator[list[ResponseGroup]]:
     """Split groups into rows, and this process's share of the rows into parts with little padding.
 
-    Equal responses are merged. A part has at most `max_tokens` tokens, padding included, unless it is a single row.
+    A part has at most `max_tokens` tokens, padding included, unless it is a single row.
     """
-    rows = [row for group in groups for row in _rows(group.distinct(), max_tokens)]
+    rows = [row for group in groups for row in _rows(group, max_tokens)]
     lengths = np.array([_length(row) for row in rows])
     share = processes.share(lengths)
     # Rows with a mask and rows without are not computed together.
@@ -168,7 +153,15 @@ def row_parts(
 
 
 def _rows(group: ResponseGroup, max_tokens: int) -> Iterator[ResponseGroup]:
-    """Fill rows with responses up to the limit of shared rows; a response that is longer has a row of its own."""
+    """Fill rows with the distinct responses, up to the limit of shared rows; a longer one has a row of its own."""
+    # Short answers are often drawn several times.
+    seen: dict[tuple[bytes, bytes, float], int] = {}
+    first = [
+        seen.setdefault((response.tokens.tobytes(), response.logprobs.tobytes(), reward), place)
+        for place, (response, reward) in enumerate(zip(group.responses, group.rewards, strict=True))
+    ]
+    distinct = list(seen.values())
+    group = replace(group.part(distinct), times=np.bincount(first, group.times, len(first))[distinct])
     limit = row_limit(len(group.prompt) + max(len(response.tokens) for response in group.responses), max_tokens)
     row, length = [0], len(group.prompt) + len(group.responses[0].tokens)
     for index, response in enumerate(group.responses[1:], 1):
@@ -208,7 +201,8 @@ class _Layout(NamedTuple):
     """How often the responses of the targets were drawn, (tokens,)."""
 
     @classmethod
-    def of(cls, rows: Sequence[ResponseGroup]) -> _Layout:
+    def of(cls, rows: Sequence[ResponseGroup], device: torch.device) -> _Layout:
+        """Return the layout of rows, on a device."""
         width = max(map(_length, rows))
         ids, positions, segments = (np.zeros((len(rows), width), np.int64) for _ in range(3))
         segments -= 1
@@ -234,21 +228,13 @@ class _Layout(NamedTuple):
         sampler = np.concatenate([response.logprobs for response in responses]).astype(np.float32)
         targets = np.concatenate(tokens)
         arrays = (ids, positions, segments, is_token, np.concatenate(sources), targets, sampler, *by_token)
-        return cls(*map(torch.from_numpy, arrays))
-
-    def to(self, device: torch.device) -> _Layout:
-        """Return the layout on a device."""
-        return _Layout(*(tensor.to(device) for tensor in self))
-
-    def total(self, numbers: Tensor) -> Tensor:
-        """Return the sum of numbers of the targets; they are added by response, whatever the parts of the loss are."""
-        return torch.zeros(self.is_token.shape, device=numbers.device).masked_scatter(self.is_token, numbers).sum()
+        return cls(*(torch.as_tensor(array, device=device) for array in arrays))
 
 
 def _compute(
     model: torch.nn.Module, layout: _Layout, episodes: int, machine: Machine, learn: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the part of the loss that some rows have, and the log-probability and the entropy of each target, in nats.
+    """Return the loss of some rows, and the log-probability and entropy of each target in nats.
 
     With `learn` the gradient is added to the model's weights.
     """
@@ -261,7 +247,7 @@ def _compute(
         mask.masked_fill_(~visible, -math.inf)
         del visible
         inputs |= {"position_ids": layout.positions, "attention_mask": mask}
-    at_once = tokens_at_once(model, MAX_LOGITS[sources.device.type])
+    at_once = max(1, MAX_LOGITS[sources.device.type] // without_peft(model).config.vocab_size)
 
     def logprobs_and_entropies(logits: Tensor, piece: slice) -> Tensor:
         distribution = torch.log_softmax(logits.float(), -1)

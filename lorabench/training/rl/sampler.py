@@ -70,16 +70,12 @@ def sample(
     autocast: torch.dtype | None = None,
     interrupt: Callable[[], None] = lambda: None,
 ) -> list[Response]:
-    """Draw a response to each request, at temperature 1 from the whole vocabulary.
+    """Draw a response to each request, in their order, at temperature 1 from the whole vocabulary.
 
     Args:
-        model: a causal language model.
         max_cache_tokens: limit of rows times length of prompt and response in one batch; a single row always fits.
         autocast: the type of autocast; None for fp32.
         interrupt: called before each position; it may raise to end the drawing.
-
-    Returns:
-        The responses, in the order of the requests.
     """
     responses: dict[int, Response] = {}
     device, was_training = next(model.parameters()).device, model.training
@@ -115,7 +111,7 @@ def draw(logprobs: Tensor, uniform: Tensor, contexts: Tensor) -> Tensor:
     """Draw tokens by inversion of the cumulative distribution, (n,).
 
     Args:
-        logprobs: log-probabilities, (contexts, vocabulary).
+        logprobs: (contexts, vocabulary).
         uniform: random numbers in [0, 1) in double precision, (n,); a negative number selects the most likely token.
         contexts: the row of `logprobs` that each token is drawn from, (n,).
     """
@@ -128,10 +124,7 @@ def draw(logprobs: Tensor, uniform: Tensor, contexts: Tensor) -> Tensor:
 
 
 def window(model: torch.nn.Module) -> int | None:
-    """Return the length in tokens of a model's sliding attention window, None if it has none.
-
-    The attention mask of a row that several responses share does not apply the window.
-    """
+    """Return the length in tokens of a model's sliding window, None if it has none; shared rows do not apply it."""
     config: Any = model.config
     tokens = getattr(config, "sliding_window", None)
     return int(tokens) if tokens and getattr(config, "use_sliding_window", True) else None
@@ -146,11 +139,9 @@ def _sample_chunk(
     interrupt: Callable[[], None],
 ) -> list[Response]:
     n, longest = len(requests), stop.max_new_tokens
-    random_numbers = np.full((n, longest), -1.0)
-    for number, request in enumerate(requests):
-        if request.key is not None:
-            random_numbers[number] = np.random.default_rng(request.key).random(longest)
-    uniform = _on_device(random_numbers, device)
+    greedy = np.full(longest, -1.0)
+    drawn_from = [greedy if r.key is None else np.random.default_rng(r.key).random(longest) for r in requests]
+    uniform = torch.as_tensor(np.stack(drawn_from), device=device)
     stops = torch.tensor(stop.tokens, dtype=torch.long, device=device)
     tokens = torch.zeros((n, longest), dtype=torch.long, device=device)
     logprobs = torch.zeros((n, longest), device=device)
@@ -164,17 +155,17 @@ def _sample_chunk(
     for prompt, number in unique.items():
         # Padding is on the left, and has position 0.
         padded[number, width - len(prompt) :], attended[number, width - len(prompt) :] = prompt, 1
-    ids, mask = _on_device(padded, device), _on_device(attended, device)
+    ids, mask = torch.as_tensor(padded, device=device), torch.as_tensor(attended, device=device)
     cache = Cache(layer_class_to_replicate=_GrowingLayer)
     logits = _logits_at_end(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache, 1)[:, -1]
     # The row of the logits from which each response continues; responses to one prompt start from the same row.
-    contexts = _on_device(prompts, device)
+    contexts = torch.as_tensor(prompts, device=device)
     model_window, longest_total = window(model), ids.shape[1] + longest
     seats = max(1, _SHARED_TOKENS // longest) if model_window is None or longest_total <= model_window else 1
     rows = _Rows(prompts, seats)
     if len(rows.prompts) > len(unique):
-        cache.batch_select_indices(_on_device(rows.prompts, device))
-    mask = mask[_on_device(rows.prompts, device)]
+        cache.batch_select_indices(torch.as_tensor(rows.prompts, device=device))
+    mask = mask[torch.as_tensor(rows.prompts, device=device)]
     # The owner of each column of the cache: padding, the prompt, or a response by its seat in the row.
     owners = torch.where(mask > 0, _PROMPT, _PADDING)
     starts = mask.sum(-1)
@@ -182,7 +173,7 @@ def _sample_chunk(
     live = np.arange(n)
     for step in range(longest):
         interrupt()
-        chosen = _on_device(live, device)
+        chosen = torch.as_tensor(live, device=device)
         distribution = torch.log_softmax(logits.float(), -1)
         drawn = draw(distribution, uniform[chosen, step], contexts)
         tokens[chosen, step] = drawn
@@ -191,21 +182,21 @@ def _sample_chunk(
         if stop.texts:
             done |= ended_by_text(tokenizer, stop.texts, tokens[chosen, : step + 1])
         stopped[live[done]], lengths[live[done]] = True, step + 1
-        live, drawn = live[~done], drawn[_on_device((~done).nonzero()[0], device)]
+        live, drawn = live[~done], drawn[torch.as_tensor((~done).nonzero()[0], device=device)]
         if not len(live) or step + 1 == longest:
             break
         kept = rows.keep(live)
         if kept is not None:
-            index = _on_device(kept, device)
+            index = torch.as_tensor(kept, device=device)
             cache.batch_select_indices(index)
             owners, starts = owners[index], starts[index]
         places = rows.places(live)
         width = int(places[1].max()) + 1
-        row, column = (_on_device(where, device) for where in places)
+        row, column = (torch.as_tensor(where, device=device) for where in places)
         ids = torch.zeros((len(owners), width), dtype=torch.long, device=device)
         new_owners, position_ids = torch.full_like(ids, _PADDING), torch.zeros_like(ids)
         ids[row, column] = drawn
-        new_owners[row, column] = _on_device(rows.seats[live], device)
+        new_owners[row, column] = torch.as_tensor(rows.seats[live], device=device)
         position_ids[row, column] = starts[row] + step
         owners = torch.cat([owners, new_owners], -1)
         visible = owners != _PADDING
@@ -224,16 +215,9 @@ class _Rows:
     """The rows of the cache, each with a prompt and the responses to it that have a seat in the row.
 
     Short responses share a row, so that their prompt is in the cache once. Each longer response has its own row, since
-    attention is computed over the whole row.
-
-    Args:
-        prompts: index of the prompt of each response; equal ones are adjacent.
-        seats: largest number of responses in a row.
-
-    Attributes:
-        prompts: index of the prompt of each row.
-        seats: seat of each response in its row, from 1.
-        shared: whether any row has several seats.
+    attention is computed over the whole row. Given the index of the prompt of each response, equal ones adjacent, and
+    the largest number of responses in a row, `prompts` is the index of the prompt of each row, `seats` the seat of each
+    response in its row, from 1, and `shared` whether any row has several seats.
     """
 
     def __init__(self, prompts: np.ndarray, seats: int) -> None:
@@ -245,10 +229,7 @@ class _Rows:
         self.shared = bool((self.seats > 1).any())
 
     def keep(self, live: np.ndarray) -> np.ndarray | None:
-        """Drop the rows whose responses have all ended and return the indices of the kept rows.
-
-        Returns None, and keeps all rows, while too few rows have ended for dropping to pay.
-        """
+        """Drop the rows whose responses have all ended and return the indices of the others; None: it wouldn't pay."""
         kept = np.unique(self._rows[live])
         # Dropping copies the remaining rows, so it is done for a quarter of all rows at least.
         if len(kept) > 0.75 * len(self.prompts):
@@ -264,10 +245,6 @@ class _Rows:
         return row, np.arange(len(row)) - first[place]
 
 
-def _on_device(numbers: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(numbers).to(device)
-
-
 def _logits_at_end(
     model: torch.nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Cache, last: int
 ) -> Tensor:
@@ -275,24 +252,18 @@ def _logits_at_end(
 
     The attention mask is (rows, all tokens) or (rows, 1, tokens, all tokens). The cache grows by all new tokens.
     """
-    rows, length = ids.shape
-    with computing_only(model, torch.arange(rows * length, device=ids.device).view(rows, length)[:, -last:].flatten()):
-        logits: Tensor = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=True,
-            logits_to_keep=last,
-            **{cache_argument(without_peft(model)): cache},
-        ).logits
+    places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)[:, -last:].flatten()
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
+    inputs |= {cache_argument(without_peft(model)): cache}
+    with computing_only(model, places):
+        logits: Tensor = model(**inputs, use_cache=True, logits_to_keep=last).logits
     return logits
 
 
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """A layer of the KV cache, whose `keys` and `values` are views of the filled part of longer buffers.
 
-    Concatenating keys and values for every new token would copy all earlier tokens. With autocast the cache holds the
-    type of the products, to which attention would convert all keys and values for every token.
+    So no token is copied for every new one. With autocast the cache holds the type of the products.
     """
 
     keys: Tensor
@@ -327,11 +298,8 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def ended_by_text(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...], tokens: Tensor) -> np.ndarray:
-    """Return whether a stop text is near the end of each response, given its tokens so far, (n, tokens): (n,).
-
-    A text of k characters, whose last one the last token brings, spans at most k tokens before it, so no more are
-    decoded.
-    """
+    """Return whether a stop text is near the end of each response, given its tokens so far, (n, tokens): (n,)."""
+    # A text of k characters, whose last one the last token brings, spans at most k tokens before it.
     span = max(map(len, texts)) + 1
     decoded: list[str] = tokenizer.batch_decode(tokens[:, -span:].tolist())
     return np.array([any(text in tail for text in texts) for tail in decoded])

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from lorabench.models.base import load_tokenizer, max_length, skeleton
 from lorabench.models.vllm_support import check_vllm, vllm_version
 from lorabench.planning.engine import handover_space
 from lorabench.runs import Rollouts, Run
-from lorabench.training.context import Base, SweepContext, now, with_adapter
+from lorabench.training.context import Base, SweepContext, with_adapter
 from lorabench.training.distributed import full_tensor
 from lorabench.training.rl.engine import PolicyEngine, engine_settings
 from lorabench.training.rl.loop import Environment, Grade, ProblemTexts, Sampler, Scores, evaluate, train_rl
@@ -32,11 +33,10 @@ from lorabench.utils import signals
 from lorabench.utils.files import file_sha256
 
 
-class RlTrainer:
-    """Trains the runs of a job's sweeps.
+class RlTrainer(AbstractContextManager["RlTrainer"]):
+    """Trains the runs of a job's sweeps; on exit it closes the graders, and ends vLLM.
 
-    The sweeps share one model and one problem set; those with equal `Rollouts` share graders and the base model's
-    scores. It is a context manager that closes the graders, and ends vLLM, on exit.
+    The sweeps share one model and one problem set; those with equal `Rollouts` share graders and the base's scores.
     """
 
     def __init__(self) -> None:
@@ -46,20 +46,11 @@ class RlTrainer:
         self._scores: dict[Rollouts, Scores] = {}
         self._engine: PolicyEngine | None = None
 
-    def __enter__(self) -> RlTrainer:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self._open.close()
 
     def __call__(self, context: SweepContext, run: Run, tick: Callable[[int], None]) -> None:
-        """Train a run and write it.
-
-        Raises:
-            UserError: vLLM, which the preset asks for, cannot draw from the model's policies, or no folder has room
-                for them.
-            Stopped: a signal asked the job to end, and the run is saved.
-        """
+        """Train a run and write it; UserError says that vLLM can't draw from the policies, or no folder has room."""
         # Threads of sampling and grading take so many bytes at least. Where they can't have them, libraries in C and
         # Rust end the process by a signal.
         mmap.mmap(-1, 32 << 20).close()
@@ -83,15 +74,14 @@ class RlTrainer:
                 source["packages"] |= {"vllm": vllm_version()}
             self._environments[rollouts] = environment, source
         environment, source = self._environments[rollouts]
-        if self._engine is None and not machine.processes.sharded:
+        if self._engine is None and machine.processes.count == 1:
             self._base_scores(rollouts, self._sampler(context, self._base.untrained(context), run))
         with self._base.trainable(context, run) as model:
             draw = self._sampler(context, model, run)
-            base = self._base_scores(rollouts, draw)
-            protocol, started = context.plan.preset.protocol, {"started": now()}
-            checkpoint = context.checkpoint(run)
+            base, started = self._base_scores(rollouts, draw), datetime.now(UTC).isoformat(timespec="seconds")
+            protocol, checkpoint = context.plan.preset.protocol, context.checkpoint(run)
             outcome = train_rl(run, model, environment, protocol, machine, checkpoint, draw, base, tick)
-            context.write(run, model, outcome, source | started)
+            context.write(run, model, outcome, source | {"started": started})
 
     def _environment(self, context: SweepContext) -> Environment:
         """Read the problems of a sweep and start their graders."""
@@ -131,7 +121,7 @@ class RlTrainer:
             problems = (*environment.splits.values(), *(held_out for held_out, _ in environment.held_out.values()))
             longest = max(len(prompt) for split in problems for prompt, _ in split) + stop.max_new_tokens
             settings = engine_settings(context, longest, bool(stop.texts))
-        elif machine.processes.sharded:
+        elif machine.processes.count > 1:
             blank: Any = skeleton(context.layout.model(condition.model))
             if condition.method != "fullft":
                 blank = with_adapter(blank, context, run)
@@ -144,12 +134,11 @@ class RlTrainer:
             if engine is not None:
                 responses = engine.draw(model, settings, requests, stop, interrupt)
             else:
-                policy, limit = replica() if replica else model, machine.max_cache_tokens
-
-                def draw_share(share: list[Request]) -> list[Response]:
-                    return sample(policy, texts.tokenizer, share, stop, limit, machine.autocast, interrupt)
-
-                responses = sample_in_processes(requests, draw_share, machine.processes)
+                policy = replica() if replica else model
+                others = stop, machine.max_cache_tokens, machine.autocast, interrupt
+                responses = sample_in_processes(
+                    requests, lambda share: sample(policy, texts.tokenizer, share, *others), machine.processes
+                )
             check_finite(model, requests, responses, machine)
             return responses
 
@@ -167,12 +156,8 @@ def replica_of(sharded: torch.nn.Module, blank: torch.nn.Module, machine: Machin
     """Return a function that returns a full copy of a sharded model in each process, to sample from.
 
     Every process must call it. The processes sample different numbers of tokens, so they cannot sample from the sharded
-    model together. The weights of linear layers are stored in autocast's type, to which autocast would convert them for
-    every token; samples and their log-probabilities are therefore those of the sharded model.
-
-    Args:
-        sharded: the model that is trained.
-        blank: the same model without weights; it receives them.
+    model together. The weights go into `blank`, those of linear layers in autocast's type, to which autocast would
+    convert them for every token.
     """
     trained: list[tuple[torch.Tensor, torch.Tensor]] = []
     # A tied weight becomes two here, since the embedding and the unembedding may have different types.

@@ -130,12 +130,8 @@ def regrets(tables: Tables) -> pd.DataFrame:
 
 
 def lora_optima(explored: pd.DataFrame, held_out: pd.DataFrame) -> pd.DataFrame:
-    """Return by theory how far LoRA's held-out optimal LRs are off those that follow from explored ones of FullFT.
-
-    Args:
-        explored: rows of `prediction_table`.
-        held_out: rows of `prediction_table` of runs on other seeds.
-    """
+    """Return by theory how far LoRA's held-out optimal LRs are off those that follow from explored ones of FullFT, from
+    `prediction_table`s."""
     condition = ["model", "dataset", "steps", "batch_size", "alpha", "init_a", "frozen", "rank", "runs", "theory"]
     lrs = explored[[*condition, "fullft_lr"]].rename(columns={"fullft_lr": "explored_lr"})
     table = held_out.merge(lrs, on=condition)
@@ -148,11 +144,8 @@ def lora_optima(explored: pd.DataFrame, held_out: pd.DataFrame) -> pd.DataFrame:
 
 
 def falling(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the ratio that `movement` predicts by the highest and by the mean LR, which is half as high.
-
-    Args:
-        table: rows of `prediction_table` of runs whose LR falls linearly to zero.
-    """
+    """Return the ratio that `movement` predicts by the highest and by the mean LR, for rows of a `prediction_table` of
+    runs whose LR falls linearly to zero."""
     own = table[table["runs"].eq("own") & table["theory"].eq("movement")]
     constant = (replace(setting, mean_lr=1.0) for setting in settings_of(own))
     theories = (predicted(DEFAULT, setting)["movement"] for setting in constant)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,13 +46,8 @@ START, STEP, MOST = 1e-4, 2.0, 20
 
 
 def first_ratio(total: float, gradients: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> float:
-    """Return the ratio `gradient`.
-
-    Args:
-        total: the sum of the sizes of all entries of FullFT's gradients.
-        gradients: those of the layers with LoRA, each (d_out, d_in).
-        factors: their A, each (r, d_in).
-    """
+    """Return the ratio `gradient`, given the sum of the sizes of all entries of FullFT's gradients, and by layer with
+    LoRA its gradient, (d_out, d_in), and A, (r, d_in)."""
     lora = sum(ALPHA / len(a) * (gradients[name] @ a.T).abs().sum().item() for name, a in factors.items())
     return total / lora
 
@@ -87,23 +83,17 @@ def best_lr(loss: Callable[[float], float], start: float) -> float:
 def input_means(
     model: nn.Module, layers: Mapping[str, nn.Module], split: TokenizedSplit, machine: Machine
 ) -> tuple[dict[str, Tensor], float]:
-    """Return the mean input of each of a model's layers, (d_in,), over the tokens of a split, and its share.
-
-    The share is that of the mean in the mean square of the inputs, as a mean over layers. What fills the rows of a pass
-    counts as tokens.
-    """
+    """Return the mean input of each of a model's layers, (d_in,), over the tokens (and fillers) of a split, and the
+    share of the mean in the mean square of the inputs, as a mean over layers."""
     means: dict[str, list[Tensor]] = {name: [] for name in layers}
     squares: dict[str, list[float]] = {name: [] for name in layers}
 
-    def add(name: str) -> Callable[[Any, tuple[Tensor]], None]:
-        def of_pass(_: Any, inputs: tuple[Tensor]) -> None:
-            rows = inputs[0].float().flatten(0, -2)
-            means[name].append(rows.mean(0))
-            squares[name].append(rows.square().sum(1).mean().item())
+    def add(name: str, _: Any, inputs: tuple[Tensor]) -> None:
+        rows = inputs[0].float().flatten(0, -2)
+        means[name].append(rows.mean(0))
+        squares[name].append(rows.square().sum(1).mean().item())
 
-        return of_pass
-
-    hooks = [layer.register_forward_pre_hook(add(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
     mean_nll(model, split, machine)
     for hook in hooks:
         hook.remove()
@@ -119,10 +109,8 @@ def without(factor: Tensor, mean: Tensor) -> Tensor:
 def first_steps(
     model: nn.Module, train: TokenizedSplit, batch_size: int, rank: int, without_mean: bool, machine: Machine
 ) -> tuple[list[tuple[float, float]], float]:
-    """Return both ratios for each of BATCHES batches of a dataset, and the share of the mean input.
-
-    The model's weights stay as they are.
-    """
+    """Return both ratios for each of BATCHES batches of a dataset, and the share of the mean input; the model stays as
+    it is."""
     layers, _ = targets(model, "all", include_unembedding=False)
     batches = list(data_order(len(train), BATCHES, batch_size, seed=0))
     modules = {layer: model.get_submodule(layer) for layer in layers}

@@ -46,9 +46,8 @@ def regrets(optima: Sequence[LrOptimum], before: dict[Base, float]) -> pd.DataFr
 
     Returns:
         `NAME_cost` is in nats per token, in RL in accuracy, `NAME_margins` in margins of the default rules, and
-        `NAME_share` a share of what FullFT gains; the latter two are null where the loss before training is not known.
-        With `NAME_at_least`, the LR is beyond the grid, or the lowest loss at its edge. `fullft` says where FullFT's
-        LR is from.
+        `NAME_share` a share of what FullFT gains, as far as these are known. With `NAME_at_least`, the LR is beyond the
+        grid, or the lowest loss at its edge. `fullft` says where FullFT's LR is from.
     """
     fullft = {(known.rl, *condition_of(known)): known for known in optima if known.method == "fullft"}
     pooled = left_out(optima)

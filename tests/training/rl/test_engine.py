@@ -30,7 +30,6 @@ from lorabench.training.job import run_job
 from lorabench.training.rl.engine import EngineSettings, PolicyEngine, llm_options
 from lorabench.training.rl.sampler import Request, Stop, sample
 
-from ...conftest import MARGINS
 from .conftest import learned, same_tokens
 
 pytestmark = [
@@ -165,31 +164,13 @@ def test_what_the_engine_refuses_and_its_death_are_told(engine, prompts, stop):
 STEPS = 5
 
 
-def test_rl_is_on_policy_also_when_the_engine_was_killed(tmp_path, monkeypatch):
+def test_rl_is_on_policy_also_when_the_engine_was_killed(tmp_path, monkeypatch, raw_rl_preset):
     monkeypatch.chdir(tmp_path)
-    block = {
-        "models": ["tiny"],
-        "problems": ["gcd"],
-        "ranks": {"all": [8]},
-        "problems_per_step": 4,
-        "group_size": 4,
-        "steps": STEPS,
-        "max_new_tokens": 8,
-        "mean_response_tokens": 4,
-        "evaluations": 1,
-        "lrs": {"fullft": [], "lora": [1e-3]},
-        "seeds": 1,
-    }
-    gcd = {"kind": "arithmetic", "tasks": ["gcd"], "max_value": 50, "train": 40, "validation": 8, "test": 8}
-    preset = {
-        "description": "RL by LoRA of rank 8",
-        "models": {"tiny": {"kind": "tiny"}},
-        "problems": {"gcd": gcd},
-        "experiments": {"rl_arithmetic": [block]},
-        "margins": dict(MARGINS),
-        "execution": {"gflops": 40.0, "threads": 2, "checkpoint_minutes": 0, "sampler": "vllm"},
-    }
-    Path("mine.yaml").write_text(yaml.safe_dump(preset))
+    [block] = raw_rl_preset["experiments"]["rl_arithmetic"]
+    block |= {"ranks": {"all": [8]}, "steps": STEPS, "evaluations": 1, "held_out": [], "seeds": 1}
+    block |= {"lrs": {"fullft": [], "lora": [1e-3]}}
+    raw_rl_preset["execution"] |= {"threads": 2, "checkpoint_minutes": 0, "sampler": "vllm"}
+    Path("mine.yaml").write_text(yaml.safe_dump(raw_rl_preset))
     layout = Layout.of("mine.yaml")
     write_problems(make_problems(layout.preset.problems["gcd"]), layout.dataset("gcd"))
     plan = make_plan(layout.preset)
@@ -213,7 +194,7 @@ def test_rl_is_on_policy_also_when_the_engine_was_killed(tmp_path, monkeypatch):
     run_job(plan, job, layout, lambda line: None)
     # It went on from the checkpoint: the base was evaluated again, then came the other steps and the last evaluation.
     assert asked.count("sample") == 1 + STEPS - 2 + 1
-    collect([layout.job(job)], layout.tables())
+    collect([layout.job(job)], layout.tables(), plan, layout)
     [record] = layout.runs.glob("*/record.json")
     assert "vllm" in json.loads(record.read_text())["environment"]["packages"]
     # The sampler's distribution is the learner's at every step.

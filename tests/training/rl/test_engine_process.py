@@ -26,7 +26,7 @@ from lorabench.training.context import SweepContext
 from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.job import run_job
 from lorabench.training.rl import engine
-from lorabench.training.rl.engine import EngineSettings, PolicyEngine, engine_settings, handover_folder
+from lorabench.training.rl.engine import EngineSettings, PolicyEngine, engine_settings
 
 from .conftest import machine
 
@@ -99,8 +99,6 @@ def small_memory(tmp_path, monkeypatch) -> Iterator[Path]:
 
 def test_policies_are_handed_over_where_there_is_room(small_memory, monkeypatch):
     other = Path(tempfile.gettempdir())
-    assert handover_folder(1_000_000) == small_memory
-    assert handover_folder(2_000_000) == other
     with PolicyEngine(SINGLE_PROCESS, LOG) as opened:
         opened.make_room(1_000_000)
         assert opened._folder.parent == small_memory
@@ -111,8 +109,8 @@ def test_policies_are_handed_over_where_there_is_room(small_memory, monkeypatch)
     assert list(small_memory.iterdir()) == list(other.iterdir()) == []
     monkeypatch.setattr(tempfile, "tempdir", str(small_memory))
     sentence = rf"need 2 MB to be handed over to vLLM, and there are 1\.05 MB in {small_memory} free; make room"
-    with pytest.raises(UserError, match=sentence):
-        handover_folder(2_000_000)
+    with PolicyEngine(SINGLE_PROCESS, LOG) as opened, pytest.raises(UserError, match=sentence):
+        opened.make_room(2_000_000)
 
 
 @pytest.fixture

@@ -195,14 +195,6 @@ def test_a_collapsed_run_is_ended_with_the_results_that_it_would_have(environmen
     assert resumed.test_losses == ended.test_losses
 
 
-def test_a_run_that_blows_up_is_diverged(environment, tmp_path):
-    outcome, _ = train(Run(condition_of(None, steps=5), 1e30, 0), environment, tmp_path)
-    assert outcome.status == "diverged"
-    assert 1 < outcome.diverged_at <= 5
-    assert outcome.final_reward is None
-    assert outcome.base_reward is not None
-
-
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_run_killed_in_a_step_or_in_an_evaluation_ends_as_an_unbroken_one(environment, tmp_path, rank):
     """In a step there is a checkpoint of the one before; between evaluations there is only that before the last one."""

@@ -28,7 +28,7 @@ from lorabench.training.rl.objective import ResponseGroup, backward, check_finit
 from lorabench.training.rl.sampler import Request, Response
 
 from ...conftest import REPOSITORY
-from .conftest import CPU, TINY, drawn, machine
+from .conftest import TINY, drawn, machine
 
 
 def response(tokens, logprobs=None):
@@ -161,19 +161,6 @@ def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn
     base.zero_grad()
 
 
-def test_groups_of_equal_rewards_are_measured_but_not_learned_from(base, groups):
-    informative = [group for group in groups if not group.equal]
-    idle = [ResponseGroup.of(group.prompt, group.responses, np.ones(6)) for group in groups]
-    with_idle = backward(base, [*informative, *idle], machine())
-    gradient = gradients(base)
-    without = backward(base, informative, machine())
-    assert with_idle.tokens == without.tokens + sum(len(r.tokens) for group in idle for r in group.responses)
-    share = len(informative) / (len(informative) + len(idle))
-    assert with_idle.loss == pytest.approx(share * without.loss, abs=1e-6)
-    for name, expected in gradients(base).items():
-        torch.testing.assert_close(gradient[name], share * expected, rtol=1e-3, atol=1e-5)
-
-
 def test_measures_are_those_of_the_two_distributions(base, tokenizer, prompts):
     exact = drawn(base, tokenizer, [Request(prompts[0], (0, 0, 0, s)) for s in range(6)])
     rewards = np.array([1.0, 0, 0, 0, 0, 0])
@@ -200,58 +187,6 @@ def test_measures_are_those_of_the_two_distributions(base, tokenizer, prompts):
     single = [Response(r.tokens[:1], r.logprobs[:1], False) for r in exact]
     entropy = backward(base, [ResponseGroup.of(prompts[0], single, rewards)], machine()).entropy
     assert entropy == pytest.approx(-(first.exp() * first).sum().item(), rel=1e-4)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_gradient_is_that_of_trl(base, groups, tokenizer, tmp_path):
-    """TRL's GRPO without KL and clipping has this objective; its loss is a mean over a fixed length."""
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
-    longest = max(len(r.tokens) for group in groups for r in group.responses)
-    responses = [r for group in groups for r in group.responses]
-    config = trl.GRPOConfig(
-        output_dir=str(tmp_path),
-        loss_type="dr_grpo",
-        beta=0.0,
-        epsilon=1e6,
-        max_completion_length=longest,
-        num_generations=6,
-        per_device_train_batch_size=len(responses),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to=[],
-    )
-    rows = Dataset.from_dict({"prompt": ["a"]})
-    trainer = trl.GRPOTrainer(base, lambda completions, **_: [0.0], config, rows, processing_class=tokenizer)
-    trainer.current_gradient_accumulation_steps = 1
-
-    width = max(len(group.prompt) for group in groups)
-    prompt_ids, prompt_mask = (torch.zeros(len(responses), width, dtype=torch.long) for _ in range(2))
-    ids, mask = (torch.zeros(len(responses), longest, dtype=torch.long) for _ in range(2))
-    old = torch.zeros(len(responses), longest)
-    owners = [group.prompt for group in groups for _ in group.responses]
-    for row, (prompt, response) in enumerate(zip(owners, responses, strict=True)):
-        prompt_ids[row, width - len(prompt) :], prompt_mask[row, width - len(prompt) :] = torch.tensor(prompt), 1
-        n = len(response.tokens)
-        ids[row, :n], mask[row, :n] = torch.from_numpy(response.tokens), 1
-        old[row, :n] = torch.from_numpy(response.logprobs)
-    inputs = {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
-        "completion_ids": ids,
-        "completion_mask": mask,
-        "old_per_token_logps": old,
-        "advantages": torch.from_numpy(np.concatenate([group.advantages for group in groups])).float(),
-    }
-    base.to(CPU).train()
-    loss = trainer._compute_loss(base, inputs) * longest
-    loss.backward()
-    expected = gradients(base)
-    assert backward(base, groups, machine()).loss == pytest.approx(loss.item(), abs=1e-5)
-    for name, gradient in gradients(base).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5)
 
 
 def in_few_pieces(processes: Processes = SINGLE_PROCESS) -> dict[str, torch.Tensor]:
