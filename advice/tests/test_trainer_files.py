@@ -89,7 +89,7 @@ def test_trainers_know_every_key_and_the_audit_reads_what_was_recommended(tmp_pa
         assert all(re.fullmatch(r"\w+:", line) for line in text.splitlines() if "# " not in line)
         if trainer == "torchtune":
             assert keys["checkpointer.checkpoint_files"][1] == "model-00002-of-00002.safetensors"
-    configs = [config for trainer in TRAINERS for config in read_paths([tmp_path / trainer]).configs]
+    configs = [config for trainer in TRAINERS for config in read_paths([tmp_path / trainer])[0]]
     assert [config.format for config in configs] == list(TRAINERS)
     for config in configs:
         assert (config.task, config.method) == ("sft", "fullft" if full else "lora")
@@ -108,7 +108,7 @@ def test_the_audit_counts_the_examples_and_finds_the_same_learning_rate_right(tm
     data = write_rows(tmp_path / "own.jsonl", 800)
     for trainer in TRAINERS:
         written(trainer, tmp_path / trainer, qwen, "--data", data)
-        [config] = read_paths([tmp_path / trainer]).configs
+        [[config], _, _] = read_paths([tmp_path / trainer])
         assert (config.examples, config.batch_size) == (800, 8)
         findings = {finding.code: finding for finding in audit([config])}
         assert findings["lr"].level == "note"
@@ -180,7 +180,7 @@ def test_experts_get_lora(tmp_path, shipped):
     settings, _, _ = written("axolotl", tmp_path / "axolotl", model)
     assert settings["lora_target_parameters"] == stacks
     assert settings["lora_rank_pattern"] == {r"experts\..+": settings["lora_r"] // 2}
-    assert {finding.level for finding in audit(read_paths([tmp_path]).configs)} == {"note"}
+    assert {finding.level for finding in audit(read_paths([tmp_path])[0])} == {"note"}
     written("llamafactory", tmp_path / "llamafactory", model, "--full")
 
 
@@ -198,7 +198,7 @@ def test_verl_gets_problems_and_a_reward(tmp_path, shipped, grader):
     assert set(keys) <= KNOWN["verl"]
     # Beside them there are a heading of two lines, the ends of the array, and the command.
     assert len(keys) == len(text.splitlines()) - 5
-    [config] = read_paths([folder]).configs
+    [[config], _, _] = read_paths([folder])
     settings = recommend(str(shipped / "llama-128")).settings
     assert (config.task, config.lr) == ("rl", settings["rl_fullft_lr" if full else "rl_lora_lr"].value)
     assert (config.rank, config.batch_size, config.steps) == (None if full else settings["rank"].value, 256, 50)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig, say
-from lora_advice.audit.readers.options import Options, at, names_of, read_yaml, record
+from lora_advice.audit.readers.options import Options, at, examples, names_of, read_yaml, record
 from lora_advice.finding import Finding, Level
 
 _LORA = (
@@ -66,6 +66,7 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         variant = "loftq" if options.has("peft.loftq_config") else "relora" if options.flag("relora") else None
     task: Task | None = "sft"
     objective, datasets = options.text("rl"), options.get("datasets")
+    datasets = datasets if isinstance(datasets, list) else []
     if objective in ("grpo", "gdpo", "ebft"):
         task = "rl"
     elif objective in _PREFERENCE or options.flag("reward_model"):
@@ -74,7 +75,7 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         task = None
     elif options.has("pretraining_dataset") or (
         # Of plain texts, every token is scored.
-        isinstance(datasets, list) and datasets and all(at(dataset, "type") == "completion" for dataset in datasets)
+        datasets and all(at(dataset, "type") == "completion" for dataset in datasets)
     ):
         task = "pretraining"
     return [
@@ -97,6 +98,9 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
             accumulation=accumulation,
             # In GRPO, the examples of a batch are responses.
             group_size=options.count("trl.num_generations") if objective in ("grpo", "gdpo") else None,
+            examples=None
+            if options.flag("sample_packing")
+            else examples(path, [at(dataset, "path") for dataset in datasets]),
             dropout=options.number("lora_dropout") or 0.0,
             targets=targets,
             variant=variant,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import Options, defaults, names_of, read_yaml, record
+from lora_advice.audit.readers.options import Options, at, defaults, examples, names_of, read_yaml, record
 from lora_advice.audit.readers.shell import is_script, read_commands, read_flags
 from lora_advice.finding import Level
 
@@ -39,7 +41,7 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
     """Return the run of a file, or those of a script's commands that state all options themselves."""
     if not is_script(path, text):
         # The framework reads files with OmegaConf, to which 2e-4 is a number.
-        return _run(shown, read_yaml(text, as_omegaconf=True).resolved(), "")
+        return _run(path, shown, read_yaml(text, as_omegaconf=True).resolved(), "")
     runs = []
     for words in read_commands(text):
         texts = [word.text for word in words]
@@ -47,12 +49,12 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
             if (word == "train" and place and texts[place - 1] == "llamafactory-cli") or Path(word).name == "train.py":
                 options = read_flags(words[place + 1 :])
                 if "finetuning_type" in options or "stage" in options:
-                    runs += _run(shown, options, f"line {words[0].line}")
+                    runs += _run(path, shown, options, f"line {words[0].line}")
                 break
     return runs
 
 
-def _run(shown: str, options: Options, name: str) -> list[TrainingConfig]:
+def _run(path: Path, shown: str, options: Options, name: str) -> list[TrainingConfig]:
     # Without do_train it is an evaluation, an export or a chat.
     if "model_name_or_path" not in options or not options.flag("do_train"):
         return []
@@ -69,6 +71,7 @@ def _run(shown: str, options: Options, name: str) -> list[TrainingConfig]:
         findings = options.without_effect(_LORA, reason, "warning")
     options.fill(defaults()["llamafactory"])
     methods: dict[str, Method] = {"lora": "lora", "full": "fullft"}
+    packing = options.flag("packing") or options.flag("neat_packing")
     rank, steps = options.count("lora_rank"), options.number("max_steps") or 0
     targets: tuple[str, ...] | None = _split(options.names("lora_target"))
     if targets == ("all",):
@@ -89,6 +92,7 @@ def _run(shown: str, options: Options, name: str) -> list[TrainingConfig]:
             rounded=bool(options.flag("pure_bf16")) and not options.has("deepspeed"),
             optimizer=next((own for own in _OPTIMIZERS if options.flag(f"use_{own}")), options.text("optim")),
             steps=steps if steps > 0 else None,
+            examples=None if packing or name else _examples(path, options),
             alpha=options.number("lora_alpha") or (None if rank is None else 2.0 * rank),
             # KTransformers holds the experts itself; which of its layers have LoRA is not said.
             targets=None if options.flag("use_kt") else targets,
@@ -101,3 +105,14 @@ def _run(shown: str, options: Options, name: str) -> list[TrainingConfig]:
 def _split(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
     """Return names in which commas separate further names."""
     return tuple(part.strip() for name in names or () for part in name.split(",") if part.strip()) or None
+
+
+def _examples(path: Path, options: Options) -> int | None:
+    """Return the number of examples of datasets that `dataset_info.json` describes."""
+    folder = options.text("dataset_dir") or "data"
+    for file in (Path(folder), path.parent / folder):
+        with suppress(OSError, ValueError, RecursionError):
+            described = json.loads((file / "dataset_info.json").read_text(encoding="utf-8"))
+            files = [at(at(described, name), "file_name") for name in _split(options.names("dataset")) or ()]
+            return examples(file / "dataset_info.json", files)
+    return None

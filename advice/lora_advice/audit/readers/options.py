@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -22,6 +23,8 @@ from lora_advice.finding import Finding, Level
 
 _MOST_OPTIONS = 200_000
 
+_LARGEST_DATA = 1 << 26
+"""Bytes of data that can be counted in time from a slow disk."""
 _COUNT = (1, 1e9, "whole numbers")
 _NUMBERS = {
     "lr": ("learning rate", 1e-20, 1000, "numbers"),
@@ -271,3 +274,23 @@ def record(
             wrong.append(say("number", options.line(keys[field]), **values))
             fields.pop(field, None)
     return TrainingConfig(shown, file_format, name, lines=lines, findings=(*findings, *wrong), **fields)
+
+
+def examples(config: Path, files: Any) -> int | None:
+    """Return the number of examples in files of JSON lines that a configuration names.
+
+    Names are seen from the current folder or that of the configuration. Null if a file is of another kind, is not there
+    or all are large.
+    """
+    lines, left = 0, _LARGEST_DATA
+    for name in files if isinstance(files, list) else [files]:
+        said = text_of(name) or ""
+        try:
+            file = next((file for file in (Path(said), config.parent / said) if os.path.isfile(file)), None)
+            if file is None or file.suffix != ".jsonl" or (left := left - file.stat().st_size) < 0:
+                return None
+            with file.open("rb") as rows:
+                lines += sum(not row.isspace() for row in rows)
+        except OSError:
+            return None
+    return lines or None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import defaults, names_of, read_yaml, record
+from lora_advice.audit.readers.options import defaults, examples, names_of, read_yaml, record
 
 
 def matches(path: Path, text: str) -> bool:
@@ -58,6 +58,8 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
             micro = prompts if prompts is None or group is None else prompts * group
             steps = options.number(keys["steps"])
             batch = {"epochs": None, "global_batch": None, "micro_batch": micro, "steps": steps}
+    elif task == "sft" and not options.flag("dataset.packed"):
+        batch["examples"] = examples(path, options.get("dataset.data_files"))
     # The names of transformers are what other parts of the audit know.
     targets = ["o_proj" if name == "output_proj" else name for name in options.names(keys["targets"]) or ()]
     mlp = bool(options.flag(f"{role}.apply_lora_to_mlp"))

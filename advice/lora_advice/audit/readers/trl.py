@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig, say
 from lora_advice.audit.readers import trl_python
-from lora_advice.audit.readers.options import Options, defaults, names_of, read_yaml, record
+from lora_advice.audit.readers.options import Options, at, defaults, examples, names_of, read_yaml, record
 from lora_advice.audit.readers.shell import UNKNOWN, Word, find_file, is_script, read_commands, read_flags
 from lora_advice.audit.readers.trl_python import plain_fields, task_of
 from lora_advice.errors import UserError
@@ -60,7 +60,11 @@ def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
         task, _ = task_of(path.stem, *(parent.name for parent in path.absolute().parents[:2]))
         if task is None:
             task = next((task for task, names in _TASK_OPTIONS if any(name in options for name in names)), None)
-        return [_config(path, shown, "", options, task, "yaml")]
+        config, datasets = _config(path, shown, "", options, task, "yaml"), options.get("datasets")
+        if not options.flag("packing") and isinstance(datasets, list):
+            files = [at(dataset, "data_files") for dataset in datasets]
+            config = replace(config, examples=examples(path, files))
+        return [config]
     if path.suffix == ".ipynb":
         code, numbers = _notebook(text)
         return trl_python.read(shown, trl_python.parse(code), numbers)
