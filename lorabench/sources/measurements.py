@@ -200,7 +200,7 @@ def measurement_table(studies: Sequence[Study], claims: pd.DataFrame, own: Seque
 
 
 def _about(study: Study) -> dict[str, Any]:
-    about = {"source": study.source, "study": study.name, "scale": study.about.scale}
+    about: dict[str, Any] = {"source": study.source, "study": study.name, "scale": study.about.scale}
     about |= {"parameters": study.about.parameters, "task": "rl" if study.is_rl else "sft"}
     return about | {name: getattr(study.description.attributes, name) for name in ATTRIBUTES if name != "task"}
 
