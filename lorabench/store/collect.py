@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 from lorabench.config.inputs import HubDataset, HubModel, ModelSpec, TinyModel
 from lorabench.config.preset import Preset
 from lorabench.data.identity import has_groups
-from lorabench.data.tokens import groups_of_tests
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
@@ -122,6 +121,9 @@ def test_groups(layout: Layout, model: str, dataset: str) -> pa.Array | None:
         return None
     limited = isinstance(spec, HubDataset) and spec.max_tokens is not None
     tokens = layout.tokens(model, dataset) if limited else None
+    # Every start of the workflow imports this module, so it must be fast.
+    from lorabench.data.tokens import groups_of_tests
+
     return pa.array(groups_of_tests(layout.dataset(dataset), tokens), pa.string())
 
 
