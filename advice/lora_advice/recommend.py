@@ -232,11 +232,11 @@ def recommendation_table(recommendation: Recommendation) -> None:
         for share in sources.sources:
             by_source.setdefault(share.source, {})[method] = share
     rows = []
-    for source, shares in sorted(by_source.items(), key=lambda item: -sum(own.weight for own in item[1].values())):
+    for source, shares in sorted(by_source.items(), key=lambda item: -sum(share.weight for share in item[1].values())):
         row = [source, [*shares.values()][-1].widths]
         for method in TITLES:
-            share = shares.get(method)
-            row += [_interval(share.low, share.high, 2), f"{share.weight:.0%}"] if share else [formats.DASH] * 2
+            own = shares.get(method)
+            row += [_interval(own.low, own.high, 2), f"{own.weight:.0%}"] if own else [formats.DASH] * 2
         rows.append(row)
     laws = [formats.lr(recommendation.sources_of_lr[method].law) for method in TITLES]
     rows.append(["the law alone", "", laws[0], "", laws[1], ""])

@@ -170,8 +170,13 @@ def _rows(data: UserData, form: str) -> Iterator[dict[str, Any]]:
 
 def _rendered(name: str, values: dict[str, Any]) -> str:
     loader = jinja2.FileSystemLoader(_TEMPLATES)
-    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
+    environment = jinja2.Environment(
+        loader=loader,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     environment.filters |= {"yaml": _yaml_text, "shell": shlex.quote}
     return environment.get_template(f"{name}.j2").render(values)
 

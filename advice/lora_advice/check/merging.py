@@ -167,9 +167,9 @@ def check_merging(probe: Probe, dtypes: Sequence[str], own: Path | None = None) 
             row = _row(probe, str(own), dtype, computed, _logits(unmerged, probe.ids))
         rows.append(row)
         findings += [] if row.same else [_finding("merged", "error", row.verdict)]
-    nlls = (_nll(computed, probe.ids) for computed in (probe.base_logits, probe.adapter_logits))
-    about = (probe.model.name, str(probe.adapter), len(probe.ids))
-    return Merging(*about, *nlls, effect, tuple(rows), tuple(findings))
+    base_nll, adapter_nll = (_nll(computed, probe.ids) for computed in (probe.base_logits, probe.adapter_logits))
+    model, tokens = probe.model.name, len(probe.ids)
+    return Merging(model, str(probe.adapter), tokens, base_nll, adapter_nll, effect, tuple(rows), tuple(findings))
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def check(
 
     Exits with status 1 if something is found that is an error.
     """
-    from lora_advice.check.adapter import read_adapter
+    from lora_advice.check.adapter import Adapter, read_adapter
 
     if model is None and merged is not None:
         raise UserError("--merged needs --model, the model the adapter was trained on")
@@ -53,8 +53,8 @@ def check(
     if as_json:
         print(json.dumps(asdict(shown) | {"findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
-        if shown is described:
-            _print_adapter(described)
+        if isinstance(shown, Adapter):
+            _print_adapter(shown)
         else:
             _print_merging(shown)
         for finding in findings:
