@@ -219,7 +219,7 @@ def record(folder: Path, chance: random.Random) -> Run:
     return read
 
 
-CASES_OF = {config: 46, adapter: 120, model: 100, preset: 140, table: 60, record: 80}
+CASES_OF = {config: 46, adapter: 160, model: 100, preset: 140, table: 60, record: 80}
 """How many mutations there are of each kind of input."""
 
 
