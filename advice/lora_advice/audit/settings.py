@@ -81,17 +81,21 @@ def check_settings(config: TrainingConfig) -> Iterator[Finding]:
             yield say("batch", config.line("global_batch", "micro_batch", "accumulation"), batch=config.batch_size)
 
 
+def kept_in_bf16(lr: float) -> float:
+    """Return the share that bf16, of 8 significant bits, keeps of steps of Adam, which are about as large as `lr`."""
+    normal = NormalDist(0, _TYPICAL_WEIGHT)
+    weights = np.array([normal.inv_cdf(0.5 + (place + 0.5) / 1000) for place in range(500)])
+    spacing = 2.0 ** (np.floor(np.log2(weights)) - 7)
+    return float(np.mean(np.round(lr / spacing) * spacing) / lr)
+
+
 def _precision(config: TrainingConfig) -> Iterator[Finding]:
     """Yield whether full fine-tuning trains weights that can't be trained, or in which updates are lost."""
     line = config.line("bits", "rounded")
     if config.bits in (4, 8):
         yield say("quantized", line, bits=config.bits)
     elif config.rounded and config.lr is not None and 0 < config.lr < _TYPICAL_WEIGHT:
-        # A step of Adam is about as large as the learning rate; bf16 has 8 significant bits.
-        normal = NormalDist(0, _TYPICAL_WEIGHT)
-        weights = np.array([normal.inv_cdf(0.5 + (place + 0.5) / 1000) for place in range(500)])
-        spacing = 2.0 ** (np.floor(np.log2(weights)) - 7)
-        kept = float(np.mean(np.round(config.lr / spacing) * spacing) / config.lr)
+        kept = kept_in_bf16(config.lr)
         level: Level = "warning" if kept < _FEW else "note"
         if kept < _MOST:
             yield say("rounded", line, level=level, kept=kept, lr=config.lr, size=_TYPICAL_WEIGHT)
