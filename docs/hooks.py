@@ -198,7 +198,8 @@ def results_page(folder: Path) -> str:
     again, rules = read_held_out(folder), [name[:12] for name in sorted(set(judged["rules"].dropna()))]
     rows = [
         [claim["claim_id"], claim["statement"], claim_text.verdict(claim), *held_out(claim, again),
-         claim_text.remark(claim), claim_text.margin(claim), claim_text.measured(claim), claim_text.details(claim).get("Power", formats.DASH),
+         claim_text.remark(claim), claim_text.margin(claim), claim_text.measured(claim),
+         claim_text.details(claim).get("Power", formats.DASH),
          _text(claim["scope"]), _text(claim["paper_value"])]
         for claim in tested.to_dict("records")
     ]  # fmt: skip
