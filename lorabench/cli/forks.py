@@ -249,8 +249,11 @@ def _fork_command(files: list[int], connection: socket.socket) -> None:
     reply(process)
 
     def end_with_giver() -> None:
-        connection.recv(1)
-        os.kill(process, signal.SIGTERM)
+        # The process at the other end may have been killed, and the command have ended.
+        with contextlib.suppress(OSError):
+            connection.recv(1)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
 
     threading.Thread(target=end_with_giver, daemon=True).start()
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
