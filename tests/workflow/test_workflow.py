@@ -163,7 +163,7 @@ def test_what_a_finished_clone_says_of_itself(smoke):
 
 
 # In each start some of 40 steps are done, and those of which the killed Snakemake knew nothing are done again.
-MOMENTS = [r"(local)?rule tokens:", *[r"1 of \d+ steps"] * 4]
+MOMENTS = [r"(local)?rule tokens:", *[r"1 of \d+ steps"] * 9]
 """Beginnings of lines of Snakemake at which it is killed, one after the other."""
 
 
