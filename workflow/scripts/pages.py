@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scour import scour
 
 from answers import QUESTIONS, answer, count_of_core
 from lorabench.analysis.rules import DECIDED
@@ -38,6 +37,9 @@ _RESULTS, _OTHER_RUNS = Path("docs/results.md"), Path("docs/other-runs.md")
 
 def make_smaller(picture: Path) -> None:
     """Take from an SVG file what does not change the picture, since the repository keeps every version."""
+    # The documentation is built with this module, and without scour.
+    from scour import scour
+
     options = scour.sanitizeOptions()
     options.strip_ids, options.shorten_ids, options.digits = True, True, 5
     options.indent_type, options.newlines, options.strip_comments = "none", False, True
