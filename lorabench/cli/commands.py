@@ -174,14 +174,14 @@ def status(preset: PresetOption = "laptop") -> None:
 
 @app.command()
 def doctor(preset: PresetOption = "laptop") -> None:
-    """Check this machine for a preset in some minutes: its device, and the numbers, memory and speed of a step.
+    """Check this machine for a preset in some minutes: the numbers, the memory and the speed of a training step.
 
     Writes results/doctor/<device>.json, from which `lorabench plan` takes the speed, and exits with status 1 if a check
     failed.
     """
     planned, layout = plan_and_layout(preset)
     with own_gpus(planned):
-        from lorabench.doctor.checks import examine
+        from lorabench.doctor.bench import examine
         from lorabench.doctor.record import write_record
 
         record = examine(planned, layout, lambda check: print(f"{check.status}: {check.name}", file=sys.stderr))
