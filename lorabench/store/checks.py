@@ -76,16 +76,19 @@ def check_comparable(table: pd.DataFrame, rows: Literal["runs", "scores"]) -> No
 def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
     """Return the rules for values: the column, which of its values are right, and what is allowed."""
     counts = ["batch_size", "steps", "n_seeds", "trainable_params", "base_params", "hidden_size", "train_tokens"]
-    scales, from_0 = ["alpha", "init_a", "lr_ratio"], ["final_test_nll_sd", "final_train_nll", "eps"]
-    losses, rewards = ["final_valid_nll", "final_test_nll"], ["base_reward", "final_valid_reward", "final_reward"]
-    rewards.append("best_reward")
-    names = ["rank", "lr", *counts, *scales, *from_0, *losses, *rewards]
+    ranges = {
+        **dict.fromkeys(counts, (1, f"whole numbers from 1 up to {MAX_NUMBER:g}")),
+        **dict.fromkeys(["alpha", "init_a", "lr_ratio"], (SMALLEST, f"numbers above 0, up to {MAX_NUMBER:g}")),
+        **dict.fromkeys(["final_test_nll_sd", "final_train_nll", "eps"], (0, f"numbers from 0 up to {MAX_NUMBER:g}")),
+    }
+    losses = ["final_valid_nll", "final_test_nll"]
+    rewards = ["base_reward", "final_valid_reward", "final_reward", "best_reward"]
+    names = ["rank", "lr", *ranges, *losses, *rewards]
     # A column that is lacking is null in what the other rules say of it.
     whole = "method" in runs
     runs = runs.reindex(columns=["model", "dataset", "task", "method", "status", "seed", *names])
     known = runs.notna()
     number = pd.DataFrame({name: runs[name].to_numpy(float, na_value=np.nan) for name in names}, index=runs.index)
-    up_to = f"up to {MAX_NUMBER:g}"
     adapters = [method for method in METHOD_NAMES if method != "fullft"]
     lora, fullft, rl = runs["method"].isin(adapters), runs["method"].isin(["fullft"]), is_rl(runs)
     done, stopped = runs["status"].isin(["done"]), rl & runs["status"].isin(["unrewarded", "collapsed"])
@@ -100,13 +103,9 @@ def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
         ("seed", known["seed"], "whole numbers"),
     ]
     rules += [(name, known[name] & runs[name].ne(""), "a name") for name in ("model", "dataset")]
-    for columns, low, allowed in (
-        (counts, 1, f"whole numbers from 1 {up_to}"),
-        (scales, SMALLEST, f"numbers above 0, {up_to}"),
-        (from_0, 0, f"numbers from 0 {up_to}"),
-    ):
-        rules += [(name, ~known[name] | number[name].between(low, MAX_NUMBER), allowed) for name in columns]
-    unfinished, allowed = rl | ~done, f"a finite number where status is done, from 0 {up_to}"
+    for name, (low, allowed) in ranges.items():
+        rules.append((name, ~known[name] | number[name].between(low, MAX_NUMBER), allowed))
+    unfinished, allowed = rl | ~done, f"a finite number where status is done, from 0 up to {MAX_NUMBER:g}"
     rules += [(name, unfinished | number[name].between(0, MAX_NUMBER), allowed) for name in losses]
     for name in rewards:
         final = name.startswith("final")

@@ -5,8 +5,8 @@ The time of a progress file shows when its job last gave a sign of life.
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
 import time
 from contextlib import suppress
 from typing import Any
@@ -16,13 +16,10 @@ from lorabench.runs import Run, Sweep
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.utils.exhaustion import NoSpaceError
-from lorabench.utils.files import read_json, write_json
+from lorabench.utils.files import write_json
 
 INTERVAL = float(os.environ.get("LORABENCH_PROGRESS_SECONDS", "2"))
 """Seconds between two updates of a progress file; the profile of a cluster asks for fewer."""
-
-_STATE = dict.fromkeys(("run", "runs", "seed", "step", "steps"), int) | {"label": str, "sweep": str, "lr": int | float}
-"""The entries of a progress file."""
 
 
 class Progress:
@@ -87,12 +84,7 @@ def runs_at_work(plan: Plan, layout: Layout) -> list[dict[str, Any]]:
     for path in sorted((layout.root / "progress").glob("*.json")):
         # A job removes the file at the end of a run, which may be now.
         with suppress(FileNotFoundError):
-            state = read_json(path, _STATE, "delete it; a run in training writes it again")
-            written = path.stat().st_mtime
-            # The clocks of nodes may differ by hours; without the right to write here this process's own has to do.
-            now = time.time()
-            with suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as probe:
-                now = os.fstat(probe.fileno()).st_mtime
+            state = json.loads(path.read_text())
             if state["sweep"] in unfinished:
-                at_work.append({**state, "age_s": now - written})
+                at_work.append({**state, "age_s": time.time() - path.stat().st_mtime})
     return sorted(at_work, key=lambda run: (run["label"], run["run"]))

@@ -15,8 +15,8 @@ import pandas as pd
 
 from lorabench.errors import UserError
 from lorabench.store.checks import check_comparable, check_curves, check_table, is_rl
-from lorabench.store.io import list_of_words, read_table, table_path, typed_frame, write_frame
-from lorabench.store.schemas import SCHEMAS, WHERE_ABSENT
+from lorabench.store.io import list_of_words, read_table, table_path, typed_columns, write_frame
+from lorabench.store.schemas import SCHEMAS
 
 _SCORE = "run_id model dataset task metric filter num_fewshot n_samples sampler eval_batch_size task_version"
 KEYS = {
@@ -81,7 +81,7 @@ class Tables:
             if name not in KEYS or not isinstance(frame, pd.DataFrame):
                 what = f"of the type {type(frame).__name__}" if name in KEYS else "not known"
                 raise UserError(f"table {name!r} is {what}; allowed: data frames of {', '.join(KEYS)}")
-        typed = {name: typed_frame(frame.reset_index(drop=True), name, Path(name)) for name, frame in frames.items()}
+        typed = {name: typed_columns(frame.reset_index(drop=True), name, Path(name)) for name, frame in frames.items()}
         tables = {"runs": pd.DataFrame(), "curves": pd.DataFrame()} | typed
         return cls(**tables | {"runs": _usable(tables["runs"])})
 
@@ -146,10 +146,8 @@ def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
     row_of = all_keys.groupby(keys, dropna=False, sort=False).ngroup()
     merged = {}
     for column in columns:
-        # A table that lacks the column does not contradict the others; `read_table` fills some with nulls.
+        # A table that lacks the column does not contradict the others.
         values = pd.concat({str(folder): frame[column] for folder, frame in frames.items() if column in frame})
-        if WHERE_ABSENT.get(name, {}).get(column, "") is None and values.notna().any():
-            values = values.dropna()
         row = row_of[values.index]
         first = values[~row.duplicated()].set_axis(row[~row.duplicated()])
         if column == "experiments":

@@ -31,7 +31,6 @@ from torch.distributed.tensor import DTensor
 
 from lorabench.errors import UserError
 from lorabench.models.lora import tie_beneath
-from lorabench.utils.exhaustion import NoMemoryError
 from lorabench.utils.signals import GRACE, Stopped
 
 T = TypeVar("T")
@@ -174,7 +173,7 @@ def launch(count: int, arguments: Sequence[str]) -> None:
             sys.exit(f"lorabench: process {failure.local_rank} of {count} ended with exit code {failure.exitcode}")
         name, _, text = message.partition(": ")
         if name != NoKernelError.__name__:
-            raise (NoMemoryError if name == NoMemoryError.__name__ else UserError)(text) from error
+            raise UserError(text) from error
         logging.warning("the processes start again with %s=1: %s", NONDETERMINISTIC, text)
         os.environ[NONDETERMINISTIC] = "1"
         launch(count, arguments)

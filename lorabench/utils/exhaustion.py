@@ -26,16 +26,10 @@ _NO_MEMORY = (
     *("not enough memory", "allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc"),
     *("start new thread", "[enforce fail a"),
 )
-_SIZE = re.compile(r"allocate ([\d.]+ \w+)")
 
 
 class NoSpaceError(UserError):
     """A file could not be written for lack of space."""
-
-
-class NoMemoryError(UserError):
-    """The memory of the machine was exhausted; that of a GPU raises a plain UserError, which more memory of the machine
-    does not help."""
 
 
 @contextmanager
@@ -64,9 +58,9 @@ def space_for(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def memory_for(what: str, advice: str) -> Iterator[None]:
-    """Turn the error of a machine without free memory into a NoMemoryError, and that of a GPU into a UserError.
+    """Turn the error of a full memory, of a machine or a GPU, into a UserError.
 
-    The message says `what` was computed, and gives `advice` how to need less memory.
+    It says `what` was computed, and gives `advice` how to need less memory.
     """
     try:
         yield
@@ -76,10 +70,8 @@ def memory_for(what: str, advice: str) -> Iterator[None]:
         reported = isinstance(error, RuntimeError) and any(message in text for message in _NO_MEMORY)
         if not (on_gpu or reported or isinstance(error, MemoryError) or _number(error) == errno.ENOMEM):
             raise
-        size = _SIZE.search(text)
-        more = f" (no {size[1]} more)" if size else ""
-        kind, where = (UserError, " on the GPU") if on_gpu or "CUDA" in text else (NoMemoryError, "")
-        raise kind(f"{what} is out of memory{where}{more}: {advice}; what is finished is kept") from error
+        where = " on the GPU" if on_gpu or "CUDA" in text else ""
+        raise UserError(f"{what} is out of memory{where}: {advice}; what is finished is kept") from error
 
 
 def _number(error: Exception) -> int | None:
@@ -93,8 +85,8 @@ def _number(error: Exception) -> int | None:
 def keep_freed_memory() -> bool:
     """Make this process reuse freed memory, and return whether it does; False with another C library than glibc.
 
-    It reuses blocks up to 1 GiB, and up to 2 GiB at the end of its heap. By default glibc returns free memory there to
-    the system, and each block above 32 MiB; the system then maps and clears the same pages in every training step.
+    By default glibc returns free memory at the end of the heap to the system, and each block above 32 MiB; the system
+    then maps and clears the same pages in every training step.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     # Other C libraries have no `mallopt`, or number its parameters differently.

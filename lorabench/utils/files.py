@@ -15,10 +15,9 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import UnionType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lorabench.errors import UserError
@@ -75,22 +74,6 @@ def write_json(value: Any, path: Path) -> None:
     text = json.dumps(value, indent=2, allow_nan=False)
     with atomic_path(path) as partial:
         partial.write_text(text + "\n")
-
-
-def read_json(path: Path, entries: Mapping[str, type | UnionType], mend: str) -> dict[str, Any]:
-    """Read a JSON object that has these entries, each of its type.
-
-    UserError says that the file is damaged, and ends with `mend`, what to do about it.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds {type(value).__name__} in the place of an object")
-        if wrong := [key for key, kind in entries.items() if not isinstance(value.get(key), kind)]:
-            raise ValueError(f"{wrong[0]} is {value.get(wrong[0])!r}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); {mend}") from error
-    return value
 
 
 def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
-from lorabench.store.progress import finished_runs, runs_at_work
+from lorabench.store.progress import finished_runs
 from lorabench.store.run_folder import RunFolder
 
 
@@ -64,18 +62,3 @@ def test_a_job_that_finds_its_lrs_has_the_runs_that_its_file_has(planned):
     # A damaged file counts with the runs that were expected.
     layout.job(job).write_bytes(b"PAR1")
     assert finished_runs(plan, layout) == (job.n_runs, expected, 1)
-
-
-STATE = {"label": "a", "run": 1, "runs": 3, "lr": 0.01, "seed": 0, "step": 5, "steps": 9, "sweep": "b"}
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps(STATE | {"step": None})])
-def test_a_damaged_progress_file_is_named(planned, text):
-    plan, layout = planned
-    path = layout.root / "progress" / "abc.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(STATE))
-    assert runs_at_work(plan, layout) == []
-    path.write_text(text)
-    with pytest.raises(UserError, match=f"^{path} is damaged .*; delete it; a run in training writes it again"):
-        runs_at_work(plan, layout)
