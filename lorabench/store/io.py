@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,19 +74,14 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
             # The metadata of pandas would turn a column into the index.
             frame: pd.DataFrame = pq.read_table(path).to_pandas(ignore_metadata=True)
         else:
-            # Pandas renames the second of two columns of one name.
-            header = pd.read_csv(path, header=None, nrows=1, dtype=str, index_col=False).iloc[0].tolist()
-            if len(set(header)) < len(header):
-                twice = Counter(header).most_common(1)[0][0]
-                raise UserError(f"{path} has several columns with the name {twice!r}; allowed: each name once")
-            if len(header) == 1 and ";" in str(header[0]):
-                raise UserError(f"{path} has its columns separated by semicolons; allowed: commas")
             # Text columns are not parsed: a run_id may consist of digits.
             text = {column.name: str for column in SCHEMAS[name] if pa.types.is_string(column.type)}
             with warnings.catch_warnings():
                 # It would leave out the ends of rows that are longer than the header.
                 warnings.simplefilter("error", pd.errors.ParserWarning)
                 frame = pd.read_csv(path, dtype=text, index_col=False)
+            if len(frame.columns) == 1 and ";" in frame.columns[0]:
+                raise UserError(f"{path} has its columns separated by semicolons; allowed: commas")
     except (pa.ArrowException, ValueError, OSError, pd.errors.ParserWarning) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} can't be read as a table: {reason}") from error

@@ -47,30 +47,20 @@ class Progress:
 
 
 def finished_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
-    """Return the numbers of finished runs, of planned runs (as far as they are known) and of finished jobs.
+    """Return the numbers of finished runs, of planned runs and of finished jobs.
 
     A run's folder and a job's file have their names only when they are whole, so two lists of names tell what is
-    finished. The runs of a finished job may be deleted.
+    finished. A finished job counts with the runs that were expected, whose folders may be deleted.
     """
     files, folders = ({path.name for path in folder.glob("*")} for folder in (layout.jobs, layout.runs))
     done = planned = jobs_done = 0
     for job in plan.jobs:
-        expected = job.n_runs
+        planned += job.n_runs
         if layout.job(job).name in files:
-            # A sweep that finds its LRs has another number of runs than expected.
-            if any(sweep.lattice is not None for sweep in job.sweeps):
-                # Imported only here, because `lorabench status` shall answer at once.
-                import pyarrow as pa
-                import pyarrow.parquet as pq
-
-                # A damaged file counts as expected; the step that reads it names it.
-                with suppress(pa.ArrowException, OSError):
-                    expected = pq.read_metadata(layout.job(job)).num_rows
-            done, jobs_done = done + expected, jobs_done + 1
+            done, jobs_done = done + job.n_runs, jobs_done + 1
         else:
             names = [run_id for sweep in job.sweeps for run_id in sweep.run_ids & folders]
             done += sum(RunFolder(layout.runs, run_id).done() for run_id in names)
-        planned += expected
     return done, planned, jobs_done
 
 

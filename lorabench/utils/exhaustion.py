@@ -92,8 +92,7 @@ def keep_freed_memory() -> bool:
     # Other C libraries have no `mallopt`, or number its parameters differently.
     if libc is None or not hasattr(libc, "gnu_get_libc_version"):
         return False
-    # Parameters of `mallopt`, as numbered in glibc's malloc.h.
+    # Parameters of `mallopt`, as numbered in glibc's malloc.h; older versions accept blocks of 32 MiB at most.
     trim_threshold, mmap_threshold = -1, -3
-    # Older versions accept 32 MiB at most; the bytes at the heap's end are the largest number that `mallopt` takes.
     kept = any(libc.mallopt(mmap_threshold, size) for size in (1 << 30, 32 << 20))
     return bool(kept and libc.mallopt(trim_threshold, (1 << 31) - 1))

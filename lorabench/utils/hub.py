@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -51,10 +51,7 @@ class FetchedRepository:
 
     kind: Literal["model", "dataset"]
     id: str
-    revision: str
     commit: str
-    files: dict[str, int]
-    """The size in bytes of each file, by its name."""
     parts: dict[str, list[str]]
     """The names of a dataset's files by part, `configuration/split` or `split`."""
 
@@ -79,7 +76,9 @@ def read_fetched(path: Path) -> dict[str, FetchedRepository]:
         raise UserError(
             f"not fetched from the hub yet: no {path}; run `lorabench step fetch-model` or `lorabench step fetch-data`"
         )
-    return {entry["id"]: FetchedRepository(**entry) for entry in json.loads(path.read_text())}
+    names = [field.name for field in fields(FetchedRepository)]
+    entries = [{name: entry[name] for name in names} for entry in json.loads(path.read_text())]
+    return {entry["id"]: FetchedRepository(**entry) for entry in entries}
 
 
 def fetch_repositories(wanted: list[WantedRepository], pins: Path, out: Path) -> None:
@@ -102,13 +101,14 @@ def fetch_repositories(wanted: list[WantedRepository], pins: Path, out: Path) ->
                 download["allow_patterns"] = [*_MODEL_FILES, *(["*.py"] if repository.code else [])]
                 # Some repositories hold the same weights in other formats in folders.
                 download["ignore_patterns"] = ["*/*"]
-            files = sorted(snapshot_download(**download, dry_run=True), key=lambda file: file.filename)
-            if repository.kind == "model" and not any(file.filename.endswith(".safetensors") for file in files):
-                raise UserError(f"{repository} has no .safetensors file at {commit}; pickled weights are not loaded")
+                files = snapshot_download(**download, dry_run=True)
+                if not any(file.filename.endswith(".safetensors") for file in files):
+                    raise UserError(
+                        f"{repository} has no .safetensors file at {commit}; pickled weights are not loaded"
+                    )
             snapshot_download(**download)
-        sizes = {file.filename: file.file_size or 0 for file in files}
-        fetched.append(FetchedRepository(repository.kind, repository.id, repository.revision, commit, sizes, parts))
-    write_json([asdict(repository) for repository in fetched], out)
+        fetched.append(asdict(FetchedRepository(repository.kind, repository.id, commit, parts)))
+    write_json(fetched, out)
     read_fetched.cache_clear()
 
 

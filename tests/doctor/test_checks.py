@@ -28,7 +28,7 @@ from lorabench.training.run import Machine, make_optimizer
 from lorabench.training.step_cost import NewStorages
 from lorabench.utils.gpus import GPUS
 
-from ..conftest import REPOSITORY, slow_but
+from ..conftest import REPOSITORY
 
 CPU = Machine(torch.device("cpu"), 4096, 1e9)
 
@@ -121,7 +121,8 @@ GPU_PRESETS = [
 ]
 
 
-@pytest.mark.parametrize("name", slow_but("core", GPU_PRESETS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GPU_PRESETS)
 def test_a_step_with_the_memory_of_its_tensors_passes(name, monkeypatch):
     """The memory is that of tensors which have sizes but no content, in a few layers of the preset's models."""
 

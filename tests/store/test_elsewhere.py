@@ -69,13 +69,6 @@ def test_a_row_says_whose_margins_it_was_judged_by(tmp_path):
     assert own["margin_high"] == pytest.approx(by_default["margin_high"] / 20)
 
 
-def test_without_the_base_a_share_of_the_loss_is_the_margin():
-    runs, _ = world()
-    row = judged(runs, pd.DataFrame(columns=["run_id", "step", "split", "metric", "value"]))
-    assert row["margin_rule"].startswith("default margins: 1% of the loss (2.00")
-    assert row["margin_high"] == pytest.approx(0.02, rel=0.01)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

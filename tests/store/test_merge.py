@@ -10,19 +10,14 @@ import pytest
 from lorabench.errors import UserError
 from lorabench.figures.catalog import save_figure
 from lorabench.store.io import write_csv
-from lorabench.store.schemas import PARQUET_ONLY
-from lorabench.store.tables import KEYS, Tables, merge
+from lorabench.store.tables import Tables, merge
 
-from ..handmade import curves_of, evals_table, make_eval, make_run, make_sweep, runs_table
+from ..handmade import evals_table, make_eval, make_run, make_sweep, runs_table
 
 SETTINGS = [("fullft", None, None, 3.0e9, 0.3), ("lora", 1, "all", 2.1e9, 0.2), ("lora", 8, "all", 2.4e9, 0.2)]
 COMPUTE = pd.DataFrame(SETTINGS, columns=["method", "rank", "placement", "linear_flops", "step_s"]).assign(model="tiny")
 COMPUTE["rank"] = COMPUTE["rank"].astype("Int64")
-COUNTS = pd.DataFrame({"include_unembedding": [True, False], "trainable_params": [2_753_792, 2_621_440]}).assign(
-    architecture="8b", placement="all", part="all", rank=1
-)
 RUNS = runs_table(make_sweep(None) + make_sweep(8) + make_sweep(8, dataset="worked"))
-CURVES = curves_of(RUNS)
 TEST_LOSSES = pd.DataFrame(
     [
         {"run_id": run_id, "example": number, "loss": 10.5 + number, "tokens": 4}
@@ -50,15 +45,14 @@ def merged(*folders: Path) -> Tables:
 
 
 def test_merging_again_changes_nothing(tmp_path):
-    first = write(tmp_path / "first", "csv", runs=RUNS.iloc[:7], curves=CURVES, compute=COMPUTE.iloc[:2], counts=COUNTS)
-    others = {"evals": evals_table([make_eval(8, 0.5)]), "test_losses": TEST_LOSSES}
-    second = write(tmp_path / "second", runs=RUNS.iloc[4:], compute=COMPUTE.iloc[1:], **others)
+    first = write(tmp_path / "first", "csv", runs=RUNS.iloc[:7], compute=COMPUTE.iloc[:2])
+    second = write(tmp_path / "second", runs=RUNS.iloc[4:], compute=COMPUTE.iloc[1:], test_losses=TEST_LOSSES)
     once, twice = tmp_path / "once", tmp_path / "twice"
     merge([first, second], once)
     merge([once, first, second], twice)
     files = {path.name: path.read_bytes() for path in once.iterdir()}
-    csv = {f"{name}.csv" for name in KEYS if name not in PARQUET_ONLY}
-    assert set(files) == csv | {f"{name}.parquet" for name in KEYS}
+    names = {f"{name}.{kind}" for name in ("runs", "compute") for kind in ("csv", "parquet")}
+    assert set(files) == names | {"test_losses.parquet"}
     assert {path.name: path.read_bytes() for path in twice.iterdir()} == files
     merge([once], once)
     assert {path.name: path.read_bytes() for path in once.iterdir()} == files

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import shutil
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pytest
-
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 from lorabench.store.progress import finished_runs
 from lorabench.store.run_folder import RunFolder
-
-
-@pytest.fixture
-def planned(request, tmp_path, monkeypatch):
-    """The plan of a preset with fixed LRs, or of the one that a test names, and its layout in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    layout = Layout.of(getattr(request, "param", "lr_noise"))
-    return make_plan(layout.preset), layout
 
 
 def finish(layout, *runs):
@@ -29,8 +17,10 @@ def finish(layout, *runs):
             pass
 
 
-def test_runs_are_counted_as_they_come_and_go(planned):
-    plan, layout = planned
+def test_runs_are_counted_as_they_come_and_go(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layout = Layout.of("lr_noise")
+    plan = make_plan(layout.preset)
     number = sum(job.n_runs for job in plan.jobs)
     first, second = ([run for sweep in job.sweeps for run in sweep.grid()] for job in plan.jobs[:2])
     assert finished_runs(plan, layout) == (0, number, 0)
@@ -48,17 +38,3 @@ def test_runs_are_counted_as_they_come_and_go(planned):
     shutil.rmtree(layout.runs / first[0].run_id)
     RunFolder(layout.runs, second[1].run_id).discard()
     assert finished_runs(plan, layout) == (plan.jobs[0].n_runs + 2, number, 1)
-
-
-@pytest.mark.parametrize("planned", ["laptop"], indirect=True)
-def test_a_job_that_finds_its_lrs_has_the_runs_that_its_file_has(planned):
-    plan, layout = planned
-    done, expected, _ = finished_runs(plan, layout)
-    job = next(job for job in plan.jobs if job.sweeps[0].lattice)
-    layout.jobs.mkdir(parents=True)
-    rows = job.n_runs + 3
-    pq.write_table(pa.table({"run_id": ["a"] * rows}), layout.job(job))
-    assert finished_runs(plan, layout) == (done + rows, expected + 3, 1)
-    # A damaged file counts with the runs that were expected.
-    layout.job(job).write_bytes(b"PAR1")
-    assert finished_runs(plan, layout) == (job.n_runs, expected, 1)

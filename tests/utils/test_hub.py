@@ -105,16 +105,18 @@ MODEL = WantedRepository("model", "owner/tiny", "main")
 DATA = WantedRepository("dataset", TULU3, "main", ((None, "train"),))
 
 
-def test_of_a_model_only_what_is_read_comes(hub):
+def test_of_a_model_only_what_is_read_comes(hub, tmp_path):
     add_model(hub)
+
+    def files():
+        return {path.name for path in tmp_path.glob("home/hub/models--*/snapshots/*/*")}
+
     (model,) = fetched(MODEL).values()
-    assert (model.commit, model.revision) == (hub.commit("models", "owner/tiny"), "main")
-    names = "chat_template.jinja config.json generation_config.json model.safetensors recipe.json tokenizer.json"
-    assert sorted(model.files) == [*names.split(), "tokenizer_config.json"]
-    assert model.files["model.safetensors"] == (shipped_folder("llama-64") / "model.safetensors").stat().st_size
-    assert not [request for request in hub.requests if "pytorch_model" in request]
-    code = WantedRepository("model", "owner/tiny", model.commit, code=True)
-    assert "code.py" in fetched(code)["owner/tiny"].files
+    assert model.commit == hub.commit("models", "owner/tiny")
+    names = {path.name for path in shipped_folder("llama-64").iterdir()} - {"README.md"}
+    assert files() == names
+    fetched(replace(MODEL, revision=model.commit, code=True))
+    assert files() == names | {"code.py"}
 
 
 def test_a_moving_revision_stays_what_it_was_when_it_was_first_fetched(hub):
