@@ -19,7 +19,7 @@ from lorabench.utils.files import add_checksum, atomic_path, check_parquet
 
 
 def write_table(table: pa.Table, path: Path, **options: Any) -> None:
-    """Write a parquet file with a checksum, whole or not at all; NoSpaceError says that the disk is full."""
+    """Write a parquet file with a checksum, whole or not at all; UserError says that the disk is full."""
     with atomic_path(path) as partial:
         pq.write_table(table, partial, **options)
         add_checksum(partial)

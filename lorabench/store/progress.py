@@ -11,11 +11,11 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Run, Sweep
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
-from lorabench.utils.exhaustion import NoSpaceError
 from lorabench.utils.files import write_json
 
 INTERVAL = float(os.environ.get("LORABENCH_PROGRESS_SECONDS", "2"))
@@ -42,7 +42,7 @@ class Progress:
         state = {"label": condition.label, "run": number, "runs": max(number, self._sweep.n_runs)}
         state |= {"lr": run.lr, "seed": run.seed, "step": step, "steps": condition.steps}
         # A full disk must end the job where it loses something, not here.
-        with suppress(NoSpaceError):
+        with suppress(UserError):
             write_json(state | {"sweep": self._sweep.sweep_id}, self._layout.progress(run))
 
 

@@ -146,7 +146,7 @@ class RunFolder:
     def finishing(self, record: Mapping[str, Any]) -> Iterator[Path]:
         """Yield a temporary folder for the finished run's files but its record; it becomes the run's folder on success.
 
-        NoSpaceError says that the disk is full.
+        UserError says that the disk is full.
         """
         self.tidy()
         try:

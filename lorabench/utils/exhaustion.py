@@ -16,8 +16,7 @@ from lorabench.errors import UserError
 # A full file system, a full quota, and a file larger than the process may write.
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Paths and permissions are the user's; a file that is missing may be a mistake of this project's.
-_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
-_WRONG_PATH = {errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR}
 # safetensors gives the error number in its message only.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # Messages of torch's allocators, cuBLAS, C++ and the system; on a CPU torch raises a plain RuntimeError. A thread that
@@ -28,22 +27,18 @@ _NO_MEMORY = (
 )
 
 
-class NoSpaceError(UserError):
-    """A file could not be written for lack of space."""
-
-
 @contextmanager
 def space_for(path: Path | str) -> Iterator[None]:
-    """Turn the error of a full file system or quota into a NoSpaceError that names `path`, and that of a file that this
-    user may not read or write, or of an impossible path, into a UserError that names the file."""
+    """Turn the error of a full file system or quota into a UserError that names `path`, and that of a file that this
+    user may not read or write, or of an impossible path, into one that names the file."""
     try:
         yield
     except Exception as error:
         number = _number(error)
-        if isinstance(error, UserError) or number not in _NO_SPACE | _NO_ACCESS | _WRONG_PATH:
+        if isinstance(error, UserError) or number not in _NO_SPACE | _NO_ACCESS:
             raise
         if number in _NO_SPACE:
-            raise NoSpaceError(
+            raise UserError(
                 f"no space left to write {path}; make room and give the same command again: "
                 "finished runs and the last checkpoints are kept"
             ) from error

@@ -43,7 +43,7 @@ each million rows."""
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it replaces `path` on success and is removed on failure.
 
-    NoSpaceError says that the disk is full, UserError that `path` can't be written, or is no regular file.
+    UserError says that the disk is full, or that `path` can't be written or is no regular file.
     """
     # A name may have 255 bytes.
     name = path.name if len(os.fsencode(path.name)) <= 150 else digest(path.name)
