@@ -170,7 +170,8 @@ def random_model(
         return model
     if preset.protocol.precision == "bf16" and not plain and condition.method not in CHANGES_BASE:
         hold_in_bf16(model)
-    arm: Any = condition.rank, condition.placement, condition.alpha, preset.protocol.include_unembedding
+    arm: tuple[Any, Any, Any, bool]
+    arm = condition.rank, condition.placement, condition.alpha, preset.protocol.include_unembedding
     adapted: Any = add_lora(model, *arm, seed=0, method=condition.method)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -227,7 +228,8 @@ def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: 
         f"from plain transformers and PEFT in fp32 on the CPU, the loss differs by {loss_error:.1e} and the gradient "
         f"by {gradient_error:.1e}"
     )
-    status, value = "pass" if worst <= limit else "fail", worst if math.isfinite(worst) else None
+    value = worst if math.isfinite(worst) else None
+    status: Literal["pass", "fail"] = "pass" if worst <= limit else "fail"
     return Check(status=status, sentence=sentence, value=value, planned=limit, unit="relative error")
 
 
@@ -257,7 +259,12 @@ def measure_step(preset: Preset, machine: Machine, subject: Subject) -> tuple[fl
 
     torch.backends.cuda.matmul.allow_tf32 = preset.protocol.precision == "bf16"
     steps, seconds = train(), list[float]()
-    peak = growth(lambda: [next(steps) for _ in range(2)], machine.device)
+
+    def first_steps() -> None:
+        next(steps)
+        next(steps)
+
+    peak = growth(first_steps, machine.device)
     while sum(seconds) < _SECONDS:
         started = time.perf_counter()
         next(steps)
@@ -270,7 +277,7 @@ def check_memory(preset: Preset, machine: Machine, subject: Subject, peak: float
     expected, batch = subject.planned_memory(preset), f"{subject.rows} x {subject.length} tokens"
     sentence = f"a step on {batch} took {peak / expected:.2f} times the memory that the plan states"
     least, most = MEMORY[machine.device.type]
-    status = "pass" if least * expected <= peak <= most * expected else "fail"
+    status: Literal["pass", "fail"] = "pass" if least * expected <= peak <= most * expected else "fail"
     return Check(status=status, sentence=sentence, value=peak / GB, planned=expected / GB, unit="GB")
 
 

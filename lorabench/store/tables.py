@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from lorabench.errors import UserError
@@ -142,13 +143,14 @@ def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
     for folder, frame in frames.items():
         if missing := [key for key in keys if key not in frame]:
             raise UserError(f"the table {name} in {folder} has no column {', '.join(missing)}")
-    all_keys = pd.concat({str(folder): frame for folder, frame in frames.items()}, names=["folder", None])[keys]
-    row_of = all_keys.groupby(keys, dropna=False, sort=False).ngroup()
+    whole = pd.concat(list(frames.values()), ignore_index=True)
+    folders = np.repeat([str(folder) for folder in frames], [len(frame) for frame in frames.values()])
+    number = whole.groupby(keys, dropna=False, sort=False).ngroup()
     merged = {}
     for column in columns:
         # A table that lacks the column does not contradict the others.
-        values = pd.concat({str(folder): frame[column] for folder, frame in frames.items() if column in frame})
-        row = row_of[values.index]
+        known = np.isin(folders, [str(folder) for folder, frame in frames.items() if column in frame])
+        values, row = whole.loc[known, column], number[known]
         first = values[~row.duplicated()].set_axis(row[~row.duplicated()])
         if column == "experiments":
             first = values.groupby(row.to_numpy()).agg(lambda lists: list(dict.fromkeys(chain(*lists))))
@@ -157,10 +159,11 @@ def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
             other = values[~((values == expected).fillna(False) | (values.isna() & expected.isna())).astype(bool)]
             if len(other):
                 place = other.index[0]
-                key = " ".join(f"{name} {value}" for name, value in all_keys.loc[place].items() if not pd.isna(value))
-                contradicting = values[row.eq(row.to_dict()[place])]
-                pairs = zip(contradicting.index.get_level_values(0), contradicting.tolist(), strict=True)
-                values_in = " and ".join(f"{value!r} in {folder}" for folder, value in pairs)
+                named = whole.loc[place, keys].dropna()
+                key = " ".join(f"{key_column} {value}" for key_column, value in named.items())
+                alike = values[row == row[place]]
+                pairs = zip(alike.tolist(), folders[alike.index], strict=True)
+                values_in = " and ".join(f"{value!r} in {folder}" for value, folder in pairs)
                 raise UserError(f"{name}: {key} has {column} = {values_in}")
         merged[column] = first
     table = pd.DataFrame(merged, columns=columns)
