@@ -170,7 +170,8 @@ def random_model(
         return model
     if preset.protocol.precision == "bf16" and not plain and condition.method not in CHANGES_BASE:
         hold_in_bf16(model)
-    arm: tuple[Any, Any, Any, bool]
+    assert condition.placement
+    assert condition.alpha
     arm = condition.rank, condition.placement, condition.alpha, preset.protocol.include_unembedding
     adapted: Any = add_lora(model, *arm, seed=0, method=condition.method)
     generator = torch.Generator().manual_seed(1)

@@ -115,7 +115,8 @@ def visible_devices() -> list[str]:
 
 def compute_modes() -> list[str]:
     """Return the compute mode of each visible GPU; only in `Default` may several processes use a GPU at once."""
-    return _nvidia_smi("--query-gpu=compute_mode", f"--id={','.join(visible_devices())}") if visible_devices() else []
+    devices = visible_devices()
+    return _nvidia_smi("--query-gpu=compute_mode", f"--id={','.join(devices)}") if devices else []
 
 
 def _nvidia_smi(*options: str) -> list[str]:
