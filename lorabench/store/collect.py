@@ -157,15 +157,9 @@ def base_kind(spec: ModelSpec) -> str | None:
 def collect_evals(files: list[Path], out: Path) -> None:
     """Merge the scores of evaluations into the table `evals` (parquet and CSV), a base before its fine-tuned runs.
 
-    Raises:
-        UserError: a file is damaged, or was not written by `lorabench step evaluate`.
+    UserError says that a file is damaged.
     """
     order = ["model", "dataset", "batch_size", "steps", "method", "rank", "placement", "lr", "seed", "run_id"]
-    frames = []
-    for path in files:
-        frame = read_parquet(path).to_pandas()
-        if missing := [name for name in EVALS.names if name not in frame]:
-            raise UserError(f"{path} is no evaluation: it has no column {', '.join(missing)}")
-        frames.append(frame)
+    scores = pd.concat([read_parquet(path, EVALS).to_pandas() for path in files])
     # The stable sort keeps the rows of one model in the order of its tasks.
-    write_frame(pd.concat(frames).sort_values(order, na_position="first", kind="stable"), "evals", out)
+    write_frame(scores.sort_values(order, na_position="first", kind="stable"), "evals", out)

@@ -15,7 +15,6 @@ from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Run, Sweep
 from lorabench.store.layout import Layout
-from lorabench.store.run_folder import RunFolder
 from lorabench.utils.files import write_json
 
 INTERVAL = float(os.environ.get("LORABENCH_PROGRESS_SECONDS", "2"))
@@ -59,8 +58,7 @@ def finished_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
         if layout.job(job).name in files:
             done, jobs_done = done + job.n_runs, jobs_done + 1
         else:
-            names = [run_id for sweep in job.sweeps for run_id in sweep.run_ids & folders]
-            done += sum(RunFolder(layout.runs, run_id).done() for run_id in names)
+            done += sum(len(sweep.run_ids & folders) for sweep in job.sweeps)
     return done, planned, jobs_done
 
 

@@ -25,9 +25,8 @@ def test_runs_are_counted_as_they_come_and_go(tmp_path, monkeypatch):
     first, second = ([run for sweep in job.sweeps for run in sweep.grid()] for job in plan.jobs[:2])
     assert finished_runs(plan, layout) == (0, number, 0)
     (layout.runs / f"{first[0].run_id}.partial").mkdir(parents=True)
-    (layout.runs / first[1].run_id).mkdir()
     (layout.runs / "another").mkdir()
-    # A run in progress, a folder without a record, and a run of another plan are none of its finished runs.
+    # A run in progress and a run of another plan are none of its finished runs.
     assert finished_runs(plan, layout) == (0, number, 0)
     finish(layout, *first, *second[:3])
     assert finished_runs(plan, layout) == (len(first) + 3, number, 0)

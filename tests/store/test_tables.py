@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from lorabench.cli.commands import app
 from lorabench.store.checks import check_curves, check_table
+from lorabench.store.collect import collect_evals
 from lorabench.store.io import read_table, write_csv, write_frame
 from lorabench.store.schemas import EVALS, SCHEMAS, description
 from lorabench.store.tables import Tables
@@ -169,22 +170,12 @@ def test_tables_come_back_as_they_were_written(tmp_path: Path):
 
 
 def test_evaluations_are_collected_base_first_in_the_order_of_their_tasks(tmp_path: Path):
-    def collected(*files: Path):
-        arguments = ["step", "collect-evals", *map(str, files), "--out", str(tmp_path / "tables")]
-        return CliRunner().invoke(app, arguments)
-
-    no_evaluation, files = tmp_path / "a.parquet", []
-    pq.write_table(pa.table({"run_id": ["a"]}), no_evaluation)
-    refused = collected(no_evaluation)
-    assert refused.exit_code == 2
-    assert refused.stderr.startswith(f"lorabench: {no_evaluation} is no evaluation: it has no column model, ")
-    assert not (tmp_path / "tables").exists()
-
+    files = []
     for rank in (8, None, "base"):
         rows = [make_eval(rank, 0.5), make_eval(rank, 0.4, task="aime24", stderr=None)]
         files.append(tmp_path / f"{rank}.parquet")
         pq.write_table(pa.Table.from_pandas(evals_table(rows), schema=EVALS), files[-1])
-    assert collected(*files).exit_code == 0
+    collect_evals(files, tmp_path / "tables")
     (tmp_path / "tables/evals.parquet").unlink()
     evals = Tables.read(tmp_path / "tables").evals
     assert evals["method"].tolist() == [None, None, "fullft", "fullft", "lora", "lora"]
