@@ -56,22 +56,6 @@ def test_a_longer_grid_trains_only_new_runs(done, unbroken):
     assert all(row == kept[row["run_id"]] for row in done.numbers("sft") if row["run_id"] in kept)
 
 
-@pytest.mark.slow
-def test_other_names_of_an_experiment_appear_in_the_tables_of_the_same_runs(done):
-    def rows():
-        runs = collected(done)
-        return runs[runs.task == "sft"]
-
-    before = records(done)
-    sweep = done.sweep("sft")
-    done.change(lambda raw: raw["experiments"].update(placement=raw["experiments"]["rank"]))
-    assert done.sweep("sft").sweep_id == sweep.sweep_id
-    assert {tuple(names) for names in rows().experiments} == {("rank", "placement")}
-    assert records(done) == before
-    done.change(lambda raw: raw["experiments"].pop("rank"))
-    assert {tuple(names) for names in rows().experiments} == {("placement",)}
-
-
 def snakemake(place: Place, *arguments: str, status: int = 0) -> str:
     process = start_snakemake(place, *arguments)
     output = process.communicate(timeout=300)[0]

@@ -19,8 +19,6 @@ import yaml
 from typer.testing import CliRunner
 
 from lorabench.cli.commands import app
-from lorabench.config.inputs import HubProblems
-from lorabench.data.problems import make_problems, repositories
 from lorabench.data.sft import about, read_dataset
 from lorabench.errors import UserError
 from lorabench.models.specs import shipped_folder
@@ -34,12 +32,6 @@ from ..conftest import MARGINS, REPOSITORY
 from ..hub import repositories as hub_repositories
 from ..hub.server import serving
 
-COUNTS = {"train": 30, "validation": 5, "test": 10}
-PARTS = {
-    "gsm8k": [hub_repositories.write_gsm8k],
-    "math": [hub_repositories.write_hendrycks_math, hub_repositories.write_math500],
-    "aime24": [hub_repositories.write_aime24],
-}
 TULU3 = "allenai/tulu-3-sft-mixture"
 
 
@@ -131,19 +123,6 @@ def test_a_moving_revision_stays_what_it_was_when_it_was_first_fetched(hub):
     ]
     pins[0].unlink()
     assert fetched(MODEL)["owner/tiny"].commit == hub.commit("models", "owner/tiny") != before["owner/tiny"].commit
-
-
-def test_problem_sets_are_those_of_local_copies(hub):
-    for kind in PARTS:
-        for write in PARTS[kind]:
-            write(hub.root / "datasets")
-        counts = COUNTS if kind != "aime24" else {"train": 0, "validation": 0, "test": 30}
-        spec = HubProblems(kind=kind, **counts)
-        wanted = repositories(spec)
-        assert tuple(repository.id for repository in wanted) == spec.ids
-        rows = make_problems(spec, fetched(*wanted))
-        assert Counter(row["split"] for row in rows) == Counter(counts)
-        assert rows == make_problems(spec.model_copy(update={"path": str(hub.root / "datasets")}))
 
 
 def preset(hub):
