@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -76,9 +76,11 @@ def read_fetched(path: Path) -> dict[str, FetchedRepository]:
         raise UserError(
             f"not fetched from the hub yet: no {path}; run `lorabench step fetch-model` or `lorabench step fetch-data`"
         )
-    names = [field.name for field in fields(FetchedRepository)]
-    entries = [{name: entry[name] for name in names} for entry in json.loads(path.read_text())]
-    return {entry["id"]: FetchedRepository(**entry) for entry in entries}
+    made = [
+        FetchedRepository(entry["kind"], entry["id"], entry["commit"], entry["parts"])
+        for entry in json.loads(path.read_text())
+    ]
+    return {repository.id: repository for repository in made}
 
 
 def fetch_repositories(wanted: list[WantedRepository], pins: Path, out: Path) -> None:
