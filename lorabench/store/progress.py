@@ -70,8 +70,8 @@ def runs_at_work(plan: Plan, layout: Layout) -> list[dict[str, Any]]:
     at_work: list[dict[str, Any]] = []
     unfinished = {sweep.sweep_id for job in plan.jobs if not layout.job(job).exists() for sweep in job.sweeps}
     for path in sorted((layout.root / "progress").glob("*.json")):
-        # A job removes the file at the end of a run, which may be now.
-        with suppress(FileNotFoundError):
+        # A job removes the file at the end of a run, which may be now; a damaged file says nothing.
+        with suppress(FileNotFoundError, ValueError):
             state = json.loads(path.read_text())
             if state["sweep"] in unfinished:
                 at_work.append({**state, "age_s": time.time() - path.stat().st_mtime})
