@@ -92,9 +92,6 @@ FileFormat = Literal[
 ]
 """The columns of a dataset file, whose rows are chats, pairs of a prompt and its answer, or plain texts."""
 
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-"""The endings of data files that can be read."""
-
 
 class PresetError(UserError):
     """A preset can't be run; the message names the field, its value and what is allowed."""
@@ -123,11 +120,7 @@ ChatTemplate = Annotated[
     str,
     _checked(lambda v: v == "plain" or isfile(v), "{!r} is no file; allowed: plain, or the path of a Jinja file"),
 ]
-DataFile = Annotated[
-    str,
-    _checked(isfile, "data file {!r} does not exist"),
-    _checked(lambda v: v.endswith(FILE_SUFFIXES), f"data file {{!r}} must end in one of {', '.join(FILE_SUFFIXES)}"),
-]
+DataFile = Annotated[str, _checked(isfile, "data file {!r} does not exist")]
 Folder = Annotated[str, _checked(isdir, "folder {!r} does not exist")]
 ModelFolder = Annotated[
     str,

@@ -348,16 +348,14 @@ class HubProblems(KnownProblems):
 
 
 class FileProblems(Splits):
-    """Problems of your own, in a file with a column of questions and a column of answers."""
+    """Problems of your own, in a file with the columns `question` and `answer`.
+
+    In a worked solution the answer is the content of its last box, or the text after its last `####`.
+    """
 
     kind: Literal["file"]
     path: DataFile
     """A .jsonl, .json, .csv or .parquet file in UTF-8."""
-    question: str = "question"
-    """Name of the column of questions."""
-    answer: str = "answer"
-    """Name of the column of answers. In a worked solution the answer is the content of its last box, or the text after
-    its last `####`."""
     grader: Literal["number", "boxed"]
     """`number`: the last number of a response counts; `boxed`: the prompt asks for a box, and the last one counts."""
     group: str | None = None

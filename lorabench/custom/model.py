@@ -73,12 +73,9 @@ def find_model(name: str) -> UserModel:
         parameters = json.loads((shipped_folder(spec.name) / "recipe.json").read_text())["parameters"]
     elif path.suffix == ".gguf":
         return _gguf(name)
-    # A name that is too long for a file is the name of none.
     elif os.path.isdir(name):
         config = read_config(path)
         width = _width(config, str(path / "config.json"))
-        if not any(path.glob("*.safetensors")):
-            raise UserError(f"model folder {name!r} has no .safetensors file; pickled weights are not loaded")
         parameters = 0
         for file in path.glob("*.safetensors"):
             try:
@@ -87,7 +84,7 @@ def find_model(name: str) -> UserModel:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file} is not a safetensors file") from error
         if not parameters:
-            raise UserError(f"model folder {name!r} has .safetensors files without weights")
+            raise UserError(f"model folder {name!r} has no weights in .safetensors files; no others are loaded")
         spec = PathModel(kind="path", path=name, parameters=parameters, hidden_size=width)
     elif HUB_ID.fullmatch(name):
         where = f"config.json of model {name!r}"

@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 
 from lorabench.config.inputs import HubDataset
-from lorabench.data.chat import SPLITS, Chat, Split, UnusableRowError, chat_turns, prompt, text_digest
-from lorabench.data.files import RawRow, Tally, json_lines, parquet_rows, source_of, usable
+from lorabench.data.chat import CHATS, SPLITS, Chat, Split, prompt, text_digest
+from lorabench.data.files import RawRow, Tally, json_lines, parquet_rows, row_chat, usable
 from lorabench.errors import UserError
 from lorabench.utils.hub import FetchedRepository
 
-_FORMS = ("messages", "conversations")
 _REPEATED = "with the prompt of another"
 
 
@@ -47,7 +46,7 @@ def part_files(
 def part_rows(
     files: Iterable[Path], name: str, needed: Sequence[Sequence[str]], optional: Sequence[str] = ()
 ) -> Iterator[RawRow]:
-    """Yield the rows of a part of a dataset; a row's place is its number through all files, counted from 1.
+    """Yield the rows of a part of a dataset, of all its files.
 
     Of the columns, those are read that are `needed`, of several names for one the first that is there, and those of
     the `optional` ones that are there. UserError calls the dataset `name`, and says that a file is of another kind, a
@@ -65,15 +64,14 @@ def part_rows(
             chosen.append(present[0])
         return chosen
 
-    number = 0
     for file in files:
         if file.suffix not in (".parquet", ".jsonl"):
             raise UserError(f"{file} is neither .parquet nor .jsonl, the kinds of data files that are read")
-        for place, content in parquet_rows(file, choose) if file.suffix == ".parquet" else json_lines(file):
+        rows = parquet_rows(file, choose) if file.suffix == ".parquet" else json_lines(file)
+        for number, content in enumerate(rows, 1):
             if isinstance(content, str):
-                raise UserError(f"{file}:{place} is {content}")
-            number += 1
-            yield number, {column: content[column] for column in choose(content, f"{file}:{place}")}
+                raise UserError(f"{file}:{number} is {content}")
+            yield {column: content[column] for column in choose(content, f"{file}:{number}")}
 
 
 def choose_chats(
@@ -87,21 +85,16 @@ def choose_chats(
     """
 
     def parse(content: dict[str, Any]) -> Chat:
-        messages = chat_turns(content[next(form for form in _FORMS if form in content)], keep_empty=True)
-        source = source_of(spec.id, content, spec.group) if spec.group else str(content.get("source") or spec.id)
-        if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-            raise UnusableRowError("without a last answer")
-        chat = Chat(source, messages)
-        if chat.chars() > spec.max_chars:
-            raise UnusableRowError(f"of more than {spec.max_chars} characters")
-        return chat
+        form = next(form for form in CHATS if form in content)
+        source = spec.id if spec.group else str(content.get("source") or spec.id)
+        return row_chat(content, form, source, spec.max_chars, spec.group)
 
     def usable_chats(tally: Tally) -> Iterator[tuple[int, Chat]]:
-        needed = [_FORMS, *([[spec.group]] if spec.group else [])]
+        needed = [CHATS, *([[spec.group]] if spec.group else [])]
         return usable(part_rows(files, f"dataset {spec.id}", needed, ["source"]), parse, tally)
 
     files = part_files(fetched, spec.path, spec.id, spec.config, spec.split)
-    tally = Tally("chats", unit="row")
+    tally = Tally("chats")
     numbers, digests = array("q"), array("Q")
     for number, chat in usable_chats(tally):
         numbers.append(number)

@@ -163,7 +163,7 @@ def _hub_pools(
                 raise UnusableRowError("without an answer")
             return Problem(source, question.strip() + suffix, answer)
 
-        tally = Tally("problems", unit="row")
+        tally = Tally("problems")
         # The other columns are not read: DeepMath also has three long solutions of each problem.
         columns = [[part.question], [part.answer]]
         rows = part_rows(part_files(fetched, spec.path, part.id, part.config, part.split), part.id, columns)

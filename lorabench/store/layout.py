@@ -120,10 +120,6 @@ class Layout:
         """Return the file of the model's responses to an evaluation's documents."""
         return self.root / "evals" / f"{job.eval_id}.samples.parquet"
 
-    def result_files(self, job: EvalJob) -> Path:
-        """Return the folder of the files that lm-eval itself would write of an evaluation."""
-        return self.root / "evals" / job.eval_id
-
     @property
     def eval_tasks(self) -> Path:
         """The file of the evaluation's tasks as lm-eval defines them; its name changes with the preset's tasks."""
