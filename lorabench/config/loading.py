@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from lorabench.config.experiments import AUTO, Experiments
@@ -31,10 +30,10 @@ SCHEMA = PRESETS / "schema.json"
 COMMON = "common"
 """Key, besides the named blocks of an experiment, for the fields that all of them share."""
 TAKEN = ("doctor", "evidence", "models", "partial", "published", "reference", "tiny_bases")
-"""Folders in results/ or paper_figures/ that are no preset's. Files there, such as index.html, have endings."""
+"""Folders in results/ or paper_figures/ that are no preset's."""
 # Numbers as people write them; those with more digits are of no use.
 _NUMBER = r"[-+]?(\d{1,20}\.?\d{0,20}|\.\d{1,20})([eE][-+]?\d{1,2})?"
-_NAME, _ENDINGS = r"[^\W_][\w +.-]{0,99}(?<![ .])", (".csv", ".html", ".lock", ".md")
+_NAME = r"[^\W_][\w +.-]{0,99}(?<![ .])"
 
 
 def split_name(preset: str) -> tuple[str, int | None]:
@@ -58,7 +57,7 @@ def preset_path(preset: str) -> Path:
 def check_name(path: Path) -> None:
     """Raise PresetError unless a preset's file may have its name, as its folders in results/ and paper_figures/ do."""
     name = path.stem
-    if name.casefold() in TAKEN or name.casefold().endswith(_ENDINGS):
+    if name.casefold() in TAKEN:
         raise PresetError(f"preset {name!r}: this is the name of something else in results/ or paper_figures/")
     if not re.fullmatch(_NAME, name):
         raise PresetError(
@@ -242,10 +241,7 @@ def explain(problem: Any) -> str:
             allowed = ", ".join(sorted({*current.model_fields, *(["extends"] if current is Preset else [])}))
             return f"{'.'.join(parts[:-1]) or 'preset'}: unknown key {parts[-1]!r}; allowed: {allowed}"
         case "missing":
-            if not (examples := current.model_fields[parts[-1]].examples):
-                return f"{where}: missing"
-            line = yaml.safe_dump({parts[-1]: examples[0]}, default_flow_style=True, sort_keys=False)
-            return f"{where}: missing; for example `{line.strip()[1:-1]}`"
+            return f"{where}: missing"
         case "value_error":
             return f"{where + ': ' if where else ''}{context['error']}"
         case "float_type" | "int_type" if isinstance(value, str) and re.fullmatch(_NUMBER, value):
@@ -255,10 +251,6 @@ def explain(problem: Any) -> str:
             return f"{where} = {value!r}: this is text to YAML, not a number; write {number}"
         case "union_tag_not_found":
             return f"{where}: missing key 'kind'; allowed: {', '.join(map(repr, _kinds(parts[0])))}"
-        case "union_tag_invalid":
-            return f"{where}.kind = {context['tag']!r}: allowed: {context['expected_tags']}"
-        case "too_short":
-            return f"{where} = {value!r}: must not be empty; at least {context['min_length']} needed"
         case _:
             return f"{where} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 

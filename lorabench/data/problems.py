@@ -76,11 +76,12 @@ _PARTS = (
 
 def repositories(spec: HubProblems) -> list[WantedRepository]:
     """Return the repositories to fetch for a problem set."""
-    parts: dict[str, tuple[tuple[str | None, str], ...]] = dict.fromkeys(spec.ids, ())
+    parts: dict[str, list[tuple[str | None, str]]] = defaultdict(list)
     for part in _PARTS:
         if part.kind == spec.kind:
-            parts[part.id] += ((part.config, part.split),)
-    return [WantedRepository("dataset", name, spec.revisions.get(name, "main"), parts[name]) for name in parts]
+            parts[part.id].append((part.config, part.split))
+    revisions = spec.revisions
+    return [WantedRepository("dataset", name, revisions.get(name, "main"), tuple(parts[name])) for name in parts]
 
 
 def make_problems(
