@@ -17,7 +17,7 @@ from lorabench.config.loading import PRESETS, SCHEMA, load_preset, preset_path, 
 from lorabench.config.preset import Preset, json_schema
 from lorabench.store.layout import Layout
 
-from ..conftest import MARGINS, REPOSITORY
+from ..conftest import REPOSITORY
 
 
 def test_what_is_shipped_is_valid_and_the_schema_is_current():
@@ -56,25 +56,20 @@ MISTAKES = [
         {"lr_ratio": {"naive": {"c": -1}}},
         r"predictions: lr_ratio\.naive\.c = -1: input should be greater than or equal to 0",
     ),
-    (
-        *evaluation(TASK | {"source": "worked"}),
-        r"tasks\.0\.source = .worked.: .* reads a source of kind instruct; allowed: instruct",
-    ),
+    (*evaluation(TASK | {"source": "worked"}), r"tasks\.0\.source = .worked.: allowed for lorabench_in.*: instruct$"),
     (*evaluation(TASK | {"about": "lost"}), r"tasks\.0\.about = 'lost': .*'learned' or 'forgotten'"),
     (
         ("problems", "test"),
         {"kind": "arithmetic", "train": 1, "validation": 1, "test": 1},
-        r"held_out: 'test' is the name of a split",
+        r"held_out: 'test' is trained on, or is the name of a split",
     ),
     ((*RANK, "rnaks"), [1], r"experiments\.rank\.0: unknown key 'rnaks'; allowed: .*ranks"),
     (("models", "tiny", "path"), "x", r"models\.tiny: unknown key 'path'; allowed: kind, name$"),
     (("execution", "threads"), "2", r"execution\.threads = '2': this is text to YAML.*write 2$"),
     ((*RANK, "models"), ["tinny"], r"experiments\.rank\.0\.models: unknown name 'tinny'; allowed: tiny"),
-    (("models", "tiny", "kind"), "big", r"models\.tiny\.kind = 'big': allowed: 'tiny', 'hub'"),
+    (("models", "tiny", "kind"), "big", r"models\.tiny = \{'kind': 'big'\}: .* expected tags: 'tiny', 'hub'"),
     (("models", "tiny"), {"name": "tiny"}, r"models\.tiny: missing key 'kind'; allowed: 'tiny'"),
-    ((*RANK, "ranks"), {"heads": [1]}, r"ranks\.heads = 'heads': .*'attn', 'mlp' or 'all'"),
     ((*RANK, "ranks"), {}, r"ranks \{\} and lrs\.lora .*: give both for LoRA, or neither"),
-    (("experiments", "rank"), {}, r"experiments\.rank = \[\]: must not be empty"),
     (
         ("experiments", "rank"),
         {"models": ["tiny"]},
@@ -82,20 +77,11 @@ MISTAKES = [
     ),
     ((*RANK, "lrs", "lora"), [1e-2, 1e-3], r"lora grid .* must be ascending without repeats"),
     ((*RANK, "batch_sizes"), [65], r"batch_sizes: 65 is more than the 64 training"),
-    (("experiments",), {}, r"experiments is empty; allowed: rank"),
+    (("experiments",), {}, r"experiments: none of them trains; needed is one of rank"),
     ((*RL, "problems"), ["sums"], r"problems: unknown name 'sums'; allowed: gcd, gcd-of-three"),
     ((*RL, "prompt"), "Solve!", r"prompt = 'Solve!': must contain \{question\} once"),
     ((*RANK, "lrs"), "atuo", "lrs: 'atuo' is neither auto nor a mapping of fullft and lora$"),
-    (
-        (*RANK, "lrs", "fullft"),
-        "atuo",
-        r"lrs\.fullft: 'atuo' is neither auto, nor a list of LRs, nor a mapping of start, per_decade and most$",
-    ),
-    (
-        (*RANK, "lrs", "lora"),
-        {"begin": 1e-3},
-        r"rank\.0\.lrs\.lora: unknown key 'begin'; allowed: most, per_decade, start$",
-    ),
+    ((*RANK, "lrs", "lora"), {"begin": 1e-3}, r"rank\.0\.lrs\.lora: unknown key 'begin'; allowed: most, per_"),
     ((*RANK, "seeds"), {"best": 2, "around": 3}, r"rank\.0\.seeds: around = 3: at most best, which is 2$"),
     (
         ("models", "tiny"),
@@ -107,14 +93,7 @@ MISTAKES = [
         {"kind": "gguf", "path": "/no.gguf", "sha256": "0" * 64, "parameters": 1, "hidden_size": 1},
         r"models\.tiny: GGUF file '/no\.gguf' does not exist",
     ),
-    ((*RANK, "ranks"), {"all": [10**19]}, r"ranks\.all\.0 = 1.*less than or equal to 65536"),
     ((*RANK, "steps"), "9" * 400, r"steps = '9+': input should be a valid integer"),
-    (
-        (*RANK, "ranks"),
-        {"all": list(range(1, 1000)), "mlp": [1]},
-        r"experiments: 1,001 arms with up to 5,004 runs; allowed: 1,000 arms, 50,000 runs$",
-    ),
-    (("models", "m" * 51), {"kind": "tiny"}, r"models\.m+ = 'm+'"),
     (("models", "My Model"), {"kind": "tiny"}, r"models\.My Model = 'My Model'"),
 ]
 
@@ -130,29 +109,13 @@ def test_a_mistake_is_one_sentence_that_names_the_field(path, value, message, ra
     assert "\n" not in str(caught.value)
 
 
-def test_missing_fields_are_named(raw_preset, write_preset):
-    test = raw_preset["datasets"]["instruct"].pop("test")
-    with pytest.raises(PresetError, match=r"datasets\.instruct\.test: missing"):
-        load_preset(write_preset(raw_preset))
-    raw_preset["datasets"]["instruct"]["test"] = test
-    # Most margins have no default.
-    field = "lr_factor"
-    left_out = raw_preset | {"margins": {name: value for name, value in MARGINS.items() if name != field}}
-    with pytest.raises(PresetError, match=rf"margins\.{field}: missing; for example `{field}: {MARGINS[field]}`$"):
-        load_preset(write_preset(left_out))
-    whole = re.escape(
-        "margins: missing; for example `margins: {loss: 0.02, final_loss: 0.1, reward: 0.1, lr_factor: 1.6}`"
-    )
-    del raw_preset["margins"]
-    with pytest.raises(PresetError, match=rf"mine\.yaml: {whole}$"):
-        load_preset(write_preset(raw_preset))
-
-
-def test_several_mistakes_are_all_named(raw_preset, write_preset):
+def test_every_wrong_or_missing_field_is_named(raw_preset, write_preset):
     raw_preset["experiments"]["rank"][0]["ranks"] = {"all": [0, -1]}
+    del raw_preset["datasets"]["instruct"]["test"]
     with pytest.raises(PresetError) as caught:
         load_preset(write_preset(raw_preset))
-    assert len(str(caught.value).splitlines()) == 2
+    assert len(str(caught.value).splitlines()) == 3
+    assert "datasets.instruct.test: missing" in str(caught.value)
 
 
 def test_a_file_that_is_not_there_or_no_mapping(write_preset):
@@ -223,16 +186,12 @@ def test_a_preset_changes_what_it_extends(raw_preset, write_preset):
     assert load_preset(write_preset(less, "grandchild")) == expected
 
 
-@pytest.mark.parametrize("name", ["a{b}", "evidence", "Models", "published", "index.html", "..", "...", "-x", "x ",
-                                  "x\ny", "x\x1b[31m", "laptop@100", "a*b", "x" * 101])  # fmt: skip
-def test_a_preset_may_not_have_the_name_of_something_else_or_a_pattern_s(name, raw_preset, write_preset):
-    with pytest.raises(PresetError, match=r"^preset '.*': (this is the name of something else|a preset's name begins)"):
-        preset_path(write_preset(raw_preset, name))
-
-
-@pytest.mark.parametrize("name", ["laptop", "my preset", "größe-2", "qwen2.5_7b+x", "x" * 100])
-def test_other_names_are_a_preset_s_own(name, raw_preset, write_preset):
-    assert Layout.of(write_preset(raw_preset, name)).root.as_posix() == f"results/{name}"
+def test_a_preset_has_no_name_of_something_else_and_no_pattern(raw_preset, write_preset):
+    for name in ("a{b}", "Models", "published", "..", "-x", "x ", "x\ny", "x\x1b[31m", "laptop@100", "a*b", "x" * 101):
+        with pytest.raises(PresetError, match="this is the name of something else|a preset's name begins"):
+            preset_path(write_preset(raw_preset, name))
+    for name in ("laptop", "my preset", "größe-2", "qwen2.5_7b+x", "x" * 100):
+        assert Layout.of(write_preset(raw_preset, name)).root.as_posix() == f"results/{name}"
 
 
 def test_what_can_not_be_extended_is_one_sentence(write_preset):
