@@ -9,16 +9,12 @@ import numpy as np
 import pytest
 
 from lorabench.config.inputs import HubDataset
-from lorabench.data.chat import prompt
+from lorabench.data.chat import NO_ANSWER, NO_TEXT, prompt
+from lorabench.data.files import TOO_LONG
 from lorabench.data.sft import about, build_dataset, read_dataset
 from lorabench.errors import UserError
 
-from ..hub.repositories import (
-    openthoughts3_row,
-    tulu3_row,
-    write_openthoughts3,
-    write_tulu3,
-)
+from ..hub.repositories import openthoughts3_row, tulu3_row, write_openthoughts3, write_tulu3
 
 SIZES = {"train": 40, "validation": 8, "test": 8}
 
@@ -76,7 +72,7 @@ def test_what_is_left_out_is_counted_and_noted_and_too_few_examples_are_one_sent
     rows = [*map(tulu3_row, range(45)), tulu3_row(1), tulu3_row(46, question="x" * 101)]
     message = (
         "dataset allenai/tulu-3-sft-mixture has 45 usable examples in 47 rows; 56 are needed (40 train, 8 validation, "
-        "8 test); left out: 1 of more than 100 characters (row 24), 1 with the prompt of another (row 47)"
+        "8 test); left out: 1 too long (first: row 24), 1 with the prompt of another (first: row 47)"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         make(write_tulu3(tmp_path, rows))
@@ -96,5 +92,5 @@ def test_what_is_left_out_is_counted_and_noted_and_too_few_examples_are_one_sent
         "commit": None,
         "rows": 165,
         "usable": 100,
-        "left_out": {"without a last answer": 22, "of more than 100 characters": 9, "with the prompt of another": 34},
+        "left_out": {NO_ANSWER: 21, NO_TEXT: 1, TOO_LONG: 9, "with the prompt of another": 34},
     }

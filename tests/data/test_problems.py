@@ -67,15 +67,13 @@ def test_other_test_problems_are_new_and_the_other_splits_stay():
 
 
 def test_presets_that_can_not_be():
-    models = {"arithmetic": ReasoningProblems, "gsm_symbolic": ReasoningProblems, "sums": SumProblems}
+    models = {"arithmetic": ReasoningProblems, "sums": SumProblems}
     for kind, changes, message in [
         ("sums", {"min_digits": 4, "max_digits": 3}, "min_digits = 4 is more than max_digits = 3"),
         ("sums", {"carries": 2}, "carries = 2: must be below min_digits = 2"),
         ("arithmetic", {"min_digits": 3}, "min_digits = 3 is more than max_digits = 2"),
-        ("gsm_symbolic", {"max_terms": 3}, "max_terms: gsm_symbolic has no such choice"),
-        ("aime24", {"train": 1, "validation": 0}, "aime24 is only tested on"),
+        ("aime24", {"train": 1, "validation": 0}, "both must be 0, since it is only tested on"),
         ("math", {"validation": 0}, "both must be at least 1"),
-        ("math", {"revisions": {"openai/gsm8k": "main"}}, "unknown id 'openai/gsm8k'; allowed: EleutherAI/hendrycks"),
     ]:
         with pytest.raises(ValidationError, match=message):
             models.get(kind, HubProblems)(kind=kind, **(COUNTS | changes))
