@@ -106,16 +106,6 @@ def take(examples: Iterator[Example], count: int, what: str) -> Iterator[Example
         raise UserError(f"found {taken} distinct {what}; {count} are needed")
 
 
-def disjoint(rows: Iterable[Row], identity: Callable[[Row], str | None]) -> Iterator[Row]:
-    """Yield the same rows, or raise UserError if splits share an example by its identity, if it has one."""
-    split_of: dict[int, Split] = {}
-    for row in rows:
-        text = identity(row)
-        if text is not None and (first := split_of.setdefault(text_digest(text), row["split"])) != row["split"]:
-            raise UserError(f"splits {first!r} and {row['split']!r} share the example {text[:80]!r}")
-        yield row
-
-
 def file_messages(content: dict[str, Any], format_name: str) -> Messages:
     """Return the messages of a row; UnusableRowError says why the row is not an example of that format."""
     if format_name == "text":

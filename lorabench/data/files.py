@@ -6,7 +6,7 @@ as plain text with the end token and without a chat template, every token of it 
 pair, a pair over a text.
 
 Whatever comes from outside goes through `usable`, datasets and problem sets of the hub too: a row that can't be used is
-counted in a `Tally` by its reason, never silently dropped. What is wrong with a file as a whole is a `UserError`.
+counted in a `Tally` by its reason. What is wrong with a file as a whole is a `UserError`.
 """
 
 from __future__ import annotations

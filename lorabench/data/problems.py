@@ -12,7 +12,6 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -31,7 +30,7 @@ from lorabench.config.inputs import (
     ReasoningProblems,
     SumProblems,
 )
-from lorabench.data.chat import SPLITS, Split, UnusableRowError, disjoint, is_first, take, wanted
+from lorabench.data.chat import SPLITS, Split, UnusableRowError, is_first, take, wanted
 from lorabench.data.files import Tally, file_problems, usable
 from lorabench.data.grading import BOX, NUMBER_BOX, gsm8k_answer, last_box, number
 from lorabench.data.hub import part_files, part_rows
@@ -118,8 +117,7 @@ def make_problems(
 def _generated(spec: ReasoningProblems | SumProblems) -> Iterator[Problem]:
     """Return generated problems in an order that the seed decides.
 
-    Those of reasoning-gym are distinct, as many as the splits need, or fewer if the tasks have no more. Easy problems
-    repeat soon, so problems that come late are harder, and must not make up a split of their own.
+    Easy problems repeat soon, so those that come late are harder, and must not make up a split of their own.
     """
     if isinstance(spec, SumProblems):
         return sum_problems(spec.min_digits, spec.max_digits, spec.carries, spec.seed)
@@ -145,11 +143,7 @@ def _generated(spec: ReasoningProblems | SumProblems) -> Iterator[Problem]:
 def _hub_pools(
     spec: HubProblems, fetched: Mapping[str, FetchedRepository]
 ) -> tuple[Iterator[Problem], Iterator[Problem]]:
-    """Return the problems to train on and those to test on, in an order that the seed decides.
-
-    For DeepMath, which has no test split, both are the same iterator. Problems without an answer are left out, and
-    their number is logged.
-    """
+    """Return the problems to train on and those to test on, for DeepMath the same iterator, in an order by the seed."""
     suffix = NUMBER_BOX if spec.kind == "gsm8k" else BOX
     pools: dict[str, list[Problem]] = {"train": [], "test": []}
     for part in _PARTS:
@@ -186,21 +180,17 @@ def write_problems(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def read_problems(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a problem file, or raise UserError if it is missing or damaged, or splits share a problem."""
-    rows = read_parquet(path, _SCHEMA).to_pylist()
-    return list(disjoint(rows, lambda row: " ".join(row["question"].split())))
+    """Return the rows of a problem file, or raise UserError if it is missing or damaged."""
+    rows: list[dict[str, Any]] = read_parquet(path, _SCHEMA).to_pylist()
+    return rows
 
 
-@dataclass(frozen=True)
-class Controls:
+class Controls(NamedTuple):
     """The test accuracies, from 0 to 1, of answers that solve no problem."""
 
-    constant: float
-    """The accuracy of the most frequent answer."""
-    rule: float
-    """The accuracy of the best rule; at least that of the constant answer on the problems to train on."""
-    rule_text: str
-    """The description of the rule."""
+    constant: float  # Of the most frequent answer.
+    rule: float  # Of the best rule; at least that of the constant answer on the problems to train on.
+    rule_text: str  # What the rule is.
 
 
 _Numbers = tuple[int, ...]
@@ -227,15 +217,11 @@ _FEATURES: dict[str, tuple[Callable[[_Numbers], int], Callable[[_Numbers], Hasha
 
 
 def controls(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> Controls:
-    """Return what a policy gets without solving problems: by the best constant answer, and by the best cheap rule.
+    """Return what a policy gets on test problems without solving them, by the best constant answer and by a cheap rule.
 
-    A rule reads the numbers of a question and nothing else. One adds them without carries; the others are `_FEATURES`,
-    whose constants are those that are right most often on the problems to train on, on which the best rule is chosen as
-    well. A rule that solves all of them is the task itself and no control.
-
-    Args:
-        train: questions and answers of the problems to train on, at least one. Rules are fitted on the first _MOST.
-        test: questions and answers of the test problems, at least one.
+    Given are questions and answers, at least one of each. A rule reads the numbers of a question and nothing else. One
+    adds them without carries; the others are `_FEATURES`, whose constants are those that are right most often on the
+    first problems to train on, by which the best rule is chosen as well. A rule that solves all is the task itself.
     """
 
     def read(problems: Sequence[tuple[str, str]]) -> list[tuple[_Numbers, _Answer]]:

@@ -24,7 +24,7 @@ from lorabench.config.inputs import (
     HubDataset,
     ShippedDataset,
 )
-from lorabench.data.chat import SPLITS, Chat, Row, Split, disjoint, is_first, prompt, take, text_digest, wanted
+from lorabench.data.chat import SPLITS, Chat, Row, Split, is_first, prompt, take, text_digest, wanted
 from lorabench.data.files import file_chats
 from lorabench.data.hub import choose_chats
 from lorabench.data.identity import SHIPPED
@@ -46,7 +46,6 @@ _MOST_OF_A_PACKAGE = 10
 # Problem i of reasoning-gym with one seed is problem i - 1 with the next seed. So other test examples are made with
 # seeds that are further apart than any dataset is long.
 _APART = 1_000_000
-_FACTS = "facts"
 
 
 def build_dataset(
@@ -74,7 +73,7 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row
         rng = Random(spec.seed)
         endless = (
             Chat.of(
-                _FACTS,
+                "facts",
                 f"number of {''.join(rng.choices(ascii_lowercase, k=6))}?",
                 "".join(rng.choices("0123456789", k=spec.digits)),
             )
@@ -174,10 +173,10 @@ def write_dataset(rows: Iterable[Row], path: Path, about: dict[str, Any] | None 
 
 
 def read_dataset(path: Path) -> Iterator[Row]:
-    """Yield the rows of a dataset file; UserError if it is damaged, or two splits share an example, except facts."""
+    """Yield the rows of a dataset file; UserError if it is damaged."""
     with damage_explained(path), pq.ParquetFile(path) as file:
-        rows = (row for batch in file.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
-        yield from disjoint(rows, lambda row: None if row["source"] == _FACTS else prompt(row["messages"]))
+        for batch in file.iter_batches(_BATCH_ROWS):
+            yield from batch.to_pylist()
 
 
 def about(path: Path) -> dict[str, Any] | None:

@@ -22,7 +22,6 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from lorabench.data.chat import SPLITS, Messages, Split, is_text
-from lorabench.data.sft import read_dataset
 from lorabench.errors import UserError
 from lorabench.utils.checked_tensors import DamagedTensorsError, read_header, read_tensors, write_tensors
 from lorabench.utils.files import atomic_path, damage_explained, file_sha256
@@ -90,6 +89,11 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, generation: bool = False) -> list[int]:
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; give the model a `chat_template`: "
+            "plain, or the path of a Jinja file"
+        )
     try:
         encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=generation, return_dict=True)
     except jinja2.TemplateError as error:
@@ -127,18 +131,10 @@ def write_tokens(
     """Tokenize a dataset file into a cache file.
 
     Examples of more than `max_tokens` are left out and counted. UserError says that the tokenizer has no chat template,
-    splits share an example, an example has no scored token or is longer than the model's `context`, or more than a
-    tenth of a split is left out.
+    an example has no scored token or is longer than the model's `context`, or more than a tenth of a split is left out.
     """
     if max_tokens is not None and max_tokens > context:
         raise UserError(f"max_tokens = {max_tokens} is more than the {context} tokens that the model takes")
-    # Reading the whole dataset also checks that its splits are disjoint.
-    chats = sum(not is_text(row["messages"]) for row in read_dataset(dataset))
-    if chats and not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; give the model a `chat_template`: "
-            "plain, or the path of a Jinja file"
-        )
     kept: dict[Split, list[dict[str, np.ndarray]]] = {split: [] for split in SPLITS}
     left_out: dict[Split, list[int]] = {split: [] for split in SPLITS}
     encode = partial(_encode, dataset, tokenizer, None if max_tokens else context)
