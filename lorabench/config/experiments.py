@@ -145,10 +145,6 @@ class SeedNumbers(Strict):
         return self
 
 
-def _at_best(value: Any) -> Any:
-    return value if isinstance(value, (dict, SeedNumbers)) else {"best": value}
-
-
 class Block(Strict):
     """A block of an experiment: models and the arms (LoRA and FullFT) that are trained on them, with LRs and seeds."""
 
@@ -160,9 +156,13 @@ class Block(Strict):
         LearningRates, BeforeValidator(_for_both_methods, json_schema_input_type=LearningRates | Literal["auto"])
     ]
     """The LRs of each method; `auto` finds those of full fine-tuning and, where the block has ranks, of LoRA."""
-    seeds: Annotated[SeedNumbers, BeforeValidator(_at_best, json_schema_input_type=SeedNumbers | Few)] = SeedNumbers(
-        best=3
-    )
+    seeds: Annotated[
+        SeedNumbers,
+        BeforeValidator(
+            lambda value: value if isinstance(value, (dict, SeedNumbers)) else {"best": value},
+            json_schema_input_type=SeedNumbers | Few,
+        ),
+    ] = SeedNumbers(best=3)
     """Number of seeds at each condition's best LR, with `auto` at the three LRs around it; or a mapping of `best`,
     `around` and `every`. The grid itself is run with the first seed."""
     variants: Annotated[list[Variant], Field(min_length=1)] = ["lora"]

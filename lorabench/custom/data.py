@@ -141,19 +141,6 @@ def _hub_rows(name: str) -> tuple[FileFormat, Iterator[RawRow], float]:
     """Return the format and the first rows of a dataset of the hub, and its number of rows over that of these."""
     if not HUB_ID.fullmatch(name):
         raise UserError(f"data {name!r} is no file and no hub id (owner/name)")
-    rows = _hub_stream(name)
-    columns = list(next(iter(rows), {}))
-    form: FileFormat = "messages" if "messages" in columns else "conversations"
-    if form not in columns:
-        named = ", ".join(columns) or "none"
-        raise UserError(f"dataset {name} has the columns {named}; messages or conversations is needed, or a file")
-    splits = rows.info.splits or {}
-    total = splits["train"].num_examples if "train" in splits else 0
-    return form, islice(rows, _HUB_ROWS), max(1.0, (total or 0) / _HUB_ROWS)
-
-
-def _hub_stream(name: str) -> Any:
-    """Open the train split of a dataset of the hub as a stream of rows (datasets.IterableDataset)."""
     # The datasets library reads a folder of this name before it asks the hub.
     if not os.path.isdir(name):
         try:
@@ -163,10 +150,18 @@ def _hub_stream(name: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, split="train", streaming=True)
+        rows = datasets.load_dataset(name, split="train", streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"dataset {name} can't be read from the hub: {reason}") from error
+    columns = list(next(iter(rows), {}))
+    form: FileFormat = "messages" if "messages" in columns else "conversations"
+    if form not in columns:
+        named = ", ".join(columns) or "none"
+        raise UserError(f"dataset {name} has the columns {named}; messages or conversations is needed, or a file")
+    splits = rows.info.splits or {}
+    total = splits["train"].num_examples if "train" in splits else 0
+    return form, islice(rows, _HUB_ROWS), max(1.0, (total or 0) / _HUB_ROWS)
 
 
 def examine_problems(model: UserModel, name: str, grader: str) -> tuple[UserData, str | None]:

@@ -138,7 +138,8 @@ def write_tokens(
     kept: dict[Split, list[dict[str, np.ndarray]]] = {split: [] for split in SPLITS}
     left_out: dict[Split, list[int]] = {split: [] for split in SPLITS}
     encode = partial(_encode, dataset, tokenizer, None if max_tokens else context)
-    groups = range(pq.read_metadata(dataset).num_row_groups)
+    with damage_explained(dataset):
+        groups = range(pq.read_metadata(dataset).num_row_groups)
     # Processes are not forked: a fork would lack the threads of the libraries that are loaded by now.
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         encoded = map(encode, groups) if min(processes, len(groups)) == 1 else pool.map(encode, groups)

@@ -75,7 +75,7 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
     If all runs of a sweep diverged there is no model to evaluate, and both tables have no rows.
 
     Raises:
-        UserError: a task is not known or generates more tokens than the model takes, its data or the run's weights are
+        UserError: a task is not known or draws more tokens than the model takes, its data or the run's weights are
             missing, the run was trained from another base, or vLLM is to be used and cannot compute the model here.
     """
     evaluation, sampler = plan.preset.evaluation, plan.preset.execution.sampler
