@@ -12,7 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config.fields import FileFormat
-from lorabench.config.inputs import FileProblems, GgufModel, HubModel
+from lorabench.config.inputs import FileProblems, HubModel
 from lorabench.custom.model import HUB_ID, UserModel
 from lorabench.data.chat import FORMATS, is_text
 from lorabench.data.files import TOO_LONG, RawRow, Tally, chosen_format, file_problems, file_rows, usable_chats
@@ -71,7 +71,7 @@ def load_tokenizer(model: UserModel) -> tuple[PreTrainedTokenizerBase | None, st
 
     spec = model.spec
     try:
-        tokenizer = base.gguf_tokenizer(Path(spec.path)) if isinstance(spec, GgufModel) else base.load_tokenizer(spec)
+        tokenizer = base.load_tokenizer(spec)
     except UserError:
         if isinstance(spec, HubModel):
             return None, None

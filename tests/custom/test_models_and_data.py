@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 
-import numpy as np
 import pytest
-from gguf import GGUFWriter
 from lora_advice.models import facts
 
-from lorabench.config.inputs import GgufModel, HubModel, PathModel, TinyModel
+from lorabench.config.inputs import HubModel, PathModel, TinyModel
 from lorabench.custom.data import examine, load_tokenizer
 from lorabench.custom.model import find_model
 from lorabench.data.files import TOO_LONG
@@ -31,21 +29,6 @@ def test_a_shipped_base_a_folder_and_a_known_model_of_the_hub_need_no_connection
     assert (folder.parameters, folder.max_length) == (828_288, 512)
     assert llama.spec == HubModel(kind="hub", id=llama.name, parameters=8_030_261_248, hidden_size=4096)
     assert llama.lora_parameters(1) == 2_753_792
-
-
-def test_a_gguf_file(tmp_path):
-    path = tmp_path / "own.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_embedding_length(64)
-    writer.add_context_length(256)
-    writer.add_tensor("token_embd.weight", np.zeros((100, 64), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    model = find_model(str(path))
-    assert isinstance(model.spec, GgufModel)
-    assert (model.family, model.parameters, model.spec.hidden_size, model.max_length) == ("llama", 6400, 64, 256)
 
 
 MODELS = (
@@ -98,11 +81,8 @@ def test_what_is_no_model_or_no_data_is_one_sentence(base, tmp_path):
             (folder / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             find_model(str(folder))
-    with pytest.raises(UserError, match="is no folder, no .gguf file, no hub id .owner/name. and none of tiny"):
+    with pytest.raises(UserError, match="is no folder, no hub id .owner/name. and none of tiny"):
         find_model("x" * 5000)
-    (tmp_path / "own.gguf").write_bytes(b"GGUF" + b"\0" * 100)
-    with pytest.raises(UserError, match="can't be read as GGUF"):
-        find_model(str(tmp_path / "own.gguf"))
     with pytest.raises(UserError, match="data 'nothing' is no file and no hub id"):
         examine(find_model("tiny"), "nothing", None)
 
