@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from os.path import isdir, isfile, join
+from os.path import isfile, join
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -121,7 +121,6 @@ ChatTemplate = Annotated[
     _checked(lambda v: v == "plain" or isfile(v), "{!r} is no file; allowed: plain, or the path of a Jinja file"),
 ]
 DataFile = Annotated[str, _checked(isfile, "data file {!r} does not exist")]
-Folder = Annotated[str, _checked(isdir, "folder {!r} does not exist")]
 ModelFolder = Annotated[
     str,
     _checked(

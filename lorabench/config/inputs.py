@@ -15,7 +15,6 @@ from lorabench.config.fields import (
     DataFile,
     Few,
     FileFormat,
-    Folder,
     ModelFolder,
     NotNegative,
     Positive,
@@ -213,8 +212,6 @@ class HubDataset(HubRepository, TextDataset):
     max_tokens: Positive | None = None
     """Chosen examples of more tokens are left out of a model's training and tests, and counted; none is cut. Null where
     every example fits every model."""
-    path: Folder | None = None
-    """Folder with a copy of the repository, in a folder `owner/name`, that is read in place of the hub."""
 
 
 class FileDataset(TextDataset):
@@ -308,8 +305,6 @@ class HubProblems(KnownProblems):
     """`math` trains on Hendrycks' MATH without MATH-500 and tests on MATH-500; AIME is only evaluated on."""
     revisions: dict[str, str] = {}
     """Commit, tag or branch by hub id, `main` where none is given; branches are fixed as those of hub datasets are."""
-    path: Folder | None = None
-    """Folder with copies of the repositories, each in a folder `owner/name`, that are read in place of the hub."""
     train: NotNegative
     """Problems that are trained on."""
     validation: NotNegative

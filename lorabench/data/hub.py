@@ -27,22 +27,6 @@ from lorabench.utils.hub import FetchedRepository
 _REPEATED = "with the prompt of another"
 
 
-def part_files(
-    fetched: Mapping[str, FetchedRepository], copies: str | None, name: str, config: str | None, split: str
-) -> list[Path]:
-    """Return the files of a split of the dataset `owner/name`, of a configuration if it has several.
-
-    They are those of a folder with `copies/owner/name`, or else `fetched` by id; UserError if there are none.
-    """
-    if copies is None:
-        return fetched[name].data_files(config, split)
-    folder = Path(copies, name, config or "")
-    files = [file for file in sorted(folder.rglob(f"{split}*")) if file.suffix in (".parquet", ".jsonl")]
-    if not files:
-        raise UserError(f"folder {folder} has no {split}*.parquet or {split}*.jsonl")
-    return files
-
-
 def part_rows(
     files: Iterable[Path], name: str, needed: Sequence[Sequence[str]], optional: Sequence[str] = ()
 ) -> Iterator[RawRow]:
@@ -93,7 +77,8 @@ def choose_chats(
         needed = [CHATS, *([[spec.group]] if spec.group else [])]
         return usable(part_rows(files, f"dataset {spec.id}", needed, ["source"]), parse, tally)
 
-    files = part_files(fetched, spec.path, spec.id, spec.config, spec.split)
+    repository = fetched[spec.id]
+    files = repository.data_files(spec.config, spec.split)
     tally = Tally("chats")
     numbers, digests = array("q"), array("Q")
     for number, chat in usable_chats(tally):
@@ -117,8 +102,13 @@ def choose_chats(
     for split in reversed(SPLITS):
         split_of |= dict.fromkeys(chosen[start : start + sizes[split]].tolist(), split)
         start += sizes[split]
-    commit = fetched[spec.id].commit if spec.path is None else None
     left_out = {reason: count for reason, (count, _) in tally.bad.items()} | {_REPEATED: len(repeated)}
-    about = {"id": spec.id, "commit": commit, "rows": tally.rows, "usable": tally.usable, "left_out": left_out}
+    about = {
+        "id": spec.id,
+        "commit": repository.commit,
+        "rows": tally.rows,
+        "usable": tally.usable,
+        "left_out": left_out,
+    }
     chats = usable_chats(Tally("chats"))
     return ((split_of[row], chat) for row, chat in chats if row in split_of), about

@@ -11,7 +11,15 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from lorabench.config.inputs import DatasetSpec, FileDataset, FileProblems, HubDataset, ProblemSpec, ShippedDataset
+from lorabench.config.inputs import (
+    DatasetSpec,
+    FileDataset,
+    FileProblems,
+    HubDataset,
+    HubProblems,
+    ProblemSpec,
+    ShippedDataset,
+)
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.utils.files import digest, file_sha256
 
@@ -32,7 +40,9 @@ def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
         path = Path(spec.path)
         return digest([PROTOCOL_VERSION, rules, _content(path, path.stat().st_size, path.stat().st_mtime_ns)], 8)
     content = [SHIPPED[spec.kind]] if isinstance(spec, ShippedDataset) else []
-    return digest([PROTOCOL_VERSION, spec.model_dump(exclude=without), *content], 8)
+    # Data of the hub had a path, which counted.
+    path = {"path": None} if isinstance(spec, HubDataset | HubProblems) else {}
+    return digest([PROTOCOL_VERSION, spec.model_dump(exclude=without) | path, *content], 8)
 
 
 @cache

@@ -1,6 +1,6 @@
 """Problem sets for RL, questions with answers that a grader can verify, and what a policy gets without solving them.
 
-Those of the Hugging Face hub, or copies of them, are GSM8K, MATH, DeepMath, AIME 2024 and 2025. Each of their questions
+Those of the Hugging Face hub are GSM8K, MATH, DeepMath, AIME 2024 and 2025. Each of their questions
 ends with a request for a boxed answer, in the words of the Tinker cookbook. GSM8K has train and test splits; of MATH,
 as in the cookbook, MATH-500 is the test split and everything else is trained on; DeepMath has a train split only, AIME
 a test split only.
@@ -33,7 +33,7 @@ from lorabench.config.inputs import (
 from lorabench.data.chat import SPLITS, Split, UnusableRowError, is_first, take, wanted
 from lorabench.data.files import Tally, file_problems, usable
 from lorabench.data.grading import BOX, NUMBER_BOX, gsm8k_answer, last_box, number
-from lorabench.data.hub import part_files, part_rows
+from lorabench.data.hub import part_rows
 from lorabench.data.reasoning import Problem, mixture, sum_problems, worked_solutions
 from lorabench.utils.files import atomic_path, read_parquet
 from lorabench.utils.hub import FetchedRepository, WantedRepository
@@ -161,7 +161,7 @@ def _hub_pools(
         tally = Tally("problems")
         # The other columns are not read: DeepMath also has three long solutions of each problem.
         columns = [[part.question], [part.answer]]
-        rows = part_rows(part_files(fetched, spec.path, part.id, part.config, part.split), part.id, columns)
+        rows = part_rows(fetched[part.id].data_files(part.config, part.split), part.id, columns)
         pools[part.use] += [problem for _, problem in usable(rows, parse, tally)]
         if tally.bad:
             logging.warning("%s: left out of the problems of %s: %s", source, part.split, tally.reasons())

@@ -75,7 +75,7 @@ class Layout:
     def fetched_data(self, dataset: str) -> Path | None:
         """Return the file on what was fetched of a dataset or problem set of the hub; None if other data are read."""
         spec = self.preset.sources[dataset]
-        if not isinstance(spec, HubDataset | HubProblems) or spec.path is not None:
+        if not isinstance(spec, HubDataset | HubProblems):
             return None
         return self.root / "hub" / "data" / f"{dataset}.{dataset_id(spec)}.json"
 

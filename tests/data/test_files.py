@@ -31,6 +31,8 @@ from lorabench.data.tokens import groups_of_tests
 from lorabench.errors import UserError
 from lorabench.utils.checked_tensors import write_tensors
 
+from ..hub.repositories import copies
+
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 PAIR = [("user", "q"), ("assistant", "a")]
 
@@ -258,12 +260,12 @@ def test_a_column_of_the_hub_names_the_groups(tmp_path):
     folder.mkdir(parents=True)
     chats = [[USER | {"content": f"q{n}"}, ASSISTANT] for n in range(24)]
     write(folder, [{"messages": chat, "page": n % 2} for n, chat in enumerate(chats)], "train.jsonl")
-    fields = {"kind": "hub", "id": "owner/name", "path": str(tmp_path), "max_chars": 100, "mean_tokens": 5} | SIZES
-    build_dataset(HubDataset(**fields, group="page"), made)
+    fields = {"kind": "hub", "id": "owner/name", "max_chars": 100, "mean_tokens": 5} | SIZES
+    build_dataset(HubDataset(**fields, group="page"), made, copies(tmp_path))
     groups = groups_of_tests(made, None)
     assert set(groups) == {"owner/name/0", "owner/name/1"}
     with pytest.raises(UserError, match="page|other"):
-        build_dataset(HubDataset(**fields, group="other"), made)
+        build_dataset(HubDataset(**fields, group="other"), made, copies(tmp_path))
     # Examples over the limit of tokens have no losses.
     write_tensors(tmp_path / "tokens", {}, {"left_out_of_test": "[0, 3]"})
     assert groups_of_tests(made, tmp_path / "tokens") == [*groups[1:3], *groups[4:]]

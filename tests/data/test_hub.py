@@ -14,7 +14,7 @@ from lorabench.data.files import TOO_LONG
 from lorabench.data.sft import about, build_dataset, read_dataset
 from lorabench.errors import UserError
 
-from ..hub.repositories import openthoughts3_row, tulu3_row, write_openthoughts3, write_tulu3
+from ..hub.repositories import copies, openthoughts3_row, tulu3_row, write_openthoughts3, write_tulu3
 
 SIZES = {"train": 40, "validation": 8, "test": 8}
 
@@ -25,8 +25,8 @@ def make(tmp_path):
 
     def make(folder, **changes):
         owner_name = "/".join(folder.parts[-2:])
-        spec = {"kind": "hub", "id": owner_name, "path": str(tmp_path), "max_chars": 100, "mean_tokens": 50}
-        build_dataset(HubDataset(**(spec | SIZES | changes)), tmp_path / "made.parquet")
+        spec = {"kind": "hub", "id": owner_name, "max_chars": 100, "mean_tokens": 50}
+        build_dataset(HubDataset(**(spec | SIZES | changes)), tmp_path / "made.parquet", copies(tmp_path))
         return list(read_dataset(tmp_path / "made.parquet"))
 
     return make
@@ -89,7 +89,7 @@ def test_what_is_left_out_is_counted_and_noted_and_too_few_examples_are_one_sent
     assert not any("alone" in text or len(text) > 300 for text in prompts(chosen))
     assert about(tmp_path / "made.parquet") == {
         "id": "allenai/tulu-3-sft-mixture",
-        "commit": None,
+        "commit": "0" * 40,
         "rows": 165,
         "usable": 100,
         "left_out": {NO_ANSWER: 21, NO_TEXT: 1, TOO_LONG: 9, "with the prompt of another": 34},

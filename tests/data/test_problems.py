@@ -26,12 +26,14 @@ def reasoning(kind="arithmetic", **changes):
 
 
 @pytest.fixture
-def copies(tmp_path):
+def made(tmp_path):
     """Write copies of the sets; return a function that makes the problems of a kind."""
     hub = repositories
     for write in (hub.write_gsm8k, hub.write_hendrycks_math, hub.write_math500, hub.write_deepmath):
         write(tmp_path)
-    return lambda kind, **changes: make_problems(HubProblems(kind=kind, path=str(tmp_path), **(COUNTS | changes)))
+    return lambda kind, **changes: make_problems(
+        HubProblems(kind=kind, **(COUNTS | changes)), repositories.copies(tmp_path)
+    )
 
 
 def test_splits_are_whole_distinct_short_with_a_number_and_are_read_as_written(tmp_path):
@@ -75,8 +77,8 @@ def test_presets_that_can_not_be():
             models.get(kind, HubProblems)(kind=kind, **(COUNTS | changes))
 
 
-def test_gsm8k_keeps_line_separators_and_its_own_test(copies):
-    rows = copies("gsm8k")
+def test_gsm8k_keeps_line_separators_and_its_own_test(made):
+    rows = made("gsm8k")
     assert Counter(row["split"] for row in rows) == COUNTS
     for row in rows:
         n = int(row["question"].split()[3])
@@ -85,7 +87,7 @@ def test_gsm8k_keeps_line_separators_and_its_own_test(copies):
         assert (n >= 100) == (row["split"] == "test")
 
 
-def test_math_trains_on_everything_but_math_500(copies, tmp_path, caplog):
+def test_math_trains_on_everything_but_math_500(made, tmp_path, caplog):
     more = {
         "empty?": r"so \boxed{}",
         "blank?": r"so \fbox{ }.",
@@ -94,7 +96,7 @@ def test_math_trains_on_everything_but_math_500(copies, tmp_path, caplog):
     }
     rows = [{"problem": question, "solution": solution} for question, solution in more.items()]
     write_jsonl(tmp_path / "EleutherAI/hendrycks_math/geometry/train-more.jsonl", rows)
-    rows = copies("math", train=72, validation=1, test=12)
+    rows = made("math", train=72, validation=1, test=12)
     answers = {row["question"].removesuffix(BOX): row["answer"] for row in rows}
     questions = {
         f"What is {n} in {subject} of {split}?" for subject in SUBJECTS for split in ("train", "test") for n in range(6)
@@ -110,17 +112,15 @@ def test_math_trains_on_everything_but_math_500(copies, tmp_path, caplog):
 
 
 def test_what_is_wrong_with_a_copy_is_named(tmp_path):
-    spec = HubProblems(kind="aime25", path=str(tmp_path), train=0, validation=0, test=1)
+    spec = HubProblems(kind="aime25", train=0, validation=0, test=1)
     folder = tmp_path / "math-ai/aime25"
-    with pytest.raises(UserError, match=r"aime25 has no test\*.parquet or test\*.jsonl"):
-        make_problems(spec)
     write_jsonl(folder / "test.jsonl", [{"problem": "?", "result": "1"}])
     columns = r"math-ai/aime25 has the columns problem, result in .*test.jsonl:1; answer is needed"
     with pytest.raises(UserError, match=columns):
-        make_problems(spec)
+        make_problems(spec, repositories.copies(tmp_path))
     (folder / "test.jsonl").write_text("{")
     with pytest.raises(UserError, match="test.jsonl:1 is not JSON"):
-        make_problems(spec)
+        make_problems(spec, repositories.copies(tmp_path))
 
 
 def test_the_working_is_right_or_without_carries():

@@ -144,7 +144,7 @@ def test_problem_sets_are_those_of_local_copies(hub):
         assert len(wanted) == len(PARTS[kind])
         rows = make_problems(spec, fetched(*wanted))
         assert Counter(row["split"] for row in rows) == Counter(counts)
-        assert rows == make_problems(spec.model_copy(update={"path": str(hub.root / "datasets")}))
+        assert rows == make_problems(spec, hub_repositories.copies(hub.root / "datasets"))
         requests = " ".join(hub.requests)
         assert "socratic/train-00000" not in requests.replace("HEAD", "GET")
 
