@@ -68,7 +68,7 @@ class Preset(Strict):
                 _known(block.models, models, f"{where}.models")
                 if isinstance(block, SftExperiment):
                     self._check_sft(block, where)
-                else:
+                elif isinstance(block, RlExperiment):
                     self._check_rl(block, where)
         if self.evaluation:
             self._check_evaluation(self.evaluation)

@@ -103,12 +103,6 @@ def choose_chats(
         split_of |= dict.fromkeys(chosen[start : start + sizes[split]].tolist(), split)
         start += sizes[split]
     left_out = {reason: count for reason, (count, _) in tally.bad.items()} | {_REPEATED: len(repeated)}
-    about = {
-        "id": spec.id,
-        "commit": repository.commit,
-        "rows": tally.rows,
-        "usable": tally.usable,
-        "left_out": left_out,
-    }
+    about = {"id": spec.id, "commit": repository.commit, "rows": tally.rows, "usable": tally.usable}
     chats = usable_chats(Tally("chats"))
-    return ((split_of[row], chat) for row, chat in chats if row in split_of), about
+    return ((split_of[row], chat) for row, chat in chats if row in split_of), about | {"left_out": left_out}

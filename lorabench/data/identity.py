@@ -53,6 +53,4 @@ def _content(path: Path, size: int, changed_ns: int) -> str:
 
 def has_groups(spec: DatasetSpec | ProblemSpec) -> bool:
     """Return whether examples come in groups, which are then named by the column `source` of the dataset's file."""
-    if isinstance(spec, FileDataset | FileProblems | HubDataset):
-        return spec.group is not None
-    return isinstance(spec, ShippedDataset)
+    return isinstance(spec, ShippedDataset) or getattr(spec, "group", None) is not None
