@@ -40,9 +40,9 @@ def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
         path = Path(spec.path)
         return digest([PROTOCOL_VERSION, rules, _content(path, path.stat().st_size, path.stat().st_mtime_ns)], 8)
     content = [SHIPPED[spec.kind]] if isinstance(spec, ShippedDataset) else []
-    # Data of the hub had a path, which counted.
-    path = {"path": None} if isinstance(spec, HubDataset | HubProblems) else {}
-    return digest([PROTOCOL_VERSION, spec.model_dump(exclude=without) | path, *content], 8)
+    # Data of the hub once had a path, which counts as null.
+    former = {"path": None} if isinstance(spec, HubDataset | HubProblems) else {}
+    return digest([PROTOCOL_VERSION, spec.model_dump(exclude=without) | former, *content], 8)
 
 
 @cache

@@ -31,7 +31,7 @@ def worker_pid(grader):
     return grader._workers[0]._process.pid
 
 
-def test_the_last_box():
+def test_the_last_box_and_the_last_number():
     contents = [
         (r"\boxed{1} then \boxed{2}.", "2"),
         (r"\boxed{1} then \fbox{2}.", "2"),
@@ -50,9 +50,6 @@ def test_the_last_box():
     ]
     for text, content in contents:
         assert last_box(text) == content, text
-
-
-def test_the_last_number():
     values = [
         ("12 and -3", -3),
         ("10 - 3", 3),

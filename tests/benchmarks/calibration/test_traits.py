@@ -69,21 +69,7 @@ def test_groups_of_test_examples_share_what_they_add_to_an_arm():
         spread[size] = between / difference.var() * len(difference) / groups.ngroups
         assert groups.ngroups <= GROUPS
         assert groups.size().max() > 3 * groups.size().min()
-    # Without groups, a group's mean is that of independent examples, so that this is about 1.
     assert spread[5.0] > 3 * spread[0.0]
-
-
-def test_a_late_arm_has_a_higher_curve_at_first_and_its_own_loss_at_the_end():
-    task = Task("gaps", 0.0, 0, 2)
-    curves = {}
-    for size in (0.0, 0.05):
-        making = Making(traits=replace(PLAIN, lag=size), seed=1)
-        tables = making.tables(task, 2)
-        train = tables.curves[tables.curves["split"] == "train"]
-        curves[size] = train.pivot(index="step", columns="run_id", values="value").mean(axis=1)
-    apart = curves[0.05] - curves[0.0]
-    assert apart.loc[2:20].min() > 0.01
-    assert abs(apart.iloc[-1]) < 1e-3
 
 
 def test_twins_share_their_truth_and_not_their_luck():
