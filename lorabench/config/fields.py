@@ -1,4 +1,4 @@
-"""Types of fields that the sections of a preset share, and the error of a wrong preset."""
+"""Types of fields that the sections of a preset share."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from os.path import isfile, join
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-
-from lorabench.errors import UserError
 
 # A model's and a dataset's name are parts of one file's name.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,49}$")]
@@ -91,10 +89,6 @@ FileFormat = Literal[
     "text",
 ]
 """The columns of a dataset file, whose rows are chats, pairs of a prompt and its answer, or plain texts."""
-
-
-class PresetError(UserError):
-    """A preset can't be run; the message names the field, its value and what is allowed."""
 
 
 class Strict(BaseModel):

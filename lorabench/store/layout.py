@@ -42,7 +42,7 @@ class Layout:
         """Return the layout of a preset, given by a shipped preset's name or the path of a YAML file.
 
         A first seed that is given with it (see `load_preset`) is a part of the name, so that the runs with other seeds
-        have folders of their own: `results/laptop@100`. PresetError says that there is no such valid preset.
+        have folders of their own: `results/laptop@100`. UserError says that there is no such valid preset.
         """
         _, first_seed = split_name(preset)
         name = preset_path(preset).stem

@@ -11,10 +11,10 @@ import yaml
 from pydantic import TypeAdapter
 
 from lorabench.config.experiments import AutoLrs
-from lorabench.config.fields import PresetError
 from lorabench.config.inputs import MODELS, ModelSpec
 from lorabench.config.loading import PRESETS, SCHEMA, load_preset, preset_path, shipped
 from lorabench.config.preset import Preset, json_schema
+from lorabench.errors import UserError
 from lorabench.store.layout import Layout
 
 from ..conftest import REPOSITORY
@@ -103,7 +103,7 @@ def test_a_mistake_is_one_sentence_that_names_the_field(path, value, message, ra
     raw = raw_rl_preset if path[0] == "problems" or path[:3] == RL else raw_preset
     raw_rl_preset["experiments"]["rl_arithmetic"][0]["held_out"] += ["test"] * (path == ("problems", "test"))
     change(raw, path, value)
-    with pytest.raises(PresetError) as caught:
+    with pytest.raises(UserError) as caught:
         load_preset(write_preset(raw))
     assert re.search(message, str(caught.value)), str(caught.value)
     assert "\n" not in str(caught.value)
@@ -112,7 +112,7 @@ def test_a_mistake_is_one_sentence_that_names_the_field(path, value, message, ra
 def test_every_wrong_or_missing_field_is_named(raw_preset, write_preset):
     raw_preset["experiments"]["rank"][0]["ranks"] = {"all": [0, -1]}
     del raw_preset["datasets"]["instruct"]["test"]
-    with pytest.raises(PresetError) as caught:
+    with pytest.raises(UserError) as caught:
         load_preset(write_preset(raw_preset))
     assert len(str(caught.value).splitlines()) == 3
     assert "datasets.instruct.test: missing" in str(caught.value)
@@ -120,11 +120,11 @@ def test_every_wrong_or_missing_field_is_named(raw_preset, write_preset):
 
 def test_a_file_that_is_not_there_or_no_mapping(write_preset):
     allowed = ", ".join(shipped("*"))
-    with pytest.raises(PresetError, match=rf"preset 'lpatop': .*allowed: {allowed}, or"):
+    with pytest.raises(UserError, match=rf"preset 'lpatop': .*allowed: {allowed}, or"):
         load_preset("lpatop")
     no_mapping = "a preset is a mapping of description"
     for text, message in (("- a\n- b\n", no_mapping), ("", no_mapping), ("models: [tiny", "not valid YAML")):
-        with pytest.raises(PresetError, match=message):
+        with pytest.raises(UserError, match=message):
             load_preset(write_preset(text))
 
 
@@ -148,15 +148,15 @@ def test_named_blocks_share_what_is_common_to_them(raw_preset, write_preset):
 def test_mistakes_in_named_blocks_and_tasks_call_them_by_name(raw_preset, write_preset):
     [block] = raw_preset["experiments"]["rank"]
     raw_preset["experiments"]["rank"] = {"common": block, "first": {}, "second": {"seeds": 0}}
-    with pytest.raises(PresetError, match=r"experiments\.rank\.second\.seeds\.best = 0: input"):
+    with pytest.raises(UserError, match=r"experiments\.rank\.second\.seeds\.best = 0: input"):
         load_preset(write_preset(raw_preset))
     raw_preset["experiments"]["rank"]["second"] = {"models": ["tinny"]}
-    with pytest.raises(PresetError, match=r"experiments\.rank\.second\.models: unknown name 'tinny'; allowed: tiny, "):
+    with pytest.raises(UserError, match=r"experiments\.rank\.second\.models: unknown name 'tinny'; allowed: tiny, "):
         load_preset(write_preset(raw_preset))
     raw_preset["experiments"]["rank"]["second"] = {}
     tasks = {"lorabench_instruct": {"about": "learned", "source": "instruct"}, "gsm8k": {"about": "lost"}}
     raw_preset["evaluation"] = {"experiments": ["rank"], "tasks": tasks}
-    with pytest.raises(PresetError, match=r"evaluation\.tasks\.gsm8k\.about = 'lost'"):
+    with pytest.raises(UserError, match=r"evaluation\.tasks\.gsm8k\.about = 'lost'"):
         load_preset(write_preset(raw_preset))
 
 
@@ -188,22 +188,22 @@ def test_a_preset_changes_what_it_extends(raw_preset, write_preset):
 
 def test_a_preset_has_no_name_of_something_else_and_no_pattern(raw_preset, write_preset):
     for name in ("a{b}", "Models", "published", "..", "-x", "x ", "x\ny", "x\x1b[31m", "laptop@100", "a*b", "x" * 101):
-        with pytest.raises(PresetError, match="this is the name of something else|a preset's name begins"):
+        with pytest.raises(UserError, match="this is the name of something else|a preset's name begins"):
             preset_path(write_preset(raw_preset, name))
     for name in ("laptop", "my preset", "größe-2", "qwen2.5_7b+x", "x" * 100):
         assert Layout.of(write_preset(raw_preset, name)).root.as_posix() == f"results/{name}"
 
 
 def test_what_can_not_be_extended_is_one_sentence(write_preset):
-    with pytest.raises(PresetError, match=r"extends = 'crore': no file \S+; allowed: core, .*suites/sft, or a path"):
+    with pytest.raises(UserError, match=r"extends = 'crore': no file \S+; allowed: core, .*suites/sft, or a path"):
         load_preset(write_preset({"extends": "crore"}))
-    with pytest.raises(PresetError, match=r"mine\.yaml: description: missing"):
+    with pytest.raises(UserError, match=r"mine\.yaml: description: missing"):
         load_preset(write_preset({"extends": "suites/sft"}))
-    with pytest.raises(PresetError, match="extends = 3: the name of a preset, or a list of names, is needed"):
+    with pytest.raises(UserError, match="extends = 3: the name of a preset, or a list of names, is needed"):
         load_preset(write_preset({"extends": 3}))
     write_preset({"extends": "second.yaml"}, "first")
     second = write_preset({"extends": "first.yaml"}, "second")
-    with pytest.raises(PresetError, match=r"must not extend itself, but \S+second.yaml extends \S+first.yaml extends"):
+    with pytest.raises(UserError, match=r"must not extend itself, but \S+second.yaml extends \S+first.yaml extends"):
         load_preset(second)
 
 
@@ -227,5 +227,5 @@ def test_lrs_that_a_sweep_finds(raw_preset, write_preset):
     lora, both = load_preset(write_preset(raw_preset)).experiments.rank
     assert (lora.lrs.fullft, both.lrs.fullft, both.lrs.lora) == ([], AutoLrs(), AutoLrs())
     raw_preset["experiments"]["rank"] = [block | {"lrs": "auto", "seeds": {"every": 2}}]
-    with pytest.raises(PresetError, match=r"rank\.0: seeds\.every = 2: allowed with fixed LRs, not with lrs: auto$"):
+    with pytest.raises(UserError, match=r"rank\.0: seeds\.every = 2: allowed with fixed LRs, not with lrs: auto$"):
         load_preset(write_preset(raw_preset))

@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from lorabench.cli.commands import app
 from lorabench.config.execution import EVAL_SOURCES, EvalTask
-from lorabench.config.fields import PresetError
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.evaluation import catalog
@@ -85,7 +84,7 @@ def test_a_preset_with_a_wrong_task_is_refused_before_anything_is_computed(tmp_p
         tasks = [{"name": name, "about": "learned", "source": source}]
         path = tmp_path / "mine.yaml"
         path.write_text(yaml.safe_dump(RAW | {"evaluation": RAW["evaluation"] | {"tasks": tasks}}))
-        with pytest.raises(PresetError, match=message):
+        with pytest.raises(UserError, match=message):
             load_preset(str(path))
 
 
