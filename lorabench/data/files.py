@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -138,6 +138,37 @@ def parquet_rows(
     except (pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} can't be read as parquet: {reason}") from error
+
+
+def part_rows(
+    files: Iterable[Path], name: str, needed: Sequence[Sequence[str]], optional: Sequence[str] = ()
+) -> Iterator[RawRow]:
+    """Yield the rows of a part of a dataset, of all its files.
+
+    Of the columns, those are read that are `needed`, of several names for one the first that is there, and those of
+    the `optional` ones that are there. UserError calls the dataset `name`, and says that a file is of another kind, a
+    row can't be read, or a column is missing.
+    """
+
+    def choose(columns: Collection[str], where: str) -> list[str]:
+        chosen = [column for column in optional if column in columns]
+        for names in needed:
+            present = [column for column in names if column in columns]
+            if not present:
+                raise UserError(
+                    f"{name} has the columns {', '.join(columns)} in {where}; {' or '.join(names)} is needed"
+                )
+            chosen.append(present[0])
+        return chosen
+
+    for file in files:
+        if file.suffix not in (".parquet", ".jsonl"):
+            raise UserError(f"{file} is neither .parquet nor .jsonl, the kinds of data files that are read")
+        rows = parquet_rows(file, choose) if file.suffix == ".parquet" else json_lines(file)
+        for place, content in enumerate(rows, 1):
+            if isinstance(content, str):
+                raise UserError(f"{file}:{place} is {content}")
+            yield {column: content[column] for column in choose(content, f"{file}:{place}")}
 
 
 def file_rows(path: Path) -> Iterator[RawRow]:

@@ -31,9 +31,8 @@ from lorabench.config.inputs import (
     SumProblems,
 )
 from lorabench.data.chat import SPLITS, Split, UnusableRowError, is_first, take, wanted
-from lorabench.data.files import Tally, file_problems, usable
+from lorabench.data.files import Tally, file_problems, part_rows, usable
 from lorabench.data.grading import BOX, NUMBER_BOX, gsm8k_answer, last_box, number
-from lorabench.data.hub import part_rows
 from lorabench.data.reasoning import Problem, mixture, sum_problems, worked_solutions
 from lorabench.utils.files import atomic_path, read_parquet
 from lorabench.utils.hub import FetchedRepository, WantedRepository
