@@ -58,6 +58,6 @@ def _chats(path: str, answer: Callable[[str], str | None]) -> Documents:
 
 
 def _test(path: str, documents: list[dict[str, Any]]) -> Documents:
-    if not documents or None in documents[0].values() or any(None in d.values() for d in documents):
+    if not documents or any(None in document.values() for document in documents):
         raise UserError(f"{path} has no test document with an answer; was it made for this task?")
     return {"test": Dataset.from_list(documents)}
