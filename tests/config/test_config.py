@@ -57,6 +57,8 @@ MISTAKES = [
         r"predictions: lr_ratio\.naive\.c = -1: input should be greater than or equal to 0",
     ),
     (*evaluation(TASK | {"source": "worked"}), r"tasks\.0\.source = .worked.: allowed for lorabench_in.*: instruct$"),
+    (*evaluation(TASK | {"name": "gsm8k"}), r"tasks\.0\.source = 'instruct': allowed for gsm8k: None$"),
+    (*evaluation(TASK | {"name": "lorabench_x"}), r"tasks\.0\.name: unknown name 'lorabench_x'; allowed: lorabench_w"),
     (*evaluation(TASK | {"about": "lost"}), r"tasks\.0\.about = 'lost': .*'learned' or 'forgotten'"),
     (
         ("problems", "test"),
