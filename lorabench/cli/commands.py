@@ -56,7 +56,7 @@ def main(asked: Annotated[bool, Option("--version", help="Print the version and 
 @app.command()
 def init(
     out: Annotated[Path, Argument(metavar="MY.YAML", help="The preset to write.")],
-    model: Annotated[str, Option(help="A folder, a .gguf file, a model's id on the hub, or the shipped base: tiny.")],
+    model: Annotated[str, Option(help="A folder, a model's id on the hub, or the shipped base: tiny.")],
     data: Annotated[str, Option(help="A .jsonl, .json, .csv or .parquet file, or a dataset's id on the hub.")],
     data_format: Annotated[str | None, Option("--format", help="The columns of an example, if several fit.")] = None,
     ranks: Annotated[list[int] | None, Option("--rank", help="A LoRA rank in place of the suggested ones.")] = None,

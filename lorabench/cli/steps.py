@@ -102,7 +102,7 @@ def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
     _, layout = plan_and_layout(preset)
     spec, out = entry(layout.preset.sources, name, "dataset"), layout.fetched_data(name)
     if out is None or not isinstance(spec, HubDataset | HubProblems):
-        raise UserError(f"dataset {name!r} of kind {spec.kind!r} is not on the hub, or a local copy is read")
+        raise UserError(f"dataset {name!r} of kind {spec.kind!r} is not on the hub")
     if isinstance(spec, HubDataset):
         wanted = [WantedRepository("dataset", spec.id, spec.revision, ((spec.config, spec.split),))]
     else:

@@ -248,7 +248,7 @@ def dataset_origins(layout: Layout) -> list[dict[str, Any]]:
             read = json.loads(tally.read_text())
             row |= {"source": f"file, {read['format']}", "rows": read["rows"], "usable": read["usable"]}
             for bad in read["bad"]:
-                row["left_out"].append(f"{bad['rows']} {bad['reason']} (first: {read['unit']} {bad['first']})")
+                row["left_out"].append(f"{bad['rows']} {bad['reason']} (first: row {bad['first']})")
         elif path.is_file() and (note := about(path)):
             row |= {"source": note["id"], "rows": note["rows"], "usable": note["usable"]}
             row["left_out"] = [f"{count} {reason}" for reason, count in note["left_out"].items() if count]

@@ -178,9 +178,6 @@ def test_variants_of_lora_are_arms(raw_preset):
 @pytest.mark.parametrize(
     ("names", "preset", "changes", "message"),
     [
-        (["rslora"], {}, {"alpha_power": 0.5}, "'rslora', which sets alpha_power itself"),
-        (["lora_plus"], {}, {"lr_ratios": [4.0]}, "'lora_plus', which sets lr_ratios itself"),
-        (["olora"], {}, {"inits_a": [0.5]}, "'olora', which sets inits_a itself"),
         (["dora"], {}, {"ranks": {}, "lrs": {"fullft": [1e-3], "lora": []}}, "variants .'dora'. need ranks"),
         (["eva"], {}, {}, "Input should be 'lora', 'rslora'"),
         (["pissa"], {}, {"ranks": {"all": [129]}}, "PiSSA of tiny: rank 129 is more than the smallest .* layer, 128"),

@@ -45,7 +45,6 @@ def test_the_report_answers_for_this_model_and_data(finished):
         "format": "prompt/completion",
         "rows": 50,
         "usable": 48,
-        "unit": "line",
         "bad": [
             {"reason": "no text", "rows": 1, "first": 49},
             {"reason": "not JSON", "rows": 1, "first": 50},

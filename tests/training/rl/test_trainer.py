@@ -180,9 +180,9 @@ def test_problems_of_a_users_file_are_trained_on_and_graded_by_its_answers(tmp_p
     monkeypatch.chdir(tmp_path)
     sizes = {"train": 32, "validation": 8, "test": 24}
     problems = make_problems(ReasoningProblems(kind="arithmetic", tasks=["gcd"], max_value=50, **sizes))
-    lines = [json.dumps({"q": row["question"], "a": int(row["answer"])}) for row in problems]
+    lines = [json.dumps({"question": row["question"], "answer": int(row["answer"])}) for row in problems]
     Path("mine.jsonl").write_text("\n".join(lines))
-    own = {"kind": "file", "path": "mine.jsonl", "question": "q", "answer": "a", "grader": "number"}
+    own = {"kind": "file", "path": "mine.jsonl", "grader": "number"}
     raw_rl_preset["problems"] = {"mine": own | sizes}
     [block] = raw_rl_preset["experiments"]["rl_arithmetic"]
     lrs = {"fullft": [1e-4], "lora": []}
