@@ -12,7 +12,7 @@ from pydantic import Field
 
 from lora_advice.errors import UserError
 from lora_advice.foreign import Foreign, typed
-from lora_advice.patterns import matching
+from lora_advice.limits import matching
 
 NAME = "adapter_config.json"
 _MOST_RANK, _MOST_ALPHA, _LONGEST = 65_536, 1e9, 1000
@@ -46,10 +46,7 @@ class AdapterConfig(Foreign):
     target_parameters: tuple[_Name, ...] | None = _may_be_null(_NAMES)
     modules_to_save: tuple[_Name, ...] | None = _may_be_null(_NAMES)
     layers_to_transform: tuple[int, ...] | int | None = _may_be_null("the number of a layer, or a list of them")
-    layers_pattern: tuple[_Name, ...] | str | None = _may_be_null(f"a pattern, or {_NAMES}")
     layer_replication: Any = None
-    # PEFT imports the module that they name.
-    megatron_config: None = _may_be_null("null, since Megatron's layers are not supported here")
 
     @property
     def targets(self) -> tuple[str, ...] | str | None:
@@ -91,15 +88,6 @@ class AdapterConfig(Foreign):
         ranks = _of_patterns(self.rank_pattern or {}, names, self.r)
         alphas = _of_patterns(self.alpha_pattern or {}, names, self.lora_alpha)
         return {module: (ranks[module], self.scale(ranks[module], alphas[module])) for module in modules}
-
-    @property
-    def patterns(self) -> Iterator[str]:
-        """All regular expressions that PEFT matches with names of modules, as it does."""
-        yield from (named for named in (self.target_modules, self.exclude_modules) if isinstance(named, str))
-        pattern = self.layers_pattern or ()
-        yield from (rf"(^|.*\.){name}($|\..*)" for name in self.modules_to_save or ())
-        yield from (rf"(?:^|.*?\.){name}\.\d+\..*" for name in ([pattern] if isinstance(pattern, str) else pattern))
-        yield from map(_after_any_path, [*(self.rank_pattern or ()), *(self.alpha_pattern or ())])
 
 
 class _Kind(Foreign):

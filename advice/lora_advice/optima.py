@@ -27,9 +27,6 @@ PROBABILITY = 0.8
 """The probability that the optimal LR of a further source lies in the recommended interval."""
 _NEAR = 2.0
 """An attribute is outside of the evidence if the nearest value with evidence is further away than this factor."""
-_SAME_SIZE = 0.02
-"""An own model counts as of the same size if its number of parameters differs by less than this share."""
-_MATCHES = {"yes": "; LoRA matches", "no": "; LoRA does not match", "undecided": "; undecided whether LoRA matches"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +36,7 @@ class LrOptimum:
     source: str = OWN
     model: str = ""
     family: str = ""
-    dataset: str = ""
     method: str = ""
-    rank: float = math.nan
     width: float = math.nan
     batch_size: float = math.nan
     """Examples per step; in RL, responses per step."""
@@ -52,14 +47,8 @@ class LrOptimum:
     error: float = math.nan
     """The standard error of ln LR; NaN where the optimum is at the edge of its grid."""
     counts: bool = False
-    remark: str = ""
-    lr_low: float = math.nan
-    """Of own runs: the ends of the 95% interval, the number of the model's parameters, what identifies its weights, and
-    whether LoRA matches full fine-tuning."""
-    lr_high: float = math.nan
-    parameters: float = math.nan
     weights: str = ""
-    matches: str = ""
+    """Of own runs: what identifies the model's weights."""
 
     @property
     def shift(self) -> float:
@@ -102,19 +91,6 @@ class LrSources:
     """The sources, the heaviest first."""
 
 
-@dataclass(frozen=True)
-class SeenOptimum:
-    """An optimal LR that your own runs measured on a model of this family and size."""
-
-    method: str
-    rank: int | None
-    lr: float
-    low: float | None
-    high: float | None
-    where: str
-    """The preset, with dataset, batch size and steps where they are known."""
-
-
 def read_optima(path: Path) -> list[LrOptimum]:
     """Read a table of optima.
 
@@ -137,7 +113,7 @@ def read_optima(path: Path) -> list[LrOptimum]:
 
 
 class KnownOptima:
-    """The optima that are known for a model: to be pooled, and to be shown."""
+    """The optima that are known for a model."""
 
     def __init__(self, model: ModelFacts, results: Path) -> None:
         """Read the published optima, and those of the finished presets in a folder of results.
@@ -149,15 +125,11 @@ class KnownOptima:
         identity, bases = _identity(model.name), shipped_bases().values()
         # The sources and names by which they have this very model, not one of its family and width alone.
         self._same = {(PROJECT, name) for base in bases if base["weights"] == identity for name in base["names"]}
-        self.seen: list[SeenOptimum] = []
         for path in sorted(results.glob("*/tables/optima.csv")):
             for optimum in read_optima(path):
                 self.optima.append(optimum)
-                alike = (optimum.family, optimum.width) == (model.family, model.width)
-                if alike and model.parameters and abs(optimum.parameters / model.parameters - 1) < _SAME_SIZE:
-                    is_same = bool(optimum.weights) and optimum.weights.startswith(identity or "unknown")
-                    self._same |= {(OWN, optimum.model)} if is_same else set()
-                    self.seen.append(_seen(optimum, is_same, path.parents[1]))
+                if optimum.weights.startswith(identity or "unknown"):
+                    self._same.add((OWN, optimum.model))
         self._pools: dict[tuple[str, bool], PooledLr] = {}
 
     def recommend(
@@ -223,16 +195,6 @@ def _identity(name: str) -> str | None:
         with path.open("rb") as file:
             digests[path.name] = file_digest(file, "sha256").hexdigest()
     return json.dumps(digests, sort_keys=True) if digests else None
-
-
-def _seen(optimum: LrOptimum, is_same: bool, preset: Path) -> SeenOptimum:
-    steps = f", {optimum.steps:.0f} steps" if math.isfinite(optimum.steps) else ""
-    where = f"measured{'' if is_same else ' on another model of this size'}, {preset}: {optimum.dataset}, "
-    where += f"batch {optimum.batch_size:.0f}{steps}{_MATCHES.get(optimum.matches, '')}"
-    where += "; not resolved" if "not resolved" in optimum.remark else ""
-    low, high = (None if math.isnan(end) else _rounded(end) for end in (optimum.lr_low, optimum.lr_high))
-    rank = None if math.isnan(optimum.rank) else int(optimum.rank)
-    return SeenOptimum(optimum.method, rank, _rounded(optimum.lr), low, high, where)
 
 
 def _rounded(lr: float) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 from lora_advice import formats, lr_ratio
 from lora_advice.errors import UserError
 from lora_advice.models import ModelFacts
-from lora_advice.optima import PROBABILITY, KnownOptima, LrSources, SeenOptimum, SourceShare
+from lora_advice.optima import PROBABILITY, KnownOptima, LrSources, SourceShare
 from lora_advice.theory import ALPHA, EXPONENTS, SHORT_RATIO, lineage
 from lora_advice.user_model import find_model, lora_parameters, model_of_config
 from lora_advice.variants import VARIANT_NAMES, Variant, alpha_factor, lr_rule, measured_factor
@@ -57,7 +57,6 @@ class Recommendation:
     settings: dict[str, Setting]
     sources_of_lr: dict[str, LrSources]
     """By method, the sources that its learning rate rests on."""
-    seen: tuple[SeenOptimum, ...]
     notes: tuple[str, ...]
 
 
@@ -171,7 +170,7 @@ def recommend(
         "what it costs."
     )
     about = {"name": model.name, "family": model.family, "parameters": model.parameters, "hidden_size": model.width}
-    return Recommendation(about, settings, sources_of_lr, tuple(known.seen), tuple(notes))
+    return Recommendation(about, settings, sources_of_lr, tuple(notes))
 
 
 def convert(
@@ -221,7 +220,7 @@ def convert(
 
 
 def recommendation_table(recommendation: Recommendation) -> None:
-    """Print the settings with their sources, the optimal LRs of your own runs, and the notes."""
+    """Print the settings with their sources, and the notes."""
     rows: list[Sequence[str]] = []
     for name, setting in recommendation.settings.items():
         value = setting.value if isinstance(setting.value, str) else f"{setting.value:,}"
@@ -236,18 +235,11 @@ def recommendation_table(recommendation: Recommendation) -> None:
         row = [source, [*shares.values()][-1].widths]
         for method in TITLES:
             own = shares.get(method)
-            row += [_interval(own.low, own.high, 2), f"{own.weight:.0%}"] if own else [formats.DASH] * 2
+            row += [_interval(own.low, own.high), f"{own.weight:.0%}"] if own else [formats.DASH] * 2
         rows.append(row)
     laws = [formats.lr(recommendation.sources_of_lr[method].law) for method in TITLES]
     rows.append(["the law alone", "", laws[0], "", laws[1], ""])
     formats.print_table(("LRs rest on", "widths", "LoRA", "weight", "FullFT", "weight"), rows)
-    if recommendation.seen:
-        rows = []
-        for seen in recommendation.seen:
-            arm = "FullFT" if seen.method == "fullft" else f"LoRA r{seen.rank}"
-            interval = "" if seen.low is None or seen.high is None else _interval(seen.low, seen.high)
-            rows.append((arm, formats.lr(seen.lr), interval, seen.where))
-        formats.print_table(("optimal LR of", "LR", "95% interval", "source"), rows)
     for note in recommendation.notes:
         print(f"- {note}")
 
@@ -255,9 +247,9 @@ def recommendation_table(recommendation: Recommendation) -> None:
 def lr_text(lr: Setting) -> str:
     """Return a learning rate with its interval, if it has one."""
     assert not isinstance(lr.value, str)
-    return formats.lr(lr.value) + ("" if lr.low is None or lr.high is None else f" ({_interval(lr.low, lr.high, 2)})")
+    return formats.lr(lr.value) + ("" if lr.low is None or lr.high is None else f" ({_interval(lr.low, lr.high)})")
 
 
-def _interval(low: float, high: float, digits: int = 3) -> str:
-    ends = (formats.lr(low, digits), formats.lr(high, digits))
+def _interval(low: float, high: float) -> str:
+    ends = (formats.lr(low, 2), formats.lr(high, 2))
     return " to ".join(ends) if low != high else ends[0]

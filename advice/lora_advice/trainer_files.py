@@ -1,13 +1,12 @@
 """The recommended settings as a folder for a trainer: its configuration, each line with its reason, and the data.
 
-The configurations are the templates in `trainers/`, with the options of TRL 1.16, Axolotl 0.18, LLaMA-Factory 0.9.6,
-torchtune 0.7 and verl 0.8. RL is by verl's GRPO without the division by the standard deviation of rewards. Its
+The configurations are the templates in `trainers/`, with the options of TRL 1.16, Axolotl 0.18, LLaMA-Factory 0.9.6
+and verl 0.8. RL is by verl's GRPO without the division by the standard deviation of rewards. Its
 importance ratios are 1, since each response is used for one update, so that this is the paper's policy gradient.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
@@ -34,7 +33,6 @@ TRAINERS = {
     "trl": ("trl.yaml", "trl sft --config"),
     "axolotl": ("axolotl.yaml", "axolotl train"),
     "llamafactory": ("llamafactory.yaml", "llamafactory-cli train"),
-    "torchtune": ("torchtune.yaml", "tune run {}_finetune_single_device --config"),
     "verl": ("verl.sh", "bash"),
 }
 """For each trainer the name of its configuration, and the command that starts it."""
@@ -107,8 +105,6 @@ def write_folder(
     values = _values(model, recommendation, choices)
     values |= {"folder": str(folder), "out": str(folder / "out"), "form": form, "local": local}
     values["data"] = str(folder / "train.jsonl") if local else data
-    if trainer == "torchtune":
-        values |= _torchtune_model(model)
     if isinstance(data, UserData):
         files: Mapping[str, Iterable[dict[str, Any]]] = {"train": _rows(data, form)}
         if choices.grader:
@@ -124,7 +120,7 @@ def write_folder(
     if trainer == "llamafactory":
         write_text(_rendered("dataset_info.json", values), folder / "dataset_info.json")
     name, command = TRAINERS[trainer]
-    command = f"{command.format('full' if choices.full else 'lora')} {shlex.quote(str(folder / name))}"
+    command = f"{command} {shlex.quote(str(folder / name))}"
     method = "full fine-tuning" if choices.full else "LoRA"
     title = f"Written by `lora-advice trainer {trainer}`: {method} of {model.name}."
     # A comment must not leave its line.
@@ -222,28 +218,6 @@ def _values(model: ModelFacts, recommendation: Recommendation, choices: Choices)
         "grader": choices.grader,
         "response": min(RESPONSE_TOKENS.get(choices.grader or "", _MAX_TOKENS), (model.max_length or _MAX_TOKENS) // 2),
     }
-
-
-def _torchtune_model(model: ModelFacts) -> dict[str, Any]:
-    """Return torchtune's names for a model in a local folder, and the names of its files."""
-    folder = Path(model.name)
-    if not folder.is_dir():
-        raise UserError(f"{model.name} is no local folder, which torchtune needs; `tune download` makes one")
-    config = json.loads((folder / "config.json").read_bytes())
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    with (_TEMPLATES / "torchtune.csv").open(newline="") as file:
-        models = {tuple(sizes): (builder, checkpoint) for *sizes, builder, checkpoint in csv.reader(file)}
-    known = models.get((model.family, str(model.width), str(model.layers)))
-    if known is None or (model.family == "llama" and rope.get("rope_type") != "llama3"):
-        names = ", ".join(name for name, _ in models.values() if name != "builder")
-        raise UserError(f"{model.name} has not the sizes of a model of torchtune that is known here: {names}")
-    builder, checkpoint = known
-    package = builder.rpartition("_")[0]
-    if model.family == "qwen3":
-        # The two differ in the longest sequence only.
-        package, builder = "qwen3", builder + ("_base" if model.max_length == 32768 else "_instruct")
-    files = sorted(file.name for file in folder.glob("*.safetensors"))
-    return {"builder": builder, "package": package, "checkpoint": checkpoint, "files": files}
 
 
 def _problems(data: UserData, grader: str) -> dict[str, list[dict[str, Any]]]:

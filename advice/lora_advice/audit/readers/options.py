@@ -6,9 +6,7 @@ for one thing: the first that has a value counts.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_advice.audit.config import TrainingConfig, say
+from lora_advice.audit.readers.values import count, flag, names, number, text
 from lora_advice.audit.yaml_lines import LONGEST, load
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
@@ -41,72 +40,20 @@ _NUMBERS = {
 
 
 @cache
-def names_of(framework: str) -> dict[str, str]:
-    """Return the names that a framework has for the fields of a record: a column of `names.csv`."""
-    with Path(__file__).with_name("names.csv").open(encoding="utf-8", newline="") as file:
-        return {row["field"]: row[framework] for row in csv.DictReader(file) if row[framework]}
-
-
-@cache
-def defaults() -> dict[str, dict[str, Any]]:
-    """Return what the frameworks take where a file says nothing, by class or framework."""
-    text = Path(__file__).with_name("defaults.yaml").read_text(encoding="utf-8")
-    values: dict[str, dict[str, Any]] = load(text)[0]
-    return values
-
-
-def at(data: Any, key: str) -> Any:
-    """Return the value of a mapping at a key, or null of what is none."""
-    return data.get(key) if isinstance(data, Mapping) else None
-
-
-def _number(value: Any) -> float | None:
-    """Return a number, also of text such as `2e-4`; null if it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        read = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return read if math.isfinite(read) else None
-
-
-def _count(value: Any) -> int | None:
-    """Return a whole number above 0, null if it is none."""
-    read = _number(value)
-    return int(read) if read is not None and read == int(read) and read > 0 else None
-
-
-def text_of(value: Any) -> str | None:
-    """Return text in one line; null of what is empty or a place to fill in, such as `${MODEL}` or `<model>`."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    said = " ".join(str(value).split())
-    empty = not said.isprintable() or said.lower() in ("", "none", "null", "...") or said.startswith("<")
-    return None if empty or any(mark in said for mark in ("${", "{{", "$(")) else said
-
-
-def _flag(value: Any) -> bool | None:
-    """Return whether an option is on; words count as YAML and command lines write them."""
-    if isinstance(value, str):
-        return value.strip().lower() in ("true", "yes", "on", "1")
-    return None if value is None else bool(value) and not isinstance(value, Mapping | list)
-
-
-def _names(value: Any) -> tuple[str, ...] | None:
-    """Return the names of a list; a text is one name."""
-    items = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
-    return tuple(name for item in items if (name := text_of(item)) is not None) or None
+def frameworks() -> dict[str, dict[str, Any]]:
+    """Return the content of `frameworks.yaml`, which says what is in it."""
+    frameworks: dict[str, dict[str, Any]] = load(Path(__file__).with_name("frameworks.yaml").read_text("utf-8"))[0]
+    return frameworks
 
 
 _KINDS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("model", "schedule", "optimizer"), text_of),
-    **dict.fromkeys(("lr", "steps", "epochs", "alpha", "dropout", "lr_ratio"), _number),
-    **dict.fromkeys(("micro_batch", "accumulation", "devices", "group_size", "global_batch", "rank"), _count),
-    **dict.fromkeys(("rslora", "dora"), _flag),
-    **dict.fromkeys(("targets", "target_parameters", "saved_modules"), _names),
+    **dict.fromkeys(("model", "schedule", "optimizer"), text),
+    **dict.fromkeys(("lr", "steps", "epochs", "alpha", "dropout", "lr_ratio"), number),
+    **dict.fromkeys(("micro_batch", "accumulation", "devices", "group_size", "global_batch", "rank"), count),
+    **dict.fromkeys(("rslora", "dora"), flag),
+    **dict.fromkeys(("targets", "target_parameters", "saved_modules"), names),
     # With `gaussian` A starts larger, which by the theory `movement` matters in short runs alone.
-    "variant": lambda value: None if value == "gaussian" else text_of(value),
+    "variant": lambda value: None if value == "gaussian" else text(value),
 }
 """How the value of a field of a record is read."""
 _LORA_FIELDS = {
@@ -125,90 +72,39 @@ class Options:
     def __contains__(self, name: str) -> bool:
         return name in self.values
 
-    def set(self, name: str, value: Any, line: int | None = None) -> None:
-        """Set a value, with the line where it is said."""
-        self.values[name] = value
-        self.lines.pop(name, None)
-        if line is not None:
-            self.lines[name] = line
-
-    def update(self, other: Options) -> None:
-        """Set all values of other options."""
-        for name, value in other.values.items():
-            self.set(name, value, other.lines.get(name))
+    def __getitem__(self, names: str) -> Any:
+        """Return the value of the first of some names that has one, or null."""
+        return next((self.values[name] for name in names.split() if self.values.get(name) is not None), None)
 
     def fill(self, defaults: Mapping[str, Any]) -> None:
         """Set the values of names that are not there, without a line, which marks a default."""
         self.values = {**defaults, **self.values}
 
-    def get(self, names: str) -> Any:
-        """Return the value of the first of some names that has one."""
-        return next((self.values[name] for name in names.split() if self.values.get(name) is not None), None)
-
     def has(self, name: str) -> bool:
         """Return whether an option is set to something, or has options below it."""
         return bool(self.values.get(name)) or any(key.startswith(f"{name}.") for key in self.values)
-
-    def number(self, names: str) -> float | None:
-        """Return a number."""
-        return _number(self.get(names))
-
-    def count(self, names: str) -> int | None:
-        """Return a whole number above 0."""
-        return _count(self.get(names))
-
-    def text(self, names: str) -> str | None:
-        """Return a text in one line."""
-        return text_of(self.get(names))
-
-    def flag(self, names: str) -> bool | None:
-        """Return whether an option is on; null if that is not said."""
-        return _flag(self.get(names))
-
-    def names(self, names: str) -> tuple[str, ...] | None:
-        """Return a list of names; a text is one name."""
-        return _names(self.get(names))
 
     def line(self, names: str) -> int | None:
         """Return the line of the first of some names that has a value."""
         name = next((name for name in names.split() if self.values.get(name) is not None), "")
         return self.lines.get(name)
 
-    def without_effect(self, names: Sequence[str], reason: str, level: Level) -> list[Finding]:
-        """Return the finding that those of some options that are set have no effect, since `reason`."""
-        stated = [name for name in names if self.values.get(name)]
+    def without_effect(self, framework: str, reason: str, level: Level) -> list[Finding]:
+        """Return the finding that the framework's options of LoRA that are set have no effect, since `reason`."""
+        stated = [name for name in frameworks()[framework]["lora"] if self.values.get(name)]
         if not stated:
             return []
-        value = self.text(stated[0])
+        value = text(self.values[stated[0]])
         first = stated[0] if value is None else f"{stated[0]}: {value}"
         others = f" (as have {', '.join(stated[1:])})" if stated[1:] else ""
         values = {"first": first, "others": others, "reason": reason}
         return [say("no-options", self.lines.get(stated[0]), level=level, **values)]
 
-    def resolved(self) -> Options:
-        """Return options with references such as `${base.dir}` replaced by the values that they name."""
-        done: dict[tuple[str, int], Any] = {}
-
-        def resolve(value: Any, depth: int) -> Any:
-            if isinstance(value, list):
-                return [resolve(item, depth) if isinstance(item, str) else item for item in value]
-            if not isinstance(value, str) or "${" not in value or depth > 8:
-                return value
-            if (value, depth) not in done:
-                if whole := re.fullmatch(r"\$\{([\w.]+)\}", value):
-                    named = self.values.get(whole[1])
-                    said = value if named is None or isinstance(named, list) else resolve(named, depth + 1)
-                else:
-                    said = re.sub(r"\$\{[\w.]+\}", lambda reference: str(resolve(reference[0], depth + 1)), value)
-                # References to references can be of exponential size.
-                done[value, depth] = said if len(str(said)) <= LONGEST else value
-            return done[value, depth]
-
-        return Options({name: resolve(value, 0) for name, value in self.values.items()}, self.lines)
-
 
 def read_yaml(content: str, *, as_omegaconf: bool = False) -> Options:
     """Return the options of a YAML file by dotted name, in which a list is a value.
+
+    As OmegaConf does, `2e-4` is a number, and references such as `${base.dir}` become the values that they name.
 
     Raises:
         UserError: it is not valid, no mapping, or has too many options, such as by aliases of aliases.
@@ -227,15 +123,28 @@ def read_yaml(content: str, *, as_omegaconf: bool = False) -> Options:
             if len(flat) > _MOST_OPTIONS:
                 raise UserError(f"it has more than {_MOST_OPTIONS:,} options")
 
+    @cache
+    def resolve(value: str, depth: int) -> Any:
+        if whole := re.fullmatch(r"\$\{([\w.]+)\}", value):
+            said = flat.get(whole[1])
+            said = value if said is None else said
+        else:
+            said = re.sub(r"\$\{[\w.]+\}", lambda reference: str(resolve(reference[0], depth + 1)), value)
+        if len(str(said)) > LONGEST:  # references to references can be of exponential size
+            return value
+        return resolve(said, depth + 1) if isinstance(said, str) and said != value and depth < 8 else said
+
     flatten(data, "")
+    if as_omegaconf:
+        flat = {name: resolve(value, 0) if isinstance(value, str) else value for name, value in flat.items()}
     return Options(flat, lines)
 
 
 def record(
-    shown: str,
-    file_format: str,
+    path: Path,
+    framework: str,
     options: Options,
-    keys: Mapping[str, str],
+    keys: Mapping[str, str] | None = None,
     findings: Sequence[Finding] = (),
     *,
     name: str = "",
@@ -245,11 +154,12 @@ def record(
     """Return the record of a run, in which numbers without meaning, such as rank 0, are findings and no values.
 
     Args:
-        keys: the names that the format has for the fields of a record.
+        keys: the names for the fields of a record, if not those of the framework.
         lora: whether the fields of LoRA count, if the method is not full fine-tuning.
         said: further fields, and those that are not what their options say.
     """
-    fields = {field: kind(options.get(keys[field])) for field, kind in _KINDS.items() if field in keys} | said
+    keys = frameworks()[framework]["names"] if keys is None else keys
+    fields = {field: kind(options[keys[field]]) for field, kind in _KINDS.items() if field in keys} | said
     left_out = _LORA_FIELDS if not lora or fields.get("method") == "fullft" else ()
     fields = {field: value for field, value in fields.items() if value is not None and field not in left_out}
     if "accumulation" not in fields and any(name in options for name in keys.get("accumulation", "").split()):
@@ -260,7 +170,7 @@ def record(
         unused |= _LORA_FIELDS
     wrong = list[Finding]()
     for field, (noun, low, high, kind) in _NUMBERS.items():
-        value = options.get(keys.get(field, ""))
+        value = options[keys.get(field, "")]
         if field in unused or isinstance(value, bool):
             continue
         try:
@@ -273,7 +183,8 @@ def record(
             values = {"noun": noun, "value": f"{value!s:.40}", "kind": kind, "low": low, "high": high}
             wrong.append(say("number", options.line(keys[field]), **values))
             fields.pop(field, None)
-    return TrainingConfig(shown, file_format, name, lines=lines, findings=(*findings, *wrong), **fields)
+    every = (*findings, *wrong)
+    return TrainingConfig(path.as_posix(), framework, name, lines=lines, findings=every, **fields)
 
 
 def examples(config: Path, files: Any) -> int | None:
@@ -284,7 +195,7 @@ def examples(config: Path, files: Any) -> int | None:
     """
     lines, left = 0, _LARGEST_DATA
     for name in files if isinstance(files, list) else [files]:
-        said = text_of(name) or ""
+        said = text(name) or ""
         try:
             file = next((file for file in (Path(said), config.parent / said) if os.path.isfile(file)), None)
             if file is None or file.suffix != ".jsonl" or (left := left - file.stat().st_size) < 0:
