@@ -103,6 +103,10 @@ def _modules(target: str) -> list[str]:
     """Return a module's name; of a regular expression the usual names of modules that it matches as a whole."""
     if not re.search(r"[\\^$*+?()\[\]|{}]", target):
         return [target]
+    try:
+        re.compile(target)
+    except (re.error, OverflowError):  # Megatron's targets have other wildcards
+        return []
     parts = [f"self_attn.{name}_proj" for name in "qkvo"]
     parts += [f"mlp{place}.{name}_proj" for place in ("", ".experts") for name in ("gate", "up", "down")]
     before = ("model.layers.1.", "model.language_model.layers.1.", "language_model.model.layers.1.")

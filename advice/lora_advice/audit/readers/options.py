@@ -125,14 +125,15 @@ def read_yaml(content: str, *, as_omegaconf: bool = False) -> Options:
 
     @cache
     def resolve(value: str, depth: int) -> Any:
+        if depth > 8:
+            return value
         if whole := re.fullmatch(r"\$\{([\w.]+)\}", value):
-            said = flat.get(whole[1])
-            said = value if said is None else said
+            said = flat.get(whole[1], value)
+            said = resolve(said, depth + 1) if isinstance(said, str) else said
         else:
             said = re.sub(r"\$\{[\w.]+\}", lambda reference: str(resolve(reference[0], depth + 1)), value)
-        if len(str(said)) > LONGEST:  # references to references can be of exponential size
-            return value
-        return resolve(said, depth + 1) if isinstance(said, str) and said != value and depth < 8 else said
+        # References to references can be of exponential size.
+        return said if len(str(said)) <= LONGEST else value
 
     flatten(data, "")
     if as_omegaconf:

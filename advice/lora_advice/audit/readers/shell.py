@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_advice.audit.readers.options import Options
-from lora_advice.audit.yaml_lines import LONGEST
 
 UNKNOWN = "\0"
 """Stands in a word for the part that only the running script knows."""
+_LONGEST = 10_000
+"""Characters of a variable, since one that holds itself several times grows exponentially."""
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _HEREDOC = re.compile(
@@ -117,7 +118,7 @@ def _read(text: str, line: int, variables: dict[str, str]) -> list[list[Word]]:
 
     def assign(name: str, value: str, append: bool = False) -> None:
         value = f"{variables.get(name, '')} {value}".strip() if append else value
-        known = len(value) <= LONGEST and (not depth or variables.get(name) == value)
+        known = len(value) <= _LONGEST and (not depth or variables.get(name) == value)
         variables[name] = value if known else UNKNOWN
 
     for token in _TOKEN.finditer(text + "\n"):
