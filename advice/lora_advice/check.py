@@ -6,7 +6,6 @@ have r rows and columns each, so the update itself is never formed.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -17,7 +16,7 @@ from pathlib import Path
 from statistics import median_high
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 
 from lora_advice.adapter_config import NAME, AdapterConfig, ends, read_adapter_config
 from lora_advice.errors import UserError
@@ -104,13 +103,13 @@ def read_adapter(folder: Path) -> Adapter:
             factors[match[1]][match[3]] = key
         elif "lora_" not in name:
             whole[name] = stored.size
-            not_finite += [] if _is_finite(_numbers(*tensors[key])) else [name]
+            not_finite += [] if _is_finite(stored) else [name]
     modules, findings = list[ModuleUpdate](), list[Finding]()
     scales = config.scales([*map(plain, factors)])
     for module, keys in factors.items():
         if len(keys) < 2:
             continue
-        a, b = (_numbers(*tensors[keys[part]]) for part in "AB")
+        a, b = (tensors[keys[part]][1] for part in "AB")
         if not _is_finite(a) or not _is_finite(b):
             not_finite.append(module)
             continue
@@ -126,7 +125,7 @@ def read_adapter(folder: Path) -> Adapter:
     if not_finite:
         message = f"{len(not_finite)} modules have weights that are NaN or infinite: {listed(not_finite)}"
         findings.append(_finding("not-finite", "error", message))
-    findings += [*_finding_keys(config, factors, foreign, whole), *_finding_effects(modules, len(factors))]
+    findings += _findings(config, factors, foreign, whole, modules)
     return Adapter(
         str(folder),
         config.base_model_name_or_path,
@@ -147,34 +146,25 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _read_tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
-    """Return by name the type of each tensor of a safetensors file and its content, which stays on the disk."""
+    """Return by name the type of each tensor of a safetensors file and its content, bf16 as fp32."""
     if not path.is_file():
         other = [file.name for file in sorted(path.parent.glob("adapter_model.*"))]
         pickled = f" ({', '.join(other)} is not loaded)" if other else ""
         raise UserError(f"adapter folder {str(path.parent)!r} has no {path.name}{pickled}")
+    tensors = {}
     try:
-        # It checks that the header and the length of the file agree.
-        with safe_open(path, "numpy"), path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+        entries = deserialize(path.read_bytes())
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    data, tensors = np.memmap(path, np.uint8, "r", 8 + length), {}
-    for name, entry in header.items():
+    for name, entry in sorted(entries, key=lambda entry: entry[0]):
         if len(name) > _LONGEST or not name.isprintable():
             raise UserError(f"{path}: tensor {name[:80]!r}: allowed: names of up to {_LONGEST:,} printable characters")
-        if entry["dtype"] not in _TYPES:
-            raise UserError(f"{path}: tensor {name} has the type {entry['dtype']}; allowed: {', '.join(_TYPES)}")
-        start, end = entry["data_offsets"]
-        stored = data[start:end].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
-        tensors[name] = (entry["dtype"], stored)
+        dtype = entry["dtype"]
+        if dtype not in _TYPES:
+            raise UserError(f"{path}: tensor {name} has the type {dtype}; allowed: {', '.join(_TYPES)}")
+        values = np.frombuffer(entry["data"], _TYPES[dtype]).reshape(entry["shape"])
+        tensors[name] = (dtype, (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values)
     return tensors
-
-
-def _numbers(dtype: str, stored: np.ndarray) -> np.ndarray:
-    """Return a tensor in memory; bf16 as fp32."""
-    return (stored.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else np.array(stored)
 
 
 def _update(
@@ -232,10 +222,14 @@ def listed(names: Sequence[str], count: int | None = None) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {others} more" if others > 0 else "")
 
 
-def _finding_keys(
-    config: AdapterConfig, factors: Mapping[str, Mapping[str, str]], foreign: list[str], whole: Mapping[str, int]
+def _findings(
+    config: AdapterConfig,
+    factors: Mapping[str, Mapping[str, str]],
+    foreign: list[str],
+    whole: Mapping[str, int],
+    modules: list[ModuleUpdate],
 ) -> Iterator[Finding]:
-    """Compare the names in the file with those in the configuration."""
+    """Compare the names in the file with those in the configuration, and find updates that do little."""
     for there, lacking in ("AB", "BA"):
         half = [module for module, keys in factors.items() if there in keys and lacking not in keys]
         if half:
@@ -270,10 +264,7 @@ def _finding_keys(
     if whole:
         message = f"the file also holds {sum(whole.values()):,} parameters that are no LoRA, of modules_to_save or"
         yield _finding("whole", "note", f"{message} PEFT's copy of an embedding: {listed([*whole])}")
-
-
-def _finding_effects(modules: list[ModuleUpdate], count: int) -> Iterator[Finding]:
-    """Find updates without effect, of lower rank than they could have, and hardly used ranks."""
+    count = len(factors)
     if zero := [module.module for module in modules if not module.norm]:
         message = f"B A is zero in {len(zero)} of {count} modules, which have no effect: {listed(zero)}"
         if len(zero) == count:

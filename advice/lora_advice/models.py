@@ -15,9 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from lora_advice.errors import UserError
 from lora_advice.foreign import Foreign, typed, whole
@@ -69,20 +69,6 @@ class ModelConfig(Foreign):
     num_experts_per_tok: int | None = whole(0, 100_000)
     tie_word_embeddings: bool | None = Field(None, description="true or false")
     text_config: dict[str, object] | None = Field(None, description="a mapping")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        # An expert of none is none.
-        active = self.num_experts_per_tok if self.experts else None
-        for key, value, other in (
-            ("num_key_value_heads", self.num_key_value_heads, "num_attention_heads"),
-            ("num_attention_heads", None if self.head_dim else self.num_attention_heads, "hidden_size"),
-            ("num_experts_per_tok", active, "experts"),
-        ):
-            most = getattr(self, other)
-            if value is not None and most is not None and not 1 <= value <= most:
-                raise ValueError(f"{key} = {value}: allowed: 1 to the number of {other}, {most}")
-        return self
 
     @property
     def experts(self) -> int:
