@@ -231,10 +231,6 @@ def trainer(
     ] = None,
     rank: Annotated[int | None, Option(min=1, help="The rank of --lr.")] = None,
     alpha: Annotated[float | None, Option(help="The alpha of --lr.")] = None,
-    grader: Annotated[
-        str | None,
-        Option(help="Of problems in RL: `number` grades a response by its last number, `boxed` by \\boxed{}."),
-    ] = None,
     full: Annotated[bool, Option("--full", help="Full fine-tuning, in place of LoRA.")] = False,
     out: Annotated[Path | None, Option(help="The folder; finetune-TRAINER by default.")] = None,
 ) -> None:
@@ -249,8 +245,8 @@ def trainer(
     on_hub = data is not None and HUB_ID.fullmatch(data) and not Path(data).is_file()
     examined = None if data is None or on_hub else read_data(Path(data), data_format)
     described = find_model(model)
-    choices = Choices(lr, rank, alpha, steps, full, grader, data_format if on_hub else None)
-    tokens, examples = (examined.tokens, examined.usable) if examined and not grader else (dataset_tokens, None)
+    choices = Choices(lr, rank, alpha, steps, full, data_format if on_hub else None)
+    tokens, examples = (examined.tokens, examined.usable) if examined else (dataset_tokens, None)
     recommendation = advice.recommend(described, tokens, examples, batch_size, steps)
     folder = out or Path(f"finetune-{name}")
     command = write_folder(name, folder, described, recommendation, examined or data or "", choices)
