@@ -51,18 +51,15 @@ class LrOptimum:
     """Of own runs: what identifies the model's weights."""
 
     @property
-    def shift(self) -> float:
-        """What to add to ln LR to state it at ALPHA."""
-        known = self.method == "lora" and math.isfinite(self.alpha)
-        return -ALPHA_EXPONENT * math.log(self.alpha / ALPHA) if known else 0.0
-
-    @property
     def pooled(self) -> Optimum:
         """The optimum for pooling, at ALPHA."""
-        unknown = self.method == "lora" and math.isnan(self.alpha)
-        error = math.hypot(self.error, ALPHA_EXPONENT * math.log(2) if unknown else 0.0)
+        log_lr, error = math.log(self.lr), self.error
+        if self.method == "lora" and math.isnan(self.alpha):
+            error = math.hypot(error, ALPHA_EXPONENT * math.log(2))
+        elif self.method == "lora":
+            log_lr -= ALPHA_EXPONENT * math.log(self.alpha / ALPHA)
         place = Place.at(self.family, self.width, self.method, self.batch_size, self.steps)
-        return Optimum(self.source, self.model, place, math.log(self.lr) + self.shift, error)
+        return Optimum(self.source, self.model, place, log_lr, error)
 
 
 @dataclass(frozen=True)
@@ -72,9 +69,6 @@ class SourceShare:
     source: str
     widths: str
     """The hidden sizes of its models, such as `64 to 256`."""
-    low: float
-    """The lowest of its optimal LRs, of LoRA at alpha 32."""
-    high: float
     weight: float
     """By how much ln of the recommended LR rises if all ln LRs of the source rise by 1."""
 
@@ -84,7 +78,7 @@ class LrSources:
     """What a recommended LR rests on."""
 
     law: float
-    """The LR of the law alone; of a family without an exponent, in the middle of its families."""
+    """The LR of the law alone."""
     measured_by: str | None
     """The source that measured this very model, whose deviation is then part of the recommendation."""
     sources: tuple[SourceShare, ...]
@@ -153,13 +147,11 @@ class KnownOptima:
         shares = []
         for source, weight in sorted(predicted.weights.items(), key=lambda item: -abs(round(item[1], 3))):
             own = [optimum for optimum in chosen if optimum.source == source]
-            lrs = [math.exp(optimum.pooled.log_lr) for optimum in own]
             widths = sorted({optimum.width for optimum in own if math.isfinite(optimum.width)})
             ends = " to ".join(f"{end:.0f}" for end in dict.fromkeys((*widths[:1], *widths[-1:])))
-            share = SourceShare(source, ends or "not known", _rounded(min(lrs)), _rounded(max(lrs)), round(weight, 3))
-            shares.append(share)
+            shares.append(SourceShare(source, ends or "not known", round(weight, 3)))
         logs = (predicted.mean, predicted.low, predicted.high, place.log_law)
-        lr, low, high, law = (_rounded(math.exp(log)) for log in logs)
+        lr, low, high, law = (float(f"{math.exp(log):.4g}") for log in logs)
         return (lr, low, high), LrSources(law, measured[0] if measured else None, tuple(shares))
 
     def outside(self, batch_size: float, steps: float) -> list[str]:
@@ -195,7 +187,3 @@ def _identity(name: str) -> str | None:
         with path.open("rb") as file:
             digests[path.name] = file_digest(file, "sha256").hexdigest()
     return json.dumps(digests, sort_keys=True) if digests else None
-
-
-def _rounded(lr: float) -> float:
-    return float(f"{lr:.4g}")

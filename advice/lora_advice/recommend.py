@@ -232,24 +232,14 @@ def recommendation_table(recommendation: Recommendation) -> None:
             by_source.setdefault(share.source, {})[method] = share
     rows = []
     for source, shares in sorted(by_source.items(), key=lambda item: -sum(share.weight for share in item[1].values())):
-        row = [source, [*shares.values()][-1].widths]
-        for method in TITLES:
-            own = shares.get(method)
-            row += [_interval(own.low, own.high), f"{own.weight:.0%}"] if own else [formats.DASH] * 2
-        rows.append(row)
-    laws = [formats.lr(recommendation.sources_of_lr[method].law) for method in TITLES]
-    rows.append(["the law alone", "", laws[0], "", laws[1], ""])
-    formats.print_table(("LRs rest on", "widths", "LoRA", "weight", "FullFT", "weight"), rows)
+        weights = [f"{shares[method].weight:.0%}" if method in shares else formats.DASH for method in TITLES]
+        rows.append((source, [*shares.values()][-1].widths, *weights))
+    formats.print_table(("LRs rest on", "widths", "weight for LoRA", "for FullFT"), rows)
     for note in recommendation.notes:
         print(f"- {note}")
 
 
 def lr_text(lr: Setting) -> str:
     """Return a learning rate with its interval, if it has one."""
-    assert not isinstance(lr.value, str)
-    return formats.lr(lr.value) + ("" if lr.low is None or lr.high is None else f" ({_interval(lr.low, lr.high)})")
-
-
-def _interval(low: float, high: float) -> str:
-    ends = (formats.lr(low, 2), formats.lr(high, 2))
-    return " to ".join(ends) if low != high else ends[0]
+    interval = "" if lr.low is None else f" ({formats.lr(lr.low, 2)} to {formats.lr(lr.high, 2)})"
+    return formats.lr(float(lr.value)) + interval

@@ -54,14 +54,9 @@ def read_paths(
     skip_unknown: bool = False,
     hub: bool = False,
 ) -> tuple[list[TrainingConfig], list[Finding], list[NotRead]]:
-    """Return the runs that files state, by path and name, what is found of each alone, and the files not read.
+    """Return the runs that files state, by path and name, what `check` finds of each alone, and the files not read.
 
-    Args:
-        paths: files and folders.
-        file_format: read files as this format, and of folders only what looks like it; by default each is recognized.
-        check: what is to be found of a run.
-        skip_unknown: pass over named files that state no training run of a known format too, as over those of folders.
-        hub: whether a check may wait for the hub.
+    `hub` says whether a check may wait for the hub; the other arguments are those of `audit`.
 
     Raises:
         UserError: a path or the format is not there.
@@ -131,10 +126,9 @@ def _read(file: Path, file_format: str | None, named: bool) -> list[TrainingConf
     for name in formats:
         if configs := READERS[name](file, text):
             return configs
-    if named and not formats:
-        raise UserError(f"it is of no format that is known: {', '.join(READERS)}; --format names one")
     if named:
-        raise UserError(f"it states no training run of {' or '.join(formats)}")
+        unknown = f"it is of no format that is known: {', '.join(READERS)}; --format names one"
+        raise UserError(f"it states no training run of {' or '.join(formats)}" if formats else unknown)
     return []
 
 

@@ -24,13 +24,7 @@ _ADAM, _NO_ADAM = "adam", ("mini", "schedule", "galore", "apollo", "muon", "adam
 
 
 def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEvidence) -> list[Finding]:
-    """Return what a run's learning rate would cost.
-
-    Args:
-        config: the run.
-        model: what is known of its base model.
-        evidence: the optima and curvatures to judge it by.
-    """
+    """Return what a run's learning rate would cost, by the optima and curvatures that are known."""
     if config.lr is None or not config.lr > 0:
         return []
     line, judged = config.line("lr"), judge(config, model, evidence)

@@ -8,8 +8,7 @@ import pytest
 import yaml
 from lora_advice.audit import files
 from lora_advice.audit.files import read_paths
-from lora_advice.audit.readers.options import read_yaml
-from lora_advice.audit.yaml_lines import load
+from lora_advice.audit.readers.options import load, read_yaml
 from lora_advice.errors import UserError
 
 AXOLOTL = "base_model: org/model-8b\nadapter: lora\nlora_r: 8\nlearning_rate: 0.0002\nmicro_batch_size: 2\n"
