@@ -15,37 +15,29 @@ from lora_advice.foreign import Foreign, typed
 from lora_advice.limits import matching
 
 NAME = "adapter_config.json"
-_MOST_RANK, _MOST_ALPHA, _LONGEST = 65_536, 1e9, 1000
 
-_Name = Annotated[str, Field(max_length=_LONGEST)]
-_Rank = Annotated[int, Field(ge=1, le=_MOST_RANK)]
-_Alpha = Annotated[float, Field(gt=0, le=_MOST_ALPHA)]
-_RANK = f"a whole number from 1 to {_MOST_RANK:,}"
-_ALPHA = f"a number above 0 and up to {_MOST_ALPHA:,.0f}"
-_NAMES = f"a list of names of up to {_LONGEST:,} characters"
-
-
-def _may_be_null(allowed: str) -> Any:
-    return Field(None, description=allowed)
+_Name = Annotated[str, Field(max_length=1000)]
+_Rank = Annotated[int, Field(ge=1, le=65_536)]
+_Alpha = Annotated[float, Field(gt=0, le=1e9)]
 
 
 class AdapterConfig(Foreign):
     """The options of LoRA by PEFT's names; null is what the file does not say."""
 
-    r: _Rank = Field(description=_RANK)
-    lora_alpha: _Alpha = Field(description=_ALPHA)
-    lora_dropout: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1")
-    base_model_name_or_path: str | None = _may_be_null("a name")
-    use_rslora: bool | None = _may_be_null("true or false")
-    use_dora: bool | None = _may_be_null("true or false")
-    init_lora_weights: bool | _Name | None = Field(True, description="true, false or a name")
-    rank_pattern: dict[_Name, _Rank] | None = _may_be_null(f"a mapping of patterns to {_RANK}")
-    alpha_pattern: dict[_Name, _Alpha] | None = _may_be_null(f"a mapping of patterns to {_ALPHA}")
-    target_modules: tuple[_Name, ...] | str | None = _may_be_null(f"a regular expression, or {_NAMES}")
-    exclude_modules: tuple[_Name, ...] | str | None = _may_be_null(f"a regular expression, or {_NAMES}")
-    target_parameters: tuple[_Name, ...] | None = _may_be_null(_NAMES)
-    modules_to_save: tuple[_Name, ...] | None = _may_be_null(_NAMES)
-    layers_to_transform: tuple[int, ...] | int | None = _may_be_null("the number of a layer, or a list of them")
+    r: _Rank
+    lora_alpha: _Alpha
+    lora_dropout: float | None = Field(None, ge=0, le=1)
+    base_model_name_or_path: str | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    init_lora_weights: bool | _Name | None = True
+    rank_pattern: dict[_Name, _Rank] | None = None
+    alpha_pattern: dict[_Name, _Alpha] | None = None
+    target_modules: tuple[_Name, ...] | str | None = None
+    exclude_modules: tuple[_Name, ...] | str | None = None
+    target_parameters: tuple[_Name, ...] | None = None
+    modules_to_save: tuple[_Name, ...] | None = None
+    layers_to_transform: tuple[int, ...] | int | None = None
     layer_replication: Any = None
 
     @property
@@ -91,7 +83,7 @@ class AdapterConfig(Foreign):
 
 
 class _Kind(Foreign):
-    peft_type: str | None = _may_be_null("LORA")
+    peft_type: str | None = None
 
 
 class OtherMethodError(UserError):

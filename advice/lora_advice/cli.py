@@ -8,7 +8,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
 from statistics import median
@@ -54,21 +53,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Say what is wrong in LoRA configurations and adapters, and recommend settings, without a run.",
 )
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        print(f"lora-advice {version('lora-advice')}")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """The options that stand before a command."""
 
 
 @app.command()

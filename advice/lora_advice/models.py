@@ -20,9 +20,10 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from lora_advice.errors import UserError
-from lora_advice.foreign import Foreign, typed, whole
+from lora_advice.foreign import Foreign, typed
 from lora_advice.hub import look_up
 from lora_advice.layers import Kind
+from lora_advice.theory import EXPONENTS
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -36,39 +37,35 @@ GATED = frozenset(
 )
 """Families whose matrices `Dimensions` describes: a gated MLP, no shared experts, and no layers of other kinds."""
 
-UNFUSED = frozenset({"nllb_moe", "switch_transformers"})
-"""The families whose experts are modules of their own in transformers 5; all others hold them in 3-D parameters."""
-
 _SIZE = re.compile(r"(?<![a-z0-9.])(?:(?P<experts>\d{1,4})x)?(?P<size>\d{1,6}(?:\.\d{1,6})?)(?P<unit>[bm])(?![a-z0-9])")
 _ACTIVE = re.compile(r"(?<![a-z0-9.])a(?P<size>\d{1,6}(?:\.\d{1,6})?)b(?![a-z0-9])")
 # How far a size in a name may be from that of the model that the name matches, as in "DeepSeek-V3-11M".
 _SIZE_FACTOR = 1.5
-# The families that the law of learning rates tells apart.
-_LINEAGES = ("llama", "qwen")
-_Width = Annotated[int, Field(ge=1, le=10_000_000)]
+_Size = Annotated[int, Field(ge=1, le=1_000_000_000)]
+_Count = Annotated[int, Field(ge=0, le=100_000)]
 
 
 class ModelConfig(Foreign):
     """What is read of a model's `config.json`; null is what it does not say. Real models stay far below the limits."""
 
-    model_type: str | None = Field(None, pattern=r"^[\w.-]{1,100}$", description="a name such as llama")
-    hidden_size: int | None = whole(1, 1_000_000)
-    num_hidden_layers: int | None = whole(1, 1000)
-    num_attention_heads: int | None = whole(1, 100_000)
-    num_key_value_heads: int | None = whole(1, 100_000)
-    head_dim: int | None = whole(1, 1_000_000)
+    model_type: str | None = Field(None, pattern=r"^[\w.-]{1,100}$")
+    hidden_size: _Size | None = None
+    num_hidden_layers: int | None = Field(None, ge=1, le=1000)
+    num_attention_heads: _Size | None = None
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
     # Some families have a width for each layer.
-    intermediate_size: _Width | list[_Width] | None = Field(None, description="a whole number from 1 to 10,000,000")
-    moe_intermediate_size: int | None = whole(1, 10_000_000)
-    vocab_size: int | None = whole(1, 100_000_000)
-    max_position_embeddings: int | None = whole(1, 1_000_000_000)
-    num_experts: int | None = whole(0, 100_000)
-    num_local_experts: int | None = whole(0, 100_000)
-    n_routed_experts: int | None = whole(0, 100_000)
-    moe_num_experts: int | None = whole(0, 100_000)
-    num_experts_per_tok: int | None = whole(0, 100_000)
-    tie_word_embeddings: bool | None = Field(None, description="true or false")
-    text_config: dict[str, object] | None = Field(None, description="a mapping")
+    intermediate_size: _Size | list[_Size] | None = None
+    moe_intermediate_size: _Size | None = None
+    vocab_size: _Size | None = None
+    max_position_embeddings: _Size | None = None
+    num_experts: _Count | None = None
+    num_local_experts: _Count | None = None
+    n_routed_experts: _Count | None = None
+    moe_num_experts: _Count | None = None
+    num_experts_per_tok: _Count | None = None
+    tie_word_embeddings: bool | None = None
+    text_config: dict[str, object] | None = None
 
     @property
     def experts(self) -> int:
@@ -169,7 +166,7 @@ class ModelFacts:
     def fused_experts(self) -> bool:
         """Whether transformers 5 holds the experts in 3-D parameters, which are no linear modules."""
         # Axolotl has copies of Llama 4 whose experts are modules again.
-        return self.mixture and self.family not in UNFUSED and "linearized" not in self.name.lower()
+        return self.mixture and "linearized" not in self.name.lower()
 
     @property
     def linear(self) -> Mapping[str, Linear]:
@@ -325,7 +322,7 @@ def _estimate(name: str, words: str) -> ModelFacts | None:
     error = statistics.stdev(b - intercept - slope * a for a, b in zip(x, y, strict=True))
     return ModelFacts(
         name,
-        next((lineage for lineage in _LINEAGES if lineage in words), ""),
+        next((lineage for lineage in EXPONENTS if lineage in words), ""),
         round(math.exp(intercept + slope * math.log(passed))),
         "the size in its name",
         parameters=round(total),

@@ -164,9 +164,9 @@ def test_nonsense_in_a_configuration_is_one_sentence_of_both_readers(write: Writ
     path = write(factors()) / "adapter_config.json"
     entries = {name: json.dumps(entry) for name, entry in json.loads(path.read_text()).items()} | {key: value}
     path.write_text("{" + ", ".join(f'"{name}": {entry}' for name, entry in entries.items()) + "}")
-    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: {key} = .*: allowed: [^\n]*$"):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: {key} = [^\n]*: [^\n]*$"):
         read_adapter(path.parent)
-    with pytest.raises(UserError, match=rf"^adapter_config.json: {key} = .*: allowed: [^\n]*$"):
+    with pytest.raises(UserError, match=rf"^adapter_config.json: {key} = [^\n]*: [^\n]*$"):
         reader.read(path, path.read_text())
 
 
