@@ -91,12 +91,7 @@ class OtherMethodError(UserError):
 
 
 def parse_adapter(text: str | bytes, where: str) -> AdapterConfig:
-    """Return the configuration of an adapter.
-
-    Raises:
-        OtherMethodError: it is of another method than LoRA.
-        UserError: it is not valid; the sentence begins with `where`.
-    """
+    """Return the configuration of an adapter, or raise a UserError that begins with `where`."""
     kind = typed(_Kind, text, where).peft_type
     if kind != "LORA":
         raise OtherMethodError(f"{where} has peft_type {kind!r}; allowed: LORA")
@@ -104,11 +99,7 @@ def parse_adapter(text: str | bytes, where: str) -> AdapterConfig:
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Read the configuration in an adapter's folder.
-
-    Raises:
-        UserError: it is missing, not valid, or of another method than LoRA.
-    """
+    """Read the configuration in an adapter's folder, or raise UserError."""
     try:
         return parse_adapter((folder / NAME).read_bytes(), str(folder / NAME))
     except FileNotFoundError:

@@ -86,11 +86,7 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter's folder, and judge what its files say.
-
-    Raises:
-        UserError: a file is missing or can't be read.
-    """
+    """Read an adapter's folder, and judge what its files say; raises UserError if a file can't be read."""
     config, tensors = read_adapter_config(folder), _read_tensors(folder / WEIGHTS)
     factors: dict[str, dict[str, str]] = defaultdict(dict)
     whole, not_finite, foreign = dict[str, int](), list[str](), list[str]()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -76,9 +75,6 @@ def audit(
     """
     from lora_advice.audit import audit as audit_paths
 
-    # As root, a device would be replaced.
-    if sarif is not None and os.path.exists(sarif) and not os.path.isfile(sarif):
-        raise UserError(f"--sarif {sarif}: it is not a file; allowed: a file, or a name that is not there yet")
     report = audit_paths(*paths, file_format=file_format, hub=hub, skip_unknown=skip_unknown)
     if sarif is not None:
         write_text(json.dumps(report.sarif(), indent=2) + "\n", sarif)

@@ -54,11 +54,7 @@ class UserData:
 
 
 def read_data(path: Path, form: str | None = None) -> UserData:
-    """Read a data file once, and count its usable examples.
-
-    Raises:
-        UserError: the file can't be read, its columns hold no example or several forms of one, or no row can be used.
-    """
+    """Read a data file once, and count its usable examples; raises UserError if it has none."""
     if form is not None and form not in FORMATS:
         raise UserError(f"format {form!r}: allowed: {', '.join(FORMATS)}")
     if form is None:

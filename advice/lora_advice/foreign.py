@@ -24,11 +24,7 @@ T = TypeVar("T", bound=Foreign)
 
 
 def typed(kind: type[T], content: str | bytes | Mapping[str, Any], where: str) -> T:
-    """Return JSON, or an object that was read from it, as typed data.
-
-    Raises:
-        UserError: it is not valid; the sentence begins with `where`.
-    """
+    """Return JSON, or an object that was read from it, as typed data, or raise a UserError that begins with `where`."""
     try:
         if isinstance(content, Mapping):
             return kind.model_validate(content)

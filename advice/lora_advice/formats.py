@@ -72,13 +72,7 @@ def print_table(
     title: str = "",
     notes: Iterable[str] = (),
 ) -> None:
-    """Print a table of text to the standard output.
-
-    Args:
-        numbers: the columns that are aligned to the right.
-        title: a line above the table.
-        notes: sentences below the table.
-    """
+    """Print a table of text with a title above and notes below; the columns `numbers` are aligned to the right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -11,12 +11,7 @@ SECONDS = 2.0
 
 
 def look_up(name: str, file: str) -> str:
-    """Return the text of a small file of a model, from the hub or its cache.
-
-    Raises:
-        UserError: the model or its file is not on the hub, the hub does not answer in time, or its client is not
-            installed.
-    """
+    """Return the text of a small file of a model, from the hub or its cache; raises UserError if that does not work."""
     try:
         from huggingface_hub import constants, hf_hub_download
     except ImportError as error:

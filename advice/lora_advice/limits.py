@@ -63,9 +63,8 @@ def in_limits(work: Callable[[T], Any], items: Sequence[T], seconds: float = SEC
 def matching(patterns: Sequence[str], names: Sequence[str]) -> list[list[str]]:
     """Return for each regular expression the names that it matches as a whole, in their order.
 
-    Raises:
-        UserError: a pattern is not valid, or takes longer than a second, since Python's `re` can take exponential time,
-            as for `(a+)+$`.
+    A pattern that is not valid raises UserError, as does one that takes longer than a second: Python's `re` can take
+    exponential time, as for `(a+)+$`.
     """
 
     def match(pattern: str) -> list[str]:

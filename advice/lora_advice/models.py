@@ -175,11 +175,7 @@ class ModelFacts:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Return the configuration of the model in a folder.
-
-    Raises:
-        UserError: it is missing, can't be read, or is not valid.
-    """
+    """Return the configuration of the model in a folder, or raise UserError."""
     path = folder / "config.json"
     try:
         return typed(ModelConfig, path.read_bytes(), str(path))
@@ -191,12 +187,9 @@ def read_config(folder: Path) -> ModelConfig:
 
 @cache
 def facts(name: str | None, folder: Path | None = None, hub: bool = False) -> ModelFacts | None:
-    """Return what is known of a base model; None if nothing is.
+    """Return what is known of a base model by its id or path, or by a `config.json` in a folder; None if nothing is.
 
-    Args:
-        name: a model's id or path.
-        folder: a folder in which a `config.json` is looked for, and from which a path may start.
-        hub: whether the hub is asked for a model of which nothing else but its name tells.
+    With `hub`, the hub is asked for a model of which nothing else but its name tells.
     """
     places = [] if name is None else [Path(name), *([folder / name] if folder else [])]
     for place in [*places, *([folder] if folder else [])]:
@@ -212,11 +205,7 @@ def facts(name: str | None, folder: Path | None = None, hub: bool = False) -> Mo
 
 
 def facts_of_config(config: ModelConfig, name: str, source: str = "its config.json") -> ModelFacts:
-    """Return the facts in a Hugging Face configuration.
-
-    Raises:
-        UserError: it has no model type or no width, or its part about text is not valid.
-    """
+    """Return the facts in a Hugging Face configuration, or raise UserError if it has no model type or no width."""
     text, family = typed(ModelConfig, config.text_config, name) if config.text_config else config, config.model_type
     if family is None or text.hidden_size is None:
         raise UserError(f"the configuration of {name} has no model_type or no hidden_size")

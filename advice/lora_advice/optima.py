@@ -86,11 +86,7 @@ class LrSources:
 
 
 def read_optima(path: Path) -> list[LrOptimum]:
-    """Read a table of optima.
-
-    Raises:
-        UserError: a row is not valid.
-    """
+    """Read a table of optima, or raise UserError."""
     kinds = {field.name: str(field.type) for field in fields(LrOptimum)}
     readers: dict[str, Callable[[str], Any]] = {"float": float, "bool": "True".__eq__, "str": str}
     optima = []
@@ -110,11 +106,7 @@ class KnownOptima:
     """The optima that are known for a model."""
 
     def __init__(self, model: ModelFacts, results: Path) -> None:
-        """Read the published optima, and those of the finished presets in a folder of results.
-
-        Raises:
-            UserError: a table of optima can't be read.
-        """
+        """Read the published optima, and those of the finished presets in a folder of results, or raise UserError."""
         self.model, self.optima = model, read_optima(FACTS / "lr_optima.csv")
         identity, bases = _identity(model.name), shipped_bases().values()
         # The sources and names by which they have this very model, not one of its family and width alone.
@@ -129,13 +121,10 @@ class KnownOptima:
     def recommend(
         self, method: str, batch_size: float, steps: float, rl: bool = False
     ) -> tuple[tuple[float, float, float], LrSources]:
-        """Recommend the LR of a method, `lora` at ALPHA or `fullft`, for the model.
+        """Recommend the LR of a method, `lora` at ALPHA or `fullft`: the LR, the ends of its interval, and its sources.
 
-        The batch size is in examples per step, in RL in responses; steps that are not known are NaN.
-
-        Returns:
-            The LR with the ends of the interval of PROBABILITY for the optimum of a source that nobody has seen, and
-            the sources that it rests on.
+        The interval has the PROBABILITY of holding the optimum of a source that nobody has seen. The batch size is in
+        examples per step, in RL in responses; steps that are not known are NaN.
         """
         chosen = [optimum for optimum in self.optima if optimum.counts and (optimum.method, optimum.rl) == (method, rl)]
         if (method, rl) not in self._pools:

@@ -104,11 +104,7 @@ def recommend(
 
     The data have so many scored tokens and examples, as far as they are known. None stands for the recommended batch
     size, in examples per step, and for the steps of an epoch, or without data for a length that is not known. The
-    optimal learning rates of your own finished presets in the folder `results` count too.
-
-    Raises:
-        UserError: the model is not known, the batch size is larger than the data, or a table in `results` can't be
-            read.
+    optimal learning rates of your own finished presets in the folder `results` count too. UserError says what is wrong.
     """
     if not isinstance(model, ModelFacts):
         model = find_model(model) if isinstance(model, str) else model_of_config(model)
@@ -178,23 +174,19 @@ def convert(
     lr: float | None,
     here: LoraRun,
     there: LoraRun,
-    tokens: float | None = None,
     results: Path = Path("results"),
 ) -> Setting:
-    """Convert an optimal LR of LoRA to other settings and another variant.
+    """Convert an optimal LR of LoRA to other settings and another variant; it needs the number of steps (else
+    UserError).
 
     The theory `movement` converts it to another alpha and rank, and to other steps and batch sizes with FullFT's pooled
     LRs. In it rsLoRA and LoRA+ are LoRA with another alpha. LRs of other variants are LoRA's times what was measured.
-    An LR of None is the recommended one of LoRA at alpha 32. The scored tokens of the data decide on a rank and a batch
-    size where none is given; `results` is that of `recommend`.
-
-    Raises:
-        UserError: the number of steps is not known, or a table in `results` can't be read.
+    An LR of None is the recommended one of LoRA at alpha 32; `results` is that of `recommend`.
     """
     if not there.steps:
         raise UserError("a learning rate can't be converted without a number of steps: give --steps")
-    batch = there.batch_size or recommended_batch(math.ceil((tokens or _TOKENS) / _EXAMPLE_TOKENS))
-    rank = there.rank or here.rank or recommended_rank(model, tokens)
+    batch = there.batch_size or recommended_batch(_TOKENS // _EXAMPLE_TOKENS)
+    rank = there.rank or here.rank or recommended_rank(model, None)
     wanted: tuple[float, ...] = (there.alpha or ALPHA, rank, there.steps, batch)
     known, log_error = KnownOptima(model, results), 0.0
     if lr is None:

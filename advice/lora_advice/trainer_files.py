@@ -69,10 +69,7 @@ def write_folder(
     """Write a new folder with a trainer's configuration and the data; return the command that starts the training.
 
     The data are examples; or the id of a dataset on the hub; or an empty text, with which the configuration names a
-    file that the user has to write, as always for verl.
-
-    Raises:
-        UserError: the folder exists, or the trainer does not support the model or the data.
+    file that the user has to write, as always for verl. UserError says what the trainer does not support.
     """
     if trainer not in TRAINERS:
         raise UserError(f"trainer {trainer!r}: allowed: {', '.join(TRAINERS)}")

@@ -32,11 +32,7 @@ def shipped_base(name: str) -> Mapping[str, Any] | None:
 
 
 def find_model(name: str) -> ModelFacts:
-    """Return what is known of the model of a name.
-
-    Raises:
-        UserError: there is no such model, or its width is not known.
-    """
+    """Return what is known of the model of a name; raises UserError if there is no such model, or no width is known."""
     if base := shipped_base(name):
         return model_of_config(base["config"], name)
     folder = Path(name)
@@ -65,11 +61,7 @@ def find_model(name: str) -> ModelFacts:
 
 
 def model_of_config(config: Mapping[str, Any], name: str = "") -> ModelFacts:
-    """Return what is known of a model by the content of its `config.json` alone.
-
-    Raises:
-        UserError: it is not the configuration of a language model.
-    """
+    """Return what is known of a model by the content of its `config.json` alone, or raise UserError."""
     shown = name or str(config.get("_name_or_path") or "of this configuration")
     return facts_of_config(typed(ModelConfig, dict(config), f"config.json of model {shown!r}"), shown)
 
@@ -78,10 +70,7 @@ def lora_parameters(model: ModelFacts, rank: int) -> int:
     """Return the number of parameters of LoRA with a rank on all layers and the unembedding.
 
     In a mixture of experts the rank is divided by the active experts, and each matrix of an expert has its own LoRA. A
-    model whose sizes are not known counts as a Llama of its parameters and width.
-
-    Raises:
-        UserError: the number of parameters is not known either.
+    model whose sizes are not known counts as a Llama of its parameters and width; without these it is a UserError.
     """
     sizes = model.sizes
     if sizes is None:

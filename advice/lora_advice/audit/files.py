@@ -56,10 +56,7 @@ def read_paths(
 ) -> tuple[list[TrainingConfig], list[Finding], list[NotRead]]:
     """Return the runs that files state, by path and name, what `check` finds of each alone, and the files not read.
 
-    `hub` says whether a check may wait for the hub; the other arguments are those of `audit`.
-
-    Raises:
-        UserError: a path or the format is not there.
+    `hub` says whether a check may wait for the hub; the other arguments and errors are those of `audit`.
     """
     if file_format is not None and file_format not in READERS:
         raise UserError(f"--format {file_format}: allowed: {', '.join(READERS)}")

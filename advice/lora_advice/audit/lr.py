@@ -96,8 +96,6 @@ def _place(config: TrainingConfig, model: ModelFacts | None, devices: int) -> Pl
         batch = float(config.batch_size * (devices if config.per_device else 1))
     if config.steps is not None and config.steps > 0:
         steps = float(config.steps)
-    elif config.epochs and config.examples and group and math.isfinite(batch):
-        steps = max(1.0, config.epochs * config.examples * group / batch)
     place = Place("", math.nan, str(config.method), rl, batch, steps)
     if model is None:
         return place

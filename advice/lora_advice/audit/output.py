@@ -30,16 +30,13 @@ class Report:
     not_read: list[NotRead]
     counts: dict[Level, int]
     """Number of findings by level."""
-    version: int = 2
+    version: int = 3
     """It is raised when a field changes its meaning or goes."""
 
     def lines(self, show_all: bool) -> Iterator[str]:
-        """Yield the lines of the text: runs with their findings, then files that were not read, and counts.
+        """Yield the text: runs with their findings, files that were not read, and counts; of many runs not all.
 
         What names of files and texts in them could tell a terminal, or GitHub's log, is written as an escape sequence.
-
-        Args:
-            show_all: show also the notes, and the runs without findings, where there are many runs.
         """
         for line in self._lines(show_all or len(self.configs) <= FEW):
             yield re.sub(r"^(\s*):(?=:)|#(?=#\[)", r"\1\\x3a", printable(line))

@@ -130,14 +130,7 @@ class LrEvidence:
         return -self.alpha_exponent * math.log(scale * (1 + self._pooled["rank_constant"] / rank if rank else 1.0)), 0.0
 
     def verdict(self, log_lr: float, place: Place, shift: float = 0.0, error: float = 0.0) -> Verdict:
-        """Return what an LR would cost.
-
-        Args:
-            log_lr: its natural logarithm.
-            place: where it is used.
-            shift: what to add to a log LR to state it as the optima are, at their alpha and high ranks.
-            error: the standard error of `shift`.
-        """
+        """Return what an LR would cost, whose log is stated as the optima are by adding a shift, with its error."""
         optima, mean = self.optimum(place, error)
         at = log_lr + shift
         low, low_80, high_80, high = np.interp((0.025, 0.1, 0.9, 0.975), _PROBABILITIES, optima).tolist()

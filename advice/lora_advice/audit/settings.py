@@ -72,11 +72,8 @@ def check_settings(config: TrainingConfig) -> Iterator[Finding]:
             line = config.line(variant if variant == "dora" else "variant")
             yield say("variant", line, name=VARIANT_NAMES[variant], factor=factor, advice=advice)
     if config.task == "sft":
-        steps = config.steps
-        if steps is None and config.examples and config.epochs and config.batch_size:
-            steps = max(1.0, config.examples * config.epochs // config.batch_size)
-        if steps is not None and 1 < steps < SHORT:
-            yield say("short", config.line("steps", "epochs"), steps=steps)
+        if config.steps is not None and 1 < config.steps < SHORT:
+            yield say("short", config.line("steps"), steps=config.steps)
         if (config.batch_size or 0) >= LARGE_BATCH:
             yield say("batch", config.line("global_batch", "micro_batch", "accumulation"), batch=config.batch_size)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig, say
-from lora_advice.audit.readers.options import Options, examples, frameworks, read_yaml, record
+from lora_advice.audit.readers.options import Options, frameworks, read_yaml, record
 from lora_advice.audit.readers.values import at, count, flag, names, number, text
 from lora_advice.finding import Finding
 
@@ -66,7 +66,6 @@ def read(path: Path, content: str) -> list[TrainingConfig]:
         or (datasets and all(at(dataset, "type") == "completion" for dataset in datasets))
     ):
         task = "pretraining"
-    files = [at(dataset, "path") for dataset in datasets]
     return [
         record(
             path,
@@ -85,7 +84,6 @@ def read(path: Path, content: str) -> list[TrainingConfig]:
             accumulation=accumulation,
             # In GRPO, the examples of a batch are responses.
             group_size=count(options["trl.num_generations"]) if objective in ("grpo", "gdpo") else None,
-            examples=None if flag(options["sample_packing"]) else examples(path, files),
             targets=targets,
             variant=variant,
         )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import Options, examples, frameworks, read_yaml, record
+from lora_advice.audit.readers.options import Options, frameworks, read_yaml, record
 from lora_advice.audit.readers.shell import read_commands, read_flags
-from lora_advice.audit.readers.values import at, count, flag, names, number, text
+from lora_advice.audit.readers.values import count, flag, names, number, text
 
 _TASKS: dict[str, Task] = {
     "pt": "pretraining",
@@ -63,7 +61,6 @@ def _run(path: Path, options: Options, name: str) -> list[TrainingConfig]:
     if targets == ("all",):
         # It leaves out the unembedding, and the vision tower where that is frozen.
         targets = ("all-linear",)
-    packing = flag(options["packing"]) or flag(options["neat_packing"])
     own = (own for own in _OPTIMIZERS if flag(options[f"use_{own}"]))
     return [
         record(
@@ -79,7 +76,6 @@ def _run(path: Path, options: Options, name: str) -> list[TrainingConfig]:
             rounded=bool(flag(options["pure_bf16"])) and not options.has("deepspeed"),
             optimizer=next(own, text(options["optim"])),
             steps=steps if steps > 0 else None,
-            examples=None if packing or name else _examples(path, options),
             alpha=number(options["lora_alpha"]) or (None if rank is None else 2.0 * rank),
             # KTransformers holds the experts itself; which of its layers have LoRA is not said.
             targets=None if flag(options["use_kt"]) else targets,
@@ -92,14 +88,3 @@ def _run(path: Path, options: Options, name: str) -> list[TrainingConfig]:
 def _split(value: object) -> tuple[str, ...] | None:
     """Return names in which commas separate further names."""
     return tuple(part.strip() for name in names(value) or () for part in name.split(",") if part.strip()) or None
-
-
-def _examples(path: Path, options: Options) -> int | None:
-    """Return the number of examples of datasets that `dataset_info.json` describes."""
-    folder = text(options["dataset_dir"]) or "data"
-    for file in (Path(folder), path.parent / folder):
-        with suppress(OSError, ValueError, RecursionError):
-            described = json.loads((file / "dataset_info.json").read_text(encoding="utf-8"))
-            files = [at(at(described, name), "file_name") for name in _split(options["dataset"]) or ()]
-            return examples(file / "dataset_info.json", files)
-    return None

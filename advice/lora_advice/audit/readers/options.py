@@ -7,7 +7,6 @@ for one thing: the first that has a value counts.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -39,8 +38,6 @@ _OmegaConfLoader.add_implicit_resolver(
 
 _MOST_OPTIONS = 200_000
 
-_LARGEST_DATA = 1 << 26
-"""Bytes of data that can be counted in time from a slow disk."""
 _COUNT = (1, 1e9, "whole numbers")
 _NUMBERS = {
     "lr": ("learning rate", 1e-20, 1000, "numbers"),
@@ -59,8 +56,7 @@ _NUMBERS = {
 def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, dict[str, int]]:
     """Return the data of a YAML file, and lines (from 1) by dotted key, such as `optimizer.lr` or `datasets.0.path`.
 
-    Raises:
-        UserError: it is not YAML, has several documents, or uses tags or templates that need a program.
+    A file that is not YAML, has several documents, or needs a program for its tags or templates raises UserError.
     """
     loader = (_OmegaConfLoader if as_omegaconf else _Loader)(text)
     lines, seen = dict[str, int](), set[int]()
@@ -163,10 +159,8 @@ class Options:
 def read_yaml(content: str, *, as_omegaconf: bool = False) -> Options:
     """Return the options of a YAML file by dotted name, in which a list is a value.
 
-    As OmegaConf does, `2e-4` is a number, and references such as `${base.dir}` become the values that they name.
-
-    Raises:
-        UserError: it is not valid, no mapping, or has too many options, such as by aliases of aliases.
+    As OmegaConf does, `2e-4` is a number, and references such as `${base.dir}` become the values that they name. A file
+    that is no mapping, or has too many options, such as by aliases of aliases, raises UserError.
     """
     data, lines = load(content, as_omegaconf=as_omegaconf)
     if not isinstance(data, dict):
@@ -213,10 +207,8 @@ def record(
 ) -> TrainingConfig:
     """Return the record of a run, in which numbers without meaning, such as rank 0, are findings and no values.
 
-    Args:
-        keys: the names for the fields of a record, if not those of the framework.
-        lora: whether the fields of LoRA count, if the method is not full fine-tuning.
-        said: further fields, and those that are not what their options say.
+    `keys` are the names for the fields of a record, if not those of the framework; `lora` says whether the fields of
+    LoRA count, if the method is not full fine-tuning; `said` are fields that are not what their options say.
     """
     keys = frameworks()[framework]["names"] if keys is None else keys
     fields = {field: kind(options[keys[field]]) for field, kind in _KINDS.items() if field in keys} | said
@@ -245,23 +237,3 @@ def record(
             fields.pop(field, None)
     every = (*findings, *wrong)
     return TrainingConfig(path.as_posix(), framework, name, lines=lines, findings=every, **fields)
-
-
-def examples(config: Path, files: Any) -> int | None:
-    """Return the number of examples in files of JSON lines that a configuration names.
-
-    Names are seen from the current folder or that of the configuration. Null if a file is of another kind, is not there
-    or all are large.
-    """
-    lines, left = 0, _LARGEST_DATA
-    for name in files if isinstance(files, list) else [files]:
-        said = text(name) or ""
-        try:
-            file = next((file for file in (Path(said), config.parent / said) if os.path.isfile(file)), None)
-            if file is None or file.suffix != ".jsonl" or (left := left - file.stat().st_size) < 0:
-                return None
-            with file.open("rb") as rows:
-                lines += sum(not row.isspace() for row in rows)
-        except OSError:
-            return None
-    return lines or None

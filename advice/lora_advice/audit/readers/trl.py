@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_advice.audit.config import Method, Task, TrainingConfig, say
-from lora_advice.audit.readers.options import Options, examples, frameworks, read_yaml, record
+from lora_advice.audit.readers.options import Options, frameworks, read_yaml, record
 from lora_advice.audit.readers.shell import UNKNOWN, Word, find_file, read_commands, read_flags
-from lora_advice.audit.readers.values import at, count, flag, names, number, text
+from lora_advice.audit.readers.values import count, flag, names, number, text
 from lora_advice.errors import UserError
 from lora_advice.finding import Level
 
@@ -51,11 +51,7 @@ def read(path: Path, content: str) -> list[TrainingConfig]:
         task, _ = _task_of(path.stem, *(parent.name for parent in path.absolute().parents[:2]))
         if task is None:
             task = next((task for task, names in _TASK_OPTIONS if any(name in options for name in names)), None)
-        config, datasets = _config(path, "", options, task, "yaml"), options["datasets"]
-        if not flag(options["packing"]) and isinstance(datasets, list):
-            files = [at(dataset, "data_files") for dataset in datasets]
-            config = replace(config, examples=examples(path, files))
-        return [config]
+        return [_config(path, "", options, task, "yaml")]
     configs, before = list[TrainingConfig](), None
     for words in read_commands(content):
         if before is not None and words[0].text.startswith("--"):
@@ -130,8 +126,6 @@ def _config(path: Path, name: str, options: Options, task: Task | None, kind: st
     processes, per_node = count(options["num_processes"]), count(options["nproc_per_node"])
     if processes is None and per_node is not None:
         processes = per_node * (count(options["nnodes"]) or 1)
-    if processes is None:
-        processes = count(_named_file(path, options["config_file accelerate_config"])["num_processes"])
     return record(
         path,
         "trl",
@@ -179,9 +173,6 @@ def _from_python(path: Path, content: str) -> list[TrainingConfig]:
 
     Literals count, and names that are assigned a literal once in the file. A file has one model and one LoRA, or these
     are not known.
-
-    Raises:
-        UserError: it is not valid Python.
     """
     try:
         with warnings.catch_warnings():
