@@ -136,7 +136,7 @@ def check(
 def recommend(
     model: Model,
     dataset_tokens: Tokens = None,
-    data: Annotated[str | None, Option(help="The training data, a .jsonl, .json or .csv file.")] = None,
+    data: Annotated[str | None, Option(help="The training data, a .jsonl or .json file.")] = None,
     data_format: Form = None,
     batch_size: BatchSize = None,
     steps: Steps = None,
@@ -200,7 +200,7 @@ def trainer(
     name: Annotated[str, Argument(metavar="TRAINER", help="trl, axolotl, llamafactory, or verl (RL).")],
     model: Model,
     data: Annotated[
-        str | None, Option(help="The training data: a .jsonl, .json or .csv file, or a dataset's id on the hub.")
+        str | None, Option(help="The training data: a .jsonl or .json file, or a dataset's id on the hub.")
     ] = None,
     data_format: Form = None,
     dataset_tokens: Tokens = None,

@@ -14,7 +14,7 @@ import ast
 import re
 import warnings
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,30 @@ _TASK_OPTIONS: tuple[tuple[Task, tuple[str, ...]], ...] = (
     ("sft", ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field")),
 )
 """Options that only one task has."""
-_SETTINGS = re.compile(r"\w+Config|\w*TrainingArguments")
 _TASKS: tuple[tuple[Task, tuple[str, ...]], ...] = (
     ("rl", ("grpo", "rloo", "ppo", "gspo", "gmpo", "xpo", "nash", "nashmd", "online", "onlinedpo")),
     ("preference", ("dpo", "kto", "cpo", "orpo", "bco", "tpo", "mpo", "reward", "prm")),
     ("sft", ("sft",)),
 )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call in Python: what is called, and its arguments by name, of which `**` stands for unpacked ones."""
+
+    function: str
+    node: ast.Call
+    arguments: dict[str, ast.expr]
+
+    @property
+    def name(self) -> str:
+        """The last name of what is called."""
+        return self.function.rpartition(".")[2]
+
+    def first(self, *names: str) -> ast.expr | None:
+        """Return the argument of one of some names, or the first without a name."""
+        unnamed = self.node.args[0] if self.node.args else None
+        return next((self.arguments[name] for name in names if name in self.arguments), unnamed)
 
 
 def read(path: Path, content: str) -> list[TrainingConfig]:
@@ -180,15 +198,19 @@ def _from_python(path: Path, content: str) -> list[TrainingConfig]:
             nodes = [*ast.walk(ast.parse(content))]
     except (SyntaxError, ValueError, MemoryError) as error:  # of what is nested deeply, the parser says the last
         raise UserError(f"it is not valid Python: {str(error) or 'it is nested too deeply'}") from error
-    assigned: dict[str, list[ast.expr]] = {}
+    calls, assigned, loaded = list[_Call](), dict[str, list[ast.expr]](), set[str]()
     for node in nodes:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        if isinstance(node, ast.Call):
+            arguments = {keyword.arg or "**": keyword.value for keyword in node.keywords}
+            calls.append(_Call(ast.unparse(node.func), node, arguments))
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             assigned.setdefault(node.targets[0].id, []).append(node.value)
         elif isinstance(node, ast.arg | ast.AugAssign | ast.For):
             # It is known only when the code runs.
             name = node.arg if isinstance(node, ast.arg) else ast.unparse(node.target)
             assigned.setdefault(name, []).extend([ast.Tuple(), ast.Tuple()])
-    loaded = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            loaded.add(node.id)
 
     def literal(node: ast.expr | None, depth: int = 0) -> Any:
         """Return a literal's value, or null; an attribute such as `torch.bfloat16` is its last name."""
@@ -196,78 +218,71 @@ def _from_python(path: Path, content: str) -> list[TrainingConfig]:
             return literal(assigned[node.id][0], depth + 1)
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch":
             return node.attr
-        try:
+        with suppress(ValueError, TypeError, MemoryError, RecursionError):
             return None if node is None else ast.literal_eval(node)
-        except (ValueError, TypeError, MemoryError, RecursionError):
-            return None
+        return None
 
-    def options_of(call: ast.Call, default: str) -> Options:
-        said = [keyword for keyword in call.keywords if keyword.arg]
-        options = Options(
-            {str(keyword.arg): literal(keyword.value) for keyword in said},
-            {str(keyword.arg): keyword.value.lineno for keyword in said},
-        )
-        if len(said) == len(call.keywords) and not (call.args and call in settings):
-            options.fill(defaults.get(default, {}))
+    def options_of(call: _Call, default: str, prefix: str = "") -> Options:
+        said = {f"{prefix}{name}": value for name, value in call.arguments.items() if name != "**"}
+        options = Options({name: literal(value) for name, value in said.items()})
+        options.lines = {name: value.lineno for name, value in said.items()}
+        if "**" not in call.arguments and not (call.node.args and call in settings):
+            options.fill({f"{prefix}{name}": value for name, value in defaults.get(default, {}).items()})
         return options
 
-    calls = sorted((node for node in nodes if isinstance(node, ast.Call)), key=lambda call: call.lineno)
-    defaults = frameworks()["trl"]["defaults"]
-    trainers = [call for call in calls if _name(call).endswith("Trainer") and call.keywords]
-    task_names = [_name(call) for call in trainers]
+    table = frameworks()["trl"]
+    defaults, keys, findings = table["defaults"], table["names"], []
+    calls.sort(key=lambda call: call.node.lineno)
+    trainers = [call for call in calls if call.name.endswith("Trainer") and call.arguments]
     settings = [
         call
         for call in calls
-        if _SETTINGS.fullmatch(_name(call))
-        and (_task_of(_name(call))[0] or "TrainingArguments" in _name(call))
-        and (trainers or any(keyword.arg == "learning_rate" for keyword in call.keywords))
+        if call.name.endswith("TrainingArguments") or (call.name.endswith("Config") and _task_of(call.name)[0])
+        if trainers or "learning_rate" in call.arguments
     ]
-    findings, loras = [], list[ast.Call]()
+    loras = list[_Call]()
     for call in calls:
-        if _name(call) == "LoraConfig" or (
-            _name(call) in ("get_peft_model", "add_adapter") and any(keyword.arg == "r" for keyword in call.keywords)
-        ):
-            held = [name for name, values in assigned.items() if call in values]
+        if call.name == "LoraConfig" or (call.name in ("get_peft_model", "add_adapter") and "r" in call.arguments):
+            held = [name for name, values in assigned.items() if call.node in values]
             if held and not loaded & {*held}:
-                findings.append(say("unused-lora", call.lineno, name=held[0]))
+                findings.append(say("unused-lora", call.node.lineno, name=held[0]))
             else:
                 # Of a name with several values it is not known which counts.
                 loras += [call] if not held or len(assigned[held[0]]) == 1 else [call, call]
-    loaders = [call for call in calls if _name(call) == "from_pretrained" and "Model" in ast.unparse(call.func)]
-    made = [value for call in loaders for value in (_argument(call, "pretrained_model_name_or_path", "model_name"),)]
-    if not loaders:
-        made = [_argument(call, "model") for call in trainers]
-    models = {literal(value) for value in made if isinstance(literal(value), str | None)}
-    method: Method | None = "lora" if len(loras) == 1 else None
-    given = [keyword.value for call in trainers for keyword in call.keywords if keyword.arg in ("peft_config", None)]
-    peft = [value for value in given if not (isinstance(value, ast.Constant) and value.value is None)]
+    loaders = [call for call in calls if call.name == "from_pretrained" and "Model" in call.function]
+    models = {
+        text(literal(call.first("pretrained_model_name_or_path", "model_name", "model")))
+        for call in loaders or trainers
+    }
+    given = [value for call in trainers for name, value in call.arguments.items() if name in ("peft_config", "**")]
+    peft = any(not (isinstance(value, ast.Constant) and value.value is None) for value in given)
     made_by = {"get_peft_model", "add_adapter", "PeftModel", "AutoPeftModelForCausalLM"}
-    if not loras and not peft and not made_by & {*loaded, *map(_name, calls)} and (loaders or any(models)):
+    method: Method | None = "lora" if len(loras) == 1 else None
+    if not loras and not peft and not made_by & {*loaded, *(call.name for call in calls)} and (loaders or any(models)):
         method = "fullft"
-    said = [(name, keyword) for call in calls for keyword in call.keywords if (name := keyword.arg or "")]
-    bits = (int(name[8]) for name, keyword in said if re.fullmatch("load_in_[48]bit", name) and literal(keyword.value))
-    bits_of_base = next(bits, None)
+    said = {name for call in calls for name in call.arguments}
+    bits = next(
+        (bits for call in calls for bits in (4, 8) if literal(call.arguments.get(f"load_in_{bits}bit")) is True), None
+    )
     if len(settings) > 1:
-        method, models, bits_of_base = None, set(), None
-    # The learning rate is then that of the optimizer, which another function makes.
-    own_optimizer = any(name == "optimizers" for name, _ in said) or "create_loraplus_optimizer" in map(_name, calls)
-    keys, runs = frameworks()["trl"]["names"], []
+        method, models, bits = None, set(), None
+    lora = Options()
     if method == "lora":
-        lora = options_of(loras[0], _name(loras[0]))
-        peft = frameworks()["peft"]["names"]
-        keys = keys | {field: f"peft.{name}" for field, name in peft.items() if field != "model"}
+        lora = options_of(loras[0], loras[0].name, "peft.")
+        fields = frameworks()["peft"]["names"].items()
+        keys = keys | {field: f"peft.{name}" for field, name in fields if field != "model"}
+    runs = []
     for call in settings or trainers[:1]:
-        default = re.sub("Trainer$", "Config", _name(call))
-        complete = _argument(call, "model") is not None and not any(name == "args" for name, _ in said)
-        if call not in settings and not (complete and default in defaults):
+        default = re.sub("Trainer$", "Config", call.name)
+        options = options_of(call, default) if call in settings else Options(dict(defaults.get(default, {})))
+        if not options.values or (call not in settings and ("args" in said or call.first("model") is None)):
             continue
-        options = options_of(call, default) if call in settings else Options(dict(defaults[default]))
-        if own_optimizer:
+        if "optimizers" in said or any(call.name == "create_loraplus_optimizer" for call in calls):
+            # The learning rate is that of the optimizer, which another function makes.
             options.values |= {"learning_rate": None, "optim": None}
-        if method == "lora":
-            options.values |= {f"peft.{name}": value for name, value in lora.values.items()}
-            options.lines |= {f"peft.{name}": line for name, line in lora.lines.items()}
-        task = _task_of(_name(call))[0] or _task_of(*task_names)[0]
+        options.values |= lora.values
+        options.lines |= lora.lines
+        task = _task_of(call.name, *(trainer.name for trainer in trainers))[0]
         runs.append(
             record(
                 path,
@@ -275,24 +290,13 @@ def _from_python(path: Path, content: str) -> list[TrainingConfig]:
                 options,
                 keys,
                 findings,
-                name=f"line {call.lineno}",
+                name=f"line {call.node.lineno}",
                 task=task,
                 method=method,
                 model=next(iter(models)) if len(models) == 1 else None,
-                bits=bits_of_base,
-                unsloth=any("FastLanguageModel" in ast.unparse(loader.func) for loader in loaders),
+                bits=bits,
+                unsloth=any("FastLanguageModel" in loader.function for loader in loaders),
                 **_plain_fields(options, task),
             )
         )
     return runs
-
-
-def _name(call: ast.Call) -> str:
-    """Return the last name of what is called."""
-    return ast.unparse(call.func).rpartition(".")[2]
-
-
-def _argument(call: ast.Call, *names: str) -> ast.expr | None:
-    """Return an argument by its name, or the first one."""
-    first = call.args[0] if call.args else None
-    return next((keyword.value for keyword in call.keywords if keyword.arg in names), first)
