@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from lora_advice import lr_ratio
+from lora_advice import theory
 from lora_advice.optima import LrOptimum as PooledOptimum
 from lora_advice.pooled_lr import PRIORS, REFERENCE, Place, PooledLr
 from lora_advice.theory import ALPHA, PIVOT
@@ -108,8 +108,8 @@ def movement_ratio(optimum: LrOptimum, log_fullft: float) -> float:
     reference = PIVOT, REFERENCE["steps"], ALPHA
     known = (other if math.isnan(value) else value for value, other in zip(stated, reference, strict=True))
     width, steps, alpha = known
-    setting = lr_ratio.Setting(width, steps, alpha, optimum.rank or lr_ratio.Setting.rank, optimum.mean_lr)
-    return lr_ratio.movement_ratio(setting, math.exp(log_fullft))
+    setting = theory.LoraSetting(width, steps, alpha, optimum.rank or theory.LoraSetting.rank, optimum.mean_lr)
+    return theory.movement_ratio(setting, math.exp(log_fullft))
 
 
 def _from_fullft(optimum: LrOptimum, own: LrOptimum | None, fullft: PooledLr | None, pooled: float) -> dict[str, float]:

@@ -29,7 +29,7 @@ _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 """The types of tensors that are read, as numpy has them; it has no bf16."""
 _DIRECTION = 1e-5
 """A direction whose singular value is below this share of the largest one does not count towards the rank."""
-_LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
+_LORA = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 _OTHER = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_B.bias", "lora_A.bias")
 _LAYER = re.compile(r"\.(\d+)\.")
 _SHOWN, _LONGEST = 5, 1000
@@ -48,18 +48,12 @@ class ModuleUpdate:
     d_out: int
     scale: float
     """alpha/r, or alpha/sqrt(r) with rsLoRA."""
-    a_scale: float | None
-    """Root mean square of A over that of PEFT's default initialization; null with another one."""
-    b_norm: float
-    """Frobenius norm of B."""
     norm: float
     """Frobenius norm of scale B A."""
     numerical_rank: int
     """Directions of B A of at least 1e-5 of the strongest one; the smallest number of all experts."""
     effective_rank: float
     """The exponential of the entropy of the singular values (Roy and Vetterli), the mean over experts."""
-    first_share: float
-    """Share of the squared norm that lies in the strongest direction."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,6 @@ class Adapter:
     scale: float
     rslora: bool
     dora: bool
-    initialization: bool | str | None
     targets: tuple[str, ...] | str | None
     target_parameters: tuple[str, ...]
     dtypes: dict[str, int]
@@ -96,7 +89,7 @@ def read_adapter(folder: Path) -> Adapter:
         if name == key or ("lora_" in name and match is None and not name.endswith(_OTHER)):
             foreign.append(key)
         elif match:
-            factors[match[1]][match[3]] = key
+            factors[match[1]][match[2]] = key
         elif "lora_" not in name:
             whole[name] = stored.size
             not_finite += [] if _is_finite(stored) else [name]
@@ -113,8 +106,7 @@ def read_adapter(folder: Path) -> Adapter:
         sized = a.ndim == b.ndim == 2 and a.size and b.size
         experts = len(a) // rank if sized and config.parameters_in(plain(module)) else 1
         if sized and len(a) == b.shape[1] == experts * rank:
-            default = config.init_lora_weights is True and "lora_embedding_" not in keys["A"]
-            modules.append(_update(module, a, b, rank, experts, scale, default))
+            modules.append(_update(module, a, b, rank, experts, scale))
         else:
             message = f"{module} has A {a.shape} and B {b.shape}, and the configuration gives it rank {rank}"
             findings.append(_finding("shape", "error", message))
@@ -130,7 +122,6 @@ def read_adapter(folder: Path) -> Adapter:
         config.scale(config.r, config.lora_alpha),
         bool(config.use_rslora),
         bool(config.use_dora),
-        config.init_lora_weights,
         config.targets,
         tuple(sorted(config.target_parameters or ())),
         dict(Counter(dtype for dtype, _ in tensors.values())),
@@ -163,37 +154,23 @@ def _read_tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
     return tensors
 
 
-def _update(
-    module: str, a: np.ndarray, b: np.ndarray, rank: int, experts: int, scale: float, default: bool
-) -> ModuleUpdate:
+def _update(module: str, a: np.ndarray, b: np.ndarray, rank: int, experts: int, scale: float) -> ModuleUpdate:
     """Describe a module's update by A (experts * rank, d_in), with rows by expert, and B (d_out, rank * experts).
 
-    The columns of B are by direction; `default` says whether A began with PEFT's default initialization.
+    The columns of B are by direction.
     """
-    energy, first, numerical, effective = 0.0, 0.0, [], []
-    for own_a, own_b in zip(
-        a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).transpose(2, 0, 1), strict=True
-    ):
+    energy, numerical, effective = 0.0, [], []
+    columns = b.reshape(len(b), rank, experts).transpose(2, 0, 1)
+    for own_a, own_b in zip(a.reshape(experts, rank, -1), columns, strict=True):
         right, left = (np.asarray(np.linalg.qr(part.astype(np.float64), mode="r")) for part in (own_a.T, own_b))
         values = np.linalg.svd(left @ right.T, compute_uv=False)
         energy += float((values**2).sum())
-        first += float(values[0] ** 2)
         shares = values[values > 0] / (values.sum() or 1.0)
         numerical.append(int((values > _DIRECTION * values[0]).sum()))
         effective.append(float(np.exp(-(shares * np.log(shares)).sum())) if values[0] else 0.0)
+    norm = scale * math.sqrt(energy)
     return ModuleUpdate(
-        module,
-        rank,
-        experts,
-        a.shape[1],
-        len(b),
-        scale,
-        float(np.sqrt(np.mean(np.square(a, dtype=np.float64)) * 3 * a.shape[1])) if default else None,
-        float(np.linalg.norm(b.astype(np.float64))),
-        scale * math.sqrt(energy),
-        min(numerical),
-        float(np.mean(effective)),
-        first / energy if energy else 0.0,
+        module, rank, experts, a.shape[1], len(b), scale, norm, min(numerical), float(np.mean(effective))
     )
 
 

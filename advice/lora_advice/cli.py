@@ -112,18 +112,15 @@ def check(
             by_kind[plain(module.module).rpartition(".")[2]].append(module)
         rows = []
         for kind, modules in sorted(by_kind.items()):
-            initial = [module.a_scale for module in modules if module.a_scale is not None]
-            names = ("rank", "effective_rank", "first_share", "b_norm", "norm")
+            names = ("rank", "effective_rank", "norm")
             medians = [median(getattr(module, name) for module in modules) for name in names]
-            cells = map(formats.number, [*medians, median(initial) if initial else None])
-            rows.append((kind, str(len(modules)), *cells))
+            rows.append((kind, str(len(modules)), *map(formats.number, medians)))
         kind = "rsLoRA" if described.rslora else "DoRA" if described.dora else "LoRA"
         title = f"{described.folder}: {kind} of {described.base_model}, rank {described.rank}, "
         title += f"alpha {described.alpha:g}, scale {described.scale:g}, {len(described.modules)} modules with "
         title += f"{described.parameters:,} parameters in {', '.join(described.dtypes)}"
-        columns = ("modules", "number", "rank", "effective rank", "first direction", "norm of B", "norm of the update")
-        note = "medians; the update is scale B A, and A is its size over PEFT's initialization"
-        formats.print_table((*columns, "A"), rows, (*columns[2:], "A"), title, [note])
+        columns = ("modules", "number", "rank", "effective rank", "norm of the update")
+        formats.print_table(columns, rows, columns[2:], title, ["medians; the update is scale B A"])
         for finding in described.findings:
             print(f"{finding.level} {finding.code}: {finding.message}")
         if not described.findings:

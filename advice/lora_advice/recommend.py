@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_advice import formats, lr_ratio
+from lora_advice import formats
 from lora_advice.errors import UserError
 from lora_advice.models import ModelFacts
 from lora_advice.optima import PROBABILITY, KnownOptima, LrSources, SourceShare
-from lora_advice.theory import ALPHA, EXPONENTS, SHORT_RATIO, lineage
+from lora_advice.theory import ALPHA, EXPONENTS, SHORT_RATIO, LoraSetting, converted_lr, lineage
 from lora_advice.user_model import find_model, lora_parameters, model_of_config
 from lora_advice.variants import VARIANT_NAMES, Variant, alpha_factor, lr_rule, measured_factor
 
@@ -197,12 +197,12 @@ def convert(
     fullft, as_lora, factors, runs = [], [], [], []
     for variant, (alpha, own_rank, steps, size) in ((here.variant, given), (there.variant, wanted)):
         fullft.append(known.recommend("fullft", size, steps)[0][0])
-        as_lora.append(lr_ratio.Setting(model.width, steps, alpha * alpha_factor(variant, own_rank), own_rank))
+        as_lora.append(LoraSetting(model.width, steps, alpha * alpha_factor(variant, own_rank), own_rank))
         factors.append(measured_factor(variant, own_rank))
         name = VARIANT_NAMES[variant]
         runs.append(f"{name} at alpha {alpha:g}, rank {own_rank:g}, {steps:g} steps of {size:g} examples")
     first, last = as_lora
-    converted = lr_ratio.converted_lr(lr / factors[0].value, first, last, fullft[1] / fullft[0]) * factors[1].value
+    converted = converted_lr(lr / factors[0].value, first, last, fullft[1] / fullft[0]) * factors[1].value
     # Between settings of one variant its factor cancels.
     error = math.hypot(log_error, *(factor.log_error for factor in factors if here.variant != there.variant))
     ends = [float(f"{converted * math.exp(sign * error):.2g}") if error else None for sign in (-1, 1)]

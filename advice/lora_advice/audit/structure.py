@@ -19,9 +19,8 @@ from lora_advice import formats
 from lora_advice.audit.config import TrainingConfig, say
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
-from lora_advice.layers import FUSED, Kind, module_kind
 from lora_advice.limits import matching
-from lora_advice.models import ModelFacts
+from lora_advice.models import FUSED, Kind, ModelFacts, module_kind
 
 QUERIES_AND_VALUES = (
     *("llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),

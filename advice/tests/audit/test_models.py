@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from lora_advice.errors import UserError
-from lora_advice.layers import module_kind
-from lora_advice.models import facts, public_models
+from lora_advice.models import facts, module_kind, public_models
 
 
 def test_counted_parameters_are_the_published_ones() -> None:
