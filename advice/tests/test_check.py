@@ -66,11 +66,8 @@ def test_a_whole_adapter_is_described_as_numpy_computes_it(write: Write):
     values = np.linalg.svd(b @ a, compute_uv=False)[:4]
     shares = values / values.sum()
     assert q0.norm == pytest.approx(2 * np.linalg.norm(b @ a))
-    assert q0.b_norm == pytest.approx(np.linalg.norm(b))
     assert q0.effective_rank == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
-    assert q0.first_share == pytest.approx(values[0] ** 2 / (values**2).sum())
     assert (q0.numerical_rank, plain(f"{q0.module}.base_layer")) == (4, q0.module)
-    assert q0.a_scale == pytest.approx(1, abs=0.2)
 
 
 def test_patterns_and_rslora_set_a_modules_scale(write: Write):
@@ -84,18 +81,19 @@ def test_patterns_and_rslora_set_a_modules_scale(write: Write):
     assert "q_proj (1 of 2)" in adapter.findings[0].message
 
 
-def test_bf16_is_read_as_torch_reads_it(write: Write):
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import save_file
-
+def test_bf16_is_read_as_its_upper_bits(write: Write):
     tensors = factors()
     folder = write(tensors)
-    rounded = {name: torch.from_numpy(value).bfloat16() for name, value in tensors.items()}
-    save_file(rounded, folder / "adapter_model.safetensors")
+    # bf16 has the upper half of the bits of fp32.
+    halves = {name: (value.view(np.uint32) >> 16).astype(np.uint16) for name, value in tensors.items()}
+    save_file(halves, folder / "adapter_model.safetensors")
+    content = (folder / "adapter_model.safetensors").read_bytes().replace(b'"U16"', b'"BF16"')
+    length = int.from_bytes(content[:8], "little") + len(halves)
+    (folder / "adapter_model.safetensors").write_bytes(length.to_bytes(8, "little") + content[8:])
     adapter = read_adapter(folder)
-    b = rounded[f"{Q0}.lora_B.weight"].double()
+    b, a = ((halves[f"{Q0}.lora_{part}.weight"].astype(np.uint32) << 16).view(np.float32) for part in "BA")
     assert adapter.dtypes == {"BF16": 8}
-    assert adapter.modules[0].b_norm == pytest.approx(float(torch.linalg.norm(b)))
+    assert adapter.modules[0].norm == pytest.approx(2 * float(np.linalg.norm(b.astype(float) @ a)))
 
 
 @pytest.mark.parametrize(

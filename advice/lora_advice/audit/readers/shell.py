@@ -33,7 +33,7 @@ _DOUBLE = rf'"(?:\\.|{_PLACE}|[^"\\])*+"'
 # A joined line is written with a vertical tab.
 _TOKEN = re.compile(
     rf"(?P<comment>(?<![^\s;&|()])#[^\n\v]*[\n\v]?)"
-    rf"|(?P<array>[A-Za-z_]\w*\+?=\((?:{_DOUBLE}|'[^']*+'|{_PLACE}|[^()\"'])*+\))"
+    rf"|(?P<array>[A-Za-z_]\w*\+?=\((?:(?<=\s)#[^\n\v]*+|{_DOUBLE}|'[^']*+'|{_PLACE}|[^()\"'])*+\))"
     rf"|(?P<redirection>(?<!\S)\d*(?:&>|[<>])[<>]*[&|-]?[ \t]*(?:{_DOUBLE}|[^\s;|&()<>\"])*+)"
     rf"|(?P<word>(?:\\.|{_DOUBLE}|'[^']*+'|{_PLACE}|[^\s;&|()<>\"'\\`])++)|(?P<end>[;&|()\n])|\s|.",
     re.DOTALL,
