@@ -147,13 +147,10 @@ def test_a_regular_expression_that_would_take_years_is_one_sentence(write: Write
 
 
 NONSENSE = (
-    *(("r", value) for value in ("0", "-1", "1.5", "null", '"8"', "[]", "true", "1e400", "1" + "0" * 30)),
-    *(("lora_alpha", value) for value in ("0", "-8", "NaN", "Infinity", "-Infinity", "1e400", "null", '"8"', "{}")),
-    *(("target_modules", value) for value in ("[1, 2]", "3", "{}", '["' + "x" * 2000 + '"]')),
-    *(("rank_pattern", value) for value in ("[]", '["q_proj"]', '{"q_proj": 0}', '{"q_proj": "a"}')),
-    *(("alpha_pattern", value) for value in ('{"q_proj": NaN}', '{"q_proj": -1}')),
-    *(("base_model_name_or_path", "5"), ("use_rslora", '"yes"'), ("layers_to_transform", '["a"]')),
-    *(("modules_to_save", "1"), ("target_parameters", '"x"'), ("init_lora_weights", "{}")),
+    *(("r", value) for value in ("0", "1.5", "null", '"8"', "1" + "0" * 30)),
+    *(("lora_alpha", value) for value in ("0", "NaN", "Infinity", "1e400")),
+    *(("target_modules", value) for value in ("[1, 2]", '["' + "x" * 2000 + '"]')),
+    *(("rank_pattern", '{"q_proj": 0}'), ("alpha_pattern", '{"q_proj": NaN}'), ("use_rslora", '"yes"')),
 )
 
 
@@ -166,39 +163,6 @@ def test_nonsense_in_a_configuration_is_one_sentence_of_both_readers(write: Writ
         read_adapter(path.parent)
     with pytest.raises(UserError, match=rf"^adapter_config.json: {key} = [^\n]*: [^\n]*$"):
         reader.read(path, path.read_text())
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "null", "\ufeff{}", "[" * 100_000, '{"peft_type": "LORA"', '{"r": "\\ud800"}']
-)
-def test_what_is_no_mapping_is_one_sentence_of_both_readers(write: Write, text):
-    path = write(factors()) / "adapter_config.json"
-    path.write_text(text)
-    for read in (lambda: read_adapter(path.parent), lambda: reader.read(path, text)):
-        with pytest.raises(UserError, match=r"adapter_config.json (is not valid JSON: |is not a mapping)[^\n]*$"):
-            read()
-
-
-@pytest.mark.parametrize(
-    ("tensors", "changes", "words"),
-    [
-        ({"lora_A": (10**9, 0), "lora_B": (0, 10**9)}, {"r": 1, "target_parameters": ["q_proj.weight"]}, "A \\(10+, 0"),
-        ({"lora_A": (4,), "lora_B": (4,)}, {}, "has A \\(4,\\) and B"),
-        ({"lora_A": (4, 0), "lora_B": (0, 4)}, {}, "has A \\(4, 0\\)"),
-    ],
-)
-def test_factors_without_weights_have_no_update(write: Write, tensors, changes, words):
-    arrays = {f"{Q0}.{name}.weight": np.zeros(shape, "f4") for name, shape in tensors.items()}
-    adapter = read_adapter(write(arrays, **changes))
-    assert re.search(words, adapter.findings[0].message)
-    assert adapter.findings[0].code == "shape"
-
-
-def test_numbers_that_fp32_does_not_hold_are_not_finite(write: Write):
-    tensors = factors()
-    adapter = read_adapter(write(tensors | {f"{Q0}.lora_B.weight": np.full((10, 4), 1e300)}))
-    assert codes(adapter)[0] == ("not-finite", "error")
-    json.dumps(asdict(adapter), allow_nan=False)
 
 
 def test_names_that_are_no_names_are_refused(write: Write):

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -81,36 +80,20 @@ def test_every_file_stands_on_its_own(once_failed):
     assert json.dumps(asdict(report), allow_nan=False)
 
 
-@pytest.mark.parametrize("value", ["0", "-5", ".nan", ".inf", "1" + "0" * 400])
-@pytest.mark.parametrize(
-    ("key", "said"),
-    [
-        ("learning_rate", "the learning rate is"),
-        ("lora_r", "the rank is"),
-        ("lora_alpha", "alpha"),
-        ("micro_batch_size", "the batch size of a device is"),
-        ("gradient_accumulation_steps", "the number of accumulated batches is"),
-        ("num_epochs", "the number of epochs is"),
-    ],
-)
-def test_numbers_without_meaning_are_errors(tmp_path, key, said, value):
-    lines = [line for line in AXOLOTL.splitlines() if not line.startswith(key)]
-    (tmp_path / "a.yml").write_text("\n".join([*lines, f"{key}: {value}\n"]))
-    errors = [finding for finding in audit(tmp_path).findings if finding.level == "error"]
-    assert [(said in error.message, error.line) for error in errors] == [(True, len(lines) + 1)]
-
-
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.yaml", VERL.replace("8}", "-8}"), "the rank is -8; allowed: whole numbers from 1 to 1e+09"),
         ("a.yaml", f"{LLAMA_FACTORY}lora_rank: 2.5\n", "the rank is 2.5; allowed: "),
+        ("a.yml", AXOLOTL.replace("16", "1" + "0" * 400), "the rank is 10000"),
+        ("a.yml", AXOLOTL.replace("0.0002", ".nan"), "the learning rate is nan; allowed: numbers from 1e-20 to 1000"),
+        ("a.yml", f"{AXOLOTL}gradient_accumulation_steps: 0\n", "the number of accumulated batches is 0; allowed: "),
         ("a.sh", f"{TRL} --lora_alpha -16\n", "the alpha is -16; allowed: numbers from 0 to 1e+09"),
         ("a.sh", f"{TRL} --num_train_epochs nan\n", "the number of epochs is nan; allowed: "),
         ("a.py", PYTHON.format("-1e-4"), "the learning rate is -0.0001; allowed: "),
     ],
 )
-def test_every_format_has_the_numbers_checked(tmp_path, name, text, message):
+def test_numbers_without_meaning_are_errors(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     report = audit(tmp_path)
     assert [f.message[: len(message)] for f in report.findings if f.code == "number"] == [message]
@@ -174,13 +157,3 @@ def test_time_memory_and_errors_are_limited_for_each_item():
         else:
             assert answer == [item]
     assert in_limits(_work, []) == []
-
-
-def test_limits_hold_in_a_thread_and_leave_no_process():
-    answers = list[object]()
-    thread = threading.Thread(target=lambda: answers.extend(in_limits(_work, ["hang", "right"], seconds=0.3)))
-    thread.start()
-    thread.join(20)
-    assert [str(answers[0]), answers[1]] == [HOSTILE["hang"], ["right"]]
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)

@@ -155,12 +155,6 @@ def test_the_weights_tell_whether_a_model_was_measured(tmp_path, base):
     assert measured == ["lorabench", None]
 
 
-def test_a_model_of_the_hub_is_known_by_its_id(tmp_path):
-    write_optima(tmp_path, json.dumps({LLAMA: "0" * 40}), width=4096)
-    for name, source in ((LLAMA, "your own presets"), ("somebody/Llama-3.1-8B", None)):
-        assert recommend(name, results=tmp_path).sources_of_lr["fullft"].measured_by == source
-
-
 def test_a_configuration_stands_for_the_model_that_it_describes(tmp_path):
     config = {"model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32}
     config |= {"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936}

@@ -89,11 +89,6 @@ def test_trainers_know_every_key_and_the_audit_reads_what_was_recommended(tmp_pa
     assert all("about the recommended" in finding.message for finding in findings if finding.code == "lr")
 
 
-def test_a_learning_rate_of_the_users_has_its_alpha_and_rank(tmp_path, qwen):
-    settings, _, _ = written("trl", tmp_path / "trl", qwen, "--lr", 2e-4, "--rank", 4, "--alpha", 64, "--steps", 9)
-    assert (settings["learning_rate"], settings["lora_r"], settings["lora_alpha"]) == (2e-4, 4, 64)
-
-
 CHATS = {
     "messages": {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}] * 2},
     "conversations": {"conversations": [{"from": "human", "value": "2+2"}, {"from": "gpt", "value": "4"}]},

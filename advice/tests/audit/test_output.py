@@ -193,14 +193,6 @@ def test_the_command_imports_nothing_heavy(folder):
     assert not heavy & set(done.stdout.split())
 
 
-def test_the_hook_of_the_docs_calls_the_command():
-    page = (REPOSITORY / "advice/docs/audit.md").read_text()
-    (repository,) = yaml.safe_load(re.findall(r"```yaml\n(repos:.*?)```", page, re.DOTALL)[0])["repos"]
-    (hook,) = repository["hooks"]
-    assert (repository["repo"], hook["entry"]) == ("local", "lora-advice audit --skip-unknown")
-    assert hook["additional_dependencies"][0].endswith("#subdirectory=advice")
-
-
 def test_the_action_audits_the_paths(folder):
     steps = yaml.safe_load((REPOSITORY / "action.yml").read_text())["runs"]["steps"]
     # Actions of others would have to be pinned by their hash.
