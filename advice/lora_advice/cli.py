@@ -145,7 +145,7 @@ def recommend(
     """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
     from lora_advice import recommend as advice
     from lora_advice.data import read_data
-    from lora_advice.user_model import find_model
+    from lora_advice.models import find_model
 
     described = find_model(model)
     examined = None if data is None else read_data(Path(data), data_format)
@@ -179,7 +179,7 @@ def convert(
 ) -> None:
     """Convert a learning rate of LoRA to another alpha, rank, length, batch size or variant."""
     from lora_advice import recommend as advice
-    from lora_advice.user_model import find_model
+    from lora_advice.models import find_model
     from lora_advice.variants import checked_variant
 
     _check_positive(("--lr", lr), ("--from-alpha", from_alpha), ("--alpha", alpha))
@@ -214,9 +214,8 @@ def trainer(
     """Write a folder to train from with the recommended settings, each with its reason."""
     from lora_advice import recommend as advice
     from lora_advice.data import read_data
-    from lora_advice.models import HUB_ID
+    from lora_advice.models import HUB_ID, find_model
     from lora_advice.trainer_files import Choices, write_folder
-    from lora_advice.user_model import find_model
 
     _check_positive(("--lr", lr), ("--alpha", alpha))
     on_hub = data is not None and HUB_ID.fullmatch(data) and not Path(data).is_file()

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_advice.errors import UserError
-from lora_advice.models import HUB_ID, ModelFacts
+from lora_advice.models import HUB_ID, ModelFacts, shipped_base, shipped_bases
 from lora_advice.pooled_lr import ALPHA_EXPONENT, Optimum, Place, PooledLr
 from lora_advice.theory import ALPHA, EXPONENTS, FACTS, lineage
-from lora_advice.user_model import shipped_base, shipped_bases
 
 OWN, PROJECT = "your own presets", "lorabench"
 """The names of the optima that the user's presets measured, and of those that this project did."""

@@ -14,10 +14,9 @@ from typing import Any
 
 from lora_advice import formats
 from lora_advice.errors import UserError
-from lora_advice.models import ModelFacts
+from lora_advice.models import ModelFacts, find_model, lora_parameters, model_of_config
 from lora_advice.optima import PROBABILITY, KnownOptima, LrSources, SourceShare
 from lora_advice.theory import ALPHA, EXPONENTS, SHORT_RATIO, LoraSetting, converted_lr, lineage
-from lora_advice.user_model import find_model, lora_parameters, model_of_config
 from lora_advice.variants import VARIANT_NAMES, Variant, alpha_factor, lr_rule, measured_factor
 
 TITLES = {"lora": "LoRA", "fullft": "FullFT"}

@@ -23,9 +23,8 @@ from lora_advice import formats
 from lora_advice.data import UserData, examples
 from lora_advice.errors import UserError
 from lora_advice.files import write_text
-from lora_advice.models import ModelFacts
+from lora_advice.models import ModelFacts, shipped_base
 from lora_advice.recommend import GROUP_SIZE, PROBLEMS_PER_STEP, RL_STEPS, Recommendation
-from lora_advice.user_model import shipped_base
 
 TRAINERS = {
     "trl": ("trl.yaml", "trl sft --config"),

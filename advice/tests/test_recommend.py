@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from lora_advice.cli import app
 from lora_advice.errors import UserError
+from lora_advice.models import find_model
 from lora_advice.recommend import LoraRun, convert, recommend
 from lora_advice.theory import FACTS
-from lora_advice.user_model import find_model
 from lora_advice.variants import lr_factor
 from typer.testing import CliRunner
 

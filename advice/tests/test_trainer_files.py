@@ -15,9 +15,9 @@ from lora_advice.audit.files import read_paths
 from lora_advice.audit.settings import compare_runs
 from lora_advice.cli import app
 from lora_advice.errors import UserError
+from lora_advice.models import find_model
 from lora_advice.recommend import recommend
 from lora_advice.trainer_files import Choices, write_folder
-from lora_advice.user_model import find_model
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 

@@ -5,8 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig, say
-from lora_advice.audit.readers.options import Options, frameworks, read_yaml, record
-from lora_advice.audit.readers.values import at, count, flag, names, number, text
+from lora_advice.audit.readers.options import (
+    Options,
+    at,
+    count,
+    flag,
+    frameworks,
+    names,
+    number,
+    read_yaml,
+    record,
+    text,
+)
 from lora_advice.finding import Finding
 
 # With these, some of the weights are trained, whole.

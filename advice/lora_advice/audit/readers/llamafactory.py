@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig
-from lora_advice.audit.readers.options import Options, frameworks, read_yaml, record
+from lora_advice.audit.readers.options import Options, count, flag, frameworks, names, number, read_yaml, record, text
 from lora_advice.audit.readers.shell import read_commands, read_flags
-from lora_advice.audit.readers.values import count, flag, names, number, text
 
 _TASKS: dict[str, Task] = {
     "pt": "pretraining",

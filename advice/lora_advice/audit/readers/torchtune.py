@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from lora_advice.audit.config import Task, TrainingConfig
-from lora_advice.audit.readers.options import frameworks, read_yaml, record
-from lora_advice.audit.readers.values import flag, names, text
+from lora_advice.audit.readers.options import flag, frameworks, names, read_yaml, record, text
 
 
 def read(path: Path, content: str) -> list[TrainingConfig]:

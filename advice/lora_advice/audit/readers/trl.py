@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_advice.audit.config import Method, Task, TrainingConfig, say
-from lora_advice.audit.readers.options import Options, frameworks, read_yaml, record
+from lora_advice.audit.readers.options import Options, count, flag, frameworks, names, number, read_yaml, record, text
 from lora_advice.audit.readers.shell import UNKNOWN, Word, find_file, read_commands, read_flags
-from lora_advice.audit.readers.values import count, flag, names, number, text
 from lora_advice.errors import UserError
 from lora_advice.finding import Level
 

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_advice.audit.config import Method, TrainingConfig, say
-from lora_advice.audit.readers.options import Options, frameworks, read_yaml, record
+from lora_advice.audit.readers.options import Options, count, frameworks, number, read_yaml, record
 from lora_advice.audit.readers.shell import UNKNOWN, Word, read_commands, read_overrides
-from lora_advice.audit.readers.values import count, number
 from lora_advice.finding import Finding
 
 _SFT_TRAINER = re.compile(r"(^|[./])(\w*sft_trainer\w*)(\.py)?$")
