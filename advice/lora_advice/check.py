@@ -140,7 +140,7 @@ def _read_tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
         raise UserError(f"adapter folder {str(path.parent)!r} has no {path.name}{pickled}")
     tensors = {}
     try:
-        entries = deserialize(path.read_bytes())
+        entries = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from error
     for name, entry in sorted(entries, key=lambda entry: entry[0]):

@@ -181,7 +181,6 @@ class ModelFacts:
     source: str
     """Where this is known from, for a reader."""
     parameters: int | None = None
-    layers: int | None = None
     vocabulary: int | None = None
     max_length: int | None = None
     """The longest sequence in tokens."""
@@ -269,7 +268,6 @@ def facts_of_config(config: ModelConfig, name: str, source: str = "its config.js
         text.hidden_size,
         source,
         parameters=sizes.parameters if sizes else None,
-        layers=layers,
         vocabulary=text.vocab_size,
         max_length=text.max_position_embeddings,
         tied=tied,
@@ -310,7 +308,7 @@ def public_models() -> tuple[tuple[re.Pattern[str], ModelFacts], ...]:
             numbers = {key: int(value) for key, value in row.items() if value.isdecimal() and key != "billions"}
             width, max_length = numbers.pop("width"), numbers.pop("max_length", None)
             sizes = Dimensions(family, width, tied=tied, **numbers) if "heads" in numbers else None
-            counts = {key: numbers[key] for key in ("layers", "vocabulary", "experts", "active_experts")}
+            counts = {key: numbers[key] for key in ("vocabulary", "experts", "active_experts")}
             model = ModelFacts(
                 "",
                 family,

@@ -76,8 +76,6 @@ class SourceShare:
 class LrSources:
     """What a recommended LR rests on."""
 
-    law: float
-    """The LR of the law alone."""
     measured_by: str | None
     """The source that measured this very model, whose deviation is then part of the recommendation."""
     sources: tuple[SourceShare, ...]
@@ -138,9 +136,8 @@ class KnownOptima:
             widths = sorted({optimum.width for optimum in own if math.isfinite(optimum.width)})
             ends = " to ".join(f"{end:.0f}" for end in dict.fromkeys((*widths[:1], *widths[-1:])))
             shares.append(SourceShare(source, ends or "not known", round(weight, 3)))
-        logs = (predicted.mean, predicted.low, predicted.high, place.log_law)
-        lr, low, high, law = (float(f"{math.exp(log):.4g}") for log in logs)
-        return (lr, low, high), LrSources(law, measured[0] if measured else None, tuple(shares))
+        lr, low, high = (float(f"{math.exp(log):.4g}") for log in (predicted.mean, predicted.low, predicted.high))
+        return (lr, low, high), LrSources(measured[0] if measured else None, tuple(shares))
 
     def outside(self, batch_size: float, steps: float) -> list[str]:
         """Return a sentence for each thing that no source of SFT has measured: family, width, batch size or length."""

@@ -13,7 +13,7 @@ import csv
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from lora_advice.errors import UserError
 from lora_advice.theory import FACTS, SAME_LR
@@ -80,7 +80,7 @@ def checked_variant(name: str) -> Variant:
     """Return the name of a variant, or raise UserError if it is not known."""
     if name not in VARIANT_NAMES:
         raise UserError(f"variant {name!r} is not known; allowed: {', '.join(VARIANT_NAMES)}")
-    return cast("Variant", name)
+    return name
 
 
 def measured_factor(variant: Variant, rank: float | None) -> LrFactor:

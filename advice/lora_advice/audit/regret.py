@@ -159,8 +159,9 @@ class LrEvidence:
         """Return values of equal probability of the optimal log LR of a further source, and their mean."""
         if (place, error) not in self._optima:
             pool = self._pooled["optima"][place.task][place.method]
-            family, width, method, _, *attributes, width_error = place
-            pooled = PooledPlace.at(family, width, method, *attributes, width_error)
+            pooled = PooledPlace.at(
+                place.family, place.width, place.method, place.batch_size, place.steps, place.width_error
+            )
             terms = pooled.terms
             products = [terms[i] * terms[j] for i in range(3) for j in range(i, 3)]
             means = pooled.log_law + np.array(pool["means"]) @ terms

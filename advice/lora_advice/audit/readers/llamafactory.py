@@ -7,6 +7,7 @@ from pathlib import Path
 from lora_advice.audit.config import Method, Task, TrainingConfig
 from lora_advice.audit.readers.options import Options, count, flag, frameworks, names, number, read_yaml, record, text
 from lora_advice.audit.readers.shell import read_commands, read_flags
+from lora_advice.finding import Level
 
 _TASKS: dict[str, Task] = {
     "pt": "pretraining",
@@ -49,7 +50,7 @@ def _run(path: Path, options: Options, name: str) -> list[TrainingConfig]:
     kind = text(options["finetuning_type"]) or "lora"
     continued = None if flag(options["create_new_adapter"]) else text(options["adapter_name_or_path"])
     if kind != "lora":
-        level = "error" if options.has("lora_rank") else "warning"
+        level: Level = "error" if options.has("lora_rank") else "warning"
         findings = options.without_effect("llamafactory", f"finetuning_type is {kind}", level)
     elif continued is not None:
         reason = f"training goes on from the adapter {continued}, which has its own, without create_new_adapter"

@@ -207,7 +207,7 @@ def _from_python(path: Path, content: str) -> list[TrainingConfig]:
         elif isinstance(node, ast.arg | ast.AugAssign | ast.For):
             # It is known only when the code runs.
             name = node.arg if isinstance(node, ast.arg) else ast.unparse(node.target)
-            assigned.setdefault(name, []).extend([ast.Tuple(), ast.Tuple()])
+            assigned.setdefault(name, []).extend([ast.Name(name), ast.Name(name)])
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             loaded.add(node.id)
 
