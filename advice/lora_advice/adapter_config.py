@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,7 @@ _Alpha = Annotated[float, Field(gt=0, le=1e9)]
 class AdapterConfig(Foreign):
     """The options of LoRA by PEFT's names; null is what the file does not say."""
 
+    peft_type: Literal["LORA"]
     r: _Rank
     lora_alpha: _Alpha
     lora_dropout: float | None = Field(None, ge=0, le=1)
@@ -82,26 +83,10 @@ class AdapterConfig(Foreign):
         return {module: (ranks[module], self.scale(ranks[module], alphas[module])) for module in modules}
 
 
-class _Kind(Foreign):
-    peft_type: str | None = None
-
-
-class OtherMethodError(UserError):
-    """An adapter is of another method than LoRA."""
-
-
-def parse_adapter(text: str | bytes, where: str) -> AdapterConfig:
-    """Return the configuration of an adapter, or raise a UserError that begins with `where`."""
-    kind = typed(_Kind, text, where).peft_type
-    if kind != "LORA":
-        raise OtherMethodError(f"{where} has peft_type {kind!r}; allowed: LORA")
-    return typed(AdapterConfig, text, where)
-
-
 def read_adapter_config(folder: Path) -> AdapterConfig:
     """Read the configuration in an adapter's folder, or raise UserError."""
     try:
-        return parse_adapter((folder / NAME).read_bytes(), str(folder / NAME))
+        return typed(AdapterConfig, (folder / NAME).read_bytes(), str(folder / NAME))
     except FileNotFoundError:
         raise UserError(f"adapter folder {str(folder)!r} has no {NAME}, which PEFT writes") from None
     except OSError as error:
@@ -120,14 +105,9 @@ def ends(name: str) -> Iterator[str]:
 def _of_patterns(patterns: Mapping[str, Any], names: Mapping[str, list[str]], default: Any) -> dict[str, Any]:
     """Return for each module the value of the first pattern that matches one of its names, or the default."""
     every = [name for own in names.values() for name in own]
-    matched = matching([_after_any_path(pattern) for pattern in patterns], every)
+    matched = matching([rf"(.*\.)?({pattern})" for pattern in patterns], every)  # as PEFT makes them
     found = [(value, set(matches)) for value, matches in zip(patterns.values(), matched, strict=True)]
     return {
         module: next((value for value, matches in found if matches.intersection(own)), default)
         for module, own in names.items()
     }
-
-
-def _after_any_path(pattern: str) -> str:
-    """Return the regular expression that PEFT makes of a key of `rank_pattern`."""
-    return rf"(.*\.)?({pattern})"

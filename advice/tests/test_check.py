@@ -206,5 +206,5 @@ def test_what_cannot_be_read_is_said(write: Write):
     with pytest.raises(UserError, match="is not a safetensors file"):
         read_adapter(folder)
     (folder / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
-    with pytest.raises(UserError, match="peft_type 'LOHA'; allowed: LORA"):
+    with pytest.raises(UserError, match="peft_type = 'LOHA': Input should be 'LORA'"):
         read_adapter(folder)

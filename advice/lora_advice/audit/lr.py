@@ -41,12 +41,12 @@ def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEv
         comparison = f" (the recommended one {verdict.recommended_share:.0%})"
     share, loss, more = verdict.share, verdict.loss, " or more" if verdict.may_diverge else ""
     unit = "of accuracy" if config.task == "rl" else "nats per token"
-    method, recommended = METHODS[config.method or "lora"], f"{verdict.recommended.mean:.2g}"
+    method, best = METHODS[config.method or "lora"], f"{verdict.recommended.mean:.2g}"
     if config.variants:
         method = " and ".join(VARIANT_NAMES[variant] for variant in config.variants)
-        recommended += ", as for LoRA" if variant_factor == 1 else f", which is {variant_factor:.2g} times LoRA's"
+        best += ", as for LoRA" if variant_factor == 1 else f", which is {variant_factor:.2g} times LoRA's"
     message = (
-        f"the learning rate {config.lr:g} of {method} is {distance} the recommended {recommended}; it is expected to "
+        f"the learning rate {config.lr:g} of {method} is {distance} the recommended {best}; it is expected to "
         f"lose {share.mean:.0%} [{share.low:.0%}, {share.high:.0%}] of what training gains{comparison}, or "
         f"{loss.mean:.2g} [{loss.low:.2g}, {loss.high:.2g}{more}] {unit}"
     )

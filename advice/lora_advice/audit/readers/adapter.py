@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lora_advice.adapter_config import OtherMethodError, parse_adapter
+from lora_advice.adapter_config import AdapterConfig
 from lora_advice.audit.config import TrainingConfig, say
 from lora_advice.audit.readers.options import Options, record
+from lora_advice.foreign import typed
 
 _OTHER_PATTERNS = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "layer_replication")
 """Options that alter where LoRA is, or how large, and that a record does not hold."""
@@ -19,11 +20,7 @@ def read(path: Path, content: str) -> list[TrainingConfig]:
     for number, line in enumerate(content.splitlines(), 1):
         if match := re.match(r'\s*"(\w+)"\s*:', line):
             lines.setdefault(match[1], number)
-    try:
-        adapter = parse_adapter(content, path.name)
-    except OtherMethodError as error:
-        message = f"{error}, so no check is about it"
-        return [record(path, "peft", Options(), findings=[say("not-known", lines.get("peft_type"), what=message)])]
+    adapter = typed(AdapterConfig, content, path.name)
     options, findings = Options(adapter.model_dump(exclude_none=True), lines), []
     if isinstance(adapter.target_modules, tuple):
         options.values["target_modules"] = adapter.targets

@@ -256,7 +256,8 @@ def _from_python(path: Path, content: str) -> list[TrainingConfig]:
     given = [value for call in trainers for name, value in call.arguments.items() if name in ("peft_config", "**")]
     peft = any(not (isinstance(value, ast.Constant) and value.value is None) for value in given)
     made_by = {"get_peft_model", "add_adapter", "PeftModel", "AutoPeftModelForCausalLM"}
-    method: Method | None = "lora" if len(loras) == 1 else None
+    conditional = any(isinstance(value, ast.IfExp) for value in given)
+    method: Method | None = "lora" if len(loras) == 1 and not conditional else None
     if not loras and not peft and not made_by & {*loaded, *(call.name for call in calls)} and (loaders or any(models)):
         method = "fullft"
     said = {name for call in calls for name in call.arguments}
