@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_advice.theory import EXPONENTS, PIVOT, law_lr, lineage
+from lora_advice.theory import BASE_LRS, EXPONENTS, PIVOT, lineage
 
 
 class Prior(NamedTuple):
@@ -71,7 +71,8 @@ class Place:
         examples per step, in RL in responses.
         """
         names = [lineage(family)] if lineage(family) in EXPONENTS else list(EXPONENTS)
-        logs = [math.log(law_lr(name, PIVOT if math.isnan(width) else width, method)) for name in names]
+        ratio = PIVOT / (PIVOT if math.isnan(width) else width)
+        logs = [math.log(BASE_LRS[method] * ratio ** EXPONENTS[name]) for name in names]
         family_error = (max(logs) - min(logs)) / 2
         width_error = UNKNOWN_WIDTH if math.isnan(width) else width_error
         law_error = math.hypot(family_error, width_error * max(EXPONENTS[name] for name in names))

@@ -43,16 +43,13 @@ PIVOT = float(_THEORY["law"]["pivot"])
 EXPONENTS: Mapping[str, float] = _THEORY["law"]["exponents"]
 """The law's exponent of each lineage of models."""
 
+BASE_LRS = {"fullft": float(_THEORY["law"]["base"]), "lora": _THEORY["law"]["base"] * _THEORY["law"]["multiplier"]}
+"""The law's LR of each method at the pivot."""
+
 
 def lineage(family: str) -> str:
     """Return the lineage of a transformers model type: `qwen` for qwen2, qwen3, qwen3_moe; others are their own."""
     return next((name for name in EXPONENTS if family.lower().startswith(name)), family.lower())
-
-
-def law_lr(family: str, width: float, method: str) -> float:
-    """Return the LR of the law for a method, `fullft` or `lora`; NaN for a family without an exponent."""
-    base = _THEORY["law"]["base"] * (_THEORY["law"]["multiplier"] if method == "lora" else 1.0)
-    return float(base * (PIVOT / width) ** EXPONENTS.get(lineage(family), math.nan))
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,8 @@ def read_paths(
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"{path}: there is no such file or folder")
-        try:
-            for file in _files(path, not_read):
-                files.setdefault(os.path.realpath(file), (file, file == path and not skip_unknown))
-        except RecursionError:
-            not_read.append(NotRead(path.as_posix(), "its folders are nested too deeply"))
+        for file in _files(path, not_read):
+            files.setdefault(os.path.realpath(file), (file, file == path and not skip_unknown))
 
     def answer(item: tuple[Path, bool]) -> dict[str, Any]:
         runs = _read(item[0], file_format, named=item[1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,20 +106,18 @@ def read_overrides(words: Sequence[Word]) -> Options:
     return options
 
 
-def read_commands(text: str, first_line: int = 1) -> list[list[Word]]:
-    """Return the words of every command that a script names, in order, without redirections and comments."""
-    return _read(text, first_line, {})
+def read_commands(text: str, known: Mapping[str, str] | None = None) -> list[list[Word]]:
+    """Return the words of every command that a script names, in order, without redirections and comments.
 
-
-def _read(text: str, line: int, variables: dict[str, str]) -> list[list[Word]]:
-    """Return the commands of a text that begins at a line; sets variables, of arrays to words in quotes."""
+    `known` are variables from outside; an array is held as its words in quotes.
+    """
     text = _HEREDOC.sub(lambda match: match[2] + "\n" * (1 + match[3].count("\n")), text).replace("\\\n", " \v")
-    commands, words, depth = list[list[Word]](), list[Word](), 0
+    commands, words, depth, line, variables = list[list[Word]](), list[Word](), 0, 1, dict(known or {})
 
     def assign(name: str, value: str, append: bool = False) -> None:
         value = f"{variables.get(name, '')} {value}".strip() if append else value
-        known = len(value) <= _LONGEST and (not depth or variables.get(name) == value)
-        variables[name] = value if known else UNKNOWN
+        stays = len(value) <= _LONGEST and (not depth or variables.get(name) == value)
+        variables[name] = value if stays else UNKNOWN
 
     for token in _TOKEN.finditer(text + "\n"):
         kind, part = token.lastgroup, token[0]
@@ -127,7 +125,7 @@ def _read(text: str, line: int, variables: dict[str, str]) -> list[list[Word]]:
             words += [Word(word, line) for word in _words(part, variables)]
         elif kind == "array":
             name, _, items = part.partition("=(")
-            inner = [word.text for command in _read(items[:-1], 1, variables) for word in command]
+            inner = [word.text for command in read_commands(items[:-1], variables) for word in command]
             assign(name.rstrip("+"), shlex.join(inner), name.endswith("+"))
         elif kind in ("end", "comment") and part[-1] in ";&|()\n\v":
             while words and words[0].text in (*_OPENING, *_CLOSING, *_BETWEEN, *_PREFIXES):
@@ -148,7 +146,7 @@ def _read(text: str, line: int, variables: dict[str, str]) -> list[list[Word]]:
                 for shell, option, script in zip(words, words[1:], words[2:], strict=False)
                 if shell.text in ("bash", "sh") and re.fullmatch(r"-[a-z]*c", option.text)
             ]:
-                for command in _read(scripts[0].text, 1, variables):
+                for command in read_commands(scripts[0].text, variables):
                     commands.append([Word(word.text, scripts[0].line) for word in command])
             else:
                 commands.append(words)
