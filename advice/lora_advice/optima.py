@@ -50,15 +50,18 @@ class LrOptimum:
     """Of own runs: what identifies the model's weights."""
 
     @property
+    def shift(self) -> float:
+        """What to add to ln LR to state it at ALPHA."""
+        known = self.method == "lora" and math.isfinite(self.alpha)
+        return -ALPHA_EXPONENT * math.log(self.alpha / ALPHA) if known else 0.0
+
+    @property
     def pooled(self) -> Optimum:
         """The optimum for pooling, at ALPHA."""
-        log_lr, error = math.log(self.lr), self.error
-        if self.method == "lora" and math.isnan(self.alpha):
-            error = math.hypot(error, ALPHA_EXPONENT * math.log(2))
-        elif self.method == "lora":
-            log_lr -= ALPHA_EXPONENT * math.log(self.alpha / ALPHA)
+        unknown = self.method == "lora" and math.isnan(self.alpha)
+        error = math.hypot(self.error, ALPHA_EXPONENT * math.log(2) if unknown else 0.0)
         place = Place.at(self.family, self.width, self.method, self.batch_size, self.steps)
-        return Optimum(self.source, self.model, place, log_lr, error)
+        return Optimum(self.source, self.model, place, math.log(self.lr) + self.shift, error)
 
 
 @dataclass(frozen=True)
