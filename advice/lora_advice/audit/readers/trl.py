@@ -186,7 +186,7 @@ def _plain_fields(options: Options, task: Task | None) -> dict[str, Any]:
 
 
 def _from_python(path: Path, content: str) -> list[TrainingConfig]:
-    """Return a run for each call of a class of settings, or of a trainer where there is none; nothing is executed.
+    """Return a run for each call of a class of settings; nothing is executed.
 
     Literals count, and names that are assigned a literal once in the file. A file has one model and one LoRA, or these
     are not known.
@@ -197,7 +197,7 @@ def _from_python(path: Path, content: str) -> list[TrainingConfig]:
             nodes = [*ast.walk(ast.parse(content))]
     except (SyntaxError, ValueError, MemoryError) as error:  # of what is nested deeply, the parser says the last
         raise UserError(f"it is not valid Python: {str(error) or 'it is nested too deeply'}") from error
-    calls, assigned, loaded = list[_Call](), dict[str, list[ast.expr]](), set[str]()
+    calls, assigned = list[_Call](), dict[str, list[ast.expr]]()
     for node in nodes:
         if isinstance(node, ast.Call):
             arguments = {keyword.arg or "**": keyword.value for keyword in node.keywords}
@@ -208,8 +208,7 @@ def _from_python(path: Path, content: str) -> list[TrainingConfig]:
             # It is known only when the code runs.
             name = node.arg if isinstance(node, ast.arg) else ast.unparse(node.target)
             assigned.setdefault(name, []).extend([ast.Name(name), ast.Name(name)])
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            loaded.add(node.id)
+    calls.sort(key=lambda call: call.node.lineno)
 
     def literal(node: ast.expr | None, depth: int = 0) -> Any:
         """Return a literal's value, or null; an attribute such as `torch.bfloat16` is its last name."""
@@ -221,17 +220,15 @@ def _from_python(path: Path, content: str) -> list[TrainingConfig]:
             return None if node is None else ast.literal_eval(node)
         return None
 
-    def options_of(call: _Call, default: str, prefix: str = "") -> Options:
+    def options_of(call: _Call, prefix: str = "") -> Options:
         said = {f"{prefix}{name}": value for name, value in call.arguments.items() if name != "**"}
         options = Options({name: literal(value) for name, value in said.items()})
         options.lines = {name: value.lineno for name, value in said.items()}
-        if "**" not in call.arguments and not (call.node.args and call in settings):
-            options.fill({f"{prefix}{name}": value for name, value in defaults.get(default, {}).items()})
+        if "**" not in call.arguments:
+            defaults = frameworks()["trl"]["defaults"].get(call.name, {})
+            options.fill({f"{prefix}{name}": value for name, value in defaults.items()})
         return options
 
-    table = frameworks()["trl"]
-    defaults, keys, findings = table["defaults"], table["names"], []
-    calls.sort(key=lambda call: call.node.lineno)
     trainers = [call for call in calls if call.name.endswith("Trainer") and call.arguments]
     settings = [
         call
@@ -239,45 +236,32 @@ def _from_python(path: Path, content: str) -> list[TrainingConfig]:
         if call.name.endswith("TrainingArguments") or (call.name.endswith("Config") and _task_of(call.name)[0])
         if trainers or "learning_rate" in call.arguments
     ]
-    loras = list[_Call]()
-    for call in calls:
-        if call.name == "LoraConfig" or (call.name in ("get_peft_model", "add_adapter") and "r" in call.arguments):
-            held = [name for name, values in assigned.items() if call.node in values]
-            if held and not loaded & {*held}:
-                findings.append(say("unused-lora", call.node.lineno, name=held[0]))
-            else:
-                # Of a name with several values it is not known which counts.
-                loras += [call] if not held or len(assigned[held[0]]) == 1 else [call, call]
     loaders = [call for call in calls if call.name == "from_pretrained" and "Model" in call.function]
-    models = {
-        text(literal(call.first("pretrained_model_name_or_path", "model_name", "model")))
-        for call in loaders or trainers
-    }
+    names_of_model = ("pretrained_model_name_or_path", "model_name", "model")
+    models = {text(literal(call.first(*names_of_model))) for call in loaders or trainers}
+    makers = ("get_peft_model", "add_adapter")
+    loras = [call for call in calls if call.name == "LoraConfig" or (call.name in makers and "r" in call.arguments)]
     given = [value for call in trainers for name, value in call.arguments.items() if name in ("peft_config", "**")]
+    # Of a name with several values, and of a condition, it is not known which counts.
+    unsure = any(isinstance(value, ast.IfExp) for value in given)
+    unsure |= any(len(values) > 1 and call.node in values for call in loras for values in assigned.values())
     peft = any(not (isinstance(value, ast.Constant) and value.value is None) for value in given)
-    made_by = {"get_peft_model", "add_adapter", "PeftModel", "AutoPeftModelForCausalLM"}
-    conditional = any(isinstance(value, ast.IfExp) for value in given)
-    method: Method | None = "lora" if len(loras) == 1 and not conditional else None
-    if not loras and not peft and not made_by & {*loaded, *(call.name for call in calls)} and (loaders or any(models)):
+    peft |= "PeftModel" in content or any(call.name in makers for call in calls)
+    method: Method | None = "lora" if len(loras) == 1 and not unsure else None
+    if not loras and not peft and (loaders or any(models)):
         method = "fullft"
-    said = {name for call in calls for name in call.arguments}
-    bits = next(
-        (bits for call in calls for bits in (4, 8) if literal(call.arguments.get(f"load_in_{bits}bit")) is True), None
-    )
+    loaded_in = [bits for call in calls for bits in (4, 8) if literal(call.arguments.get(f"load_in_{bits}bit")) is True]
     if len(settings) > 1:
-        method, models, bits = None, set(), None
-    lora = Options()
+        method, models, loaded_in = None, set(), []
+    keys, lora = frameworks()["trl"]["names"], Options()
     if method == "lora":
-        lora = options_of(loras[0], loras[0].name, "peft.")
+        lora = options_of(loras[0], "peft.")
         fields = frameworks()["peft"]["names"].items()
         keys = keys | {field: f"peft.{name}" for field, name in fields if field != "model"}
     runs = []
-    for call in settings or trainers[:1]:
-        default = re.sub("Trainer$", "Config", call.name)
-        options = options_of(call, default) if call in settings else Options(dict(defaults.get(default, {})))
-        if not options.values or (call not in settings and ("args" in said or call.first("model") is None)):
-            continue
-        if "optimizers" in said or any(call.name == "create_loraplus_optimizer" for call in calls):
+    for call in settings:
+        options = options_of(call)
+        if any("optimizers" in call.arguments or call.name == "create_loraplus_optimizer" for call in calls):
             # The learning rate is that of the optimizer, which another function makes.
             options.values |= {"learning_rate": None, "optim": None}
         options.values |= lora.values
@@ -289,12 +273,11 @@ def _from_python(path: Path, content: str) -> list[TrainingConfig]:
                 "trl",
                 options,
                 keys,
-                findings,
                 name=f"line {call.node.lineno}",
                 task=task,
                 method=method,
                 model=next(iter(models)) if len(models) == 1 else None,
-                bits=bits,
+                bits=next(iter(loaded_in), None),
                 unsloth=any("FastLanguageModel" in loader.function for loader in loaders),
                 **_plain_fields(options, task),
             )
