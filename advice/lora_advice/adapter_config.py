@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lora_advice.errors import UserError
-from lora_advice.foreign import Foreign, typed
+from lora_advice.foreign import Foreign
 from lora_advice.limits import matching
 
 NAME = "adapter_config.json"
@@ -81,16 +79,6 @@ class AdapterConfig(Foreign):
         ranks = _of_patterns(self.rank_pattern or {}, names, self.r)
         alphas = _of_patterns(self.alpha_pattern or {}, names, self.lora_alpha)
         return {module: (ranks[module], self.scale(ranks[module], alphas[module])) for module in modules}
-
-
-def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Read the configuration in an adapter's folder, or raise UserError."""
-    try:
-        return typed(AdapterConfig, (folder / NAME).read_bytes(), str(folder / NAME))
-    except FileNotFoundError:
-        raise UserError(f"adapter folder {str(folder)!r} has no {NAME}, which PEFT writes") from None
-    except OSError as error:
-        raise UserError(f"{folder / NAME} can't be read: {error}") from error
 
 
 def ends(name: str) -> Iterator[str]:

@@ -18,9 +18,10 @@ from statistics import median_high
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
-from lora_advice.adapter_config import NAME, AdapterConfig, ends, read_adapter_config
+from lora_advice.adapter_config import NAME, AdapterConfig, ends
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
+from lora_advice.foreign import typed
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -80,7 +81,11 @@ class Adapter:
 
 def read_adapter(folder: Path) -> Adapter:
     """Read an adapter's folder, and judge what its files say; raises UserError if a file can't be read."""
-    config, tensors = read_adapter_config(folder), _read_tensors(folder / WEIGHTS)
+    path = folder / NAME
+    try:
+        config, tensors = typed(AdapterConfig, path.read_bytes(), str(path)), _read_tensors(folder / WEIGHTS)
+    except OSError as error:
+        raise UserError(f"{path}, which PEFT writes, can't be read: {error.strerror}") from error
     factors: dict[str, dict[str, str]] = defaultdict(dict)
     whole, not_finite, foreign = dict[str, int](), list[str](), list[str]()
     for key, (_, stored) in tensors.items():

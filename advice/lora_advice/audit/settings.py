@@ -14,10 +14,8 @@ import numpy as np
 from lora_advice import formats
 from lora_advice.audit.config import TrainingConfig, say
 from lora_advice.finding import Finding, Level
+from lora_advice.theory import ALPHA
 from lora_advice.variants import VARIANT_NAMES, lr_factor
-
-ALPHA = 32.0
-"""The paper's alpha at every rank."""
 
 ALPHAS = (2.0, 512.0)
 """The optimal learning rate is measured here from alpha 8 to 128; beyond a further factor of 4 nothing is known."""
