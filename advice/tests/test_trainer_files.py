@@ -7,7 +7,6 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from lora_advice.audit import check_run
@@ -18,7 +17,6 @@ from lora_advice.errors import UserError
 from lora_advice.models import find_model
 from lora_advice.recommend import recommend
 from lora_advice.trainer_files import Choices, write_folder
-from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 TRAINERS = ("trl", "axolotl", "llamafactory")
@@ -55,14 +53,12 @@ def written(trainer, folder, model, *options):
 
 @pytest.fixture
 def qwen(tmp_path):
-    """Return a folder with the configuration of Qwen3-8B-Base, and with files of its kind."""
+    """Return a folder with the configuration of Qwen3-8B-Base."""
     folder = tmp_path / "qwen"
     folder.mkdir()
     config = {"model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32}
     config |= {"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936}
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}))
-    for part in (1, 2):
-        save_file({f"w{part}": np.zeros((4096, 8), np.float32)}, folder / f"model-0000{part}-of-00002.safetensors")
     return folder
 
 

@@ -51,13 +51,6 @@ def test_what_is_no_yaml_is_one_sentence(text, message):
         load(text)
 
 
-def test_aliases_of_aliases_are_read_at_once():
-    layers = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 40)]
-    data, lines = load("\n".join(["l0: &l0 [1]", *layers]))
-    assert len(data["l39"]) == 9
-    assert lines["l39"] == 40
-
-
 def test_simple_references_are_resolved():
     others = {"env": "${oc.env:HOME}", "missing": "${nothing}", "section": "${x}", "loop": "${loop}"}
     text = "dir: /a\nx: {y: '${dir}/b', n: 3}\nz: '${x.y}/c'\nn: ${x.n}\n" + yaml.safe_dump(others)
