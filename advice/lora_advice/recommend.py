@@ -46,6 +46,12 @@ class Setting:
     """The ends of its interval, of a learning rate."""
     high: float | None = None
 
+    @property
+    def interval(self) -> str:
+        """Its interval in words, of a learning rate that has one."""
+        ends = [formats.lr(end, 2) for end in (self.low, self.high) if end is not None]
+        return " to ".join(ends)
+
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -232,5 +238,4 @@ def recommendation_table(recommendation: Recommendation) -> None:
 
 def lr_text(lr: Setting) -> str:
     """Return a learning rate with its interval, if it has one."""
-    interval = "" if lr.low is None else f" ({formats.lr(lr.low, 2)} to {formats.lr(lr.high, 2)})"
-    return formats.lr(float(lr.value)) + interval
+    return formats.lr(float(lr.value)) + (f" ({lr.interval})" if lr.interval else "")

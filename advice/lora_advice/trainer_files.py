@@ -19,7 +19,6 @@ from typing import Any
 import jinja2
 import yaml
 
-from lora_advice import formats
 from lora_advice.data import UserData, examples
 from lora_advice.errors import UserError
 from lora_advice.files import write_text
@@ -152,7 +151,7 @@ def _values(model: ModelFacts, recommendation: Recommendation, choices: Choices,
     batch, rank = int(settings["batch_size"].value), choices.rank or int(settings["rank"].value)
     micro, own, longest = math.gcd(batch, _MICRO_BATCH), "your choice", model.max_length or _MAX_TOKENS
     why = yaml.safe_load((_TEMPLATES / "reasons.yaml").read_text()) | {
-        "lr": own if choices.lr else f"{formats.lr(lr.low, 2)} to {formats.lr(lr.high, 2)}: {lr.source}",
+        "lr": own if choices.lr else f"{lr.interval}: {lr.source}",
         "schedule": settings["schedule"].source,
         "accumulation": f"{batch} examples a step on one GPU; divide it by their number",
         "rank": own if choices.rank else settings["rank"].source,
