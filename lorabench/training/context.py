@@ -31,7 +31,6 @@ from lorabench.store.collect import write_entries
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import CURVES, RUN_TEST_LOSSES
-from lorabench.training.card import model_card
 from lorabench.training.checkpoint import Checkpoint
 from lorabench.training.distributed import full_tensor
 from lorabench.training.loss import check_plain_head
@@ -128,8 +127,6 @@ class SweepContext:
                         model.save_pretrained(staged.weights, state_dict=state)
                     else:
                         save_adapter(model, staged.weights, state)
-                    card = model_card(record, self.layout.model(condition.model))
-                    (staged.weights / "README.md").write_text(card, encoding="utf-8")
         processes.wait()
 
 

@@ -19,7 +19,7 @@ from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
 from lorabench.models.passes import computing_only, without_peft
 from lorabench.training.distributed import call_as_forward
-from lorabench.training.run import Machine, deterministically
+from lorabench.training.run import Machine, deterministic
 
 IGNORED = -100
 """Target of a position whose next token is not scored."""
@@ -197,15 +197,11 @@ def batch_gradient(
     batches = [collate(split, part, device) for part in processes.even((share[part] for part in parts), share[:0])]
     counts = [lengths[share].sum(), sum(batch.scored for batch in batches)]
     tokens, scored = processes.gather(counts).sum(0).astype(int).tolist()
-
-    def add() -> float:
-        nll = torch.zeros((), dtype=torch.float64, device=device)
+    nll = torch.zeros((), dtype=torch.float64, device=device)
+    with deterministic(device):
         for batch in batches:
             nll += add_gradient(model, batch, scored, machine.autocast, MAX_LOGITS[device.type])
-        return nll.item()
-
-    nll = deterministically(add, model.zero_grad, machine)
-    return float(processes.gather([nll]).sum()), tokens, scored
+    return float(processes.gather([nll.item()]).sum()), tokens, scored
 
 
 @torch.no_grad()

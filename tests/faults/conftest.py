@@ -147,13 +147,9 @@ class Place:
 
 
 def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of runs without the columns and metrics that depend on the machine."""
+    """Return rows of runs without the columns that depend on the machine."""
     names = ("run_id", "status", "final_valid_nll", "final_test_nll", "final_reward", "best_reward", "train_tokens")
-    return [
-        {name: row[name] for name in names}
-        | {"curve": [point for point in row["curve"] if not point["metric"].endswith("tokens_per_s")]}
-        for row in rows
-    ]
+    return [{name: row[name] for name in (*names, "curve")} for row in rows]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from lorabench.training.run import (
     Outcome,
     clip_gradient,
     data_order,
-    deterministically,
+    deterministic,
     make_optimizer,
     set_lr,
 )
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 Grade = Callable[[list[str], list[str]], np.ndarray]
 """Returns the rewards of responses, given their texts and the right answers, (n,): 1 for a right answer, else 0."""
 
-Sampler = Callable[[list[Request], bool], list[Response]]
-"""Draws a response to each request, in their order; the second argument says whether a signal may end it at once."""
+Sampler = Callable[[list[Request]], list[Response]]
+"""Draws a response to each request, in their order."""
 
 PATIENCE, MIN_PATIENCE = 0.2, 3
 """A run is stopped when it had no reward in this share of its steps, and in this number of steps at least, since its
@@ -164,8 +164,7 @@ def evaluate(
         for problem, (prompt, _) in enumerate(problems)
         for sample in range(samples)
     ]
-    # The run has saved its state, so a signal may end this at once.
-    responses = iter(draw(requests, True))
+    responses = iter(draw(requests))
     scores: Scores = {}
     right: list[bool] = []
     for name, (problems, grade, samples) in sets.items():
@@ -282,8 +281,7 @@ def train_rl(
             Request(prompts[problem], (run.seed, step, problem, number % size))
             for number, problem in enumerate(problems)
         ]
-        responses = draw(requests, False)
-        sampled = time.perf_counter()
+        responses = draw(requests)
         texts = [environment.texts.text(response) for response in responses]
         rewards = environment.grade(texts, [answers[problem] for problem in problems])
         groups = [
@@ -296,9 +294,8 @@ def train_rl(
         response_tokens += step_tokens
         rewarded_at = step if metrics["reward"] > 0 else rewarded_at
 
-        learning = time.perf_counter()
-        measured = deterministically(partial(backward, model, groups, machine), model.zero_grad, machine)
-        learned = time.perf_counter()
+        with deterministic(machine.device):
+            measured = backward(model, groups, machine)
         norm = clip_gradient(parameters.values(), protocol.clip_norm)
         finite = not processes.any(not (math.isfinite(measured.loss) and math.isfinite(norm)))
         # If all rewards are equal within each group there is no gradient, and Adam's momentum must change nothing.
@@ -307,20 +304,15 @@ def train_rl(
             optimizer.step()
         optimizer.zero_grad()
         outcome.train_tokens += step_tokens + sum(len(group.prompt) for group in groups)
-        # The estimate of KL may be negative, but far below 0 it says as well that the two distributions differ. A
-        # number that is not finite is not below the limit either. The warning comes once per run.
-        kls = [point.value for point in _train_points(outcome.curve, "kl")]
-        warned = any(value is None or abs(value) > MAX_KL for value in kls)
-        if processes.first and not warned and not abs(measured.kl) <= MAX_KL:
+        # The estimate of KL may be negative, but far below 0 it says as well that the two distributions differ.
+        if processes.first and not abs(measured.kl) <= MAX_KL:
             logging.warning(
-                "In run %s, step %d, the sampler's distribution differs from the learner's by %.2g nats per token "
-                "(KL); above %g the gradient is noisy, since the ratios of their probabilities are neither clipped nor "
-                "masked, and training may become unstable.",
+                "run %s, step %d: sampler and learner differ by a KL of %.2g nats per token; above %g the gradient is "
+                "noisy",
                 *(run.run_id, step, measured.kl, MAX_KL),
             )
         metrics |= {name: value for name, value in vars(measured).items() if name not in ("tokens", "loss")}
-        metrics |= {"grad_norm": norm, "sample_tokens_per_s": step_tokens / (sampled - started)}
-        record(step, "train", metrics | {"learn_tokens_per_s": step_tokens / (learned - learning)})
+        record(step, "train", metrics | {"grad_norm": norm})
         outcome.wall_s += time.perf_counter() - started
         if not finite:
             outcome.status, outcome.diverged_at = "diverged", step

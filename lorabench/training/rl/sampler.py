@@ -68,14 +68,12 @@ def sample(
     stop: Stop,
     max_cache_tokens: int,
     autocast: torch.dtype | None = None,
-    interrupt: Callable[[], None] = lambda: None,
 ) -> list[Response]:
     """Draw a response to each request, in their order, at temperature 1 from the whole vocabulary.
 
     Args:
         max_cache_tokens: limit of rows times length of prompt and response in one batch; a single row always fits.
         autocast: the type of autocast; None for fp32.
-        interrupt: called before each position; it may raise to end the drawing.
     """
     responses: dict[int, Response] = {}
     device, was_training = next(model.parameters()).device, model.training
@@ -88,7 +86,7 @@ def sample(
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             for chunk in chunks:
                 chosen = [requests[index] for index in chunk]
-                drawn = _sample_chunk(model, tokenizer, chosen, stop, device, interrupt)
+                drawn = _sample_chunk(model, tokenizer, chosen, stop, device)
                 responses.update(zip(chunk, drawn, strict=True))
     finally:
         model.train(was_training)
@@ -123,20 +121,12 @@ def draw(logprobs: Tensor, uniform: Tensor, contexts: Tensor) -> Tensor:
     return torch.where(uniform < 0, logprobs.argmax(-1)[contexts], drawn)
 
 
-def window(model: torch.nn.Module) -> int | None:
-    """Return the length in tokens of a model's sliding window, None if it has none; shared rows do not apply it."""
-    config: Any = model.config
-    tokens = getattr(config, "sliding_window", None)
-    return int(tokens) if tokens and getattr(config, "use_sliding_window", True) else None
-
-
 def _sample_chunk(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     requests: list[Request],
     stop: Stop,
     device: torch.device,
-    interrupt: Callable[[], None],
 ) -> list[Response]:
     n, longest = len(requests), stop.max_new_tokens
     greedy = np.full(longest, -1.0)
@@ -160,9 +150,7 @@ def _sample_chunk(
     logits = _logits_at_end(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache, 1)[:, -1]
     # The row of the logits from which each response continues; responses to one prompt start from the same row.
     contexts = torch.as_tensor(prompts, device=device)
-    model_window, longest_total = window(model), ids.shape[1] + longest
-    seats = max(1, _SHARED_TOKENS // longest) if model_window is None or longest_total <= model_window else 1
-    rows = _Rows(prompts, seats)
+    rows = _Rows(prompts, max(1, _SHARED_TOKENS // longest))
     if len(rows.prompts) > len(unique):
         cache.batch_select_indices(torch.as_tensor(rows.prompts, device=device))
     mask = mask[torch.as_tensor(rows.prompts, device=device)]
@@ -172,7 +160,6 @@ def _sample_chunk(
 
     live = np.arange(n)
     for step in range(longest):
-        interrupt()
         chosen = torch.as_tensor(live, device=device)
         distribution = torch.log_softmax(logits.float(), -1)
         drawn = draw(distribution, uniform[chosen, step], contexts)
