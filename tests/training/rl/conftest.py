@@ -31,7 +31,7 @@ def machine(**changes) -> Machine:
 
 
 def condition_of(
-    rank: int | None = None, steps: int = 4, batch_size: int = 32, rollouts: Rollouts = ROLLOUTS
+    rank: int | None = None, steps: int = 4, batch_size: int = 16, rollouts: Rollouts = ROLLOUTS
 ) -> Condition:
     method, placement, alpha = ("fullft", None, None) if rank is None else ("lora", "all", 32.0)
     return Condition(
@@ -40,7 +40,7 @@ def condition_of(
 
 
 def problem_file(folder: Path, **changes) -> Path:
-    sizes = {"train": 40, "validation": 8, "test": 16, "tasks": ["gcd"], "max_value": 50}
+    sizes = {"train": 24, "validation": 4, "test": 8, "tasks": ["gcd"], "max_value": 50}
     path = folder / "problems.parquet"
     write_problems(make_problems(ReasoningProblems(kind="arithmetic", **sizes | changes)), path)
     return path
@@ -130,7 +130,7 @@ def train(
     """
     model, texts, where = load_model(TINY), environment.texts, machine(**changes)
 
-    def draw(requests: list[Request], interruptible: bool) -> list[Response]:
+    def draw(requests: list[Request]) -> list[Response]:
         return sample(model, texts.tokenizer, requests, texts.stop, 100_000)
 
     scores, _ = evaluate(environment, run.condition.rollouts, 0, 0, draw)

@@ -120,22 +120,16 @@ def test_a_sampler_that_computes_wrongly_ends_the_job_and_not_the_run(tmp_path, 
     assert json.loads((layout.runs / run.run_id / "record.json").read_text())["outcome"]["status"] == "done"
 
 
-SAMPLED = ("reward", "equal_groups", "response_length", "truncated", "accuracy", "n_samples")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
-def test_two_processes_sample_and_learn_as_one(precision, tmp_path, raw_rl_preset, monkeypatch):
-    raw = raw_rl_preset | {"protocol": {"precision": precision}}
-    raw["experiments"]["rl_arithmetic"][0] |= {"lrs": {"fullft": [1e-4], "lora": [1e-3, 3e-3]}, "seeds": 1}
+def test_two_processes_sample_and_learn_as_one(tmp_path, raw_rl_preset, monkeypatch):
+    raw_rl_preset["experiments"]["rl_arithmetic"][0] |= {"lrs": {"fullft": [1e-4], "lora": [1e-3]}, "seeds": 1}
     # On so fast a machine one sweep is too short for a job of its own.
-    raw["execution"] |= {"keep_weights": "all", "checkpoint_minutes": 0.0, "gflops": 1000.0}
+    raw_rl_preset["execution"] |= {"keep_weights": "all", "checkpoint_minutes": 0.0, "gflops": 1000.0}
     rows = []
     for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        monkeypatch.chdir(folder)
-        plan, layout = prepare(raw)
+        (tmp_path / str(processes)).mkdir()
+        monkeypatch.chdir(tmp_path / str(processes))
+        plan, layout = prepare(raw_rl_preset)
         [job] = plan.jobs
         if processes == 1:
             run_job(plan, job, layout, lambda line: None)
@@ -145,35 +139,26 @@ def test_two_processes_sample_and_learn_as_one(precision, tmp_path, raw_rl_prese
             assert done.returncode == 0, done.stderr
         rows.append({row["run_id"]: row for row in pq.read_table(layout.job(job)).to_pylist()})
     expected, runs = rows
-    assert len(expected) == 3
+    assert len(expected) == 2
     assert runs.keys() == expected.keys()
     for run_id, run in runs.items():
-        same_run(run, expected[run_id], precision == "bf16")
+        assert run["train_tokens"] == expected[run_id]["train_tokens"]
+        ours, theirs = (
+            {(point["step"], point["split"], point["metric"]): point["value"] for point in row["curve"]}
+            for row in (run, expected[run_id])
+        )
+        assert ours.keys() == theirs.keys()
+        for (step, split, metric), value in theirs.items():
+            drawn = ours[step, split, metric]
+            # The copy that samples must have the policy of the model that learns.
+            if metric == "kl":
+                assert abs(drawn) < 1e-5, step
+            elif metric in ("ratio_mean", "ratio_max", "grad_norm", "entropy"):
+                assert drawn == pytest.approx(value, rel=1e-4), (step, metric)
+            else:
+                assert drawn == value, (step, split, metric)
         weights = layout.runs / run_id / "weights"
         assert learned_layers(weights) if run["method"] == "lora" else (weights / "model.safetensors").is_file()
-
-
-def same_run(run: dict, expected: dict, rounded: bool) -> None:
-    curves = [
-        {(point["step"], point["split"], point["metric"]): point["value"] for point in row["curve"]}
-        for row in (run, expected)
-    ]
-    assert curves[0].keys() == curves[1].keys()
-    for (step, split, metric), value in curves[1].items():
-        ours = curves[0][step, split, metric]
-        # The copy that samples must have the policy of the model that learns.
-        if metric == "kl":
-            assert abs(ours) < (1e-2 if rounded else 1e-5), step
-        elif metric in ("ratio_mean", "ratio_max"):
-            assert ours == pytest.approx(1, abs=0.1 if rounded else 1e-4), (step, metric)
-        elif metric == "ratio_above_2":
-            assert ours == 0, step
-        elif metric in SAMPLED and not (rounded and step > 1):
-            # In bf16 each part of a batch is rounded separately, so that later policies differ slightly.
-            assert ours == value, (step, split, metric)
-        elif metric in ("grad_norm", "entropy") and not rounded:
-            assert ours == pytest.approx(value, rel=1e-4), (step, metric)
-    assert run["train_tokens"] == expected["train_tokens"] or rounded
 
 
 def test_problems_of_a_users_file_are_trained_on_and_graded_by_its_answers(tmp_path, monkeypatch, raw_rl_preset):
@@ -194,5 +179,3 @@ def test_problems_of_a_users_file_are_trained_on_and_graded_by_its_answers(tmp_p
     # The base solves about one problem in four, which shows that it is graded by the file's answers.
     assert 0 < run["base_reward"] < 1
     assert run["status"] == "done"
-    card = (layout.runs / run["run_id"] / "weights/README.md").read_text()
-    assert f"| test accuracy | {run['final_reward']:.4f} |" in card
