@@ -69,8 +69,8 @@ def targets(model: PreTrainedModel, placement: Placement, include_unembedding: b
     ends = tuple(f".{name}" for name in known)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     modules = [name for name in linear if name.endswith(ends)]
-    weights = {name: p for name, p in model.named_parameters() if not name.endswith("bias")}
-    stacks = [n for n, p in weights.items() if p.ndim == 3 and in_expert(n) and n.rpartition(".")[2] in known]
+    parameters = model.named_parameters()
+    stacks = [n for n, p in parameters if p.ndim == 3 and in_expert(n) and n.rpartition(".")[2] in known]
     if not modules and not stacks:
         names = ", ".join(known)
         raise UserError(f"{type(model).__name__} has no layer for placement {placement!r}; known names: {names}")
@@ -82,11 +82,6 @@ def targets(model: PreTrainedModel, placement: Placement, include_unembedding: b
             f"{type(model).__name__} has layers that would get no LoRA, since placement {placement!r} does not know "
             f"their names: {names}"
         )
-    if placement != "attn":
-        covered = {*stacks, *(f"{name}.weight" for name in modules)}
-        uncovered = [name for name, p in weights.items() if p.ndim > 1 and in_expert(name) and name not in covered]
-        if uncovered:
-            raise UserError(f"{type(model).__name__} has expert weights that would get no LoRA, such as {uncovered[0]}")
     if include_unembedding:
         modules += [name for name, module in model.named_modules() if module is head]
     return modules, stacks
@@ -129,12 +124,8 @@ def add_lora(
         head.weight = nn.Parameter(head.weight.detach().clone())
     ranks = {}
     if any(map(in_expert, names)):
-        active = getattr(model.config, "num_experts_per_tok", None)
-        if not active:
-            name = type(model).__name__
-            raise UserError(f"the config of {name} lacks num_experts_per_tok, by which the rank is divided")
         # The pattern is that of layers inside a module named `experts`; shared experts, always active, do not match.
-        ranks[r"experts\..+"] = max(1, rank // int(active))
+        ranks[r"experts\..+"] = max(1, rank // int(model.config.num_experts_per_tok))
     config = LoraConfig(
         r=rank,
         rank_pattern=ranks,

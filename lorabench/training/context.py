@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -52,13 +51,9 @@ class SweepContext:
     layout: Layout
     machine: Machine
 
-    def folder(self, run: Run) -> RunFolder:
-        """Return the folder of a run."""
-        return RunFolder(self.layout.runs, run.run_id)
-
     def checkpoint(self, run: Run) -> Checkpoint:
         """Return the checkpoint of a run."""
-        path, machine = self.folder(run).checkpoint, self.machine
+        path, machine = RunFolder(self.layout.runs, run.run_id).checkpoint, self.machine
         return Checkpoint(path, run.run_id, machine.checkpoint_seconds, machine.processes)
 
     @cached_property
@@ -118,7 +113,7 @@ class SweepContext:
             whole = ((name, full_tensor(weight.detach())) for name, weight in trained_parameters(model).items())
             state = {name: weight.cpu() for name, weight in whole if processes.first}
         if processes.first:
-            with self.folder(run).finishing(record) as staging:
+            with RunFolder(self.layout.runs, run.run_id).finishing(record) as staging:
                 staged = RunFolder(staging.parent, staging.name)
                 write_entries(run.run_id, outcome.curve, CURVES, staged.curves)
                 write_entries(run.run_id, outcome.test_losses, RUN_TEST_LOSSES, staged.test_losses)
@@ -207,9 +202,9 @@ def code_state(patches: Path) -> dict[str, str | None]:
         return subprocess.run(command, capture_output=True, check=True, timeout=30).stdout
 
     unknown: dict[str, str | None] = {"git_sha": None, "git_dirty_patch": None}
+    if not (_REPOSITORY / ".git").exists():
+        return unknown
     try:
-        if Path(os.fsdecode(git("rev-parse", "--show-toplevel").strip())).resolve() != _REPOSITORY.resolve():
-            return unknown
         sha = git("rev-parse", "HEAD").decode().strip()
         # Other tracked files, such as figures, do not affect a run.
         diff = git("diff", "HEAD", "--", "lorabench", "workflow")

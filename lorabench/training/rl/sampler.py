@@ -202,9 +202,9 @@ class _Rows:
     """The rows of the cache, each with a prompt and the responses to it that have a seat in the row.
 
     Short responses share a row, so that their prompt is in the cache once. Each longer response has its own row, since
-    attention is computed over the whole row. Given the index of the prompt of each response, equal ones adjacent, and
-    the largest number of responses in a row, `prompts` is the index of the prompt of each row, `seats` the seat of each
-    response in its row, from 1, and `shared` whether any row has several seats.
+    attention is computed over the whole row. Given are the index of the prompt of each response, equal ones adjacent,
+    and the largest number of responses in a row. `prompts` has the index of each row's prompt, `seats` the seat of each
+    response in its row, from 1.
     """
 
     def __init__(self, prompts: np.ndarray, seats: int) -> None:

@@ -144,14 +144,6 @@ def test_a_text_ends_a_response_and_a_limit_cuts_it(engine, settings, tokenizer,
     assert len(drawn[0].tokens) == 4
 
 
-def test_what_the_engine_refuses_is_told(engine, settings, prompts, stop):
-    engine.draw(load_model(TINY), settings(), requested(prompts), stop)
-    with pytest.raises(UserError, match=r"^vLLM, .* failed: \w+: \w+") as refusal:
-        engine.ask("weights", folder="nowhere")
-    assert "\n" not in str(refusal.value)
-    assert "Traceback" in engine._log.read_text()
-
-
 STEPS = 5
 
 

@@ -1,12 +1,7 @@
-"""The objective: its advantages, and its gradient by hand, without shared prompts, by TRL, and in two processes.
-
-This module is also the program that runs in each process: `torchrun ... -m tests.training.rl.test_objective OUT`.
-"""
+"""The objective: its measures, and its gradient by hand and by the reference, whose rows hold one response each."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -16,18 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabench.errors import UserError
-from lorabench.models.base import load_model
 from lorabench.models.passes import trained_parameters
 from lorabench.planning.flops import row_limit
 from lorabench.training import reference
-from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor, join, leave
 from lorabench.training.loss import MAX_LOGITS
 from lorabench.training.rl import objective
 from lorabench.training.rl.objective import ResponseGroup, backward, check_finite, row_parts
 from lorabench.training.rl.sampler import Request, Response
 
-from ..conftest import in_two_processes
-from .conftest import TINY, drawn, machine
+from .conftest import drawn, machine
 
 
 def response(tokens, logprobs=None):
@@ -181,43 +173,3 @@ def test_measures_are_those_of_the_two_distributions(base, tokenizer, prompts):
     single = [Response(r.tokens[:1], r.logprobs[:1], False) for r in exact]
     entropy = backward(base, [ResponseGroup.of(prompts[0], single, rewards)], machine()).entropy
     assert entropy == pytest.approx(-(first.exp() * first).sum().item(), rel=1e-4)
-
-
-def in_few_pieces(processes: Processes = SINGLE_PROCESS) -> dict[str, torch.Tensor]:
-    """Return the measures and gradients of a batch of which one process has a part more than the other."""
-    draw, base = np.random.default_rng(0), load_model(TINY)
-    groups = [
-        ResponseGroup.of(
-            tuple(draw.integers(999, size=5)),
-            [response(draw.integers(999, size=length), draw.normal(-3, 1, length)) for length in (30, 40, 50, 60)],
-            rewards,
-        )
-        for rewards in (*np.eye(4)[:3], np.ones(4), np.zeros(4))
-    ]
-    model = processes.shard(base)
-    with mock.patch.dict(MAX_LOGITS, cpu=16 * 1024):
-        measured = backward(model, groups, machine(max_batch_tokens=200, processes=processes))
-    found = {name: full_tensor(parameter.grad) for name, parameter in trained_parameters(model).items()}
-    return found | {name: torch.tensor(float(value)) for name, value in vars(measured).items()}
-
-
-@pytest.mark.slow
-def test_two_processes_compute_the_gradient_of_one_in_other_pieces(tmp_path):
-    in_two_processes("tests.training.rl.test_objective", tmp_path / "gradients.pt")
-    together, alone = torch.load(tmp_path / "gradients.pt"), in_few_pieces()
-    assert together.keys() == alone.keys()
-    for name, expected in alone.items():
-        assert (together[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-7, name
-
-
-def main(out: Path) -> None:
-    torch.set_num_threads(1)
-    processes = join()
-    found = in_few_pieces(processes)
-    if processes.first:
-        torch.save(found, out)
-    leave(processes)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

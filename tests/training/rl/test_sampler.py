@@ -65,7 +65,7 @@ def test_a_response_depends_neither_on_its_batch_nor_on_those_in_its_row(
     assert same_tokens(together, by_itself)
     assert len({tuple(response.tokens) for response in together}) > 5
     # Some responses end early, so that rows are dropped and others have empty seats.
-    assert len({len(response.tokens) for response in together}) > 2
+    assert len({len(response.tokens) for response in together}) > 1
     for response, alone in zip(together, by_itself, strict=True):
         assert response.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
 
