@@ -1,4 +1,4 @@
-"""Products in fp32 that are rounded to bf16 equal those of the processor, and no product of a model is left out."""
+"""Products in fp32 that are rounded to bf16 equal those of the processor."""
 
 from __future__ import annotations
 
