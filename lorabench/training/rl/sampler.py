@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 _SHARED_TOKENS = 128
 # Owner of a cache column that holds a token of the prompt, or padding; a response's token has the seat, from 1.
 _PROMPT, _PADDING = 0, -1
-# Tokens of spare room in a new buffer of the cache.
-_ROOM = 64
 T = TypeVar("T")
 
 
@@ -146,7 +144,7 @@ def _sample_chunk(
         # Padding is on the left, and has position 0.
         padded[number, width - len(prompt) :], attended[number, width - len(prompt) :] = prompt, 1
     ids, mask = torch.as_tensor(padded, device=device), torch.as_tensor(attended, device=device)
-    cache = Cache(layer_class_to_replicate=_GrowingLayer)
+    cache = Cache(layer_class_to_replicate=_CastLayer)
     logits = _logits_at_end(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache, 1)[:, -1]
     # The row of the logits from which each response continues; responses to one prompt start from the same row.
     contexts = torch.as_tensor(prompts, device=device)
@@ -247,41 +245,17 @@ def _logits_at_end(
     return logits
 
 
-class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer of the KV cache, whose `keys` and `values` are views of the filled part of longer buffers.
-
-    So no token is copied for every new one. With autocast the cache holds the type of the products.
-    """
-
-    keys: Tensor
-    values: Tensor
-    buffers: tuple[Tensor, Tensor] | None = None
+class _CastLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer of the KV cache, which with autocast holds the type of the products."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values of new tokens, (batch, heads, tokens, width); return views of all tokens."""
+        """Append keys and values of new tokens, (batch, heads, tokens, width); return those of all tokens."""
         kind = key_states.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
-        old, new = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
-        if self.buffers is None or new > self.buffers[0].shape[-2]:
-            grown = []
-            for states, kept in ((key_states, self.keys), (value_states, self.values)):
-                buffer = states.new_empty((*states.shape[:-2], new + _ROOM, states.shape[-1]))
-                if old:
-                    buffer[..., :old, :] = kept
-                grown.append(buffer)
-            self.buffers = (grown[0], grown[1])
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[..., old:new, :] = states
-        self.keys, self.values = (buffer[..., :new, :] for buffer in self.buffers)
-        self.is_initialized = True
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only some rows of the batch."""
-        super().batch_select_indices(indices)
-        self.buffers = None
+        whole: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        return whole
 
 
 def ended_by_text(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...], tokens: Tensor) -> np.ndarray:
