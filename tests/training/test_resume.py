@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import TinyModel
-from lorabench.runs import Job, Run
-from lorabench.store.progress import finished_runs
 from lorabench.training.loss import scored_by_example
 
-from ..forks import start_forked
-from .conftest import BrokenError, breaking_at, condition_of, needs_gpu, sweep_of, train, trained, wait_for
+from .conftest import BrokenError, breaking_at, condition_of, needs_gpu, train
 
 
 @pytest.mark.parametrize(
@@ -43,36 +38,3 @@ def test_resumed_equals_unbroken(method, rank, device, data, tmp_path):
     assert whole.first_epoch_scored_tokens == scored_by_example(data["train"]).sum()
     for (name, a), (_, b) in zip(model.named_parameters(), resumed_model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
-
-
-def numbers(runs) -> list[dict]:
-    """Return the columns that must not depend on interruptions."""
-    kept = ["run_id", "lr", "seed", "status", "final_valid_nll", "final_test_nll", "train_tokens", "train_flops"]
-    kept += ["trainable_params", "base_params"]
-    return [row | {"curve": list(curve)} for row, curve in zip(runs[kept].to_dict("records"), runs.curve, strict=True)]
-
-
-@pytest.mark.slow
-def test_a_walk_killed_in_the_middle_ends_as_an_unbroken_one(ready):
-    plan, layout = ready("walk", {"checkpoint_minutes": 0.0}, lora={"start": 1e-4, "most": 5})
-    sweep = sweep_of(plan, "lora")
-    # The optimum is far above, so the second wave has one LR.
-    fourth = Run(sweep.condition, 4.64e-4, 0)
-    checkpoint = layout.runs / f"{fourth.run_id}.partial" / "checkpoint.safetensors"
-
-    fork = start_forked(["lorabench", "step", "train", sweep.sweep_id, "--preset", "mine.yaml"], Path.cwd(), "output")
-    wait_for(checkpoint, fork.is_alive)
-    fork.kill()
-    fork.join()
-    resumed, lines = trained(plan, layout, "lora")
-    assert "stopped at 5 LRs" in lines[-1]
-
-    layout.job(Job((sweep,))).unlink()
-    layout.runs.rename("resumed")
-    unbroken, _ = trained(plan, layout, "lora")
-    assert numbers(resumed) == numbers(unbroken)
-    assert unbroken.lr.nunique() == 5
-    # Weights are kept at the best LR only.
-    assert len(list(layout.runs.glob("*/weights"))) == sweep.seeds.best
-    others = sum(s.n_runs for s in plan.sweeps if s != sweep)
-    assert finished_runs(plan, layout)[:2] == (len(unbroken), sweep.n_runs + others)

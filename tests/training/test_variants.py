@@ -16,7 +16,6 @@ from peft.optimizers import create_loraplus_optimizer
 
 from lorabench.config.experiments import Protocol
 from lorabench.config.fields import LORA_PLUS_RATIO
-from lorabench.data.tokens import cache_key, read_tokens
 from lorabench.evaluation.runner import transformers_model
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import round_to_nf4

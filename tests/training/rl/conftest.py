@@ -54,17 +54,9 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory, tokenizer) -> Environment:
     """Greatest common divisors up to 50, of which the base answers about a quarter rightly."""
-    return environment_of(problem_file(tmp_path_factory.mktemp("problems")), tokenizer)
-
-
-def environment_of(path: Path, tokenizer, rollouts: Rollouts = ROLLOUTS) -> Environment:
-    texts = ProblemTexts(tokenizer, rollouts, 512)
-    grader = Grader("arithmetic")
-
-    def grade(responses, answers):
-        return np.array(grader.grade(responses, answers), np.float64)
-
-    return Environment(texts, texts.read(path), grade, {})
+    texts, grader = ProblemTexts(tokenizer, ROLLOUTS, 512), Grader("arithmetic")
+    problems = texts.read(problem_file(tmp_path_factory.mktemp("problems")))
+    return Environment(texts, problems, lambda *given: np.array(grader.grade(*given), np.float64), {})
 
 
 @pytest.fixture

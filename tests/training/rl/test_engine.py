@@ -144,43 +144,29 @@ def test_a_text_ends_a_response_and_a_limit_cuts_it(engine, settings, tokenizer,
     assert len(drawn[0].tokens) == 4
 
 
-STEPS = 5
+def test_the_death_of_the_engine_is_told(engine, settings, prompts, stop):
+    engine.draw(load_model(TINY), settings(), requested(prompts), stop)
+    os.kill(engine._process.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"^the process of vLLM, .* was ended by SIGKILL; start the same command"):
+        engine.ask("weights", folder="nowhere")
 
 
-def test_rl_is_on_policy_also_when_the_engine_was_killed(tmp_path, monkeypatch, raw_rl_preset):
+def test_rl_is_on_policy(tmp_path, monkeypatch, raw_rl_preset):
     monkeypatch.chdir(tmp_path)
     [block] = raw_rl_preset["experiments"]["rl_arithmetic"]
-    block |= {"ranks": {"all": [8]}, "steps": STEPS, "evaluations": 1, "held_out": [], "seeds": 1}
-    block |= {"lrs": {"fullft": [], "lora": [1e-3]}}
-    raw_rl_preset["execution"] |= {"threads": 2, "checkpoint_minutes": 0, "sampler": "vllm"}
+    block |= {"ranks": {"all": [8]}, "held_out": [], "seeds": 1, "lrs": {"fullft": [], "lora": [1e-3]}}
+    raw_rl_preset["execution"] |= {"threads": 2, "sampler": "vllm"}
     Path("mine.yaml").write_text(yaml.safe_dump(raw_rl_preset))
     layout = Layout.of("mine.yaml")
     write_problems(make_problems(layout.preset.problems["gcd"]), layout.dataset("gcd"))
     plan = make_plan(layout.preset)
     job = Job(tuple(plan.sweeps))
-    asked, ask = [], PolicyEngine.ask
-    # The engine dies in step 3, whose base was evaluated before.
-    deadly = [4]
-
-    def counted(engine, name, **arguments):
-        asked.append(name)
-        if deadly and asked.count("sample") == deadly[0]:
-            deadly.clear()
-            os.kill(engine._process.pid, signal.SIGKILL)
-        return ask(engine, name, **arguments)
-
-    monkeypatch.setattr(PolicyEngine, "ask", counted)
-    with pytest.raises(UserError, match="was ended by SIGKILL; start the same command again"):
-        run_job(plan, job, layout, lambda line: None)
-    asked.clear()
     run_job(plan, job, layout, lambda line: None)
-    # It went on from the checkpoint: the base was evaluated again, then came the other steps and the last evaluation.
-    assert asked.count("sample") == 1 + STEPS - 2 + 1
     collect([layout.job(job)], layout.tables(), plan, layout)
     [record] = layout.runs.glob("*/record.json")
     assert "vllm" in json.loads(record.read_text())["environment"]["packages"]
     # The sampler's distribution is the learner's at every step.
     curve = read_table(layout.tables(), "curves")
     kl = curve[(curve["split"] == "train") & (curve["metric"] == "kl")]["value"]
-    assert len(kl) == STEPS
+    assert len(kl) == block["steps"]
     assert kl.abs().max() < 1e-4

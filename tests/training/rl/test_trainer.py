@@ -13,7 +13,6 @@ import pytest
 import yaml
 from peft import PeftModel
 
-from lorabench.config.inputs import ReasoningProblems
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
@@ -59,28 +58,21 @@ def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(tmp_path, 
     collect([layout.job(whole)], layout.tables(), plan, layout)
     runs, curves = read_table(layout.tables(), "runs"), read_table(layout.tables(), "curves")
     assert len(runs) == 2 + 4
-    assert set(runs["task"]) == {"rl"}
-    assert set(runs["group_size"]) == {4}
-    assert set(runs["batch_size"]) == {16}
-    rewards = runs[["base_reward", "final_valid_reward", "final_reward", "best_reward"]]
-    assert rewards.notna().all(axis=None)
-    assert rewards["base_reward"].nunique() == 1
-    assert runs[["constant_reward", "rule_reward"]].drop_duplicates().notna().values.tolist() == [[True, True]]
+    assert (set(runs["task"]), set(runs["group_size"]), set(runs["batch_size"])) == ({"rl"}, {4}, {16})
+    rewards = ["base_reward", "final_valid_reward", "final_reward", "best_reward", "constant_reward", "rule_reward"]
+    assert runs[rewards].notna().all(axis=None)
+    assert runs[["base_reward", "constant_reward", "rule_reward"]].nunique().max() == 1
     assert (runs["final_entropy"] > 0).all()
-    assert runs["final_truncated"].between(0, 1).all()
-    assert (runs["final_test_nll"].isna()).all()
+    assert runs["final_test_nll"].isna().all()
     assert set(curves["split"]) == {"train", "validation", "test", "gcd-of-three"}
     lora = runs[runs["method"] == "lora"]
-    assert lora["trainable_params"].nunique() == 1
     assert lora["train_flops"].div(lora["train_tokens"]).nunique() == 1
-    assert any("accuracy" in line for line in lines)
 
     at_best = lora[lora["seed"] == 1]["lr"].item()
     kept = {run_id for run_id in lora["run_id"] if (layout.runs / run_id / "weights").exists()}
     assert kept == set(lora.loc[lora["lr"] == at_best, "run_id"])
     assert all(learned_layers(layout.runs / run_id / "weights") for run_id in kept)
 
-    first = pq.read_table(layout.job(whole)).to_pandas()
     layout.job(whole).unlink()
     lost = layout.runs / lora["run_id"].iloc[0]
     record = json.loads((lost / "record.json").read_text())
@@ -88,11 +80,6 @@ def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(tmp_path, 
     run_job(plan, whole, layout, lambda line: None)
     again = json.loads((lost / "record.json").read_text())
     assert again["outcome"]["base_reward"] == record["outcome"]["base_reward"]
-
-    layout.job(whole).unlink()
-    monkeypatch.setattr(rl_job, "train_rl", None)
-    run_job(plan, whole, layout, lambda line: None)
-    assert list(pq.read_table(layout.job(whole)).to_pandas()["run_id"]) == list(first["run_id"])
 
 
 def test_a_sampler_that_computes_wrongly_ends_the_job_and_not_the_run(tmp_path, raw_rl_preset, monkeypatch):
@@ -159,23 +146,3 @@ def test_two_processes_sample_and_learn_as_one(tmp_path, raw_rl_preset, monkeypa
                 assert drawn == value, (step, split, metric)
         weights = layout.runs / run_id / "weights"
         assert learned_layers(weights) if run["method"] == "lora" else (weights / "model.safetensors").is_file()
-
-
-def test_problems_of_a_users_file_are_trained_on_and_graded_by_its_answers(tmp_path, monkeypatch, raw_rl_preset):
-    monkeypatch.chdir(tmp_path)
-    sizes = {"train": 32, "validation": 8, "test": 24}
-    problems = make_problems(ReasoningProblems(kind="arithmetic", tasks=["gcd"], max_value=50, **sizes))
-    lines = [json.dumps({"q": row["question"], "a": int(row["answer"])}) for row in problems]
-    Path("mine.jsonl").write_text("\n".join(lines))
-    own = {"kind": "file", "path": "mine.jsonl", "question": "q", "answer": "a", "grader": "number"}
-    raw_rl_preset["problems"] = {"mine": own | sizes}
-    [block] = raw_rl_preset["experiments"]["rl_arithmetic"]
-    lrs = {"fullft": [1e-4], "lora": []}
-    block |= {"problems": ["mine"], "held_out": [], "ranks": {}, "lrs": lrs, "seeds": 1}
-    plan, layout = prepare(raw_rl_preset)
-    [sweep] = plan.sweeps
-    run_job(plan, Job((sweep,)), layout, lambda line: None)
-    [run] = pq.read_table(layout.job(Job((sweep,)))).to_pylist()
-    # The base solves about one problem in four, which shows that it is graded by the file's answers.
-    assert 0 < run["base_reward"] < 1
-    assert run["status"] == "done"
