@@ -106,12 +106,8 @@ def backward_in_pieces(
 ) -> tuple[Tensor, Tensor]:
     """Add the gradient of a loss that is a sum over tokens; return it, and the numbers of all tokens.
 
-    Args:
-        inputs: arguments of the decoder.
-        tokens: indices into (rows x length) of the positions whose logits are computed, (tokens,).
-        compute: what is computed from the logits of some tokens, at most `at_once`.
-        loss: the part of the loss, a scalar, that follows from these numbers.
-        autocast: the type of autocast; None for fp32.
+    `tokens` are indices into (rows x length) of the positions whose logits are computed, (tokens,). From the logits of
+    `at_once` tokens at most follow the numbers that `compute` returns, and from these a part of the loss, a scalar.
     """
     cast = torch.autocast(tokens.device.type, dtype=autocast, enabled=autocast is not None)
     if len(tokens) <= at_once or isinstance(model, FSDPModule):
@@ -170,11 +166,7 @@ def of_tokens(
 def add_gradient(
     model: nn.Module, batch: Batch, divisor: int, autocast: torch.dtype | None, max_logits: int | None
 ) -> Tensor:
-    """Add the gradient of a batch's NLL divided by `divisor`, and return this quotient, a scalar on the device.
-
-    The divisor is usually the scored tokens of the whole batch, of which `batch` is a part; `max_logits` (see
-    `MAX_LOGITS`) may be None for no limit.
-    """
+    """Add the gradient of a batch's NLL divided by `divisor`, and return this quotient, a scalar on the device."""
     inputs, (tokens, targets) = {"input_ids": batch.inputs}, _scored(batch)
     at_once = len(tokens) if max_logits is None else max(1, max_logits // without_peft(model).config.vocab_size)
     # The context includes the backward pass, since recomputed layers read the tokens again.

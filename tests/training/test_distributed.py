@@ -68,9 +68,10 @@ def run_case(
     breaks_at: int | None = None,
 ):
     """Train a case, from the checkpoint in `checkpoints` if there is one, and return its numbers as plain data."""
-    spec = TinyModel(kind="tiny", name=case.base)
     if case.base == "tied":
         spec = PathModel(kind="path", path=str(folder / "tied"), parameters=1, hidden_size=1)
+    else:
+        spec = TinyModel(kind="tiny", name=case.base)
     with mock.patch.dict(MAX_LOGITS, cpu=case.max_logits):
         outcome, model = train(
             condition_of(case.method, case.rank, STEPS, case.batch_size),

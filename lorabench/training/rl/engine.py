@@ -50,11 +50,9 @@ class EngineSettings:
 
 
 def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> EngineSettings:
-    """Return the settings of the engine of a sweep.
+    """Return the settings of the engine of a sweep, whose longest prompt with its response has `longest` tokens.
 
-    Args:
-        longest: tokens of the longest prompt with its response.
-        tokenizes: whether a text may end a response, for which the engine needs the tokenizer.
+    With `tokenizes` a text may end a response, for which the engine needs the tokenizer.
     """
     machine, condition, preset = context.machine, context.sweep.condition, context.plan.preset
     spec, device = context.layout.model(condition.model), machine.device
@@ -123,11 +121,9 @@ class PolicyEngine(AbstractContextManager["PolicyEngine"]):
         requests: list[Request],
         stop: Stop,
     ) -> list[Response]:
-        """Draw a response to each request from the present policy. Every process must call this.
+        """Draw a response to each request from a policy, a base model or one with an adapter.
 
-        Args:
-            model: the policy, a base model or one with an adapter.
-            settings: what the engine is started with. In full fine-tuning its model is replaced by the policy.
+        Every process must call this. In full fine-tuning the policy replaces the model that the settings name.
         """
         hand_over = self._hand_over_adapter if isinstance(model, PeftModel) else self._hand_over_weights
         hand_over(model, settings)

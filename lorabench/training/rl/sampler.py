@@ -69,9 +69,7 @@ def sample(
 ) -> list[Response]:
     """Draw a response to each request, in their order, at temperature 1 from the whole vocabulary.
 
-    Args:
-        max_cache_tokens: limit of rows times length of prompt and response in one batch; a single row always fits.
-        autocast: the type of autocast; None for fp32.
+    `max_cache_tokens` limits the rows times the length of prompt and response in a batch; a single row always fits.
     """
     responses: dict[int, Response] = {}
     device, was_training = next(model.parameters()).device, model.training
@@ -106,10 +104,8 @@ def packed(items: Iterable[T], length: Callable[[T], int], limit: int) -> Iterat
 def draw(logprobs: Tensor, uniform: Tensor, contexts: Tensor) -> Tensor:
     """Draw tokens by inversion of the cumulative distribution, (n,).
 
-    Args:
-        logprobs: (contexts, vocabulary).
-        uniform: random numbers in [0, 1) in double precision, (n,); a negative number selects the most likely token.
-        contexts: the row of `logprobs` that each token is drawn from, (n,).
+    Each is drawn from a row of `logprobs` (contexts, vocabulary), which `contexts` (n,) names, by a random number of
+    `uniform` (n,), in [0, 1) and in double precision; a negative number selects the most likely token.
     """
     cumulative = logprobs.double().exp().cumsum(-1)
     # The total is 1 up to rounding; scaling by it ensures that no token of probability zero is drawn.

@@ -14,7 +14,7 @@ from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
 from lorabench.runs import Run
 from lorabench.training.rl import loop
-from lorabench.training.rl.loop import ProblemTexts, evaluation_steps
+from lorabench.training.rl.loop import ProblemTexts
 from lorabench.training.rl.sampler import Request, Response
 
 from ..conftest import BrokenError, breaking_at
@@ -197,12 +197,6 @@ def test_another_seed_draws_other_samples_and_held_out_problems_are_not_trained_
     assert with_sums.final_reward == without.final_reward
     assert metric(without, "response_length") != metric(other, "response_length")
     assert without.base_reward == other.base_reward
-
-
-def test_evaluations_are_evenly_spaced_and_the_last_is_the_end():
-    assert evaluation_steps(40, 4) == {10, 20, 30, 40}
-    assert evaluation_steps(7, 3) == {3, 5, 7}
-    assert evaluation_steps(2, 6) == {1, 2}
 
 
 def test_a_prompt_is_a_chat_up_to_the_assistant_or_a_text_and_what_closes_a_turn_ends_a_response(tmp_path):
