@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -252,13 +251,8 @@ class PolicyEngine(AbstractContextManager["PolicyEngine"]):
                 self._connection.send_bytes(json.dumps({"do": name, "with": arguments}).encode())
             answer = json.loads(self._connection.recv_bytes())
         except (EOFError, ConnectionError) as error:
-            try:
-                status = self._process.wait(20)
-                end = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-            except subprocess.TimeoutExpired:
-                end = "does not answer any more"
             raise UserError(
-                f"the process of vLLM, which draws the responses (execution.sampler), {end}; start the same command "
+                "the process of vLLM, which draws the responses (execution.sampler), has ended; start the same command "
                 f"again, and its runs go on from their checkpoints; its log is {self._log}"
             ) from error
         if "error" in answer:

@@ -147,7 +147,7 @@ def test_a_text_ends_a_response_and_a_limit_cuts_it(engine, settings, tokenizer,
 def test_the_death_of_the_engine_is_told(engine, settings, prompts, stop):
     engine.draw(load_model(TINY), settings(), requested(prompts), stop)
     os.kill(engine._process.pid, signal.SIGKILL)
-    with pytest.raises(UserError, match=r"^the process of vLLM, .* was ended by SIGKILL; start the same command"):
+    with pytest.raises(UserError, match=r"^the process of vLLM, .* has ended; start the same command"):
         engine.ask("weights", folder="nowhere")
 
 
