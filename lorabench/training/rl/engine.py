@@ -139,10 +139,11 @@ class PolicyEngine(AbstractContextManager["PolicyEngine"]):
         }
 
         def draw_share(share: list[Request]) -> list[Response]:
-            # The random numbers of a response depend on its key alone.
-            states = [r.key and np.random.SeedSequence(r.key).generate_state(1, np.uint64)[0] for r in share]
-            seeds = [None if state is None else int(state >> np.uint64(1)) for state in states]
-            wanted = [(request.prompt, seed) for request, seed in zip(share, seeds, strict=True)]
+            wanted = []
+            for request in share:
+                # The random numbers of a response depend on its key alone.
+                state = np.random.SeedSequence(request.key).generate_state(1, np.uint64)
+                wanted.append((request.prompt, None if request.key is None else int(state[0] >> np.uint64(1))))
             answers = self.ask("sample", requests=wanted, options=options) if share else []
             return [
                 Response(np.array(tokens, np.int64), np.array(logprobs, np.float32), truncated)
