@@ -16,6 +16,7 @@ from peft import PeftModel
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
+from lorabench.models.specs import shipped_folder
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.store.collect import collect
@@ -105,6 +106,19 @@ def test_a_sampler_that_computes_wrongly_ends_the_job_and_not_the_run(tmp_path, 
     assert (layout.runs / f"{run.run_id}.partial/checkpoint.safetensors").is_file()
     run_job(plan, job, layout, lambda line: None)
     assert json.loads((layout.runs / run.run_id / "record.json").read_text())["outcome"]["status"] == "done"
+
+
+def test_problems_beyond_a_sliding_window_are_refused(tmp_path, raw_rl_preset, monkeypatch):
+    """Rows that responses share have masks without the window."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(shipped_folder("llama-128"), "base")
+    config = json.loads(Path("base/config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 12}
+    Path("base/config.json").write_text(json.dumps(config))
+    raw_rl_preset["models"]["tiny"] = {"kind": "path", "path": "base", "parameters": 828_288, "hidden_size": 128}
+    plan, layout = prepare(raw_rl_preset)
+    with pytest.raises(UserError, match="is more than the 12 tokens that the model takes"):
+        run_job(plan, Job((plan.sweeps[0],)), layout, lambda line: None)
 
 
 @pytest.mark.slow
