@@ -30,7 +30,6 @@ from lorabench.models.base import load_model, load_tokenizer, max_length, model_
 from lorabench.models.vllm_support import (
     cache_bytes,
     check_vllm,
-    machine_folder,
     max_lora_rank,
     vllm_environment,
     vllm_version,
@@ -87,7 +86,7 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
     if record is not None or job.sweep is None:
         spec, machine = layout.model(job.model), machine_of(plan)
         if sampler == "vllm":
-            check_vllm(spec, machine.device, placement=None if record is None else record["spec"]["placement"])
+            check_vllm(spec, placement=None if record is None else record["spec"]["placement"])
         tokenizer = load_tokenizer(spec)
         index = catalog.task_index(evaluation.tasks)
         loaded = [catalog.load_task(index, task, layout) for task in evaluation.tasks]
@@ -204,7 +203,7 @@ def vllm_model(
     if record is not None and adapter is not None:
         lora = {"lora_local_path": adapter, "max_lora_rank": max_lora_rank(record["spec"]["rank"]), "max_loras": 1}
     on_cpu, longest, dtype = device.type == "cpu", max_length(model), autocast or torch.float32
-    caches = machine_folder(Path(tempfile.gettempdir()))
+    caches = Path(tempfile.mkdtemp(prefix="lorabench-vllm-"))
     atexit.register(shutil.rmtree, caches, ignore_errors=True)
     for name, value in vllm_environment(on_cpu, caches).items():
         os.environ.setdefault(name, value)

@@ -103,7 +103,7 @@ def _cache_bytes(preset: Preset, sizes: Dimensions) -> int:
 
 
 def handover_bytes(preset: Preset, condition: Condition) -> int:
-    """Return the bytes of shared memory in which a job hands its weights to all of its engines in each step.
+    """Return the bytes of the files in which a job hands its weights to all of its engines in each step.
 
     They are the whole model in the type of its products in full fine-tuning, and in LoRA the adapter in fp32.
     """
@@ -111,14 +111,6 @@ def handover_bytes(preset: Preset, condition: Condition) -> int:
     if condition.rank is None:
         return _number_bytes(preset) * _weights(sizes, condition)
     return 4 * lora_parameters(preset, sizes, condition.rank, condition.placement)[0]
-
-
-def handover_space(preset: Preset, condition: Condition) -> int:
-    """Return the bytes of the files through which a job hands over its policies.
-
-    All weights are written beside those of the last step; an adapter is removed when it was read.
-    """
-    return handover_bytes(preset, condition) * (2 if condition.rank is None else 1)
 
 
 def engine_seconds(preset: Preset, sizes: Dimensions, tokens: float, positions: float, context: float) -> float:

@@ -113,12 +113,6 @@ def visible_devices() -> list[str]:
     return list(takewhile(lambda name: name and name[0] != "-", (name.strip() for name in chosen.split(","))))
 
 
-def compute_modes() -> list[str]:
-    """Return the compute mode of each visible GPU; only in `Default` may several processes use a GPU at once."""
-    devices = visible_devices()
-    return _nvidia_smi("--query-gpu=compute_mode", f"--id={','.join(devices)}") if devices else []
-
-
 def _nvidia_smi(*options: str) -> list[str]:
     """Return the lines that `nvidia-smi` answers to a query; none if it is not installed or fails."""
     if not shutil.which("nvidia-smi"):

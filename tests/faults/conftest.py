@@ -117,13 +117,14 @@ class Place:
         return self.run("step", "train", self.job(task).job_id, status=status, **limits)
 
     def numbers(self, task: str) -> list[dict[str, Any]]:
-        """Return the results that must not depend on what happened to a job, or on the machine."""
-        names = ("run_id", "status", "final_valid_nll", "final_test_nll", "final_reward", "best_reward", "train_tokens")
-        return [
-            {name: row[name] for name in names}
-            | {"curve": [point for point in row["curve"] if not point["metric"].endswith("tokens_per_s")]}
-            for row in pq.read_table(self.path(self.layout.job(self.job(task)))).to_pylist()
-        ]
+        """Return the results that must not depend on what happened to a job."""
+        return numbers(pq.read_table(self.path(self.layout.job(self.job(task)))).to_pylist())
+
+
+def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows of runs without the columns that depend on the machine."""
+    names = ("run_id", "status", "final_valid_nll", "final_test_nll", "final_reward", "best_reward", "train_tokens")
+    return [{name: row[name] for name in (*names, "curve")} for row in rows]
 
 
 @dataclass(frozen=True)
