@@ -30,22 +30,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """A figure of the paper, of a claim in its text, or of the verdicts.
-
-    It shows the runs of its experiments and task, or in place of runs another table: `compute`, `evals` or `claims`.
-    """
+    """A figure of the paper, of a claim in its text, or of the verdicts."""
 
     name: str
     """The name of its files."""
     title: str
     caption: str
-    """An explanation for a reader who sees only the figure and this text."""
     experiments: tuple[str, ...]
     drawn_by: str
     """The module and its function that draw it, with a dot between them."""
     task: Task = "sft"
     table: str = "runs"
-    """The table that it shows."""
+    """The table that it shows: that of the runs of its experiments and task, or compute, evals or claims."""
     package: str = __package__
     """The package of the module, which is that of a study if the figure is."""
 
@@ -111,12 +107,11 @@ def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
     """
     if name not in FIGURES:
         raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
-    table = FIGURES[name].table
-    if table == "claims":
+    if FIGURES[name].table == "claims":
         tables = Tables(pd.DataFrame(), pd.DataFrame(), claims=_claims(folders))
     else:
         tables = Tables.read(*folders)
-    _check(table, tables)
+    _check(FIGURES[name].table, tables)
     _save(FIGURES[name], tables, out)
 
 
@@ -125,9 +120,6 @@ def save_all_figures(folders: Sequence[Path], out: Path) -> Iterator[str]:
 
     Yields:
         A sentence on each figure that can't be drawn.
-
-    Raises:
-        UserError: see `save_figure`.
     """
     tables = replace(Tables.read(*folders), claims=_claims(folders))
     shown = {"compute": tables.compute, "evals": tables.evals, "claims": tables.claims}
@@ -136,7 +128,7 @@ def save_all_figures(folders: Sequence[Path], out: Path) -> Iterator[str]:
         for figure in FIGURES.values()
         if len(figure.own_runs(tables.runs) if figure.table == "runs" else shown[figure.table])
     ]
-    for table in dict.fromkeys(figure.table for figure in figures):
+    for table in {figure.table for figure in figures}:
         _check(table, tables)
     for figure in figures:
         try:
@@ -165,10 +157,9 @@ def _save(figure: PaperFigure, tables: Tables, out: Path) -> None:
     if figure.table == "runs":
         if missing := [column for column in NEEDED_BY[figure.task] if column not in tables.runs]:
             raise NothingToDrawError(f"the runs table has no column {', '.join(missing)}")
-        runs = figure.own_runs(tables.runs)
+        runs = with_arm_columns(figure.own_runs(tables.runs))
         if runs.empty:
             raise NothingToDrawError(f"the runs table has no runs of the experiment {' or '.join(figure.experiments)}")
-        runs = with_arm_columns(runs)
         tables = replace(tables, runs=runs, curves=curves_of(tables.curves, runs))
     drawn, plotted = figure.draw(tables)
     for kind in ("svg", "png"):

@@ -43,35 +43,27 @@ def draw(tables: Tables) -> style.Drawn:
     documents; the standard errors of `forgotten` are of the run's own score, without the base's.
 
     Raises:
-        UserError: there is no table evals, it has no trained run, or it has two scores of one kind for a run.
+        UserError: there is no table evals, or it has no trained run.
     """
     evals = tables.evals
-    if evals.empty:
-        raise UserError("there is no table evals")
-    score = ["model", "run_id", "task", "metric", "filter"]
-    if (twice := evals.duplicated(score)).any():
-        repeated = evals.loc[twice, score].dropna(axis="columns").iloc[0]
-        raise UserError(f"the evals table has the score {' '.join(map(str, repeated))} more than once")
     trained = evals[evals["method"].notna()]
     if trained.empty:
-        raise UserError("the evals table has no trained run")
+        raise UserError("there is no table evals, or it has no trained run")
     trained = trained.assign(arm=arm_labels(trained))
     base = evals[evals["method"].isna()]
-    panels = [
-        (title, _panel_rows(runs, base[base["model"] == runs["model"].iloc[0]])) for title, runs in titled(trained)
-    ]
-    plotted = pd.concat([rows for _, rows in panels], ignore_index=True)
+    titles, groups = zip(*titled(trained), strict=True)
+    parts = [_panel_rows(runs, base[base["model"] == runs["model"].iloc[0]]) for runs in groups]
+    plotted = pd.concat(parts, ignore_index=True)
     measures = [name for name in _MEASURES if (plotted["measure"] == name).any()] or [_BITS]
-    figure = style.new_figure((style.PANEL_HEIGHT + 0.4) * len(panels))
-    axes = figure.subplots(len(panels), len(measures) + 1, squeeze=False)
+    figure = style.new_figure((style.PANEL_HEIGHT + 0.4) * len(parts))
+    axes = figure.subplots(len(parts), len(measures) + 1, squeeze=False)
     styles = style.arm_styles(plotted[plotted["arm"] != _BASE])
-    for (title, rows), row_of_panels in zip(panels, axes, strict=True):
+    for title, rows, row_of_panels in zip(titles, parts, axes, strict=True):
         row_of_panels[0].set_title(title, pad=18, parse_math=False)
         _draw_row(row_of_panels, rows, measures, styles)
     marks = [(True, style.mark(look.label, look.marker, color=look.colour)) for look in styles.values()]
     before = bool((plotted["arm"] == _BASE).any()), style.mark("before training", "x", mew=1.8)
-    style.legends(figure, {}, [*marks, before])
-    return figure, plotted
+    return style.legends(figure, {}, plotted, [*marks, before])
 
 
 def _panel_rows(runs: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
@@ -102,7 +94,7 @@ def _panel_rows(runs: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
 def _accuracies(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the accuracies of each task by one metric and filter, the same for all runs."""
     kept = [scores.iloc[:0]]
-    for _, task_scores in scores[scores["higher_is_better"].fillna(False).astype(bool)].groupby("task"):
+    for _, task_scores in scores[scores["higher_is_better"].eq(True)].groupby("task"):
         metrics = list(task_scores["metric"].unique())
         metric = next((name for name in _ACCURACIES if name in metrics), metrics[0])
         by_metric = task_scores[task_scores["metric"] == metric]
@@ -118,7 +110,7 @@ def _mean(scores: pd.DataFrame, own: bool = False) -> tuple[pd.Series[float], pd
 
     The standard error takes documents as independent. With `own`, tasks on the training data count, if there are any.
     """
-    on_own_data = scores["source"].eq(scores["dataset"]).fillna(False).astype(bool)
+    on_own_data = scores["source"].eq(scores["dataset"])
     scores = scores[on_own_data] if own and on_own_data.any() else scores
     values = scores.pivot(index="key", columns="task", values="value").dropna()
     stderrs = scores.pivot(index="key", columns="task", values="stderr").reindex(values.index)

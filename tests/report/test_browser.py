@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lorabench.report.index import write_index
+from lorabench.report.page import write_index
 from lorabench.store.layout import Layout
 
 from ..handmade import make_eval, make_run, make_sweep

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.report.index import write_index
+from lorabench.report.page import write_index
 from lorabench.store.io import write_frame
 
 from ..handmade import claims_table, make_claim, make_sweep, runs_table

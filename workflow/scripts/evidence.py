@@ -13,7 +13,7 @@ import typer
 
 from facts import write_facts
 from lorabench.cli.common import in_one_sentence
-from lorabench.report.evidence import evidence_tables, write_evidence
+from lorabench.figures.evidence import evidence_tables, write_evidence
 from lorabench.sources.measurements import read_own
 from lorabench.store.published import PUBLISHED, evidence_folders
 from pages import check_places, make_smaller, write_pages

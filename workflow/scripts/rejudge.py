@@ -30,7 +30,7 @@ from lorabench.data.identity import has_groups
 from lorabench.data.sft import build_dataset
 from lorabench.models.counts import counts_table
 from lorabench.planning.plan import make_plan
-from lorabench.report.evidence import evidence_tables
+from lorabench.figures.evidence import evidence_tables
 from lorabench.sources.measurements import read_own
 from lorabench.store.collect import test_groups
 from lorabench.store.io import write_csv
