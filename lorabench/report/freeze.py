@@ -154,9 +154,7 @@ def _number(value: Any) -> float | None:
 
 def write_frozen(frozen: Frozen, path: Path) -> None:
     """Write what was fixed as YAML, whole or not at all."""
-    about = (
-        "# What was fixed before the runs on held-out seeds; `lorabench freeze` wrote it. Commit it before the runs."
-    )
+    about = "# What was fixed before the runs on held-out seeds; `lorabench freeze` wrote it. Commit it before them."
     stated = yaml.safe_dump(frozen.model_dump(), sort_keys=False, default_flow_style=None, width=120)
     with atomic_path(path) as partial:
         partial.write_text(f"{about}\n{stated}", encoding="utf-8")

@@ -18,8 +18,8 @@ from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.claims.rules_hash import rules_sha256
 from lorabench.errors import UserError
-from lorabench.report.claim_text import VERDICTS, headline
 from lorabench.figures.evidence import evidence_tables
+from lorabench.report.claim_text import VERDICTS, headline
 from lorabench.report.freeze import freeze, write_frozen
 from lorabench.sources.measurements import read_own
 from lorabench.store.io import write_frame

@@ -28,9 +28,9 @@ import pyarrow as pa
 from lorabench.claims.judge import judge_claims
 from lorabench.data.identity import has_groups
 from lorabench.data.sft import build_dataset
+from lorabench.figures.evidence import evidence_tables
 from lorabench.models.counts import counts_table
 from lorabench.planning.plan import make_plan
-from lorabench.figures.evidence import evidence_tables
 from lorabench.sources.measurements import read_own
 from lorabench.store.collect import test_groups
 from lorabench.store.io import write_csv
