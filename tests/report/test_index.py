@@ -15,14 +15,8 @@ from lorabench.store.io import write_frame
 from ..handmade import claims_table, make_claim, make_sweep, runs_table
 from .conftest import HOSTILE, Page
 
-CLAIMS = [
-    make_claim("A7", verdict="contradicted"),
-    make_claim("B2", verdict="inconclusive"),
-    make_claim("F1", verdict="confirmed", fact="rank 1"),
-    make_claim("C1", verdict="confirmed"),
-    make_claim("B1", verdict="not tested"),
-    make_claim("D1", verdict="contradicted"),
-]
+VERDICTS = {"A7": "contradicted", "B2": "inconclusive", "F1": "confirmed", "C1": "confirmed", "B1": "not tested"}
+CLAIMS = [make_claim(*named) for named in (VERDICTS | {"D1": "contradicted"}).items()]
 
 
 def finish(name: str, day: int = 1, claims=CLAIMS, about: str = "About it &amp; more") -> Path:
@@ -78,15 +72,13 @@ def test_a_damaged_table_keeps_no_other_report_from_being_listed():
 
 
 def test_reports_that_are_finished_at_the_same_time_do_not_lose_one_another():
-    names = [f"preset-{place}" for place in range(3)]
-
     def make(name: str) -> None:
         finish(name)
         write_index(Path("results"))
 
-    with ThreadPoolExecutor(len(names)) as pool:
-        list(pool.map(make, names))
-    assert len(entries(Path("results/index.html").read_text())) == len(names)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(make, ["one", "other"]))
+    assert len(entries(Path("results/index.html").read_text())) == 2
 
 
 def test_text_from_outside_stays_text_and_nothing_is_fetched_or_run():
