@@ -31,10 +31,9 @@ def main() -> None:
 def publish_evidence(tables: Mapping[str, pd.DataFrame], root: Path) -> None:
     """Write the evidence to where a repository shows it, and the parts of its pages, if all have their place."""
     check_places(root)
-    folder = root / PUBLISHED / "evidence"
-    write_evidence(tables, folder)
-    for path in (folder / "matrix.svg", folder / "forest.svg"):
-        make_smaller(path)
+    write_evidence(tables, root / PUBLISHED / "evidence")
+    for name in ("matrix.svg", "forest.svg"):
+        make_smaller(root / PUBLISHED / "evidence" / name)
     write_pages(root)
 
 

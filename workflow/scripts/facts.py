@@ -44,9 +44,9 @@ def write_facts(root: Path) -> None:
         shutil.copyfile(published / "evidence" / name, folder / name)
     _write_variants(folder / "variant_lrs.csv", published)
     assert DEFAULT.movement
-    exponents = dict(PUBLISHED.exponents)
+    law = {"base": PUBLISHED.base, "multiplier": PUBLISHED.multiplier, "exponents": dict(PUBLISHED.exponents)}
     theory = {
-        "law": {"base": PUBLISHED.base, "multiplier": PUBLISHED.multiplier, "exponents": exponents, "pivot": PIVOT},
+        "law": law | {"pivot": PIVOT},
         "movement": DEFAULT.movement.model_dump(),
         "alpha": ALPHA,
         "lr_factor": DEFAULT_MARGINS.lr_factor,
@@ -78,9 +78,9 @@ def _write_variants(path: Path, published: Path) -> None:
         figure = pd.read_csv(folder / "variants_of_lora.csv")
         chosen = figure[(figure["element"] == "gap") & (figure["variant"] != "fullft") & figure["lr_ratio_low"].notna()]
         for row in chosen.to_dict("records"):
-            width = str(dimensions(models[row["model"]]).hidden)
-            measured = {"dataset": row["dataset"], "lr_ratio": f"{row['lr_ratio']:.3g}", "source": source}
-            rows.append({"variant": row["variant"], "rank": f"{row['rank']:.0f}", "width": width} | measured)
+            own = {"variant": row["variant"], "rank": f"{row['rank']:.0f}", "dataset": row["dataset"], "source": source}
+            own["width"], own["lr_ratio"] = str(dimensions(models[row["model"]]).hidden), f"{row['lr_ratio']:.3g}"
+            rows.append(own)
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, others[0].keys(), lineterminator="\n")
         table.writeheader()
