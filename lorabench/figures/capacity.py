@@ -192,7 +192,33 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
     plotted = grid.tidy(parts, _STORED)
     figure, styles, panels = grid.panels(plotted)
     for rows, [axes] in panels:
-        _draw_stored(axes, rows, styles)
+        stored, seeds, entropy = only(rows, "stored"), only(rows, "seed"), only(rows, "entropy")
+        per_parameter = only(rows, "per_parameter")
+        for number, linestyle in _PER_PARAMETER.items():
+            line = per_parameter[per_parameter["bits_per_parameter"].eq(number)]
+            axes.plot(line["trainable_params"].astype(float), line["bits"], linestyle, **_LINE)
+        for bits in entropy["bits"]:
+            axes.axhline(bits, **_LINE, zorder=1)
+        shown, positive = stored[stored["bits"] > 0], seeds[seeds["bits"] > 0]
+        adapters = shown[shown["method"] == "lora"].sort_values("trainable_params")
+        axes.plot(adapters["trainable_params"].astype(float), adapters["bits"], color="0.7", linewidth=1.0, zorder=2)
+        seed_marks = positive[["arm", "trainable_params", "bits"]].assign(marker="_")
+        points(axes, seed_marks, "trainable_params", "bits", styles, 11)
+        # A logarithmic axis has no 0: an interval that reaches it is drawn to the lower end of the axis.
+        floor = 0.7 * min(positive["bits"].min(), shown["bits"].min()) if len(positive) else math.nan
+        points(axes, shown.assign(bits_low=shown["bits_low"].clip(lower=floor)), "trainable_params", "bits", styles)
+        axes.set(xscale="log", yscale="log", xlabel="trainable parameters", ylabel="bits stored of the facts")
+        for axis in (axes.xaxis, axes.yaxis):
+            style.log_ticks(axis, EngFormatter(sep=""))
+        nothing = ", ".join(stored.loc[~(stored["bits"] > 0), "arm"])
+        known = [f"facts {formats.count(entropy['bits'].iloc[0])} bits"]
+        known += [grid.seeds_text(stored["n_seeds"])] if len(stored) else []
+        style.note(
+            axes,
+            *known,
+            f"stored nothing: {nothing}" if nothing else "",
+            *grid.diverged_facts(rows, stored, "none finished"),
+        )
     marks = [
         ("entropy", style.line("all of the facts", **_LINE)),
         ("per_parameter", style.line("1 bit / parameter", linestyle=_PER_PARAMETER[1.0], **_LINE)),
@@ -201,33 +227,3 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
         ("seed", style.mark("one seed", "_", ms=9)),
     ]
     return style.legends(figure, styles, plotted, marks)
-
-
-def _draw_stored(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-    stored, seeds, entropy = only(rows, "stored"), only(rows, "seed"), only(rows, "entropy")
-    per_parameter = only(rows, "per_parameter")
-    for number, linestyle in _PER_PARAMETER.items():
-        line = per_parameter[per_parameter["bits_per_parameter"].eq(number)]
-        axes.plot(line["trainable_params"].astype(float), line["bits"], linestyle, **_LINE)
-    for bits in entropy["bits"]:
-        axes.axhline(bits, **_LINE, zorder=1)
-    shown, positive = stored[stored["bits"] > 0], seeds[seeds["bits"] > 0]
-    adapters = shown[shown["method"] == "lora"].sort_values("trainable_params")
-    axes.plot(adapters["trainable_params"].astype(float), adapters["bits"], color="0.7", linewidth=1.0, zorder=2)
-    seed_marks = positive[["arm", "trainable_params", "bits"]].assign(marker="_")
-    points(axes, seed_marks, "trainable_params", "bits", styles, 11)
-    # A logarithmic axis has no 0: an interval that reaches it is drawn to the lower end of the axis.
-    floor = 0.7 * min(positive["bits"].min(), shown["bits"].min()) if len(positive) else math.nan
-    points(axes, shown.assign(bits_low=shown["bits_low"].clip(lower=floor)), "trainable_params", "bits", styles)
-    axes.set(xscale="log", yscale="log", xlabel="trainable parameters", ylabel="bits stored of the facts")
-    for axis in (axes.xaxis, axes.yaxis):
-        style.log_ticks(axis, EngFormatter(sep=""))
-    nothing = ", ".join(stored.loc[~(stored["bits"] > 0), "arm"])
-    known = [f"facts {formats.count(entropy['bits'].iloc[0])} bits"]
-    known += [grid.seeds_text(stored["n_seeds"])] if len(stored) else []
-    style.note(
-        axes,
-        *known,
-        f"stored nothing: {nothing}" if nothing else "",
-        *grid.diverged_facts(rows, stored, "none finished"),
-    )

@@ -131,51 +131,46 @@ def _draw_row(panels: Sequence[Axes], rows: pd.DataFrame, measures: Sequence[str
         shown = rows.drop_duplicates("run_id") if measure == _NLL else rows[rows["measure"] == measure]
         if measure == _NLL and not rows[_NLL].notna().any():
             style.say(axes, "There is no test NLL\nafter reinforcement learning.")
-        elif shown.empty:
+            continue
+        if shown.empty:
             style.say(axes, "Forgetting is measured against the base,\nwhich has no score on these tasks.")
-        else:
-            label, across = "test NLL\nnats per scored token", _NLL
-            if measure != _NLL:
-                # The base is where the two grey lines cross.
-                axes.axvline(0, **_REFERENCE)
-                label, across = _named(f"{_MEASURES[measure]}:\n", shown["forgotten_tasks"].iloc[0]), "forgotten"
-            _draw_points(axes, shown, across, styles, up)
-            axes.set_xlabel(f"{label}\n(lower is better)", parse_math=False)
-            drawn[up].append(axes)
+            continue
+        label, across = "test NLL\nnats per scored token", _NLL
+        if measure != _NLL:
+            # The base is where the two grey lines cross.
+            axes.axvline(0, **_REFERENCE)
+            label, across = f"{_MEASURES[measure]}:\n{_named(shown['forgotten_tasks'])}", "forgotten"
+        for score in shown.loc[shown["arm"] == _BASE, up].dropna():
+            axes.axhline(score, **_REFERENCE)
+        placed = shown.dropna(subset=[up, across])
+        for row in placed.to_dict("records"):
+            point: dict[str, Any] = {"color": style.MUTED, "fmt": "x", "markeredgewidth": 1.8, "zorder": 1.5}
+            if look := styles.get(row["arm"]):
+                point = {"color": look.colour, "fmt": look.marker, "zorder": look.zorder}
+            errors = row["learned_stderr"] if up == "learned" else None, row.get(f"{across}_stderr")
+            axes.errorbar(row[across], row[up], *errors, markersize=6, elinewidth=0.9, **point)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        # The range is not empty even where all accuracies are 0.
+        if up == "learned" and placed[up].max() == 0:
+            axes.set_ylim(-0.002, 0.05)
+        # The base was trained on no dataset of its own, so it has no test NLL.
+        unplaced = (shown["arm"] != _BASE).sum() - (placed["arm"] != _BASE).sum()
+        style.note(axes, f"{unplaced} without a score" if unplaced else "")
+        axes.set_xlabel(f"{label}\n(lower is better)", parse_math=False)
+        drawn[up].append(axes)
     # Panels with the same height share their y-axis, which has its label at the first of them.
-    labels = {"learned_bits": "bits per byte of right answers\nbelow the base: ", "learned": "accuracy: "}
+    labels = {"learned_bits": "bits per byte of right answers\nbelow the base", "learned": "accuracy"}
     for up, alike in drawn.items():
         for axes in alike[1:]:
             axes.sharey(alike[0])
             axes.tick_params(labelleft=False)
         for first in alike[:1]:
-            tasks = _named(labels[up], rows[f"{up}_tasks"].iloc[0])
-            first.set_ylabel(f"{tasks}\n(higher is better)", parse_math=False)
+            label = f"{labels[up]}: {_named(rows[f'{up}_tasks'])}\n(higher is better)"
+            first.set_ylabel(label, parse_math=False)
             first.autoscale_view()
 
 
-def _draw_points(axes: Axes, rows: pd.DataFrame, across: str, styles: Styles, up: str) -> None:
-    """Draw runs with their standard errors, and the base's score as a line; count the runs that lack a number."""
-    for score in rows.loc[rows["arm"] == _BASE, up].dropna():
-        axes.axhline(score, **_REFERENCE)
-    placed = rows.dropna(subset=[up, across])
-    for row in placed.to_dict("records"):
-        point: dict[str, Any] = {"color": style.MUTED, "fmt": "x", "markeredgewidth": 1.8, "zorder": 1.5}
-        if look := styles.get(row["arm"]):
-            point = {"color": look.colour, "fmt": look.marker, "zorder": look.zorder}
-        error = row["learned_stderr"] if up == "learned" else None
-        across_error = row["forgotten_stderr"] if across == "forgotten" else None
-        axes.errorbar(row[across], row[up], error, across_error, markersize=6, elinewidth=0.9, **point)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    # The range is not empty even where all accuracies are 0.
-    if up == "learned" and placed[up].max() == 0:
-        axes.set_ylim(-0.002, 0.05)
-    # The base was trained on no dataset of its own, so it has no test NLL.
-    unplaced = (rows["arm"] != _BASE).sum() - (placed["arm"] != _BASE).sum()
-    style.note(axes, f"{unplaced} without a score" if unplaced else "")
-
-
-def _named(what: str, tasks: str) -> str:
+def _named(tasks: pd.Series[str]) -> str:
     """Name a score by its task, or by the number of tasks that it is the mean of."""
-    names = tasks.split("; ")
-    return f"{what}{names[0].split(' ')[0]}" if len(names) == 1 else f"{what}mean of {len(names)} tasks"
+    names = tasks.iloc[0].split("; ")
+    return names[0].split(" ")[0] if len(names) == 1 else f"mean of {len(names)} tasks"

@@ -19,13 +19,12 @@ from ..handmade.training import shared, trained
 from .layout import draw, lines, only, texts
 
 ENTROPY, TOKENS = 40_000.0, 13_000
-RANKS = (None, 1, 4, 16, 64)
 EPOCH = {"first_epoch_nats": 9e4, "first_epoch_scored_tokens": 120_000, "dataset": "long"}
 LEAVES = {1: 10, 4: 47, 16: 218}
 """The first steps of three of the windows in which a departure is sought, by the rank that leaves there."""
 
 
-def learning(ranks=RANKS, **settings) -> Tables:
+def learning(ranks=(None, 1, 4, 16, 64), **settings) -> Tables:
     """Make training and validation curves of ranks that leave the shared curve as LEAVES says; rank 64 stays on it."""
 
     def shape(rank):
@@ -44,13 +43,13 @@ def learning(ranks=RANKS, **settings) -> Tables:
     return Tables(runs, pd.concat([kept, validation], ignore_index=True))
 
 
-def facts(stored, **changes) -> Tables:
+def facts(stored) -> Tables:
     """Make arms that store the given bits in their run with the lowest loss."""
     rows = []
     for rank, bits in stored.items():
-        sweep = make_sweep(rank, dataset="facts", entropy_bits=ENTROPY, test_scored_tokens=TOKENS, **changes)
+        sweep = make_sweep(rank, dataset="facts", entropy_bits=ENTROPY, test_scored_tokens=TOKENS)
         finished = [row for row in sweep if row["status"] == "done"]
-        lowest = min((row["final_test_nll"] for row in finished), default=math.nan)
+        lowest = min(row["final_test_nll"] for row in finished)
         for row in finished:
             excess = row["final_test_nll"] - lowest
             row["final_test_nll"] = row["final_valid_nll"] = (ENTROPY - bits) * math.log(2) / TOKENS + excess

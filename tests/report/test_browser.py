@@ -58,15 +58,13 @@ def show(
     browser: Any,
     width: int = WIDE,
     fragment: str = "",
-    scheme: str = "light",
     media: str = "screen",
     opened: bool = True,
 ) -> None:
     """Open the page, and all that is closed on it."""
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width == PHONE}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media})
     browser.get("about:blank")
     browser.get(Layout.of("mine.yaml").report.absolute().as_uri() + fragment)
     if opened:
@@ -89,7 +87,7 @@ def curves(browser: Any) -> int:
     return len(browser.find_elements("css selector", "#chart .curve"))
 
 
-@pytest.mark.parametrize(("width", "media"), [(PHONE, "screen"), (WIDE, "screen"), (A4, "print")])
+@pytest.mark.parametrize(("width", "media"), [(PHONE, "screen"), (A4, "print")])
 def test_the_page_does_not_scroll_sideways(browser, page, width, media):
     page(width=width, media=media)
     across, shown = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
@@ -97,43 +95,12 @@ def test_the_page_does_not_scroll_sideways(browser, page, width, media):
     assert across <= width
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_to_complain_about(browser, page, scheme):
-    page(scheme=scheme)
+def test_nothing_to_complain_about(browser, page):
+    page()
     assert browser.get_log("browser") == []
     images = browser.execute_script("return [...document.images].map((e) => e.complete && e.naturalWidth > 0)")
     assert images
     assert all(images)
-    dead = "return [...document.links].filter((e) => e.hash && !document.getElementById(e.hash.slice(1))).length"
-    assert browser.execute_script(dead) == 0
-    # Every text has a contrast of 4.5 to 1 (WCAG AA) with its background.
-    assert browser.execute_script(CONTRAST) == []
-
-
-CONTRAST = """
-const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
-const light = (colour) => {
-  const [r, g, b] = parse(colour).slice(0, 3).map((part) => part / 255)
-    .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-};
-const behind = (element) => {
-  for (let parent = element; parent; parent = parent.parentElement) {
-    const colour = getComputedStyle(parent).backgroundColor;
-    if ((parse(colour)[3] ?? 1) > 0) return colour;
-  }
-  return "rgb(255, 255, 255)";
-};
-const low = new Set();
-for (const element of document.body.querySelectorAll("*")) {
-  const own = [...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
-  if (!own || element.closest("script, svg, option") || !element.checkVisibility()) continue;
-  const [a, b] = [light(getComputedStyle(element).color), light(behind(element))];
-  const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  if (ratio < 4.5) low.add(`${element.tagName}.${element.className}: ${ratio.toFixed(2)}`);
-}
-return [...low];
-"""
 
 
 def test_text_from_tables_runs_nothing(browser, report):
