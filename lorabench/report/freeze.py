@@ -53,16 +53,14 @@ class Expected(Strict):
 
 
 class Frozen(Strict):
-    """What was fixed before the runs."""
+    """What was fixed before the runs of a preset, which is named with its first seed, such as `long_runs@100`."""
 
     preset: str
-    """The preset with its first seed, such as `long_runs@100`."""
     date: str
     protocol_version: int
     preset_sha256: str
     rules_sha256: str
     seeds: list[int]
-    """Every seed that the runs may have."""
     data: dict[str, FrozenData]
     expected: dict[str, Expected]
     """By claim; claims that the explored runs are not about, derivations and counts are left out. Empty where nothing
@@ -85,15 +83,10 @@ def preset_sha256(preset: Preset) -> str:
 
 
 def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None = None) -> Frozen:
-    """Return what is fixed of a preset, whose first seed is above those that were explored.
+    """Return what is fixed of a preset, named with a first seed above those that were explored.
 
-    Args:
-        preset: the preset with its first seed, as `load_preset` takes it.
-        claims: the table `claims` of the explored runs, judged by the rules of today; None if the preset never ran.
-        power: the table of `python -m benchmarks.calibration --preset`; None if it was not computed.
-
-    Raises:
-        UserError: the first seed is 0, or the claims were judged by other rules.
+    `claims` is the table of the explored runs, judged by the rules of today (else UserError), or None if the preset
+    never ran; `power` is that of `python -m benchmarks.calibration --preset`, or None.
     """
     stated = Layout.of(preset).preset
     if not stated.first_seed:
@@ -101,10 +94,8 @@ def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None 
     rules = rules_sha256(stated.margins, stated.predictions or {})
     explored = pd.DataFrame(columns=["claim_id", "verdict", "kind", "rules"]) if claims is None else claims
     if judged_by := _other_rules(explored, rules):
-        raise UserError(
-            f"the explored claims were judged by {judged_by} and the rules of today are {rules[:12]}: judge them again "
-            "with `lorabench claims`"
-        )
+        again = f"and the rules of today are {rules[:12]}: judge them again with `lorabench claims`"
+        raise UserError(f"the explored claims were judged by {judged_by} {again}")
     powers: dict[Any, float] = {}
     if power is not None:
         powers = power.filter(like="power_at_").min(axis="columns").groupby(power["claim_id"]).min().to_dict()

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import sys
 from collections.abc import Collection, Sequence
 from html import unescape
 from pathlib import Path
@@ -29,7 +28,7 @@ from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CORE
 from lorabench.claims.recipe import measured_recipe
 from lorabench.config.experiments import Block
-from lorabench.config.loading import is_shipped, load_preset, split_name
+from lorabench.config.loading import is_shipped
 from lorabench.doctor.record import record_for
 from lorabench.errors import UserError
 from lorabench.figures.catalog import PaperFigure, figures_of_preset
@@ -42,7 +41,6 @@ from lorabench.store.layout import Layout
 from lorabench.store.published import NOT_PUBLISHED
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
-from lorabench.utils.lock import locked
 from lorabench.utils.studies import studies
 
 _HERE = Path(__file__).parent
@@ -55,11 +53,8 @@ SECTIONS += [study.texts["section"] for study in studies()]
 def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = True) -> None:
     """Write the report of a preset from its figures and its tables runs, curves, claims and, if it exists, evals.
 
-    Args:
-        source: the preset as the user named it: the name of a shipped preset, or the path of its file.
-        out: the HTML file; it appears only when it is complete.
-        evaluated: whether to show the scores of lm-eval. Without them the page needs neither their table nor their
-            figures.
+    `source` is the preset as the user named it: the name of a shipped preset, or the path of its file. The file `out`
+    appears only when it is complete. Without `evaluated`, the page needs neither scores of lm-eval nor their figures.
 
     Raises:
         UserError: a figure or a table is missing, or the table claims is from another version.
@@ -229,14 +224,10 @@ def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
 def table_downloads(folder: Path, page: Path, without: Collection[str] = ()) -> list[dict[str, Any]]:
     """Return the tables of a folder as data: URIs of their CSV files, compressed with gzip if they are large.
 
-    Args:
-        page: the folder of the page.
-        without: names of tables to leave out.
-
     Returns:
-        For each table: `file` (its name), `bytes` (the size of the file), `embedded` (whether it is in the page) and
-        `uri` (a data: URI, or the path of the file from the page). A table that is too large to embed even when
-        compressed is linked, as the parquet file where it is too large for CSV.
+        For each table but those `without`: `file` (its name), `bytes` (the size of the file), `embedded` (whether it is
+        in the page) and `uri` (a data: URI, or the path of the file from the folder of the page). A table that is too
+        large to embed even when compressed is linked, as the parquet file where it is too large for CSV.
     """
     downloads, left = [], MAX_EMBEDDED
     for name in ("runs", "curves", "claims", "evals", "compute", "counts"):
@@ -310,55 +301,43 @@ LINES = 3
 def write_index(results: Path) -> Path:
     """Write the index of a folder of results from what lies there, and return its path.
 
-    Reports that are finished at the same time write it one after the other, so that the last one has all of them.
+    `last` of an entry is the time at which the last run was started, as text in ISO 8601; `note` says why there are no
+    verdicts.
     """
-    out = results / "index.html"
-    with locked(results / "index.lock", str(out), lambda line: print(line, file=sys.stderr)):
-        own: list[dict[str, Any]] = []
-        shipped: list[dict[str, Any]] = []
-        # Of a preset with two reports, the one with scores of lm-eval is listed.
-        names = ("without_evaluation.html", "index.html")
-        reports = {path.parent: path for name in names for path in sorted(results.glob(f"*/report/{name}"))}
-        for report in reports.values():
-            ours = is_shipped(report.parents[1].name)
-            (shipped if ours else own).append(_entry(report, results, ours))
-        for entries in (own, shipped):
-            entries.sort(key=lambda entry: entry["last"], reverse=True)
-        groups = {"Your own models and data": own, "Presets of the paper, run here": shipped}
-        styles = {"style": inline("page.css"), "own_style": inline("index.css")}
-        page = environment().get_template("index.html.j2").render(groups=groups, lines=LINES, **styles)
-        with atomic_path(out) as partial:
-            partial.write_text(page, encoding="utf-8")
-    return out
+    own: list[dict[str, Any]] = []
+    shipped: list[dict[str, Any]] = []
+    # Of a preset with two reports, the one with scores of lm-eval is listed.
+    names = ("without_evaluation.html", "index.html")
+    reports = {path.parent: path for name in names for path in sorted(results.glob(f"*/report/{name}"))}
+    for report in reports.values():
+        name = report.parents[1].name
+        ours = is_shipped(name)
+        with report.open("rb") as file:
+            head = file.read(2**15).decode(errors="replace")
+        texts = re.findall(r'<(?:title>|meta name="(\w+)" content=")(.*?)(?:</title>|">)', head, re.DOTALL)
+        stated = {field or "title": unescape(text) for field, text in texts}
+        entry = {"title": name if ours else stated.get("title", name), "about": stated.get("description", "")}
+        entry |= {"answer": stated.get("abstract", ""), "report": quote(report.relative_to(results).as_posix())}
+        # What is damaged of one preset keeps no other from being listed.
+        try:
+            entry |= _told(results / name / "tables")
+        except UserError as error:
+            nothing = dict.fromkeys(("size", "verdicts", "claims"), ())
+            entry |= nothing | {"last": "", "note": f"Its tables can't be read: {error}."}
+        (shipped if ours else own).append(entry)
+    for entries in (own, shipped):
+        entries.sort(key=lambda entry: entry["last"], reverse=True)
+    groups = {"Your own models and data": own, "Presets of the paper, run here": shipped}
+    styles = {"style": inline("page.css"), "own_style": inline("index.css")}
+    page = environment().get_template("index.html.j2").render(groups=groups, lines=LINES, **styles)
+    with atomic_path(results / "index.html") as partial:
+        partial.write_text(page, encoding="utf-8")
+    return results / "index.html"
 
 
-def _entry(report: Path, results: Path, ours: bool) -> dict[str, Any]:
-    """Return what the index shows of a preset, by its report and its tables.
-
-    `last` is the time at which its last run was started, as text in ISO 8601; `note` says why there are no verdicts.
-    """
-    with report.open("rb") as file:
-        head = file.read(2**15).decode(errors="replace")
-    texts = re.findall(r'<(?:title>|meta name="(\w+)" content=")(.*?)(?:</title>|">)', head, re.DOTALL)
-    stated = {field or "title": unescape(text) for field, text in texts}
-    name = report.parents[1].name
-    entry = {
-        "title": name if ours else stated.get("title", name),
-        "about": stated.get("description") or (load_preset(split_name(name)[0]).description if ours else ""),
-        "answer": stated.get("abstract", ""),
-        "report": quote(report.relative_to(results).as_posix()),
-        "last": "",
-        "size": [],
-        "verdicts": [],
-        "claims": [],
-        "note": "",
-    }
-    # What is damaged of one preset keeps no other from being listed.
-    try:
-        claims = read_claims(results / name / "tables", NOT_PUBLISHED)
-        runs = read_rows(results / name / "tables", "runs", ["model", "started"])
-    except UserError as error:
-        return entry | {"note": f"Its tables can't be read: {error}."}
+def _told(tables: Path) -> dict[str, Any]:
+    """Return what the index shows of a preset's runs and claims."""
+    claims, runs = read_claims(tables, NOT_PUBLISHED), read_rows(tables, "runs", ["model", "started"])
     # Of each fact one core claim is shown: those that are decided come first, then those that are inconclusive.
     core = claims[claims["claim_id"].isin(CORE) & claims["verdict"].isin((*DECIDED, "inconclusive"))]
     core = core.assign(open=core["verdict"] == "inconclusive", place=core["claim_id"].map(CORE.index))
@@ -367,9 +346,10 @@ def _entry(report: Path, results: Path, ours: bool) -> dict[str, Any]:
     days = dict.fromkeys(time[:10] for time in (*started[:1], *started[-1:]))
     models = ", ".join(sorted({row["model"] for row in runs}))
     counts = claims["verdict"].value_counts()
-    return entry | {
+    return {
         "last": max(started, default=""),
         "size": [f"{len(runs):,} run{'' if len(runs) == 1 else 's'}", models, " to ".join(days)],
         "verdicts": [(verdict, int(counts[verdict])) for verdict in claim_text.VERDICTS if verdict in counts],
         "claims": core.to_dict("records"),
+        "note": "",
     }

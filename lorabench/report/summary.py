@@ -127,9 +127,8 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
 def sampler(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
     """Return how far the sampler's distribution is from the learner's in each arm of RL.
 
-    Returns:
-        `arms`, the rows of `sampler_mismatch` with their `label` and the name of their `sampler` (a list, empty
-        for runs that are not in the plan); `names` of all samplers; `n_above`, the number of runs above the KL `limit`.
+    There are `arms`, the rows of `sampler_mismatch` with their `label` and the name of their `sampler` (a list, empty
+    for runs that are not in the plan), `names` of all samplers, and `n_above`, the number of runs above the KL `limit`.
     """
     rollouts = {run_id: sweep.condition.rollouts for sweep in plan.sweeps for run_id in sweep.run_ids}
     arms: Records = sampler_mismatch(runs, curves).to_dict("records")
@@ -151,8 +150,7 @@ def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
     evals = with_all_columns(evals, "evals")
     # Perplexities of tasks that have bits per byte are the same on another scale.
     bits = evals.loc[evals["metric"] == "bits_per_byte", "task"]
-    perplexity = evals["metric"].isin(["word_perplexity", "byte_perplexity"])
-    evals = evals[~(evals["task"].isin(bits) & perplexity)]
+    evals = evals[~(evals["task"].isin(bits) & evals["metric"].isin(["word_perplexity", "byte_perplexity"]))]
     base, trained = evals[evals["method"].isna()], labelled(evals[evals["method"].notna()])
     tables = []
     for place, setting in trained.groupby(_PLACE, dropna=False):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
 
@@ -60,7 +59,6 @@ def test_reports_are_listed_with_runs_verdicts_and_core_claims(folder):
         f"mine/report/index.html#claim-{claim_id}" for claim_id in ("C1", "D1", "F1")
     ]
     assert "laptop%40100/report/index.html" in shown["laptop@100"].all("a", "href")
-    assert not Path("results/index.lock").exists()
 
 
 def test_a_damaged_table_keeps_no_other_report_from_being_listed():
@@ -69,16 +67,6 @@ def test_a_damaged_table_keeps_no_other_report_from_being_listed():
     shown = entries(write_index(Path("results")).read_text())
     assert "C1" in shown["Question mine"].text
     assert "can't be read as a table" in shown["Question other"].text
-
-
-def test_reports_that_are_finished_at_the_same_time_do_not_lose_one_another():
-    def make(name: str) -> None:
-        finish(name)
-        write_index(Path("results"))
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(make, ["one", "other"]))
-    assert len(entries(Path("results/index.html").read_text())) == 2
 
 
 def test_text_from_outside_stays_text_and_nothing_is_fetched_or_run():
