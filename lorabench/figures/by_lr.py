@@ -210,8 +210,8 @@ def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     for best in only(rows, "optimum").to_dict("records"):
         colour = styles[best["arm"]].colour
         axes.hlines(best[value], best["lr_low"], best["lr_high"], color=colour, linewidth=1.2, zorder=5)
-        look = {"mfc": colour, "mec": "white"} if best["resolved"] else {"mfc": "white", "mec": colour}
-        axes.plot(best["lr"], best[value], "D", ms=5.5, **look, mew=1.0, zorder=6)
+        face, edge = (colour, "white") if best["resolved"] else ("white", colour)
+        axes.plot(best["lr"], best[value], "D", ms=5.5, mfc=face, mec=edge, mew=1.0, zorder=6)
     lowest, highest = rows["lr"].min(), rows["lr"].max()
     around = max(1.3, (highest / lowest) ** 0.1)
     axes.set_xlim(lowest / around, highest * around)

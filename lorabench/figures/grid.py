@@ -128,7 +128,7 @@ def judged_departures(comparison: Comparison) -> dict[int, tuple[PairedCurves, D
     Each departure comes after the curves that it was found in. Ranks are left out where something speaks against a
     verdict on them, such as too few seeds or training losses.
     """
-    highest, departures = comparison.highest, {}
+    highest, departures = comparison.highest, dict[int, tuple[PairedCurves, Departure]]()
     if highest is None or comparison.margin.problem:
         return departures
     for rank, arm in comparison.lora.items():

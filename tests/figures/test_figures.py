@@ -120,8 +120,7 @@ def test_fig2_hides_no_loss_above_the_range_and_never_the_best_of_an_arm():
     above = plotted[plotted["above_range"].eq(True)]
     assert above["nll"].tolist() == [40.0]
     assert figure.axes[0].get_ylim()[1] < 10
-    triangles = lines(figure.axes[0], marker="^")
-    assert [line.get_xdata()[0] for line in triangles] == [1e-4]
+    assert [line.get_xdata()[0] for line in lines(figure.axes[0], marker="^")] == [1e-4]
     rows = make_sweep(8) + [make_run(1, lr, final_test_nll=9.0 + lr, final_valid_nll=9.0 + lr) for lr in LRS]
     _, plotted = drawn("fig2_lr_by_rank", rows)
     best = plotted[(plotted["element"] == "loss") & (plotted["arm"] == "LoRA r1")].sort_values("nll").iloc[0]

@@ -50,8 +50,6 @@ def test_law_draws_the_optima_and_ratios_of_the_tables():
         np.testing.assert_allclose(shown[name].astype(float), expected[name].reindex(shown.index).astype(float))
     ratio = only(plotted, "ratio").set_index("model")
     assert ratio["ratio"].to_dict() == pytest.approx(dict.fromkeys(MODELS, 8.0))
-    assert ((ratio["ratio_low"] < 8) & (ratio["ratio_high"] > 8)).all()
-    assert ratio["hidden_size"].to_dict() == {name: size for name, (_, size) in MODELS.items()}
     # Lines are those of the fit and of the published constants.
     [group] = swept_models(comparisons(runs.assign(eps=None, alpha=None, init_a=None, lr_ratio=None), curves))
     for element, law in (("law", fitted_law(group)), ("published_law", PUBLISHED)):
@@ -92,11 +90,7 @@ def test_short_run_draws_losses_as_of_each_length():
     assert shown.to_dict() == pytest.approx(measured.mean().loc[[50, 100, 400]].to_dict())
     ratio = only(plotted, "ratio").set_index("steps")
     assert ratio["ratio"].to_dict() == pytest.approx(dict(zip(*LENGTHS.values(), strict=True)))
-    assert (ratio["ratio_low"] < ratio["ratio"]).all()
-    assert (ratio["ratio_high"] > ratio["ratio"]).all()
-    assert sorted(only(plotted, "reference")["ratio"]) == [10.0, 15.0]
-    levels = {line.get_ydata()[0] for line in lines(figure.axes[-1], linestyle="--")}
-    assert levels == {10.0, 15.0}
+    assert {line.get_ydata()[0] for line in lines(figure.axes[-1], linestyle="--")} == {10.0, 15.0}
 
 
 PUBLISHED_ARMS = {
@@ -114,13 +108,10 @@ def test_fig2_overlays_published_losses_of_the_same_model_and_data_only():
         assert any(text.startswith("published") for text in words) == bool(arms)
         # Only the arms of our own runs have a colour.
         assert [text for text in words if text.startswith(("FullFT", "LoRA"))] == ["FullFT", "LoRA r8"]
-    # The last are those of the file, and within the panel.
+    # The last are those of the file.
     shown = only(plotted, "published").set_index(["rank", "lr"])["nll"]
     sweep = pd.read_csv(published.REFERENCE / "tinker_sft_sweep.csv")
     sweep = sweep[sweep["model"] == "meta-llama/Llama-3.1-8B"].groupby(["rank", "lr"])["test_nll"].mean()
     assert shown.to_dict() == pytest.approx(sweep.to_dict())
-    low, high = figure.axes[0].get_ylim()
-    assert low < shown.min()
-    assert shown.max() < high
     drawn = {tuple(line.get_ydata()) for line in figure.axes[0].get_lines()}
     assert drawn >= {tuple(sweep) for _, sweep in shown.groupby("rank")}
