@@ -237,7 +237,7 @@ def table_downloads(folder: Path, page: Path, without: Collection[str] = ()) -> 
         path, size = paths[0], paths[0].stat().st_size
         content = path.read_bytes() if path.suffix == ".csv" and size <= MAX_READ else b""
         content = gzip.compress(content, 6, mtime=0) if size > MAX_PLAIN and content else content
-        row = {"file": path.name, "bytes": size, "embedded": 0 < len(content) <= left}
+        row: dict[str, Any] = {"file": path.name, "bytes": size, "embedded": 0 < len(content) <= left}
         row["uri"] = Path(os.path.relpath(path, page)).as_posix()
         if row["embedded"]:
             left -= len(content)
@@ -316,8 +316,9 @@ def write_index(results: Path) -> Path:
             head = file.read(2**15).decode(errors="replace")
         texts = re.findall(r'<(?:title>|meta name="(\w+)" content=")(.*?)(?:</title>|">)', head, re.DOTALL)
         stated = {field or "title": unescape(text) for field, text in texts}
-        entry = {"title": name if ours else stated.get("title", name), "about": stated.get("description", "")}
-        entry |= {"answer": stated.get("abstract", ""), "report": quote(report.relative_to(results).as_posix())}
+        entry: dict[str, Any] = {"title": name if ours else stated.get("title", name)}
+        entry |= {"about": stated.get("description", ""), "answer": stated.get("abstract", "")}
+        entry["report"] = quote(report.relative_to(results).as_posix())
         # What is damaged of one preset keeps no other from being listed.
         try:
             entry |= _told(results / name / "tables")
