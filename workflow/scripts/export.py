@@ -45,6 +45,7 @@ MEANINGS = {
 """A sentence on each tidy table, by its name."""
 
 _TITLE = "Runs that compare LoRA with full fine-tuning"
+_SCHEMAS = {name: pa.schema([*PRESET, *schema]) for name, schema in SCHEMAS.items()}
 
 
 def main(
@@ -64,8 +65,7 @@ def main(
 def export(presets: Sequence[str], out: Path) -> dict[str, dict[str, int]]:
     """Write the tables of presets, or of all shipped ones that were run here, into a new folder, with a card.
 
-    Returns:
-        By preset, the number of rows of each of its tables.
+    Returns by preset the number of rows of each of its tables.
 
     Raises:
         UserError: there is nothing of a preset, or the folder is not empty; then nothing is written.
@@ -98,14 +98,10 @@ def export(presets: Sequence[str], out: Path) -> dict[str, dict[str, int]]:
 
 def _exported(frame: pd.DataFrame, name: str, preset: str) -> pa.Table:
     """Return a table in the exported columns; the names of machines are left out, since they are private."""
-    schema = _schema(name)
+    schema = _SCHEMAS[name]
     unknown = [column for column in schema.names if column not in frame or column == "host"]
     frame = frame.assign(**dict.fromkeys(unknown) | {"preset": preset})
     return pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
-
-
-def _schema(name: str) -> pa.Schema:
-    return pa.schema([*PRESET, *SCHEMAS[name]])
 
 
 def _card(rows: Mapping[str, Mapping[str, int]]) -> str:
@@ -128,7 +124,7 @@ def _card(rows: Mapping[str, Mapping[str, int]]) -> str:
     ]
     for name in names:
         columns = []
-        for column in _schema(name):
+        for column in _SCHEMAS[name]:
             # The pages that descriptions link to are not in the dataset.
             meaning = re.sub(r"\[([^]]*)]\([^)]*\)", r"\1", description(column))
             columns.append([f"`{column.name}`", type_name(column.type), meaning])

@@ -26,13 +26,15 @@ from lorabench.store.published import HELD_OUT, NOT_PUBLISHED, PUBLISHED
 from lorabench.utils.files import write_json
 from pages import check_places, make_smaller, write_pages
 
-_HELD_OUT = "A file that `lorabench freeze` wrote: publish its runs on held-out seeds, if they kept to it."
-
 
 def main(
-    preset: PresetOption = "laptop", held_out: Annotated[Path | None, typer.Option(help=_HELD_OUT)] = None
+    preset: PresetOption = "laptop",
+    held_out: Annotated[Path | None, typer.Option(help="A file that `lorabench freeze` wrote.")] = None,
 ) -> None:
-    """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs."""
+    """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs.
+
+    With a frozen file, publish its runs on held-out seeds, if they kept to it.
+    """
     with in_one_sentence():
         if held_out is None:
             publish(Layout.of(preset), Path())

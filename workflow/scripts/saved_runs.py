@@ -1,9 +1,8 @@
 """Finished runs of an unfinished preset, saved as small tables that the repository can hold, and restored from them.
 
 Run it from the root of the repository: `python workflow/scripts/saved_runs.py save --preset overnight`, or `restore`.
-
-There is one file per condition. It holds each run's record, its curves and its test losses, without weights and
-checkpoints, and the protocol version that they were computed with. All numbers are exact.
+A file holds the records, curves and test losses of a condition's runs, without weights, and the protocol version that
+they were computed with. All numbers are exact.
 """
 
 from __future__ import annotations
