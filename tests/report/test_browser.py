@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorabench.report.page import write_index
 from lorabench.store.layout import Layout
 
 from ..handmade import make_eval, make_run, make_sweep
@@ -186,16 +184,4 @@ def test_the_margin_is_moved(browser, report, rows):
     assert said.text.startswith("2 ")
     assert said.text.endswith(f": {turned} would be confirmed")
     assert browser.execute_script("return document.documentElement.scrollWidth") == PHONE
-    assert browser.get_log("browser") == []
-
-
-def test_the_index_fits_a_phone_and_leads_to_the_claims_of_a_report(browser, report, rows):
-    report(rows)
-    show(browser, width=PHONE)
-    index = write_index(Path("results")).absolute().as_uri()
-    browser.get(index)
-    assert browser.execute_script("return document.documentElement.scrollWidth") == PHONE
-    browser.find_element("css selector", ".entry .id a").click()
-    claim = browser.find_element("id", browser.current_url.partition("#")[2])
-    assert claim.get_attribute("open")
     assert browser.get_log("browser") == []
