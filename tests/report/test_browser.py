@@ -26,7 +26,8 @@ def browser() -> Iterator[Any]:
         pytest.skip("needs chromium and chromedriver (Debian: chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in ("headless", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking", "no-sandbox"):
+    flags = ("headless", "disable-gpu", "disable-dev-shm-usage", "force-prefers-reduced-motion", "no-sandbox")
+    for flag in (*flags, "disable-background-networking"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     # The driver makes a profile of its own, and removes it.
