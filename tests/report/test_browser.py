@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -26,8 +27,9 @@ def browser() -> Iterator[Any]:
         pytest.skip("needs chromium and chromedriver (Debian: chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    flags = ("headless", "disable-gpu", "disable-dev-shm-usage", "force-prefers-reduced-motion", "no-sandbox")
-    for flag in (*flags, "disable-background-networking"):
+    flags = ["headless", "disable-gpu", "disable-dev-shm-usage", "force-prefers-reduced-motion"]
+    # The sandbox does not work for root.
+    for flag in (*flags, "disable-background-networking", *(["no-sandbox"] if os.geteuid() == 0 else [])):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     # The driver makes a profile of its own, and removes it.
