@@ -52,7 +52,7 @@ def write_facts(root: Path) -> None:
             own = {"variant": row["variant"], "rank": f"{row['rank']:.0f}", "dataset": row["dataset"], "source": source}
             own["width"], own["lr_ratio"] = str(dimensions(models[row["model"]]).hidden), f"{row['lr_ratio']:.3g}"
             rows.append(own)
-    variants = pd.concat([pd.DataFrame(rows), variants[~variants["source"].isin(figures)]])[variants.columns]
+    variants = pd.concat([pd.DataFrame(rows), variants[~variants["source"].isin(list(figures))]])[variants.columns]
     variants.to_csv(folder / "variant_lrs.csv", index=False)
     assert DEFAULT.movement
     law = {"base": PUBLISHED.base, "multiplier": PUBLISHED.multiplier, "exponents": dict(PUBLISHED.exponents)}
