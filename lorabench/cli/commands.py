@@ -300,7 +300,7 @@ def evidence(
     Writes the verdicts, those on core claims by scale with a picture, the forest plot, and the known optimal learning
     rates.
     """
-    from lorabench.report.evidence import evidence_tables, write_evidence
+    from lorabench.figures.evidence import evidence_tables, write_evidence
     from lorabench.sources.measurements import read_own
     from lorabench.store.published import evidence_folders
 

@@ -308,8 +308,7 @@ def report(
     evaluation: Annotated[bool, Option(help="Show the scores of lm-eval, if there are any.")] = True,
 ) -> None:
     """Build the report page of a preset from its tables and figures, and the index of all reports."""
-    from lorabench.report.index import write_index
-    from lorabench.report.page import build
+    from lorabench.report.page import build, write_index
 
     planned, layout = plan_and_layout(preset)
     build(planned, layout, preset, layout.report if evaluation else layout.report_without_evaluation, evaluation)
