@@ -99,16 +99,22 @@ def condition_of(optimum: LrOptimum) -> tuple[str, ...]:
     return tuple(str(getattr(optimum, name)) for name in ("source", "model", "dataset", "batch_size", "steps"))
 
 
-def _from_fullft(optimum: LrOptimum, own: LrOptimum | None, fullft: PooledLr | None, pooled: float) -> dict[str, float]:
-    """Return by rule LoRA's predicted ln LR at ALPHA from that of full fine-tuning, as far as the latter is known."""
-    # What the source does not say is at its reference.
+def movement_ratio(optimum: LrOptimum, log_fullft: float) -> float:
+    """Return the ratio that `movement` predicts where LoRA has an optimum, at its own alpha, from ln LR of FullFT.
+
+    What the source does not say is at its reference.
+    """
     known = zip((optimum.width, optimum.steps, optimum.alpha), (PIVOT, REFERENCE["steps"], ALPHA), strict=True)
     width, steps, alpha = (other if math.isnan(value) else value for value, other in known)
     setting = theory.LoraSetting(width, steps, alpha, optimum.rank or theory.LoraSetting.rank, optimum.mean_lr)
+    return theory.movement_ratio(setting, math.exp(log_fullft))
+
+
+def _from_fullft(optimum: LrOptimum, own: LrOptimum | None, fullft: PooledLr | None, pooled: float) -> dict[str, float]:
+    """Return by rule LoRA's predicted ln LR at ALPHA from that of full fine-tuning, as far as the latter is known."""
 
     def movement(log_fullft: float) -> float:
-        ratio = theory.movement_ratio(setting, math.exp(log_fullft))
-        return log_fullft + math.log(ratio) + pooled_optimum(optimum).shift
+        return log_fullft + math.log(movement_ratio(optimum, log_fullft)) + pooled_optimum(optimum).shift
 
     said = {}
     if fullft:
