@@ -16,7 +16,6 @@ from lorabench.analysis.finding import SEVERITY, Finding, Outcomes, decide, find
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Evidence, claim, condition, named_problems, number, problem_if, unjudged_if
-from lorabench.claims.learning_rate import LR_RATIO
 from lorabench.claims.scope import SHORT_RUN, at_papers_alpha, chosen, papers_alpha, widths
 
 # Bounds whose meaning the criteria say.
@@ -26,11 +25,6 @@ PAPER_MODELS = 14
 SLOPE_MARGIN = 0.3
 MAX_EXPONENT_DISTANCE = 0.3
 MIN_WIDTHS = 3
-
-MODELS = (
-    f"FullFT and LoRA swept on at least {MIN_MODELS} models with the same data, batch size and length; seeds around "
-    "the optima"
-)
 
 NAIVE_SLOPE, NAIVE_DIVISOR = 1.0, 2 * STANDARD["alpha"]
 """The slope of log ratio on log hidden size in the naive derivation, hidden size / (2 alpha), and the divisor there."""
@@ -87,9 +81,7 @@ def _as_many_models(evidence: Evidence) -> str | None:
     return None if swept >= PAPER_MODELS else f"{swept} models"
 
 
-_claim = partial(
-    claim, over=model_groups, needs=MODELS, experiments=("lr_law", "rank"), columns=("family", "hidden_size")
-)
+_claim = partial(claim, over=model_groups, columns=("family", "hidden_size"))
 
 
 def _too_few(number: int, needed: int, what: str) -> list[Problem]:
@@ -118,23 +110,7 @@ def _ratios_text(models: Sequence[lr_law.SweptModel]) -> str:
     return f"LoRA {', '.join(f'r{rank}' for rank in ranks)} / FullFT: {', '.join(each)}"
 
 
-@_claim(
-    id="B5",
-    over=long_groups,
-    conditions=(papers_alpha, _long_runs_of_models),
-    statement="The ratio of optimal LRs does not depend on the base model",
-    criterion=(
-        f"Over at least {MIN_MODELS} bases of several families or sizes, on the same data, batch size and length (more "
-        f"than {SHORT_RUN} steps), at the highest rank that all have: every base's ratio of fitted optimal LRs is the "
-        "geometric mean of all within a factor that is the margin, the preset's lr_factor (1.6 unless it says "
-        "otherwise). A base and models post-trained from it (the same family, hidden size and number of parameters) "
-        "count once, with their mean. A model whose optima are not resolved leaves the claim open and is no part of "
-        "the mean. The estimate is the ratio over the mean of the base that decides"
-    ),
-    paper_value="the same for 14 models; fitted slope 0",
-    unit="ratio over the mean ratio",
-    fact=LR_RATIO,
-)
+@_claim("B5", over=long_groups, conditions=(papers_alpha, _long_runs_of_models))
 def _ratio_independent_of_model(models: list[lr_law.SweptModel]) -> Finding:
     bases = lr_law.by_base(models)
     problems = _too_few(len(bases), MIN_MODELS, "bases")
@@ -156,41 +132,14 @@ def _ratio_independent_of_model(models: list[lr_law.SweptModel]) -> Finding:
     return replace(decisive, reason=f"{decisive.reason}; {_ratios_text(models)}")
 
 
-@_claim(
-    id="B11",
-    kind="count",
-    statement=f"The ratio of optimal LRs was determined by sweeps of {PAPER_MODELS} models",
-    criterion=(
-        f"At least {PAPER_MODELS} models were swept with both methods on the same data. It says nothing about the "
-        "world, so it is never contradicted"
-    ),
-    paper_value=f"{PAPER_MODELS} models",
-    unit="models",
-    conditions=(papers_alpha, _as_many_models),
-    fact=LR_RATIO,
-)
+@_claim("B11", conditions=(papers_alpha, _as_many_models))
 def _models_swept(models: list[lr_law.SweptModel]) -> Finding:
     count, resolved = len(models), sum(not model.problems for model in models)
     text = f"{count} models swept with FullFT and LoRA, {resolved} of them with both optima resolved"
     return finding(lr_law.run_ids(models), text, "confirmed", [], float(count), strain=-count)
 
 
-@_claim(
-    id="B6",
-    over=long_groups,
-    conditions=(papers_alpha, _long_runs_of_models),
-    kind="derivation",
-    statement="The ratio of optimal LRs does not grow as hidden size / (2 alpha), as the naive derivation has it",
-    criterion=(
-        f"Over at least {MIN_SLOPE_MODELS} bases with both optima resolved, in runs of more than {SHORT_RUN} steps, "
-        f"the slope of log ratio on log hidden size is below the naive {NAIVE_SLOPE:g} by a margin of "
-        f"{SLOPE_MARGIN:g}. Its error is that of the fitted optima, drawn together, or else that from the scatter of "
-        "the bases around the line, where this is larger. A base and models post-trained from it are one point, their "
-        "mean"
-    ),
-    paper_value="fitted slope 0; naive: 1, with ratio hidden / 64",
-    unit="slope",
-)
+@_claim("B6", over=long_groups, conditions=(papers_alpha, _long_runs_of_models))
 def _naive_ratio_is_wrong(models: list[lr_law.SweptModel]) -> Finding:
     resolved = [model for model in models if not model.problems]
     bases, slope = lr_law.by_base(resolved), unknown()
@@ -259,22 +208,7 @@ def _published_regret(models: Sequence[lr_law.SweptModel], method: str) -> str:
     return f"{float(np.mean(regrets)):.2%}"
 
 
-@_claim(
-    id="B7",
-    statement=f"A law in {lr_law.PIVOT:g} / hidden size, with an exponent by family, predicts the optimal LR",
-    criterion=(
-        "Regret is the rise of an arm's fitted parabola from its minimum to the predicted LR, as a share of the lowest "
-        "loss; its mean over models is taken for each method. The law is fitted by minimal summed regret, as in the "
-        f"paper. Confirmed if the mean regret is at most {MAX_REGRET:.1%} where each model is predicted from those of "
-        "other bases. Contradicted if even the law fitted to all models has more. The intervals carry the errors of "
-        "all fitted optima, drawn together. The published constants are reported but not judged, since they belong to "
-        "other data and larger models"
-    ),
-    needs=f"{MODELS}; enough hidden sizes to fit the law without any one model",
-    paper_value="less than 0.5% (authors' documentation)",
-    unit="share of loss",
-    conditions=(papers_alpha, widths(SMALLEST_WIDTH, MIN_WIDTHS, _PRESETS)),
-)
+@_claim("B7", conditions=(papers_alpha, widths(SMALLEST_WIDTH, MIN_WIDTHS, _PRESETS)))
 def _law_predicts_the_optimum(models: list[lr_law.SweptModel]) -> Finding:
     ids = lr_law.run_ids(models)
     problems = _too_few(len(lr_law.by_base(models)), MIN_MODELS, "bases") + _problems(models)
@@ -314,20 +248,7 @@ def _law_predicts_the_optimum(models: list[lr_law.SweptModel]) -> Finding:
 
 
 @_claim(
-    id="B8",
-    statement="The optimal LR scales with hidden size differently in the Llama and Qwen families",
-    criterion=(
-        f"For each family, the exponent of {lr_law.PIVOT:g} / hidden size is the published one (Llama "
-        f"{lr_law.PUBLISHED.exponents['llama']:.2f}, Qwen {lr_law.PUBLISHED.exponents['qwen']:.2f}) within a margin of "
-        f"{MAX_EXPONENT_DISTANCE:g}. The exponent is the slope of the log of the fitted optima, with an intercept for "
-        "FullFT and one for LoRA, over at least 2 hidden sizes. Its error is that of the optima, drawn together, or "
-        "else that from their scatter around the line, where this is larger; scatter between models that both methods "
-        "share is seen only with 3 hidden sizes or more. A base and models post-trained from it are one point, their "
-        "mean"
-    ),
-    needs="two hidden sizes of both Llama and Qwen, swept with FullFT and LoRA on the same data",
-    paper_value=f"{lr_law.PUBLISHED.exponents['llama']} and {lr_law.PUBLISHED.exponents['qwen']} (authors' code)",
-    unit="exponent",
+    "B8",
     conditions=(papers_alpha, *(widths(SMALLEST_WIDTH, 2, _PRESETS, family) for family in lr_law.PUBLISHED.exponents)),
 )
 def _families_scale_differently(models: list[lr_law.SweptModel]) -> Iterator[Finding]:

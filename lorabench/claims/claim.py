@@ -32,9 +32,6 @@ Kind = Literal["empirical", "derivation", "count", "opinion", "prediction", "own
 ABOUT_LARGE_MODELS: tuple[Kind, ...] = ("empirical", "opinion", "prediction")
 """The kinds of claims that the paper makes about its own models, which have 1B parameters or more."""
 
-SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is not at its edge"
-"""The runs that most claims need."""
-
 
 @dataclass(frozen=True)
 class Evidence:
@@ -135,15 +132,24 @@ Judge = Callable[[Any], Finding | Iterable[Finding]]
 
 Function = TypeVar("Function", bound=Judge)
 
-CLAIMS: list[Claim] = []
-"""The claims that `claim` declared, in the order in which their modules were imported."""
+JUDGES: dict[str, dict[str, dict[str, Any]]] = {}
+"""What `claim` declared: fields of `Claim` by module and by claim id."""
 
 
-def claim(**fields: Any) -> Callable[[Function], Function]:
-    """Return a decorator that declares a claim with some fields, whose judge is the decorated function."""
+def claim(
+    claim_id: str,
+    over: Callable[[Evidence], Iterable[tuple[str, Any]]] | None = None,
+    columns: tuple[str, ...] = (),
+    conditions: tuple[Condition, ...] = (),
+) -> Callable[[Function], Function]:
+    """Return a decorator that declares the decorated function to be the judge of a claim.
+
+    What the claim says stands in a YAML file beside the function's module (see `texts`).
+    """
 
     def declare(judge: Function) -> Function:
-        CLAIMS.append(Claim(judge=judge, **fields))
+        fields = {"judge": judge, "over": over, "columns": columns, "conditions": conditions}
+        JUDGES.setdefault(judge.__module__, {})[claim_id] = fields
         return judge
 
     return declare

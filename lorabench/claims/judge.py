@@ -18,7 +18,7 @@ from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.finding import Finding, UnjudgedError, with_parts
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.published import estimates_by_claim
-from lorabench.claims import (  # noqa: F401  Their import declares the claims.
+from lorabench.claims import (
     across_models,
     batch_size,
     capacity,
@@ -32,8 +32,8 @@ from lorabench.claims import (  # noqa: F401  Their import declares the claims.
 )
 from lorabench.claims.batch_size import BatchSizes
 from lorabench.claims.claim import ABOUT_LARGE_MODELS, Claim, Evidence, judge_named, judge_part, together_named
-from lorabench.claims.claim import CLAIMS as DECLARED
 from lorabench.claims.rules_hash import rules_sha256
+from lorabench.claims.texts import claims_of
 from lorabench.config.margins import DEFAULT_MARGINS, Margins, Predictions, default_predictions
 from lorabench.store.checks import check_curves, check_table, is_rl
 from lorabench.store.schemas import CLAIMS as COLUMNS
@@ -41,9 +41,8 @@ from lorabench.store.tables import MAY_DIFFER, Tables, remarks_on
 from lorabench.utils.formats import count, parameters
 from lorabench.utils.studies import studies
 
-for _study in studies():
-    # As above, the import declares the claims.
-    _study.module("claims")
+_FAMILIES = "ANBCDEMFG"
+"""The families of the paper's claims in the order of the table `claims`."""
 
 
 def _position(claim: Claim) -> tuple[int, str, int]:
@@ -54,11 +53,12 @@ def _position(claim: Claim) -> tuple[int, str, int]:
     return _FAMILIES.index("F" if claim.task == "rl" else family), family, int(claim.id[1:])
 
 
-_FAMILIES = "ANBCDEMFG"
-"""The families of the paper's claims in the order of the table `claims`."""
+_MODULES = (
+    *(across_models, batch_size, capacity, compute, learning_curves, learning_rate),
+    *(parametrization, placement, reinforcement, rl_progress, *(study.module("claims") for study in studies())),
+)
 
-
-CLAIMS: tuple[Claim, ...] = tuple(sorted(DECLARED, key=_position))
+CLAIMS = tuple(sorted((claim for module in _MODULES for claim in claims_of(module)), key=_position))
 """All claims, in the order of the table `claims`."""
 
 CORE = tuple(claim.id for claim in CLAIMS if claim.core)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -20,7 +19,6 @@ from lorabench.analysis.optima import PAPER_RATIO, as_ratio, coupled, in_words, 
 from lorabench.analysis.rules import Above, Remedy, Within
 from lorabench.claims import scope
 from lorabench.claims.claim import (
-    SWEEP,
     Evidence,
     claim,
     condition,
@@ -31,10 +29,7 @@ from lorabench.claims.claim import (
     problem_if,
     unjudged_if,
 )
-from lorabench.claims.scope import FULL_STEPS, HIGH_RANK, SHORT_RUN
-
-LR_RATIO = f"LoRA's optimal LR is about {PAPER_RATIO:g} times that of full fine-tuning"
-"""The fact that several claims state."""
+from lorabench.claims.scope import FULL_STEPS, HIGH_RANK
 
 # Bounds whose meaning the criteria say.
 LOW_RANK = 4
@@ -55,15 +50,6 @@ LEAST_SHIFT = 1.25
 GROWTH = math.sqrt(SHORT_RATIO / PAPER_RATIO)
 """The least growth of the ratio, from long runs to short ones, that matters: half of the paper's on a log axis."""
 
-_SEEDS = "further seeds at the LRs around the optimum"
-
-_FACTOR = "the preset's lr_factor (1.6 unless it says otherwise)"
-
-_claim = partial(claim, figure="2", unit="ratio", experiments=("rank", "capacity"), core=True)
-
-_SWEEPS = ("rank", "short_run", "capacity", "lr_ratio")
-"""The experiments that sweep FullFT and a high rank on the same data, at one batch size."""
-
 
 def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
     """Return the rule that the logarithm of a ratio is that of another within a factor, and a text on the margin."""
@@ -73,23 +59,13 @@ def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
     )
 
 
-@_claim(
-    id="B1",
-    statement=f"The optimal LR of LoRA is {PAPER_RATIO:g} times that of full fine-tuning",
-    criterion=(
-        f"In every comparison of runs of more than {SHORT_RUN} steps, the fitted optimal LR of the highest rank, over "
-        f"that of FullFT, is {PAPER_RATIO:g} within a factor that is the margin, {_FACTOR}. For shorter runs the paper "
-        "gives a higher ratio, which B9 judges. Random facts are left out"
-    ),
-    needs=f"{SWEEP}, in runs of more than {SHORT_RUN} steps; {_SEEDS}",
-    paper_value="10 (fit over 14 models: 9.8)",
-    experiments=_SWEEPS,
+@claim(
+    "B1",
     over=scope.chosen(scope.learning, scope.at_papers_alpha, scope.sweeps_of_both, scope.beyond_short),
     conditions=(
         scope.papers_alpha,
         scope.longer_runs("laptop_more", "long_runs", "lr_ratio", "overnight", "smollm2", "first_gpu", "core", "paper"),
     ),
-    fact=LR_RATIO,
 )
 def _lr_ratio_ten(comparison: Comparison) -> Finding:
     lora, fullft = highest_and_full(comparison)
@@ -99,6 +75,9 @@ def _lr_ratio_ten(comparison: Comparison) -> Finding:
 def same_factor(low: int, high: int) -> float:
     """Return the factor up to which the optimal LRs of two ranks are nearly the same: the paper's, by doublings."""
     return float(SAME_FACTOR ** (math.log2(high / low) / SAME_DOUBLINGS))
+
+
+FROM_4_TO_64 = same_factor(4, 64)
 
 
 def _spans(runs: pd.DataFrame) -> pd.Series[float]:
@@ -124,23 +103,7 @@ def wide_span(evidence: Evidence) -> str | None:
     return f"a factor of {spans.max():g}" if spans.max() < MIN_SPAN else None
 
 
-@_claim(
-    id="B3",
-    statement=f"The optimal LR of LoRA is nearly the same at all ranks from {LOW_RANK} up",
-    criterion=(
-        f"In every comparison with ranks from {LOW_RANK} up over a factor of {MIN_SPAN} or more, the fitted optimal LR "
-        f"of the highest rank is that of the lowest of them within a factor: the paper's {SAME_FACTOR:g} over "
-        f"{SAME_DOUBLINGS} doublings of the rank to the power of the share of these doublings that there are, such as "
-        f"{same_factor(4, 64):.2f} from rank 4 to 64. Random facts are left out"
-    ),
-    needs=(
-        f"LoRA on all layers at two ranks from {LOW_RANK} up, a factor of {MIN_SPAN} or more apart, each with an LR "
-        f"grid; {_SEEDS}"
-    ),
-    paper_value="less than 2 from rank 4 to 512",
-    over=scope.chosen(scope.learning, scope.at_one_alpha, wide_spans),
-    conditions=(scope.one_alpha, wide_span),
-)
+@claim("B3", over=scope.chosen(scope.learning, scope.at_one_alpha, wide_spans), conditions=(scope.one_alpha, wide_span))
 def _lr_independent_of_rank(comparison: Comparison) -> Finding:
     arms = {rank: arm for rank, arm in comparison.lora.items() if rank >= LOW_RANK}
     if len(arms) < 2:
@@ -154,19 +117,7 @@ def _lr_independent_of_rank(comparison: Comparison) -> Finding:
     return judge_ratio(comparison, arms[high], arms[low], Within.margin(math.log(factor)), margin_rule)
 
 
-@_claim(
-    id="B4",
-    statement="Rank 1 has a lower optimal LR than high ranks",
-    criterion=(
-        f"In every comparison the fitted optimal LR of the ranks from {HIGH_RANK} up (their geometric mean), or else "
-        f"of the highest rank, is above that of rank 1 by a factor of {LEAST_SHIFT:g}. The paper gives no number; this "
-        "one is about the least that published sweeps of others show. Random facts are left out"
-    ),
-    needs=f"LoRA on all layers at rank 1 and a higher one, each with an LR grid; {_SEEDS}",
-    paper_value="lower; no number",
-    over=scope.chosen(scope.learning, scope.at_one_alpha),
-    conditions=(scope.one_alpha,),
-)
+@claim("B4", over=scope.chosen(scope.learning, scope.at_one_alpha), conditions=(scope.one_alpha,))
 def _rank_1_lower_lr(comparison: Comparison) -> Finding:
     rank_1, highest = require(("LoRA r1", comparison.lora.get(1)), ("LoRA above rank 1", comparison.highest))
     others = [arm for rank, arm in comparison.lora.items() if rank >= HIGH_RANK] or [highest]
@@ -180,32 +131,7 @@ def _rank_1_lower_lr(comparison: Comparison) -> Finding:
     return as_ratio(comparison.decide(rule, shift, text, arms, margin_rule, resolved=True))
 
 
-@claim(
-    id="B9",
-    kind="opinion",
-    statement=(
-        f"Short runs need a higher ratio of LRs, about {SHORT_RATIO:g} in runs of fewer than about {max(SHORT_STEPS)} "
-        "steps"
-    ),
-    criterion=(
-        f"In every comparison of runs of {SHORT_STEPS[0]} to {SHORT_STEPS[1]} steps, the ratio of optimal LRs is "
-        f"{SHORT_RATIO:g} within a factor that is the margin, {_FACTOR}. So it is in runs of {FULL_STEPS:,} steps or "
-        f"more by their loss after {' and after '.join(map(str, SHORT_STEPS))} steps, and there it is above the ratio "
-        f"at the end of the same runs by a factor of {GROWTH:.2f}, half of the paper's growth on a log axis. Without "
-        "such runs nothing is confirmed. The losses of long runs are all on the validation split, as the test split is "
-        "measured at the end only. The beginning and the end of a run are the same run, so the errors of the two "
-        "ratios are taken as correlated, as the residuals of the runs are. Random facts are left out"
-    ),
-    needs=(
-        f"{SWEEP}; runs of {SHORT_STEPS[0]} to {SHORT_STEPS[1]} steps, and runs of {FULL_STEPS:,} steps or more with "
-        f"validation losses at steps {SHORT_STEPS[0]} and {SHORT_STEPS[1]}; {_SEEDS}"
-    ),
-    paper_value="about 15 below about 100 steps; 10 for long runs",
-    unit="ratio",
-    experiments=_SWEEPS,
-    conditions=(scope.papers_alpha,),
-    fact=LR_RATIO,
-)
+@claim("B9", conditions=(scope.papers_alpha,))
 def _short_runs_want_more(evidence: Evidence) -> Finding:
     swept = [(comparison.runs["steps"].iloc[0], (name, comparison)) for name, comparison in _swept(evidence)]
     known = [(int(steps), named) for steps, named in swept if not pd.isna(steps)]

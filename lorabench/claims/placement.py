@@ -11,9 +11,9 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together
+from lorabench.analysis.finding import Finding, UnjudgedError, together
 from lorabench.claims.claim import Evidence, claim, judge_each, unjudged_if
-from lorabench.claims.reinforcement import LEARNED, at_one_peak, if_learned, problem_sets, rl_claim
+from lorabench.claims.reinforcement import at_one_peak, if_learned, problem_sets, rl_claim
 from lorabench.claims.scope import Named, chosen, every_dataset
 
 # A bound whose meaning the criteria say.
@@ -22,27 +22,6 @@ SMALL_DATA = 1000
 MAX_COUNT_DIFFERENCE = 0.1
 """The difference of two parameter counts, as a share of the smaller, up to which they are about equal. The paper's
 pair differs by 3.5%."""
-
-_NEEDS = (
-    "LoRA on attention and on the MLP at about equal parameter counts{}, each with an LR grid whose best LR is not at "
-    f"its edge; {MIN_SEEDS} seeds at the LRs around each optimum"
-)
-
-_WITH_ALL = ", and on the MLP and all layers at one rank"
-
-_PAIR = (
-    f"of the arms nearest in parameter count (within {MAX_COUNT_DIFFERENCE:.0%}, and where possible with at least as "
-    "many parameters on attention)"
-)
-
-_WORSE = f"{_PAIR}, the fitted minimum of attention's test NLL is above that of the MLP's by the margin"
-
-_SAME = (
-    "at every rank that both have, the fitted minimum of the MLP's test NLL is the same as that of all layers within "
-    "the margin, or lower"
-)
-
-_FACT = "LoRA on attention alone is worse than on the MLP"
 
 
 def _with_experts(experts: bool, named: Named) -> Named:
@@ -70,29 +49,8 @@ def tiny_dataset(named: Named) -> Named:
     return picked
 
 
-@claim(
-    id="E1",
-    statement="On a dense model, LoRA on attention alone is worse than on the MLP alone at equal parameter counts",
-    figure="4",
-    criterion=f"On every dense model: {_WORSE}",
-    needs=_NEEDS.format(""),
-    paper_value="0.25B attention parameters worse than 0.24B in the MLP; no loss given",
-    experiments=("placement",),
-    over=chosen(dense),
-    columns=("trainable_params",),
-    fact=_FACT,
-    core=True,
-)
-@claim(
-    id="E7",
-    statement="Attention alone is worse even with very little data",
-    criterion=f"On runs that see at most {SMALL_DATA:,} examples: {_WORSE}. Its runs are among those of E4",
-    needs=_NEEDS.format("") + f"; at most {SMALL_DATA:,} examples",
-    experiments=("placement_small",),
-    over=chosen(tiny_dataset),
-    columns=("trainable_params",),
-    fact=_FACT,
-)
+@claim("E1", over=chosen(dense), columns=("trainable_params",))
+@claim("E7", over=chosen(tiny_dataset), columns=("trainable_params",))
 def _attention_worse(comparison: Comparison) -> Finding:
     attn, mlp = comparison.placed("attn"), comparison.placed("mlp")
     require(("LoRA on attention", next(iter(attn.values()), None)), ("LoRA on the MLP", next(iter(mlp.values()), None)))
@@ -118,20 +76,7 @@ def _attention_worse(comparison: Comparison) -> Finding:
     return replace(judged, reason=f"{judged.reason} ({numbers} parameters)")
 
 
-@claim(
-    id="E2",
-    statement="On a dense model, LoRA on attention adds nothing to LoRA on the MLP",
-    figure="4",
-    criterion=f"On every dense model: {_SAME}",
-    needs=(
-        "LoRA on the MLP and on all layers at one rank, each with an LR grid whose best LR is not at its edge; "
-        f"{MIN_SEEDS} seeds at the LRs around each optimum"
-    ),
-    paper_value="no benefit; no number",
-    experiments=("placement",),
-    over=chosen(dense),
-    core=True,
-)
+@claim("E2", over=chosen(dense))
 def _attention_adds_nothing(comparison: Comparison) -> Finding:
     mlp, all_layers = comparison.placed("mlp"), comparison.lora
     require(
@@ -164,50 +109,10 @@ def both_parts(choose: Callable[[Evidence], Named], evidence: Evidence) -> list[
     ]
 
 
-@claim(
-    id="E3",
-    statement="In a mixture of experts too, attention alone is worse and adds nothing to the MLP",
-    figure="4",
-    criterion=(
-        f"On every model whose family ends in moe: {_WORSE}; and {_SAME}. The estimate is that of the part that the "
-        "reason names first"
-    ),
-    needs=_NEEDS.format(_WITH_ALL) + "; a mixture of experts",
-    paper_value="same as for the dense model (Qwen3-30B-A3B-Base); no number",
-    experiments=("placement",),
-    over=partial(both_parts, chosen(mixtures)),
-    columns=("trainable_params", "family"),
-)
-@claim(
-    id="E4",
-    statement="On a small dataset too, attention alone is worse and adds nothing to the MLP",
-    figure="5",
-    criterion=f"On every dataset: {_WORSE}; and {_SAME}. The estimate is that of the part that the reason names first",
-    needs=_NEEDS.format(_WITH_ALL),
-    paper_value="same as on the large dataset (rank 256); no number",
-    experiments=("placement_small",),
-    over=partial(both_parts, every_dataset),
-    columns=("trainable_params",),
-    fact=_FACT,
-)
+@claim("E3", over=partial(both_parts, chosen(mixtures)), columns=("trainable_params", "family"))
+@claim("E4", over=partial(both_parts, every_dataset), columns=("trainable_params",))
 @rl_claim(
-    id="E5",
-    statement="In RL, attention alone is worse than the MLP alone, and adds nothing to it",
-    figure="5",
-    criterion=(
-        "On the test error rate at the evaluation that is best on validation, on every model and problem set: "
-        f"{_PAIR}, attention's fitted minimum is above the MLP's by the margin; and at every rank that both have, the "
-        "MLP's is the same as that of all layers within the margin, or lower. The estimate is that of the part that "
-        f"the reason names first. {LEARNED.format('the MLP')}, and unless the seeds of each arm differ"
-    ),
-    needs=(
-        "RL runs of LoRA on attention and on the MLP at about equal parameter counts, and on the MLP and all layers "
-        "at one rank, each with an LR grid whose best LR is not at its edge; "
-        f"{MIN_SEEDS} seeds at the LRs around each optimum"
-    ),
-    paper_value="the same on MATH as in SFT; no number",
-    unit="error rate",
-    experiments=("placement_rl",),
+    "E5",
     over=partial(both_parts, partial(problem_sets, test_reward="best_reward")),
     columns=("base_reward", "best_reward", "trainable_params"),
 )

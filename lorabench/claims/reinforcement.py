@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 
 import numpy as np
 
@@ -16,9 +16,9 @@ from lorabench.analysis import rewards
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import combined, mean_over_seeds
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError
+from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
-from lorabench.analysis.rewards import COLLAPSED, FAR, LEAD, MAX_TRUNCATED, MIN_GAIN, NEAR, TestReward
+from lorabench.analysis.rewards import FAR, MIN_GAIN, NEAR, TestReward
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims import scope
 from lorabench.claims.claim import Evidence, claim, doubted, highest_and_full, judge_each, number, unjudged_if
@@ -31,34 +31,14 @@ CHEAPER = round(1 - GOOD, 9)
 
 CHEAPER_RULE = f"{CHEAPER:.0%} of the accuracy near the best LR, by which an LR counts as good"
 
+MISS_FACTORS = f"{10**NEAR:.1f} to {10**FAR:.1f}"
+"""By what factor an LR that misses the best one is off."""
+
 LONG_RESPONSE = 30
 """Tokens per response from which a response may hold a chain of thought."""
 
 LONG_RESPONSES = scope.response_length(LONG_RESPONSE, ("core", "paper"))
 """The condition of claims on chains of thought."""
-
-RL_RUNS = (
-    "RL runs of {} and FullFT, each with an LR grid whose best LR is not at its edge and a peak above the base; "
-    f"{MIN_SEEDS} seeds at the LRs around the optimum"
-)
-"""The runs that most claims on RL need; the placeholder stands for the LoRA arms."""
-
-HEALTHY = (
-    "Problem sets count on which FullFT and LoRA are both ahead of the best constant answer and the best cheap rule by "
-    f"{LEAD:g} in test accuracy. A run counts as diverged with more than {MAX_TRUNCATED:.0%} of its last responses cut "
-    f"off, or, at an accuracy not above these two, with an entropy below {COLLAPSED:g} nats per token or an accuracy "
-    f"below that of the base model by {MIN_GAIN:g} or more"
-)
-"""The part of a criterion that says which problem sets and runs count."""
-
-LEARNED = (
-    f"{HEALTHY}. Inconclusive unless the accuracy of {{}} at the fitted optimum is above that of the base model by "
-    f"{MIN_GAIN:g} or more, with a 95% interval above 0"
-)
-"""The part of a criterion that requires learning; the placeholder stands for the arms that must have learned."""
-
-RL_EXPERIMENTS = ("rl_math", "rl_gsm8k", "rl_deepmath", "rl_arithmetic", "rl")
-"""All experiments that compare LoRA of several ranks with FullFT in RL."""
 
 CONDITIONS = (scope.swept, scope.response_length(8, RL_PRESETS), scope.beats_controls)
 """The conditions of the claims that compare arms in RL."""
@@ -91,10 +71,10 @@ def each_rank(*learners: str) -> Callable[[RankJudge], Callable[[Comparison], Fi
 
         return judge_each(((arm_label(lora), lora) for lora in comparison.lora.values()), judge_rank)
 
-    return lambda judge: partial(each, judge)
+    return lambda judge: wraps(judge)(partial(each, judge))
 
 
-rl_claim = partial(claim, over=problem_sets, task="rl", columns=("base_reward",), conditions=CONDITIONS)
+rl_claim = partial(claim, over=problem_sets, columns=("base_reward",), conditions=CONDITIONS)
 """A claim on RL, to which the conditions above apply unless it states others."""
 
 
@@ -133,22 +113,7 @@ def at_one_peak(judged: Finding, comparison: Comparison, arms: Sequence[Arm]) ->
 
 
 @rl_claim(
-    id="B10",
-    statement=f"In RL too, the optimal LR of LoRA is {PAPER_RATIO:g} times that of full fine-tuning",
-    figure="6, 7",
-    criterion=(
-        "On every problem set, the ratio of the optimal LRs of the highest LoRA rank and FullFT is the same as "
-        f"{PAPER_RATIO:g} within the factor for LRs that the preset gives. The optima are those of one fit of the test "
-        "error rates of all arms in log LR. Inconclusive where an optimum is not resolved by its grid, or where the "
-        "accuracies are no parabola: two neighbouring LRs with exactly one test accuracy for each seed, three that the "
-        "noise does not tell apart, half of the gain lost at both neighbours of the best LR, or a fitted peak that is "
-        "above the best measured accuracy by more than half of the margin of accuracies. "
-        f"{LEARNED.format('each of the two')}"
-    ),
-    needs=RL_RUNS.format("LoRA above rank 1"),
-    paper_value="10",
-    unit="ratio",
-    experiments=RL_EXPERIMENTS,
+    "B10",
     over=lambda evidence: scope.at_papers_alpha(problem_sets(evidence)),
     conditions=(scope.papers_alpha, *CONDITIONS),
 )
@@ -177,24 +142,7 @@ def _lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
     return if_learned(comparison, doubted(judged, [*flat_tops, *breakdowns]), arms)
 
 
-@rl_claim(
-    id="F1",
-    statement="In RL, LoRA of rank 1 reaches the peak of full fine-tuning",
-    figure="6",
-    criterion=(
-        "On every problem set, the test error rate of rank 1 after the last step is the same as FullFT's within the "
-        "margin, or lower. Both are the minima of one fit in log LR, paired by seed; the margin is the share of the "
-        "gain in accuracy from the base to FullFT that the preset gives. Inconclusive where all seeds of either have "
-        "exactly one accuracy, as on the plateau of a rule that all of them found, or where a fitted peak is above "
-        "the best measured accuracy by more than half of the margin. The reason also gives the difference as measured, "
-        f"paired by seed, at each arm's best LR among those with most seeds. {LEARNED.format('FullFT')}"
-    ),
-    needs=RL_RUNS.format("rank 1"),
-    paper_value="the same peak on MATH and GSM8K; no number",
-    unit="error rate",
-    experiments=("rl_math", "rl_gsm8k", "rl_arithmetic", "rl"),
-    core=True,
-)
+@rl_claim("F1")
 def _rank_1_reaches_the_peak(comparison: Comparison) -> Finding:
     rank_1, fullft = require(("LoRA r1", comparison.lora.get(1)), ("FullFT", comparison.fullft))
     judged = comparison.equal_losses(rank_1, fullft, better_too=True)
@@ -217,25 +165,7 @@ def _as_measured(comparison: Comparison, arm: Arm, other: Arm) -> str:
     return f"at the best measured LRs, {lrs}: {number(gap, 3, '+')}, {gap.n_seeds} paired seeds"
 
 
-@rl_claim(
-    id="F2",
-    statement="In RL, LoRA has a wider range of good LRs than full fine-tuning",
-    figure="6, 7",
-    criterion=(
-        f"An LR misses the best one if it is off by {NEAR:g} to {FAR:g} decades, a factor of {10**NEAR:.1f} to "
-        f"{10**FAR:.1f}, to either side. The cost of a miss is the share of its accuracy nearer to its fitted optimum "
-        "that an arm loses there; both are means over log LR of the test accuracy, on the line between the means over "
-        "seeds at neighbouring LRs. On every problem set, FullFT's cost is above that of the lowest LoRA rank by "
-        f"{CHEAPER:g} or more, the share up to which an LR counts as good. A breakdown counts with its accuracy, and a "
-        "run without one has the accuracy 0. The error is that of the seeds at each LR and of the test problems, which "
-        f"are resampled for both arms alike. {LEARNED.format('each of the two')}"
-    ),
-    needs=RL_RUNS.format("LoRA"),
-    paper_value="wider; no number",
-    unit="share of accuracy",
-    experiments=RL_EXPERIMENTS,
-    core=True,
-)
+@rl_claim("F2")
 def _a_missed_lr_costs_lora_less(comparison: Comparison) -> Finding:
     lowest = next(iter(comparison.lora.values()), None)
     arms = require(("LoRA", lowest), ("FullFT", comparison.fullft))
@@ -250,7 +180,7 @@ def _a_missed_lr_costs_lora_less(comparison: Comparison) -> Finding:
     costs = [rewards.cost_of_a_miss(comparison, arm) for arm in arms]
     cheaper = combined(np.subtract, costs[1], costs[0])
     text = (
-        f"off by a factor of {10**NEAR:.1f} to {10**FAR:.1f} from the best LR, FullFT loses {costs[1].value:.1%} of "
+        f"off by a factor of {MISS_FACTORS} from the best LR, FullFT loses {costs[1].value:.1%} of "
         f"its accuracy and {labels[0]} {costs[0].value:.1%}: {number(cheaper, 3, '+')} of the accuracy"
         f"{comparison.fit.noise_text}"
     )
@@ -258,16 +188,7 @@ def _a_missed_lr_costs_lora_less(comparison: Comparison) -> Finding:
     return if_learned(comparison, judged, arms)
 
 
-@claim(
-    id="F8",
-    kind="prediction",
-    statement="RL at the scale of DeepSeek-R1-Zero can be reproduced with low-rank LoRA",
-    criterion="LoRA of low rank reaches the final reward of FullFT after 5.3 million episodes",
-    needs="RL runs of 5.3 million episodes",
-    paper_value="5.3M episodes; not run",
-    unit="accuracy",
-    experiments=(),
-)
+@claim("F8")
 def _out_of_reach(evidence: Evidence) -> Finding:
     text = "a prediction that the paper did not test; 5.3 million episodes are out of reach here"
     raise UnjudgedError("not tested", text)

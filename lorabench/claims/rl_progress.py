@@ -24,12 +24,10 @@ from lorabench.claims.claim import Evidence, claim, judge_each, number, problem_
 from lorabench.claims.scope import beats_controls, swept
 from lorabench.store.checks import is_rl
 
-DEEPMATH_EXPERIMENTS = ("rl_deepmath", "rl_arithmetic")
-"""The experiment on DeepMath, and the experiment that stands for it on small models."""
-
 # Bounds whose meaning the criteria say.
 PLATEAU = 0.9
 BEFORE, AFTER = 3, 2
+WINDOWS = BEFORE + AFTER
 LENGTH_BAND = (0.8, 1.25)
 LEAST_GROWTH = 1.1
 BITS_RATIO = 1000.0
@@ -87,22 +85,7 @@ def progress_windows(steps: Sequence[int], rewards: pd.Series[float]) -> list[tu
     return [(int(part[0]), int(part[-1])) for part in parts if len(part)]
 
 
-@rl.rl_claim(
-    id="F3",
-    statement="In RL, all ranks and full fine-tuning progress alike",
-    figure="7",
-    criterion=(
-        "At the LRs nearest to the fitted optima, the train reward of every LoRA rank is the same as FullFT's within "
-        f"the margin, paired by seed, in each of {BEFORE + AFTER} windows of steps: {BEFORE} before FullFT has made "
-        f"{PLATEAU:.0%} of its rise and {AFTER} after that. The intervals hold for all windows at once. The margin is "
-        "the share of the gain in test accuracy from the base to FullFT that the preset gives. "
-        f"{rl.LEARNED.format('FullFT')}"
-    ),
-    needs=rl.RL_RUNS.format("LoRA") + ", with train rewards",
-    paper_value="almost identical on DeepMath; no number",
-    unit="train reward",
-    experiments=DEEPMATH_EXPERIMENTS,
-)
+@rl.rl_claim("F3")
 @rl.each_rank("fullft")
 def _same_progress(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
     runs, others = comparison.at_optimum(lora), comparison.at_optimum(fullft)
@@ -157,22 +140,7 @@ def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Findi
     return replace(decisive, reason=f"{decisive.reason} ({more})")
 
 
-@rl.rl_claim(
-    id="F4",
-    statement="In RL, all ranks and full fine-tuning progress alike on further held-out problems too",
-    figure="8",
-    criterion=(
-        "On every AIME set, or on every other further set where there is no AIME set, for every LoRA rank and every "
-        "evaluation after step 0: the accuracy is the same as FullFT's within the margin, at the LRs nearest to the "
-        "fitted optima and paired by seed. The margin is the share that the preset gives of FullFT's own gain in "
-        "accuracy on that set. The error from the problems of the set is that of two independent sets, which is "
-        f"cautious. {rl.HEALTHY}. Inconclusive where that gain is below {MIN_GAIN:g}"
-    ),
-    needs=rl.RL_RUNS.format("LoRA") + "; evaluated on AIME 2024 and 2025, or another further set, from step 0 on",
-    paper_value="the same as on DeepMath, on AIME 2024 and 2025; no number",
-    unit="accuracy",
-    experiments=DEEPMATH_EXPERIMENTS,
-)
+@rl.rl_claim("F4")
 def _further_sets_follow(comparison: Comparison) -> Finding:
     curves = comparison.curves
     if not curves.empty:
@@ -185,23 +153,7 @@ def _further_sets_follow(comparison: Comparison) -> Finding:
     return judged if aime else replace(judged, reason=f"{judged.reason}; no AIME problems, these stand for them")
 
 
-@rl.rl_claim(
-    id="F5",
-    statement="In RL, chains of thought grow the same way in LoRA and full fine-tuning",
-    figure="8",
-    criterion=(
-        "The measure is the mean length of train responses at the LRs nearest to the fitted optima, paired by seed. "
-        "For every LoRA rank, the mean length in the last tenth of the steps over FullFT's is the same within "
-        f"{LENGTH_BAND[0]:g} to {LENGTH_BAND[1]:g}, and the lengths of both grow from the first tenth to the last by a "
-        f"factor of {LEAST_GROWTH:g} or more. The estimate is the number that decides. Inconclusive where more than "
-        f"{MAX_TRUNCATED:.0%} of the last responses are cut off. {rl.LEARNED.format('FullFT')}. Words of backtracking "
-        "and checking are reported, not judged"
-    ),
-    needs=rl.RL_RUNS.format("LoRA") + ", with response lengths",
-    unit="ratio",
-    experiments=DEEPMATH_EXPERIMENTS,
-    conditions=(swept, rl.LONG_RESPONSES, beats_controls),
-)
+@rl.rl_claim("F5", conditions=(swept, rl.LONG_RESPONSES, beats_controls))
 @rl.each_rank("fullft")
 def _same_growth_of_responses(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
     # Empty responses have no ratio of lengths, so they count as one token.
@@ -230,24 +182,7 @@ def _same_growth_of_responses(comparison: Comparison, lora: Arm, fullft: Arm) ->
     return as_ratio(worst([decide(rule, each, text, ids, problems, band) for rule, each in rules]))
 
 
-@claim(
-    id="F7",
-    kind="derivation",
-    statement="Where all samples of a group get the same reward, RL learns nothing",
-    criterion=(
-        "It is true by construction here: equal rewards have advantages of 0, and the trainer skips the optimizer at a "
-        "gradient of 0. So it is no evidence for the paper, only a check of the trainer: at every step whose groups "
-        "all have equal rewards the gradient is exactly 0, while at other steps it is not; and a run without other "
-        "steps ends with exactly the accuracies of its base model on validation and test. The estimate is the largest "
-        "gradient norm of a step with equal rewards"
-    ),
-    needs="RL runs with steps at which all samples of every group get the same reward",
-    paper_value="the entropy of the advantage is 0",
-    unit="gradient norm",
-    experiments=("rl_arithmetic",),
-    columns=("base_reward",),
-    task="rl",
-)
+@claim("F7", columns=("base_reward",))
 def _equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
     runs, curves, names = evidence.runs, evidence.curves, ["equal_groups", "grad_norm"]
     if curves.empty:
@@ -304,27 +239,7 @@ def sft_of_problem_sets(evidence: Evidence) -> list[tuple[str, tuple[Comparison,
     return [(name, (each, epochs[epochs["model"] == each.arms[0]["model"]])) for name, each in sets]
 
 
-@claim(
-    id="F9",
-    kind="derivation",
-    statement="RL takes in about 1,000 times fewer bits per token than SFT",
-    criterion=(
-        "That an episode gives at most 1 bit is derived; what is measured is the length of responses and the loss of "
-        "SFT. On every problem set and against every dataset of the same model, SFT's first-epoch bits per scored "
-        "token times the mean tokens of an RL response is within "
-        f"{BITS_BAND[0]:,.0f} to {BITS_BAND[1]:,.0f}. Both are of FullFT, or else of the highest LoRA rank, near its "
-        "optimal LR"
-    ),
-    needs=f"RL runs with responses of {rl.LONG_RESPONSE} tokens or more, and SFT runs of the same model; 2 seeds of "
-    "both",
-    paper_value="about 1,000",
-    unit="ratio",
-    experiments=rl.RL_EXPERIMENTS,
-    over=sft_of_problem_sets,
-    columns=(*NEEDED_BY["sft"], *_FIRST_EPOCH),
-    task="rl",
-    conditions=(rl.LONG_RESPONSES,),
-)
+@claim("F9", over=sft_of_problem_sets, columns=(*NEEDED_BY["sft"], *_FIRST_EPOCH), conditions=(rl.LONG_RESPONSES,))
 def _fewer_bits_per_token(compared: tuple[Comparison, pd.DataFrame]) -> Finding:
     from scipy.special import entr
 
