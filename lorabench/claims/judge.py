@@ -19,7 +19,6 @@ from lorabench.analysis.finding import Finding, UnjudgedError, with_parts
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.published import estimates_by_claim
 from lorabench.claims import (
-    across_models,
     batch_size,
     capacity,
     compute,
@@ -28,7 +27,6 @@ from lorabench.claims import (
     parametrization,
     placement,
     reinforcement,
-    rl_progress,
 )
 from lorabench.claims.batch_size import BatchSizes
 from lorabench.claims.claim import ABOUT_LARGE_MODELS, Claim, Evidence, judge_named, judge_part, together_named
@@ -53,12 +51,10 @@ def _position(claim: Claim) -> tuple[int, str, int]:
     return _FAMILIES.index("F" if claim.task == "rl" else family), family, int(claim.id[1:])
 
 
-_MODULES = (
-    *(across_models, batch_size, capacity, compute, learning_curves, learning_rate),
-    *(parametrization, placement, reinforcement, rl_progress, *(study.module("claims") for study in studies())),
-)
+_MODULES = (batch_size, capacity, compute, learning_curves, learning_rate, parametrization, placement, reinforcement)
+_STUDIES = tuple(study.module("claims") for study in studies())
 
-CLAIMS = tuple(sorted((claim for module in _MODULES for claim in claims_of(module)), key=_position))
+CLAIMS = tuple(sorted((claim for module in (*_MODULES, *_STUDIES) for claim in claims_of(module)), key=_position))
 """All claims, in the order of the table `claims`."""
 
 CORE = tuple(claim.id for claim in CLAIMS if claim.core)

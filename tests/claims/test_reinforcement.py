@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy.special import ndtri
 
-from lorabench.claims.rl_progress import progress_windows
+from lorabench.claims.reinforcement import progress_windows
 
 from ..handmade.rl import BASE, LRS, STEPS, arm, grown
 from ..handmade.sft import arm as sft_arm
