@@ -13,7 +13,6 @@ import pandas as pd
 from lorabench.analysis import optima
 from lorabench.analysis.arms import arm_label, kept
 from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.curves import PairedCurves
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, student, t_quantile
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, finding, nats, without, worst
 from lorabench.analysis.memorisation import late_growth, stored
@@ -41,8 +40,6 @@ class _Rank:
 
     rank: int
     arm: Arm
-    curves: PairedCurves
-    """Its training NLL minus that of the highest rank."""
     departure: optima.Departure
     threshold: Estimate | str
     """Where the line through its gap reaches the margin, in log10(step), or why there is no such step."""
@@ -79,7 +76,7 @@ def _ranks(comparison: Comparison) -> list[_Rank]:
         departure = optima.paired_departure(curves, margin.value)
         problems = [*problems, *margin.problems] or optima.off_optimum(comparison, arm, highest, margin.value)
         threshold = optima.log_threshold(curves, departure, margin.value)
-        ranks.append(_Rank(rank, arm, curves, departure, threshold, problems))
+        ranks.append(_Rank(rank, arm, departure, threshold, problems))
     unjudged_if(not ranks, "only one rank", "inconclusive")
     return ranks
 
@@ -161,7 +158,7 @@ def _no_floor(comparison: Comparison) -> Iterator[Finding]:
 def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
     unjudged_if("tokens" not in evidence.curves, "the curves table has no column tokens")
     rows, left_out = [], []
-    for label, comparison in scope.one_at_a_time(scope.chosen(scope.learning, scope.longest_runs)(evidence)):
+    for label, comparison in scope.chosen(scope.learning, scope.longest_runs)(evidence):
         try:
             ranks = _ranks(comparison)
         except UnjudgedError as unjudged:

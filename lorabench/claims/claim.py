@@ -166,17 +166,10 @@ def judge_part(judge: Judge, part: Any) -> Finding:
 
 def judge_each(named: Iterable[tuple[str, Any]], judge: Judge) -> Finding:
     """Judge several things and return the finding that decides; its reason gives all reasons, each after its name."""
-    return together_named([judge_named(name, judge, part) for name, part in named])
-
-
-def judge_named(name: str, judge: Judge, part: Any) -> Finding:
-    """Return the finding of a judge on a part of the evidence, with a reason that starts with the part's name."""
-    judged = judge_part(judge, part)
-    return replace(judged, reason=f"{name}: {judged.reason}")
-
-
-def together_named(findings: Sequence[Finding]) -> Finding:
-    """Return the finding that decides over those of `judge_named`, with the reasons of all."""
+    findings = []
+    for name, part in named:
+        judged = judge_part(judge, part)
+        findings.append(replace(judged, reason=f"{name}: {judged.reason}"))
     unjudged_if(not findings, "no such runs")
     return with_parts(together(findings), findings)
 

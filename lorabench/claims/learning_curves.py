@@ -13,15 +13,7 @@ import pandas as pd
 from lorabench.analysis import optima
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
-from lorabench.analysis.curves import (
-    PAPER_RANK,
-    EarlyDifference,
-    PairedCurves,
-    early_difference,
-    inverse_rank_fit,
-    log_windows,
-    scan,
-)
+from lorabench.analysis.curves import PAPER_RANK, EarlyDifference, early_difference, inverse_rank_fit, log_windows, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, worst
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
@@ -35,7 +27,6 @@ from lorabench.claims.claim import (
     highest_and_full,
     named_problems,
     number,
-    problem_if,
     unjudged_if,
 )
 from lorabench.utils.formats import fixed_interval
@@ -191,8 +182,8 @@ _early_claim = partial(claim, over=scope.chosen(scope.at_one_alpha), conditions=
 
 def _early(
     comparison: Comparison, seeds: int, first_steps: float = math.inf
-) -> tuple[EarlyDifference, PairedCurves, str, list[Problem]]:
-    """Return the difference of the ranks that stand for the paper's, its curves, name, and what speaks against it."""
+) -> tuple[EarlyDifference, str, list[Problem]]:
+    """Return the difference of the ranks that stand for the paper's, its name, and what speaks against it."""
     unjudged_if(not comparison.lora, "no LoRA on all layers")
     early = early_difference(comparison.of(comparison.lora.values()), comparison.curves, first_steps)
     if early is None:
@@ -200,21 +191,21 @@ def _early(
     ranks = f"it needs two ranks of {PAPER_RANK} or more (here {', '.join(f'r{rank}' for rank in comparison.lora)})"
     unjudged_if(early.low < PAPER_RANK, ranks, "setting not met")
     ranks = f"r{early.low} - r{early.high}"
-    curves = replace(early.curves, name=f"{comparison.label} {ranks}")
-    problems = few_seeds(curves.n_seeds, needed=seeds)
-    problems += problem_if(early.n_diverged, f"{early.n_diverged} runs at that LR diverged")
-    return early, curves, f"training NLL of {ranks} at LR {early.lr:g}", problems
+    early = replace(early, curves=replace(early.curves, name=f"{comparison.label} {ranks}"))
+    problems = few_seeds(early.curves.n_seeds, needed=seeds)
+    if early.n_diverged:
+        problems.append(Problem(f"{early.n_diverged} runs at that LR diverged"))
+    return early, f"training NLL of {ranks} at LR {early.lr:g}", problems
 
 
 @_early_claim("C1")
 def _same_early_curves(comparison: Comparison) -> Finding:
-    early, curves, name, problems = _early(comparison, MIN_SEEDS, EARLY_STEPS)
+    early, name, problems = _early(comparison, MIN_SEEDS, EARLY_STEPS)
+    curves, margin = early.curves, comparison.margin
     windows = log_windows(curves.by_seed.index, WINDOWS)
     unjudged_if(not windows, "no training losses after the first update")
-    margin = comparison.margin
-    problems += margin.problems
     text = f"{name} = {{}}, {curves.n_seeds} seeds"
-    judged = scan(Within.margin(margin.value), curves, windows, text, problems, margin.rule)
+    judged = scan(Within.margin(margin.value), curves, windows, text, [*problems, *margin.problems], margin.rule)
     factor, explained = inverse_rank_fit(early.by_inverse_rank)
     if math.isnan(factor):
         return judged
@@ -231,7 +222,8 @@ def _same_early_curves(comparison: Comparison) -> Finding:
 
 @_early_claim("C2")
 def _difference_grows(comparison: Comparison) -> Finding:
-    _, curves, name, problems = _early(comparison, MIN_SEEDS)
+    early, name, problems = _early(comparison, MIN_SEEDS)
+    curves = early.curves
     apart = curves.by_seed[curves.by_seed.index > 1]
     # The difference keeps its sign: the absolute value of one that is small compared with its noise does not grow.
     mean = mean_over_seeds(apart.mean(), f"{curves.name} growth mean")
@@ -250,8 +242,10 @@ def _difference_grows(comparison: Comparison) -> Finding:
 
 @_early_claim("C3")
 def _difference_negative_at_first(comparison: Comparison) -> Finding:
-    _, curves, name, problems = _early(comparison, SIGN_SEEDS, FIRST_STEPS)
+    early, name, problems = _early(comparison, SIGN_SEEDS, FIRST_STEPS)
+    curves = early.curves
     [mean] = curves.means([(2, FIRST_STEPS)])
     text = f"{name} = {nats(mean)} over steps 2 to {FIRST_STEPS} of {curves.n_seeds} seeds"
-    problems += problem_if(curves.by_seed.index.max() < FIRST_STEPS, f"fewer than {FIRST_STEPS} steps")
+    if curves.by_seed.index.max() < FIRST_STEPS:
+        problems.append(Problem(f"fewer than {FIRST_STEPS} steps"))
     return decide(Within(-math.inf, 0.0), mean, text, curves.run_ids, problems, "0, since the paper calls it tiny")

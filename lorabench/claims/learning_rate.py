@@ -16,21 +16,10 @@ from lorabench.analysis.arms import STANDARD, arm_label
 from lorabench.analysis.comparison import COMPARED, Comparison, Judging, comparisons, require
 from lorabench.analysis.curves import at_end, at_step
 from lorabench.analysis.estimate import N_DRAWS, Estimate, combined, generator, unknown
-from lorabench.analysis.finding import (
-    SEVERITY,
-    Finding,
-    Outcomes,
-    UnjudgedError,
-    decide,
-    finding,
-    in_unit,
-    together,
-    without,
-    worst,
-)
+from lorabench.analysis.finding import SEVERITY, Finding, Outcomes, decide, finding, in_unit, together, without, worst
 from lorabench.analysis.memorisation import is_memorisation
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, coupled, in_words, judge_ratio, ratio_text
-from lorabench.analysis.rules import Above, Problem, Remedy, Within
+from lorabench.analysis.rules import Above, Problem, Remedy, Verdict, Within
 from lorabench.claims import scope
 from lorabench.claims.claim import (
     Evidence,
@@ -77,10 +66,7 @@ def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
 @claim(
     "B1",
     over=scope.chosen(scope.learning, scope.at_papers_alpha, scope.sweeps_of_both, scope.beyond_short),
-    conditions=(
-        papers_alpha,
-        scope.longer_runs("laptop_more", "long_runs", "lr_ratio", "overnight", "smollm2", "first_gpu", "core", "paper"),
-    ),
+    conditions=(papers_alpha, scope.longer_runs),
 )
 def _lr_ratio_ten(comparison: Comparison) -> Finding:
     lora, fullft = highest_and_full(comparison)
@@ -121,8 +107,8 @@ def wide_span(evidence: Evidence) -> str | None:
 @claim("B3", over=scope.chosen(scope.learning, scope.at_one_alpha, wide_spans), conditions=(scope.one_alpha, wide_span))
 def _lr_independent_of_rank(comparison: Comparison) -> Finding:
     arms = {rank: arm for rank, arm in comparison.lora.items() if rank >= LOW_RANK}
-    if len(arms) < 2:
-        raise UnjudgedError("inconclusive" if arms else "not tested", f"fewer than two LoRA ranks from {LOW_RANK} up")
+    few: Verdict = "inconclusive" if arms else "not tested"
+    unjudged_if(len(arms) < 2, f"fewer than two LoRA ranks from {LOW_RANK} up", few)
     low, high = min(arms), max(arms)
     factor = same_factor(low, high)
     margin_rule = (
@@ -148,18 +134,16 @@ def _rank_1_lower_lr(comparison: Comparison) -> Finding:
 
 @claim("B9", conditions=(papers_alpha,))
 def _short_runs_want_more(evidence: Evidence) -> Finding:
-    swept = [(comparison.runs["steps"].iloc[0], (name, comparison)) for name, comparison in _swept(evidence)]
-    known = [(int(steps), named) for steps, named in swept if not pd.isna(steps)]
+    swept = scope.chosen(scope.learning, scope.at_papers_alpha, scope.sweeps_of_both)(evidence)
+    lengths = [(comparison.runs["steps"].iloc[0], (name, comparison)) for name, comparison in swept]
+    known = [(int(steps), named) for steps, named in lengths if not pd.isna(steps)]
     short = [named for steps, named in known if SHORT_STEPS[0] <= steps <= SHORT_STEPS[1]]
     whole = [named for steps, named in known if steps >= FULL_STEPS]
     text = f"no runs of {SHORT_STEPS[0]} to {SHORT_STEPS[1]} steps, and none of {FULL_STEPS:,} or more"
     unjudged_if(not short and not whole, text)
-    judged = judge_each(scope.one_at_a_time([*short, *whole]), _ratio_of_length)
+    judged = judge_each([*short, *whole], _ratio_of_length)
     lacking = f"no runs of {FULL_STEPS:,} steps or more, whose ratio at the end would have to be lower"
     return doubted(judged, problem_if(not whole, lacking, Remedy(f"runs of {FULL_STEPS:,} steps")), ["confirmed"])
-
-
-_swept = scope.chosen(scope.learning, scope.at_papers_alpha, scope.sweeps_of_both)
 
 
 def _ratio_of_length(comparison: Comparison) -> Finding:

@@ -88,24 +88,14 @@ def _attention_adds_nothing(comparison: Comparison) -> Finding:
     return together([comparison.equal_losses(mlp[rank], all_layers[rank], better_too=True) for rank in ranks])
 
 
-def _judge_part(
-    part: Callable[[Comparison], Finding], choose: Callable[[Evidence], Named], evidence: Evidence
-) -> Finding:
-    def judge(comparison: Comparison) -> Finding:
-        judged = part(comparison)
-        if not comparison.is_rl:
-            return judged
-        lora = [arm for arm in comparison.arms if arm["method"] == "lora"]
-        return at_one_peak(if_learned(comparison, judged, list(comparison.placed("mlp").values())), comparison, lora)
-
-    return judge_each(choose(evidence), judge)
+Parts = tuple[Callable[[Comparison], Finding], Callable[[Evidence], Named], Evidence]
 
 
-def both_parts(choose: Callable[[Evidence], Named], evidence: Evidence) -> list[tuple[str, Callable[[], Finding]]]:
-    """Return functions that judge the two parts of E3, E4 and E5 on chosen comparisons, each after its name."""
+def both_parts(choose: Callable[[Evidence], Named], evidence: Evidence) -> list[tuple[str, Parts]]:
+    """Return the two parts of E3, E4 and E5 after their names: a judge, and from what it chooses its comparisons."""
     return [
-        ("attention against the MLP", partial(_judge_part, _attention_worse, choose, evidence)),
-        ("the MLP against all layers", partial(_judge_part, _attention_adds_nothing, choose, evidence)),
+        ("attention against the MLP", (_attention_worse, choose, evidence)),
+        ("the MLP against all layers", (_attention_adds_nothing, choose, evidence)),
     ]
 
 
@@ -116,5 +106,14 @@ def both_parts(choose: Callable[[Evidence], Named], evidence: Evidence) -> list[
     over=partial(both_parts, partial(problem_sets, test_reward="best_reward")),
     columns=("base_reward", "best_reward", "trainable_params"),
 )
-def _both_parts(part: Callable[[], Finding]) -> Finding:
-    return part()
+def _both_parts(part: Parts) -> Finding:
+    judge, choose, evidence = part
+
+    def judge_learned(comparison: Comparison) -> Finding:
+        judged = judge(comparison)
+        if not comparison.is_rl:
+            return judged
+        lora = [arm for arm in comparison.arms if arm["method"] == "lora"]
+        return at_one_peak(if_learned(comparison, judged, list(comparison.placed("mlp").values())), comparison, lora)
+
+    return judge_each(choose(evidence), judge_learned)

@@ -123,17 +123,6 @@ class MeasuredRecipe:
         answers = {recommendation.answer for recommendation in self.recommendations}
         return answers.pop() if len(answers) == 1 else "mixed" if answers else None
 
-    def by_batch_size(self) -> list[tuple[RankRecommendation, ...]]:
-        """Return the recommendations at two or more batch sizes, ascending, for one task, model and dataset.
-
-        Of several lengths at one batch size, the longest is taken.
-        """
-        groups: dict[tuple[str, ...], dict[int, RankRecommendation]] = {}
-        for recommendation in sorted(self.recommendations, key=lambda each: each.setting["steps"] or 0):
-            task, model, dataset, batch_size, _ = recommendation.setting.values()
-            groups.setdefault((task, model, dataset), {})[batch_size] = recommendation
-        return [tuple(sizes[size] for size in sorted(sizes)) for sizes in groups.values() if len(sizes) > 1]
-
 
 def measured_recipe(
     runs: pd.DataFrame, curves: pd.DataFrame | None = None, judging: Judging | None = None
