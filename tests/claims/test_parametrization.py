@@ -268,9 +268,7 @@ def shrinking(by_a):
     """Return the size of a step, which shrinks as Adam's does, and grows by a power of the step where A moves."""
 
     def norm(run, step):
-        noise = (1 + luck(run["seed"], step, size=0.02)) * (
-            1 + luck(run["seed"], step, round(run["lr_ratio"]), size=0.02)
-        )
+        noise = 1 + luck(run["seed"], step, round(run["lr_ratio"]), size=0.02)
         moves = 1.0 if run["lr_ratio"] == 1 else 0.0
         return run["lr"] * run["lr_ratio"] * noise * step ** (moves * by_a - 0.5)
 
@@ -283,26 +281,16 @@ def test_the_effective_lr_beside_runs_in_which_a_is_still(by_a, verdict):
     verdict_is(claim, verdict, "with LR_A 0.0001 and the same LR_B")
     assert claim["estimate"] == pytest.approx(64**by_a, rel=0.05)
     assert claim["n_runs"] == 2 * len(SEEDS)
-    few = judged("C11", *lora_tables(grid(*MOVING_AND_STILL, seeds=range(2)), update_norm=shrinking(by_a)))
-    assert few["verdict"] == "inconclusive"
 
 
 def test_what_c9_to_c11_need():
     verdict_is(judged("C9", *variants(chosen=VARIANTS[:2])), "inconclusive", "no variant of lr_ratio")
-    verdict_is(judged("C9", *variants(chosen=[])), "not tested")
     verdict_is(judged("C9", *variants(every={"lrs": (1e-3, 3e-3)})), "not tested")
-
-    def share(run, step):
-        return 0.8 + luck(run["seed"], size=0.02)
-
     # The end of runs at an optimum.
-    runs, curves = ended(sweeps(), share)
+    runs, curves = ended(sweeps(), lambda run, step: 0.8 + luck(run["seed"], size=0.02))
     verdict_is(judged("C10", runs, curves[curves["step"] < 1000]), "not tested")
-    verdict_is(judged("C10", *ended(sweeps(curvature=-0.1), share)), "inconclusive", "edge")
-    verdict_is(judged("C10", *ended(sweeps(seeds=range(1)), share)), "inconclusive")
+    verdict_is(judged("C10", runs[runs["seed"] == 0], curves), "inconclusive")
     # Seeds and records.
-    for seeds in (1, 2):
-        verdict_is(judged("C11", *lora_tables(grid({}, seeds=range(seeds)))), "inconclusive")
+    verdict_is(judged("C11", *lora_tables(grid({}, seeds=range(2)))), "inconclusive")
     runs, curves = lora_tables(grid({}))
     verdict_is(judged("C11", runs, curves[curves["step"] != 1]), "not tested")
-    verdict_is(judged("C11", *lora_tables(grid({"alpha": 8.0}))), "not tested")

@@ -66,10 +66,9 @@ def test_each_batch_size_has_its_answer():
     rows = [row | {"run_id": row["run_id"] + "-4", "batch_size": 4} for row in sft(None, 64)]
     worse = sft(None) + shifted(sft(64), 0.3)
     rows += [row | {"run_id": row["run_id"] + "-64", "batch_size": 64} for row in worse]
-    recommended = measured_recipe(runs_table(rows))
-    [sizes] = recommended.by_batch_size()
-    assert [(size.setting["batch_size"], size.answer) for size in sizes] == [(4, "yes"), (64, "no")]
-    assert recommended.answer == "mixed"
+    recipe = measured_recipe(runs_table(rows))
+    assert [(each.setting["batch_size"], each.answer) for each in recipe.recommendations] == [(4, "yes"), (64, "no")]
+    assert recipe.answer == "mixed"
 
 
 def test_placements_against_all_layers():
