@@ -73,9 +73,8 @@ class BatchSizes:
             UnjudgedError: the runs are too few, or more than the batch size differs between them.
         """
         compared = self.by_size.values()
-        if len(compared) < MIN_BATCH_SIZES:
-            listed = " and ".join(map(str, self.by_size))
-            raise UnjudgedError("not tested", f"only batch {listed}, {MIN_BATCH_SIZES} batch sizes needed")
+        listed = " and ".join(map(str, self.by_size))
+        unjudged_if(len(compared) < MIN_BATCH_SIZES, f"only batch {listed}, {MIN_BATCH_SIZES} batch sizes needed")
         highest = next((comparison.highest for comparison in compared if comparison.highest), None)
         fullft = next((comparison.fullft for comparison in compared if comparison.fullft), None)
         require(("LoRA above rank 1", highest), ("FullFT", fullft))
@@ -83,9 +82,9 @@ class BatchSizes:
         text = "the runs table has no steps, which say how much data each batch size saw"
         unjudged_if(any(map(pd.isna, steps.values())), text)
         examples = {size: int(steps[size] * size) for size in steps}
-        if not max(examples.values()) <= MAX_DATA_RATIO * min(examples.values()):
-            seen = ", ".join(f"batch {size} {number:,.0f}" for size, number in examples.items())
-            raise UnjudgedError("inconclusive", f"examples seen differ ({seen}), so more than batch size does")
+        seen = ", ".join(f"batch {size} {number:,.0f}" for size, number in examples.items())
+        text = f"examples seen differ ({seen}), so more than batch size does"
+        unjudged_if(max(examples.values()) > MAX_DATA_RATIO * min(examples.values()), text, "inconclusive")
         above_1 = sorted({rank for comparison in compared for rank in comparison.lora if rank > 1})
         high = [rank for rank in above_1 if rank >= HIGH_RANK]
         return high if len(high) > 1 else above_1
@@ -232,8 +231,7 @@ def _best_at_small_batch(sizes: BatchSizes) -> Iterator[Finding]:
         for size in larger:
             margin = sizes.margin((first, second, size))
             problems = sizes.problems(sizes.by_size, margin, arm)
-            if len(known) < len(minima):
-                raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in problems))
+            unjudged_if(len(known) < len(minima), "; ".join(problem.text for problem in problems), "inconclusive")
             smaller = known[first], known[second]
             excess = combined(lambda loss, *smaller: loss - np.minimum(*smaller), known[size], *smaller)
             text = (

@@ -55,15 +55,6 @@ class Evidence:
         """The comparisons of the arms that LoRA is judged by, one per model, dataset, batch size and length."""
         return comparisons(self.runs[judged_arms(self.runs)], self.curves, self.judging)
 
-    @kept
-    def compared_by(self, test_reward: TestReward) -> list[Comparison]:
-        """Return the comparisons of RL on test error rates by one of the test rewards of a run.
-
-        Models and problem sets that give no reward are left out.
-        """
-        runs = rewarded_errors(self.runs[judged_arms(self.runs)], test_reward)
-        return comparisons(runs, self.curves, self.judging)
-
 
 def rewarded_errors(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
     """Return the RL runs as error rates, of models and problem sets on which some run got a reward, and, where there

@@ -39,6 +39,12 @@ from lorabench.claims.scope import FULL_STEPS, HIGH_RANK, SHORT_RUN, papers_alph
 LOW_RANK = 4
 SHORT_STEPS = (50, 100)
 SHORT_RATIO = 15.0
+MIN_MODELS = 4
+MIN_SLOPE_MODELS = 3
+PAPER_MODELS = 14
+SLOPE_MARGIN = 0.3
+MAX_EXPONENT_DISTANCE = 0.3
+MIN_WIDTHS = 3
 
 SAME_FACTOR, SAME_DOUBLINGS = 2.0, 7
 """The factor between two optimal LRs up to which the paper calls them nearly the same, and the number of doublings of
@@ -53,6 +59,18 @@ LEAST_SHIFT = 1.25
 
 GROWTH = math.sqrt(SHORT_RATIO / PAPER_RATIO)
 """The least growth of the ratio, from long runs to short ones, that matters: half of the paper's on a log axis."""
+
+NAIVE_SLOPE, NAIVE_DIVISOR = 1.0, 2 * STANDARD["alpha"]
+"""The slope of log ratio on log hidden size in the naive derivation, hidden size / (2 alpha), and the divisor there."""
+
+MAX_REGRET = 0.005
+"""The mean regret, as a share of the lowest loss, up to which a law predicts the optimal LR: the number of the authors'
+documentation."""
+
+SMALLEST_WIDTH = 1024
+"""The smallest hidden size that the paper's law is about: that of Qwen3-0.6B."""
+
+_PRESETS = ("core", "paper")
 
 
 def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
@@ -176,27 +194,6 @@ def _ratio_of_length(comparison: Comparison) -> Finding:
     decisive = together(findings)
     length = f"at {steps} steps, by validation losses: {ratio_text(full, *highest_and_full(full))}"
     return replace(decisive, reason=f"{decisive.reason}; {length}")
-
-
-# Bounds whose meaning the criteria say.
-MIN_MODELS = 4
-MIN_SLOPE_MODELS = 3
-PAPER_MODELS = 14
-SLOPE_MARGIN = 0.3
-MAX_EXPONENT_DISTANCE = 0.3
-MIN_WIDTHS = 3
-
-NAIVE_SLOPE, NAIVE_DIVISOR = 1.0, 2 * STANDARD["alpha"]
-"""The slope of log ratio on log hidden size in the naive derivation, hidden size / (2 alpha), and the divisor there."""
-
-MAX_REGRET = 0.005
-"""The mean regret, as a share of the lowest loss, up to which a law predicts the optimal LR: the number of the authors'
-documentation."""
-
-SMALLEST_WIDTH = 1024
-"""The smallest hidden size that the paper's law is about: that of Qwen3-0.6B."""
-
-_PRESETS = ("core", "paper")
 
 
 def _swept_models(evidence: Evidence) -> list[list[lr_law.SweptModel]]:

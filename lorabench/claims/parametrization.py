@@ -16,7 +16,7 @@ from lorabench.analysis.arms import STANDARD, arm_label, each_arm
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import combined, exact, mean_over_seeds, ratio_of_means
-from lorabench.analysis.finding import Finding, UnjudgedError, decide, in_unit, together, without, worst
+from lorabench.analysis.finding import Finding, decide, in_unit, together, without, worst
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import censored_slope
@@ -45,9 +45,6 @@ TIME_ERROR = 0.05
 """The least standard deviation of the natural logarithm of a time until A has moved, since it is interpolated between
 recorded steps."""
 
-# First descents are compared between runs that agree in these columns.
-_WITHOUT_RULE = ["model", "dataset", "placement", "batch_size", "eps"]
-
 _STANDARD_RULE = invariances.RULES[0.0]
 
 _derivation = partial(claim, over=lora_runs)
@@ -71,7 +68,10 @@ def _flat(rows: pd.DataFrame) -> Finding:
 def _first_update_rank_independent(lora: Evidence) -> Iterator[Finding]:
     ratios = invariances.descent_ratios(invariances.first_descents(lora.runs, lora.curves))
     unjudged_if(ratios.empty, "no descent at step 1")
-    groups = [group for _, group in ratios.groupby(_WITHOUT_RULE, dropna=False)]
+    # First descents are compared between runs that agree in all but the rank and the rule of alpha.
+    groups = [
+        group for _, group in ratios.groupby(["model", "dataset", "placement", "batch_size", "eps"], dropna=False)
+    ]
     comparable = [group for group in groups if (group["rule"] == _STANDARD_RULE).sum() > 1]
     text = f"fewer than two ranks with alpha {STANDARD['alpha']:g}"
     unjudged_if(not comparable, text, "inconclusive", Remedy(f"another rank with alpha {STANDARD['alpha']:g}"))
@@ -156,8 +156,7 @@ def _same_initial_slope(lora: Evidence) -> Finding:
     left_out = (
         f"{len(all_pairs) - len(still)} pairs left out, whose A moved by more than {STILL:.0%} in {SLOPE_STEPS} steps"
     )
-    if not still:
-        raise UnjudgedError("inconclusive", left_out, Remedy("the same pairs at a smaller LR_A"))
+    unjudged_if(not still, left_out, "inconclusive", Remedy("the same pairs at a smaller LR_A"))
     findings = []
     for pair in still:
         name = f"r{pair['rank'].iloc[0]} {_named(pair.iloc[0], 'fast')}"

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
-from lorabench.analysis.finding import Finding, UnjudgedError, together
+from lorabench.analysis.finding import Finding, together
 from lorabench.claims.claim import Evidence, claim, judge_each, unjudged_if
 from lorabench.claims.reinforcement import at_one_peak, if_learned, problem_sets, rl_claim
 from lorabench.claims.scope import Named, chosen, every_dataset
@@ -26,10 +26,10 @@ pair differs by 3.5%."""
 
 def _with_experts(experts: bool, named: Named) -> Named:
     """Choose the mixtures of experts, by the column `family`, or the models without experts."""
-    picked: Named = []
+    picked = []
     for name, comparison in named:
         families = comparison.runs.get("family", pd.Series(dtype=str)).astype(str)
-        if bool(families.str.endswith("moe").any()) == experts:
+        if families.str.endswith("moe").any() == experts:
             picked.append((name, comparison))
     unjudged_if(not picked, f"no {'mixture of experts' if experts else 'dense model'} among these runs")
     return picked
@@ -68,9 +68,9 @@ def _attention_worse(comparison: Comparison) -> Finding:
     more = [ranks for ranks in excess if 0 <= excess[ranks] <= MAX_COUNT_DIFFERENCE]
     on_attn, on_mlp = min(more, key=excess.__getitem__, default=nearest)
     arms = [attn[on_attn], mlp[on_mlp]]
-    if abs(excess[nearest]) > MAX_COUNT_DIFFERENCE:
-        apart = f"{' and '.join(map(arm_label, arms))}, differ by {abs(excess[nearest]):.0%}"
-        raise UnjudgedError("inconclusive", f"no arms of about equal parameter counts: the nearest, {apart}")
+    apart = f"{' and '.join(map(arm_label, arms))}, differ by {abs(excess[nearest]):.0%}"
+    text = f"no arms of about equal parameter counts: the nearest, {apart}"
+    unjudged_if(abs(excess[nearest]) > MAX_COUNT_DIFFERENCE, text, "inconclusive")
     judged = comparison.worse(*arms)
     numbers = " and ".join(f"{counts[arm_label(arm)]:,}" for arm in arms)
     return replace(judged, reason=f"{judged.reason} ({numbers} parameters)")

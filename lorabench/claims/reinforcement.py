@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis import rewards
+from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import arm_label, kept
-from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, require
+from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, comparisons, require
 from lorabench.analysis.curves import curves_by_seed, paired, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, normal
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, together, worst
+from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, finding, together, worst
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio
 from lorabench.analysis.rewards import FAR, MAX_TRUNCATED, MIN_GAIN, NEAR, TestReward
@@ -32,11 +33,21 @@ from lorabench.claims.claim import (
     judge_each,
     number,
     problem_if,
+    rewarded_errors,
     unjudged_if,
 )
 from lorabench.claims.scope import RL_PRESETS, Named
 from lorabench.runs import GOOD
 from lorabench.store.checks import is_rl
+
+# Bounds whose meaning the criteria say.
+PLATEAU = 0.9
+BEFORE, AFTER = 3, 2
+WINDOWS = BEFORE + AFTER
+LENGTH_BAND = (0.8, 1.25)
+LEAST_GROWTH = 1.1
+BITS_RATIO = 1000.0
+BITS_BAND = (100.0, 10_000.0)
 
 CHEAPER = round(1 - GOOD, 9)
 """The smallest difference of the costs of a miss that matters, as a share of an arm's accuracy: what a good LR may lose
@@ -57,22 +68,22 @@ CONDITIONS = (scope.swept, scope.response_length(8, RL_PRESETS), scope.beats_con
 """The conditions of the claims that compare arms in RL."""
 
 
+@kept
 def problem_sets(evidence: Evidence, test_reward: TestReward = "final_reward") -> Named:
     """Return the comparisons of error rates on each model and problem set, by one of the test rewards of a run.
 
     See `rewarded_errors`; a problem set on which no run ever got a reward is evidence for claim F7 only.
     """
-    compared = evidence.compared_by(test_reward)
+    runs = rewarded_errors(evidence.runs[judged_arms(evidence.runs)], test_reward)
+    compared = comparisons(runs, evidence.curves, evidence.judging)
     unjudged_if(not compared, "no run ever got a reward")
     return [(comparison.label, comparison) for comparison in compared]
 
 
-RankJudge = Callable[[Comparison, Arm, Arm], Finding]
-"""Judges a LoRA arm of a comparison and FullFT."""
-
-
-def each_rank(judge: RankJudge, fullft_learns: bool = True) -> Callable[[Comparison], Finding]:
-    """Return a judge of every rank by a judge of one LoRA arm and FullFT, which must have learned unless it need not."""
+def each_rank(
+    judge: Callable[[Comparison, Arm, Arm], Finding], fullft_learns: bool = True
+) -> Callable[[Comparison], Finding]:
+    """Return a judge of every rank by a judge of one LoRA arm and FullFT, which must have learned unless said."""
 
     @wraps(judge)
     def judge_comparison(comparison: Comparison) -> Finding:
@@ -182,8 +193,8 @@ def _a_missed_lr_costs_lora_less(comparison: Comparison) -> Finding:
     lowest = next(iter(comparison.lora.values()), None)
     arms = require(("LoRA", lowest), ("FullFT", comparison.fullft))
     labels = [arm_label(arm) for arm in arms]
-    if not all(label in comparison.fit.minima for label in labels):
-        raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in comparison.problems(arms)))
+    unknown = "; ".join(problem.text for problem in comparison.problems(arms))
+    unjudged_if(not all(label in comparison.fit.minima for label in labels), unknown, "inconclusive")
     problems = [
         Problem(f"{label}: no LR near {lr:.2g}", Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),)))
         for arm, label in zip(arms, labels, strict=True)
@@ -202,20 +213,8 @@ def _a_missed_lr_costs_lora_less(comparison: Comparison) -> Finding:
 
 @claim("F8")
 def _out_of_reach(evidence: Evidence) -> Finding:
-    text = "a prediction that the paper did not test; 5.3 million episodes are out of reach here"
-    raise UnjudgedError("not tested", text)
-
-
-# Bounds whose meaning the criteria say.
-PLATEAU = 0.9
-BEFORE, AFTER = 3, 2
-WINDOWS = BEFORE + AFTER
-LENGTH_BAND = (0.8, 1.25)
-LEAST_GROWTH = 1.1
-BITS_RATIO = 1000.0
-BITS_BAND = (100.0, 10_000.0)
-
-_OWN_SPLITS = ("train", "validation", "test")
+    reason = "a prediction that the paper did not test; 5.3 million episodes are out of reach here"
+    return Finding("not tested", reason)
 
 
 def curve_problems(comparison: Comparison, arms: Sequence[Arm], n_seeds: int) -> list[Problem]:
@@ -293,8 +292,8 @@ def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Findi
     )
     steps = [step for step in full.columns.intersection(own.columns).astype(int).tolist() if step > 0]
     paired = [seed for seed in own.index if seed in full.index]
-    if not steps or not paired or 0 not in full:
-        raise UnjudgedError("inconclusive", "no accuracies of both before and after training")
+    lacking = not steps or not paired or 0 not in full
+    unjudged_if(lacking, "no accuracies of both before and after training", "inconclusive")
     before, after = float(full[0].mean()), float(full[steps[-1]].mean())
     margin = gain_margin(comparison.judging.margins.reward, after - before, "FullFT", rewarded=True)
     problems = curve_problems(comparison, [lora, fullft], len(paired))
@@ -327,7 +326,7 @@ def _further_sets_follow(comparison: Comparison) -> Finding:
     curves = comparison.curves
     if not curves.empty:
         curves = curves[curves["run_id"].isin(comparison.runs["run_id"]) & curves["metric"].eq("accuracy")]
-    names = [] if curves.empty else sorted(set(curves["split"]) - set(_OWN_SPLITS))
+    names = [] if curves.empty else sorted(set(curves["split"]) - {"train", "validation", "test"})
     aime = [name for name in names if name.lower().startswith("aime")]
     unjudged_if(not names, "no accuracies on further problem sets")
     judges = ((name, each_rank(partial(_follows, name), fullft_learns=False)) for name in aime or names)
