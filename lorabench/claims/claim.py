@@ -14,7 +14,6 @@ from lorabench.analysis.arms import kept
 from lorabench.analysis.comparison import Arm, Comparison, Judging, Task, comparisons, require
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, with_parts, without
-from lorabench.analysis.rewards import TestReward, beyond_controls, with_error_rates
 from lorabench.analysis.rules import DECIDED, Problem, Remedy, Verdict
 from lorabench.utils.formats import with_interval
 
@@ -54,17 +53,6 @@ class Evidence:
     def comparisons(self) -> list[Comparison]:
         """The comparisons of the arms that LoRA is judged by, one per model, dataset, batch size and length."""
         return comparisons(self.runs[judged_arms(self.runs)], self.curves, self.judging)
-
-
-def rewarded_errors(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
-    """Return the RL runs as error rates, of models and problem sets on which some run got a reward, and, where there
-    are any, every method is ahead of the controls."""
-    rewarded = runs["status"].ne("unrewarded").groupby([runs["model"], runs["dataset"]]).transform("any")
-    runs = runs[rewarded.astype(bool)]
-    beyond = beyond_controls(runs)
-    if beyond.any():
-        runs = runs[[bool(beyond[key]) for key in zip(runs["model"], runs["dataset"], strict=True)]]
-    return with_error_rates(runs, test_reward)
 
 
 @dataclass(frozen=True)
@@ -171,11 +159,6 @@ def unjudged_if(condition: object, reason: str, verdict: Verdict = "not tested",
         raise UnjudgedError(verdict, reason, remedy)
 
 
-def problem_if(condition: object, text: str, remedy: Remedy | None = None) -> list[Problem]:
-    """Return a reason against a verdict if a condition holds, with what would remove it."""
-    return [Problem(text, remedy)] if condition else []
-
-
 def highest_and_full(comparison: Comparison) -> tuple[Arm, Arm]:
     """Return LoRA at the highest rank above 1, and FullFT; raise UnjudgedError if an arm is missing."""
     lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
@@ -208,7 +191,7 @@ def named_problems(problems: Iterable[Problem], name: str, where: str = "") -> l
 def few_seeds(seeds: int, what: str = "paired seeds", needed: int = MIN_SEEDS) -> list[Problem]:
     """Return the problem that there are fewer seeds than a verdict needs, if so."""
     remedy = Remedy(f"{needed} seeds (now {seeds})", seeds=needed)
-    return problem_if(seeds < needed, f"{seeds} {what}, {needed} needed", remedy)
+    return [Problem(f"{seeds} {what}, {needed} needed", remedy)] if seeds < needed else []
 
 
 def number(estimate: Estimate, digits: int = 2, sign: str = "") -> str:

@@ -30,7 +30,6 @@ from lorabench.claims.claim import (
     judge_each,
     named_problems,
     number,
-    problem_if,
     unjudged_if,
 )
 from lorabench.claims.scope import FULL_STEPS, HIGH_RANK, SHORT_RUN, papers_alpha
@@ -159,9 +158,9 @@ def _short_runs_want_more(evidence: Evidence) -> Finding:
     whole = [named for steps, named in known if steps >= FULL_STEPS]
     text = f"no runs of {SHORT_STEPS[0]} to {SHORT_STEPS[1]} steps, and none of {FULL_STEPS:,} or more"
     unjudged_if(not short and not whole, text)
-    judged = judge_each([*short, *whole], _ratio_of_length)
-    lacking = f"no runs of {FULL_STEPS:,} steps or more, whose ratio at the end would have to be lower"
-    return doubted(judged, problem_if(not whole, lacking, Remedy(f"runs of {FULL_STEPS:,} steps")), ["confirmed"])
+    text = f"no runs of {FULL_STEPS:,} steps or more, whose ratio at the end would have to be lower"
+    lacking = [] if whole else [Problem(text, Remedy(f"runs of {FULL_STEPS:,} steps"))]
+    return doubted(judge_each([*short, *whole], _ratio_of_length), lacking, ["confirmed"])
 
 
 def _ratio_of_length(comparison: Comparison) -> Finding:
@@ -243,7 +242,7 @@ _claim = partial(claim, over=model_groups, columns=("family", "hidden_size"))
 
 def _too_few(number: int, needed: int, what: str) -> list[Problem]:
     remedy = Remedy(f"{needed} {what} (now {number})")
-    return problem_if(number < needed, f"{number} {what}, {needed} needed", remedy)
+    return [Problem(f"{number} {what}, {needed} needed", remedy)] if number < needed else []
 
 
 def _problems(models: Sequence[lr_law.SweptModel]) -> list[Problem]:

@@ -20,7 +20,7 @@ from lorabench.analysis.finding import Finding, decide, in_unit, together, witho
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import censored_slope
-from lorabench.claims.claim import Evidence, claim, doubted, few_seeds, number, problem_if, unjudged_if
+from lorabench.claims.claim import Evidence, claim, doubted, few_seeds, number, unjudged_if
 from lorabench.claims.scope import Named, at_papers_alpha, chosen, learning, lora_runs, papers_alpha, whole_runs
 
 # Bounds whose meaning the criteria say.
@@ -116,7 +116,8 @@ def _equivalent_trajectories(tested: tuple[pd.DataFrame, pd.DataFrame]) -> Findi
     )
     text += f"; {len(control)} other pairs by at least {least:.2g}" if len(control) else ""
     problems = []
-    problems += problem_if(len(equal) < int(pairs["equivalent"].sum()), "some equivalent pairs have no training losses")
+    if len(equal) < int(pairs["equivalent"].sum()):
+        problems.append(Problem("some equivalent pairs have no training losses"))
     if largest > IDENTICAL and not eps <= ZERO_EPS:
         remedy = Remedy(f"runs with an epsilon of {ZERO_EPS:g} or less")
         problems.append(Problem("epsilon is not near the zero that the argument is about", remedy))

@@ -20,8 +20,7 @@ from lorabench.analysis.estimate import unknown
 from lorabench.analysis.finding import Finding
 from lorabench.analysis.optima import ratio_interval
 from lorabench.analysis.rules import Margin
-from lorabench.claims.claim import rewarded_errors
-from lorabench.claims.reinforcement import if_learned
+from lorabench.claims.reinforcement import if_learned, rewarded_errors
 from lorabench.store.checks import is_rl
 from lorabench.store.io import with_all_columns
 

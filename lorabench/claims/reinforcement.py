@@ -22,20 +22,10 @@ from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, nor
 from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, finding, together, worst
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio
-from lorabench.analysis.rewards import FAR, MAX_TRUNCATED, MIN_GAIN, NEAR, TestReward
+from lorabench.analysis.rewards import FAR, MAX_TRUNCATED, MIN_GAIN, NEAR, TestReward, beyond_controls, with_error_rates
 from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within, gain_margin
 from lorabench.claims import scope
-from lorabench.claims.claim import (
-    Evidence,
-    claim,
-    doubted,
-    highest_and_full,
-    judge_each,
-    number,
-    problem_if,
-    rewarded_errors,
-    unjudged_if,
-)
+from lorabench.claims.claim import Evidence, claim, doubted, highest_and_full, judge_each, number, unjudged_if
 from lorabench.claims.scope import RL_PRESETS, Named
 from lorabench.runs import GOOD
 from lorabench.store.checks import is_rl
@@ -53,8 +43,6 @@ CHEAPER = round(1 - GOOD, 9)
 """The smallest difference of the costs of a miss that matters, as a share of an arm's accuracy: what a good LR may lose
 (see `lorabench.runs`)."""
 
-CHEAPER_RULE = f"{CHEAPER:.0%} of the accuracy near the best LR, by which an LR counts as good"
-
 MISS_FACTORS = f"{10**NEAR:.1f} to {10**FAR:.1f}"
 """By what factor an LR that misses the best one is off."""
 
@@ -66,6 +54,17 @@ LONG_RESPONSES = scope.response_length(LONG_RESPONSE, ("core", "paper"))
 
 CONDITIONS = (scope.swept, scope.response_length(8, RL_PRESETS), scope.beats_controls)
 """The conditions of the claims that compare arms in RL."""
+
+
+def rewarded_errors(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
+    """Return the RL runs as error rates, of models and problem sets on which some run got a reward, and, where there
+    are any, every method is ahead of the controls."""
+    rewarded = runs["status"].ne("unrewarded").groupby([runs["model"], runs["dataset"]]).transform("any")
+    runs = runs[rewarded.astype(bool)]
+    beyond = beyond_controls(runs)
+    if beyond.any():
+        runs = runs[[bool(beyond[key]) for key in zip(runs["model"], runs["dataset"], strict=True)]]
+    return with_error_rates(runs, test_reward)
 
 
 @kept
@@ -207,7 +206,8 @@ def _a_missed_lr_costs_lora_less(comparison: Comparison) -> Finding:
         f"its accuracy and {labels[0]} {costs[0].value:.1%}: {number(cheaper, 3, '+')} of the accuracy"
         f"{comparison.fit.noise_text}"
     )
-    judged = comparison.decide(Above(CHEAPER), cheaper, text, arms, CHEAPER_RULE, problems)
+    margin_rule = f"{CHEAPER:.0%} of the accuracy near the best LR, by which an LR counts as good"
+    judged = comparison.decide(Above(CHEAPER), cheaper, text, arms, margin_rule, problems)
     return if_learned(comparison, judged, arms)
 
 
@@ -226,7 +226,8 @@ def curve_problems(comparison: Comparison, arms: Sequence[Arm], n_seeds: int) ->
     for arm in arms:
         rows, chosen = comparison.rows[arm_label(arm)], comparison.at_optimum(arm)
         lost = int((rows["lr"].isin(chosen["lr"]) & rows["status"].eq("diverged")).sum())
-        problems += problem_if(lost, f"{arm_label(arm)}: {lost} seeds diverged at its best LR")
+        if lost:
+            problems.append(Problem(f"{arm_label(arm)}: {lost} seeds diverged at its best LR"))
     return problems
 
 
@@ -297,9 +298,11 @@ def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Findi
     before, after = float(full[0].mean()), float(full[steps[-1]].mean())
     margin = gain_margin(comparison.judging.margins.reward, after - before, "FullFT", rewarded=True)
     problems = curve_problems(comparison, [lora, fullft], len(paired))
-    problems += problem_if(not after - before >= MIN_GAIN, f"FullFT gains less than {MIN_GAIN:g} on it")
+    if not after - before >= MIN_GAIN:
+        problems.append(Problem(f"FullFT gains less than {MIN_GAIN:g} on it"))
     counts = points_at_optimum(comparison, fullft, name, "n_problems")["value"]
-    problems += problem_if(counts.empty, "the number of problems is not known")
+    if counts.empty:
+        problems.append(Problem("the number of problems is not known"))
     n_problems = 0 if counts.empty else int(counts.min())
     ids = pd.concat([comparison.at_optimum(arm) for arm in (lora, fullft)])["run_id"]
     findings = []
@@ -391,7 +394,8 @@ def _equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
         texts.append(
             f"of {n_runs} runs without other steps {changed.sum()} of {len(before_and_after)} accuracies changed"
         )
-    problems += problem_if(not learning.any(), "no step learns, so the gradients of 0 check nothing")
+    if not learning.any():
+        problems.append(Problem("no step learns, so the gradients of 0 check nothing"))
     verdict: Verdict = "confirmed"
     if largest > 0 or changed.any():
         # These steps learned, whatever other steps did.

@@ -11,8 +11,8 @@ from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, together
 from lorabench.analysis.optima import as_ratio, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Within
-from lorabench.claims.claim import Evidence, claim, few_seeds, rewarded_errors, unjudged_if
-from lorabench.claims.reinforcement import CONDITIONS, at_one_peak, if_learned
+from lorabench.claims.claim import Evidence, claim, few_seeds, unjudged_if
+from lorabench.claims.reinforcement import CONDITIONS, at_one_peak, if_learned, rewarded_errors
 from lorabench.claims.scope import Named
 from lorabench.config.fields import VARIANT_NAMES, Variant
 from studies.lr_ratio.conditions import stated_predictions
