@@ -28,9 +28,6 @@ Kind = Literal["empirical", "derivation", "count", "opinion", "prediction", "own
 - `own prediction`: not at all, since the statement is this project's and not the paper's
 """
 
-ABOUT_LARGE_MODELS: tuple[Kind, ...] = ("empirical", "opinion", "prediction")
-"""The kinds of claims that the paper makes about its own models, which have 1B parameters or more."""
-
 
 @dataclass(frozen=True)
 class Evidence:

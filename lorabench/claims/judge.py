@@ -27,7 +27,7 @@ from lorabench.claims import (
     placement,
     reinforcement,
 )
-from lorabench.claims.claim import ABOUT_LARGE_MODELS, Claim, Evidence, judge_each, judge_part
+from lorabench.claims.claim import Claim, Evidence, judge_each, judge_part
 from lorabench.claims.rules_hash import rules_sha256
 from lorabench.claims.texts import claims_of
 from lorabench.config.margins import DEFAULT_MARGINS, Margins, Predictions, default_predictions
@@ -102,8 +102,8 @@ def judge_claims(
         if judged.n_parts is None:
             judged = with_parts(judged, [judged])
         verdict, sizes = judged.verdict, behind.get("base_params", pd.Series(dtype=float))
-        if verdict == "contradicted" and claim.kind in ABOUT_LARGE_MODELS and len(sizes):
-            # What the paper says of large models fails on smaller ones alone.
+        if verdict == "contradicted" and claim.kind in ("empirical", "opinion", "prediction") and len(sizes):
+            # The paper says these of models of 1B parameters or more; where it fails on smaller ones alone, it may hold.
             verdict = "not seen here" if sizes.lt(LARGE_MODEL).fillna(False).all() else verdict
         remedy = judged.remedy if judged.verdict == "inconclusive" else None
         rows.append(
