@@ -103,7 +103,7 @@ def judge_claims(
             judged = with_parts(judged, [judged])
         verdict, sizes = judged.verdict, behind.get("base_params", pd.Series(dtype=float))
         if verdict == "contradicted" and claim.kind in ("empirical", "opinion", "prediction") and len(sizes):
-            # The paper says these of models of 1B parameters or more; where it fails on smaller ones alone, it may hold.
+            # What the paper says of its own models, of 1B parameters or more, fails on smaller ones alone.
             verdict = "not seen here" if sizes.lt(LARGE_MODEL).fillna(False).all() else verdict
         remedy = judged.remedy if judged.verdict == "inconclusive" else None
         rows.append(
