@@ -13,7 +13,7 @@ from lorabench.analysis.arms import arm_label, each_arm
 from lorabench.analysis.comparison import Comparison, comparisons
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.memorisation import is_memorisation
-from lorabench.claims.claim import rewarded_errors
+from lorabench.claims.reinforcement import rewarded_errors
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.store.checks import is_rl
 from lorabench.store.tables import Tables

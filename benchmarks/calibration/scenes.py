@@ -18,8 +18,14 @@ from benchmarks.calibration.made import Curve, MadeArm, MadeRl, MadeSweep, Metri
 from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.worlds import grid
 from lorabench.analysis.arms import ALPHA
-from lorabench.claims.across_models import MAX_EXPONENT_DISTANCE, MAX_REGRET
-from lorabench.claims.learning_rate import GROWTH, LEAST_SHIFT, SHORT_RATIO, same_factor
+from lorabench.claims.learning_rate import (
+    GROWTH,
+    LEAST_SHIFT,
+    MAX_EXPONENT_DISTANCE,
+    MAX_REGRET,
+    SHORT_RATIO,
+    same_factor,
+)
 from lorabench.claims.parametrization import HALF, MAJORITY
 from lorabench.config.margins import DEFAULT_MARGINS
 from studies.lr_ratio.predictions import DEFAULT

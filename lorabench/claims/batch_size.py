@@ -12,11 +12,10 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
+from lorabench.analysis.finding import Finding, UnjudgedError, decide, nats, together
 from lorabench.analysis.optima import off_optimum, pair_at_optimum
 from lorabench.analysis.rules import Above, Margin, Problem, Rule, Within
-from lorabench.claims.claim import SWEEP, Evidence, claim, condition, few_seeds, named_problems, unjudged_if
-from lorabench.claims.learning_curves import AT_OPTIMUM
+from lorabench.claims.claim import Evidence, claim, condition, few_seeds, named_problems, unjudged_if
 from lorabench.claims.scope import HIGH_RANK
 
 # Bounds whose meaning the criteria say.
@@ -44,19 +43,6 @@ def large_batches(evidence: Evidence) -> str | None:
     if sizes.max() / sizes.min() >= LARGE_FACTOR and sizes.max() >= LARGE_SIZE and at_largest >= LARGE_STEPS:
         return None
     return f"{sizes.min():.0f} to {sizes.max():.0f}, with {at_largest:.0f} steps at {sizes.max():.0f}"
-
-
-_MARGIN = "The margin is the larger one of the batch sizes compared"
-
-_RANKS = (
-    f"The ranks are those from {HIGH_RANK} up, since lower ones may lack capacity; where fewer than two are as high, "
-    "they are all above 1"
-)
-
-_NEEDS = (
-    f"{SWEEP}, at {MIN_BATCH_SIZES} or more batch sizes on one pass over the same data; {MIN_SEEDS} seeds at the LRs "
-    "around each optimum"
-)
 
 
 ArmBySize = dict[int, Arm]
@@ -87,9 +73,8 @@ class BatchSizes:
             UnjudgedError: the runs are too few, or more than the batch size differs between them.
         """
         compared = self.by_size.values()
-        if len(compared) < MIN_BATCH_SIZES:
-            listed = " and ".join(map(str, self.by_size))
-            raise UnjudgedError("not tested", f"only batch {listed}, {MIN_BATCH_SIZES} batch sizes needed")
+        listed = " and ".join(map(str, self.by_size))
+        unjudged_if(len(compared) < MIN_BATCH_SIZES, f"only batch {listed}, {MIN_BATCH_SIZES} batch sizes needed")
         highest = next((comparison.highest for comparison in compared if comparison.highest), None)
         fullft = next((comparison.fullft for comparison in compared if comparison.fullft), None)
         require(("LoRA above rank 1", highest), ("FullFT", fullft))
@@ -97,9 +82,9 @@ class BatchSizes:
         text = "the runs table has no steps, which say how much data each batch size saw"
         unjudged_if(any(map(pd.isna, steps.values())), text)
         examples = {size: int(steps[size] * size) for size in steps}
-        if not max(examples.values()) <= MAX_DATA_RATIO * min(examples.values()):
-            seen = ", ".join(f"batch {size} {number:,.0f}" for size, number in examples.items())
-            raise UnjudgedError("inconclusive", f"examples seen differ ({seen}), so more than batch size does")
+        seen = ", ".join(f"batch {size} {number:,.0f}" for size, number in examples.items())
+        text = f"examples seen differ ({seen}), so more than batch size does"
+        unjudged_if(max(examples.values()) > MAX_DATA_RATIO * min(examples.values()), text, "inconclusive")
         above_1 = sorted({rank for comparison in compared for rank in comparison.lora if rank > 1})
         high = [rank for rank in above_1 if rank >= HIGH_RANK]
         return high if len(high) > 1 else above_1
@@ -180,39 +165,16 @@ def batch_sizes(evidence: Evidence) -> list[tuple[str, BatchSizes]]:
     return [(name, BatchSizes(by_size)) for name, by_size in datasets.items()]
 
 
-_claim = partial(claim, over=batch_sizes, figure="3", experiments=("batch_size",), conditions=(large_batches,))
+_claim = partial(claim, over=batch_sizes, conditions=(large_batches,))
 
 
-@_claim(
-    id="D1",
-    statement="The gap between LoRA and full fine-tuning grows with batch size",
-    criterion=(
-        "For every rank, the gap is the fitted minimum of LoRA's test NLL minus that of FullFT's, with a fit for each "
-        "batch size. The gap at the largest batch size minus that at the smallest is above 0 by the margin. "
-        f"{_MARGIN}. {_RANKS}"
-    ),
-    needs=_NEEDS,
-    paper_value="grows from batch 32; no number",
-    core=True,
-)
+@_claim("D1")
 def _gap_grows(sizes: BatchSizes) -> Iterator[Finding]:
     for rank in sizes.ranks:
         yield sizes.judge_growth(Above, sizes.arms(rank), sizes.arms())
 
 
-@_claim(
-    id="D2",
-    statement="At a large batch size the gap persists along the run; at a small one it is smaller and shrinks",
-    criterion=(
-        "For every rank, the gap is LoRA's training NLL minus FullFT's, as a mean over the second quarter of the steps "
-        "(halfway) and over the last quarter (the end). What it grows by from halfway to the end at the largest batch "
-        "size, minus that at the smallest, where it shrinks, is above 0 by the margin, paired by seed. That the gap is "
-        f"smaller at a small batch size is judged by D1. {_MARGIN}. {AT_OPTIMUM}. {_RANKS}"
-    ),
-    needs=f"{_NEEDS}; training curves",
-    paper_value="persistent; at batch 32 smaller and shrinking; no number",
-    core=True,
-)
+@_claim("D2")
 def _gap_persists(sizes: BatchSizes) -> Iterator[Finding]:
     margin, fullft = sizes.margin(sizes.ends), sizes.arms()
     for lora in [sizes.arms(rank) for rank in reversed(sizes.ranks)]:
@@ -250,34 +212,14 @@ def _mean_between(start: float, end: float, curves: pd.DataFrame) -> pd.Series[f
     return inside.mean(skipna=False)
 
 
-@_claim(
-    id="D3",
-    statement="The gap at a batch size does not depend on the rank",
-    criterion=(
-        "The fitted minimum of the test NLL of the highest rank minus that of the lowest is the same at the largest "
-        "batch size as at the smallest, within the margin: what a rank lacks in capacity it lacks at every batch size, "
-        f"and FullFT's loss cancels. {_MARGIN}. {_RANKS}"
-    ),
-    needs=f"{_NEEDS}; two ranks above 1",
-    paper_value="does not seem to depend on rank; no number",
-    core=True,
-)
+@_claim("D3")
 def _gap_independent_of_rank(sizes: BatchSizes) -> Finding:
     lowest, *higher = sizes.ranks
     unjudged_if(not higher, "fewer than two LoRA ranks above 1")
     return sizes.judge_growth(Within.margin, sizes.arms(higher[-1]), sizes.arms(lowest))
 
 
-@_claim(
-    id="D4",
-    statement="LoRA and full fine-tuning both reach their lowest loss at a small batch size",
-    criterion=(
-        "For FullFT and every rank, the fitted minimum of the test NLL at each larger batch size is above the lower "
-        f"one of the minima at the two smallest, by the margin. {_MARGIN}. {_RANKS}"
-    ),
-    needs=_NEEDS,
-    paper_value="the smallest; no number",
-)
+@_claim("D4")
 def _best_at_small_batch(sizes: BatchSizes) -> Iterator[Finding]:
     # FullFT comes first, which has no rank.
     for arm in [sizes.arms(rank) for rank in (None, *sizes.ranks)]:
@@ -289,8 +231,7 @@ def _best_at_small_batch(sizes: BatchSizes) -> Iterator[Finding]:
         for size in larger:
             margin = sizes.margin((first, second, size))
             problems = sizes.problems(sizes.by_size, margin, arm)
-            if len(known) < len(minima):
-                raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in problems))
+            unjudged_if(len(known) < len(minima), "; ".join(problem.text for problem in problems), "inconclusive")
             smaller = known[first], known[second]
             excess = combined(lambda loss, *smaller: loss - np.minimum(*smaller), known[size], *smaller)
             text = (
@@ -301,15 +242,7 @@ def _best_at_small_batch(sizes: BatchSizes) -> Iterator[Finding]:
         yield together(at_larger)
 
 
-@claim(
-    id="D5",
-    kind="opinion",
-    statement="The gap at large batch sizes comes from training a product of two matrices",
-    criterion="Training the same update of the weights without a product, at an LR of its own, shows no gap",
-    needs="a control that trains W itself at the scale of LoRA's update",
-    paper_value="an interpretation; no number",
-    experiments=("batch_size",),
-)
+@claim("D5")
 def _product_causes_the_gap(evidence: Evidence) -> Finding:
     reason = "needs a control that trains the update of the weights without a product; no such runs exist"
     return Finding("not tested", reason)

@@ -13,15 +13,14 @@ import pandas as pd
 from lorabench.analysis import optima
 from lorabench.analysis.arms import arm_label, kept
 from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.curves import PairedCurves
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, student, t_quantile
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, nats, without, worst
-from lorabench.analysis.memorisation import BITS_PER_PARAMETER, late_growth, stored
+from lorabench.analysis.finding import Finding, UnjudgedError, decide, finding, nats, without, worst
+from lorabench.analysis.memorisation import late_growth, stored
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
 from lorabench.claims import scope
-from lorabench.claims.claim import SWEEP, Evidence, claim, number, unjudged_if
-from lorabench.claims.learning_curves import AT_OPTIMUM, LONG_ONLY, long_claim
+from lorabench.claims.claim import Evidence, claim, number, unjudged_if
+from lorabench.claims.learning_curves import long_claim
 from lorabench.utils.formats import fixed_interval
 
 # Bounds whose meaning the criteria say.
@@ -34,13 +33,6 @@ MAX_GROWTH = 0.1
 
 MORE_RANKS = Remedy("more ranks that leave the shared curve, which longer runs give")
 
-LEAVES = (
-    "A rank leaves the shared curve where its training NLL minus the highest rank's exceeds the margin in each of "
-    f"{optima.WINDOWS} windows of log(step) to the end, with an interval above 0 that holds for all windows at once, "
-    "and from which on the gap grows with log(step); a gap that shrinks is slow learning. "
-)
-"""The definition of a departure, for the criteria."""
-
 
 @dataclass(frozen=True)
 class _Rank:
@@ -48,8 +40,6 @@ class _Rank:
 
     rank: int
     arm: Arm
-    curves: PairedCurves
-    """Its training NLL minus that of the highest rank."""
     departure: optima.Departure
     threshold: Estimate | str
     """Where the line through its gap reaches the margin, in log10(step), or why there is no such step."""
@@ -86,7 +76,7 @@ def _ranks(comparison: Comparison) -> list[_Rank]:
         departure = optima.paired_departure(curves, margin.value)
         problems = [*problems, *margin.problems] or optima.off_optimum(comparison, arm, highest, margin.value)
         threshold = optima.log_threshold(curves, departure, margin.value)
-        ranks.append(_Rank(rank, arm, curves, departure, threshold, problems))
+        ranks.append(_Rank(rank, arm, departure, threshold, problems))
     unjudged_if(not ranks, "only one rank", "inconclusive")
     return ranks
 
@@ -104,20 +94,7 @@ def _between(comparison: Comparison, lower: _Rank, higher: _Rank) -> Estimate:
     return curves.means([(int(first), int(min(end - 1, curves.last)))])[0]
 
 
-@long_claim(
-    id="A3",
-    statement="Low and medium ranks leave the shared learning curve at a step that grows with rank",
-    figure="1",
-    criterion=(
-        f"{LEAVES}On the longest dataset, rank 1 and one more rank leave at two different steps or more, which do not "
-        "fall with rank, and between the first and the last departure rank 1's NLL is above that of the rank that "
-        "leaves last (the estimate). Contradicted if some rank leaves before a lower one and its NLL is above the "
-        f"lower rank's between their departures. {LONG_ONLY}. {AT_OPTIMUM}"
-    ),
-    needs=f"{SWEEP}; rank 1 and two more ranks; training losses at every step; {MIN_SEEDS} seeds",
-    over=scope.chosen(scope.learning, scope.full_runs, scope.longest_run),
-    core=True,
-)
+@long_claim("A3", over=scope.chosen(scope.learning, scope.full_runs, scope.longest_run))
 def _departure_grows_with_rank(comparison: Comparison) -> Finding:
     ranks = _ranks(comparison)
     ids, (text, problems) = comparison.run_ids(comparison.lora.values()), _described(ranks)
@@ -147,19 +124,7 @@ def _slopes_from(first: int, curves: pd.DataFrame) -> pd.Series[float]:
     return slopes_by_seed(curves.loc[first:])
 
 
-@long_claim(
-    id="A4",
-    statement="Past its capacity LoRA has no floor: it goes on learning, less efficiently",
-    criterion=(
-        "For each rank that leaves the shared curve (as in A3), from the window of steps after that of its departure "
-        "on: the slope of its training NLL against log(step), as a share of FullFT's on the same batches, lies between "
-        f"{FLOOR:g} and 1 on average over seeds. That it is below 1 is near to what a departure is; that there is no "
-        f"floor is the claim's content. {LONG_ONLY}"
-    ),
-    needs=f"{SWEEP}; a rank that leaves the shared curve; training losses at every step; {MIN_SEEDS} seeds",
-    unit="share of FullFT's slope",
-    over=scope.chosen(scope.learning, scope.full_runs, scope.longest_runs),
-)
+@long_claim("A4", over=scope.chosen(scope.learning, scope.full_runs, scope.longest_runs))
 def _no_floor(comparison: Comparison) -> Iterator[Finding]:
     ranks = _ranks(comparison)
     gone = [rank for rank in ranks if rank.departure.left]
@@ -189,30 +154,11 @@ def _no_floor(comparison: Comparison) -> Iterator[Finding]:
         yield decide(Within(FLOOR, 1.0), share, text, ids, problems, floor)
 
 
-@long_claim(
-    id="A5",
-    statement="An adapter runs out of capacity after an amount of data proportional to its parameters",
-    criterion=(
-        "The log-log slope of train tokens at departure against adapter parameters lies within "
-        f"{THRESHOLD_BAND[0]:g} to {THRESHOLD_BAND[1]:g}. A rank that leaves (as in A3) departs where the line through "
-        "its gap against log(step), from the window of steps after that of A3's departure on, reaches the margin. The "
-        "line of departures is fitted to all models and datasets together with an intercept per dataset, to each "
-        "dataset's longest runs. Its scatter is at least the departures' error from seeds. Ranks that never leave, "
-        "that never joined the shared curve, whose line surely reaches the margin before the window before A3's "
-        "departure, or that have a problem such as a best LR at the edge of the grid give no point"
-    ),
-    needs=(
-        f"{SWEEP}; four ranks, on one or more datasets, that leave the shared curve; training losses at every step; "
-        f"{MIN_SEEDS} seeds"
-    ),
-    paper_value="proportional; no number",
-    unit="log-log slope",
-    columns=("trainable_params",),
-)
+@long_claim("A5", columns=("trainable_params",))
 def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
     unjudged_if("tokens" not in evidence.curves, "the curves table has no column tokens")
     rows, left_out = [], []
-    for label, comparison in scope.one_at_a_time(scope.chosen(scope.learning, scope.longest_runs)(evidence)):
+    for label, comparison in scope.chosen(scope.learning, scope.longest_runs)(evidence):
         try:
             ranks = _ranks(comparison)
         except UnjudgedError as unjudged:
@@ -249,16 +195,7 @@ def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
 
 
 @claim(
-    id="N1",
-    kind="opinion",
-    statement="The first epoch of fine-tuning on natural data costs about 1 bit per token",
-    criterion=(
-        "The first epoch's loss per scored token, of FullFT at the LR nearest to its optimum, lies within "
-        f"{BIT_BAND[0]:g} to {BIT_BAND[1]:g} nats on average over seeds"
-    ),
-    needs="runs of FullFT that go through an epoch; two seeds",
-    paper_value="1 bit = 0.69 nats",
-    experiments=("rank", "capacity"),
+    "N1",
     over=scope.chosen(scope.learning, scope.longest_runs),
     columns=("first_epoch_nats", "first_epoch_scored_tokens"),
     conditions=(scope.natural_text,),
@@ -278,25 +215,7 @@ def _about_one_bit(comparison: Comparison) -> Finding:
     return decide(Within(*BIT_BAND), mean, text, runs["run_id"], margin_rule="a constant around 1 bit")
 
 
-@claim(
-    id="N2",
-    kind="prediction",
-    statement=f"A parameter stores about {BITS_PER_PARAMETER:g} bits",
-    criterion=(
-        "On random facts, for each saturated rank: the bits stored per adapter parameter, at the fitted minimum of the "
-        f"NLL over LRs, lie within {TWO_BITS_BAND[0]:g} to {TWO_BITS_BAND[1]:g}, the numbers that round to "
-        f"{BITS_PER_PARAMETER:g}. A rank is saturated if it stores less than {SATURATED:.0%} of the facts and the next "
-        f"rank stores more, both with their 95% intervals. A rank that stored {MAX_GROWTH:.0%} or more of its bits in "
-        "the second half of its steps is still storing, so it counts only above the band. The paper cites the number "
-        "for whole networks, after long training"
-    ),
-    needs=f"LoRA on all layers at two or more ranks on a dataset of facts; {MIN_SEEDS} seeds",
-    paper_value="2 (cited)",
-    unit="bits per parameter",
-    experiments=("capacity",),
-    over=scope.chosen(scope.memorising),
-    columns=("entropy_bits", "test_scored_tokens", "trainable_params"),
-)
+@claim("N2", over=scope.chosen(scope.memorising), columns=("entropy_bits", "test_scored_tokens", "trainable_params"))
 def _two_bits_per_parameter(comparison: Comparison) -> Finding:
     arms = list(comparison.lora.values())
     unjudged_if(not arms, "no runs of LoRA on the facts", "inconclusive")

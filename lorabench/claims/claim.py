@@ -14,7 +14,6 @@ from lorabench.analysis.arms import kept
 from lorabench.analysis.comparison import Arm, Comparison, Judging, Task, comparisons, require
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, with_parts, without
-from lorabench.analysis.rewards import TestReward, beyond_controls, with_error_rates
 from lorabench.analysis.rules import DECIDED, Problem, Remedy, Verdict
 from lorabench.utils.formats import with_interval
 
@@ -28,12 +27,6 @@ Kind = Literal["empirical", "derivation", "count", "opinion", "prediction", "own
 - `prediction`: not at all, since the paper left the statement untested
 - `own prediction`: not at all, since the statement is this project's and not the paper's
 """
-
-ABOUT_LARGE_MODELS: tuple[Kind, ...] = ("empirical", "opinion", "prediction")
-"""The kinds of claims that the paper makes about its own models, which have 1B parameters or more."""
-
-SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is not at its edge"
-"""The runs that most claims need."""
 
 
 @dataclass(frozen=True)
@@ -57,26 +50,6 @@ class Evidence:
     def comparisons(self) -> list[Comparison]:
         """The comparisons of the arms that LoRA is judged by, one per model, dataset, batch size and length."""
         return comparisons(self.runs[judged_arms(self.runs)], self.curves, self.judging)
-
-    @kept
-    def compared_by(self, test_reward: TestReward) -> list[Comparison]:
-        """Return the comparisons of RL on test error rates by one of the test rewards of a run.
-
-        Models and problem sets that give no reward are left out.
-        """
-        runs = rewarded_errors(self.runs[judged_arms(self.runs)], test_reward)
-        return comparisons(runs, self.curves, self.judging)
-
-
-def rewarded_errors(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
-    """Return the RL runs as error rates, of models and problem sets on which some run got a reward, and, where there
-    are any, every method is ahead of the controls."""
-    rewarded = runs["status"].ne("unrewarded").groupby([runs["model"], runs["dataset"]]).transform("any")
-    runs = runs[rewarded.astype(bool)]
-    beyond = beyond_controls(runs)
-    if beyond.any():
-        runs = runs[[bool(beyond[key]) for key in zip(runs["model"], runs["dataset"], strict=True)]]
-    return with_error_rates(runs, test_reward)
 
 
 @dataclass(frozen=True)
@@ -135,15 +108,24 @@ Judge = Callable[[Any], Finding | Iterable[Finding]]
 
 Function = TypeVar("Function", bound=Judge)
 
-CLAIMS: list[Claim] = []
-"""The claims that `claim` declared, in the order in which their modules were imported."""
+JUDGES: dict[str, dict[str, dict[str, Any]]] = {}
+"""What `claim` declared: fields of `Claim` by module and by claim id."""
 
 
-def claim(**fields: Any) -> Callable[[Function], Function]:
-    """Return a decorator that declares a claim with some fields, whose judge is the decorated function."""
+def claim(
+    claim_id: str,
+    over: Callable[[Evidence], Iterable[tuple[str, Any]]] | None = None,
+    columns: tuple[str, ...] = (),
+    conditions: tuple[Condition, ...] = (),
+) -> Callable[[Function], Function]:
+    """Return a decorator that declares the decorated function to be the judge of a claim.
+
+    What the claim says stands in a YAML file beside the function's module (see `texts`).
+    """
 
     def declare(judge: Function) -> Function:
-        CLAIMS.append(Claim(judge=judge, **fields))
+        fields = {"judge": judge, "over": over, "columns": columns, "conditions": conditions}
+        JUDGES.setdefault(judge.__module__, {})[claim_id] = fields
         return judge
 
     return declare
@@ -160,17 +142,10 @@ def judge_part(judge: Judge, part: Any) -> Finding:
 
 def judge_each(named: Iterable[tuple[str, Any]], judge: Judge) -> Finding:
     """Judge several things and return the finding that decides; its reason gives all reasons, each after its name."""
-    return together_named([judge_named(name, judge, part) for name, part in named])
-
-
-def judge_named(name: str, judge: Judge, part: Any) -> Finding:
-    """Return the finding of a judge on a part of the evidence, with a reason that starts with the part's name."""
-    judged = judge_part(judge, part)
-    return replace(judged, reason=f"{name}: {judged.reason}")
-
-
-def together_named(findings: Sequence[Finding]) -> Finding:
-    """Return the finding that decides over those of `judge_named`, with the reasons of all."""
+    findings = []
+    for name, part in named:
+        judged = judge_part(judge, part)
+        findings.append(replace(judged, reason=f"{name}: {judged.reason}"))
     unjudged_if(not findings, "no such runs")
     return with_parts(together(findings), findings)
 
@@ -179,11 +154,6 @@ def unjudged_if(condition: object, reason: str, verdict: Verdict = "not tested",
     """Raise UnjudgedError with a verdict and its reason if a condition holds."""
     if condition:
         raise UnjudgedError(verdict, reason, remedy)
-
-
-def problem_if(condition: object, text: str, remedy: Remedy | None = None) -> list[Problem]:
-    """Return a reason against a verdict if a condition holds, with what would remove it."""
-    return [Problem(text, remedy)] if condition else []
 
 
 def highest_and_full(comparison: Comparison) -> tuple[Arm, Arm]:
@@ -218,7 +188,7 @@ def named_problems(problems: Iterable[Problem], name: str, where: str = "") -> l
 def few_seeds(seeds: int, what: str = "paired seeds", needed: int = MIN_SEEDS) -> list[Problem]:
     """Return the problem that there are fewer seeds than a verdict needs, if so."""
     remedy = Remedy(f"{needed} seeds (now {seeds})", seeds=needed)
-    return problem_if(seeds < needed, f"{seeds} {what}, {needed} needed", remedy)
+    return [Problem(f"{seeds} {what}, {needed} needed", remedy)] if seeds < needed else []
 
 
 def number(estimate: Estimate, digits: int = 2, sign: str = "") -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 
 import pandas as pd
 
@@ -17,8 +16,7 @@ from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
 from lorabench.analysis.optima import lr_errors, off_optimum, runs_at_optimum
 from lorabench.analysis.rules import Above, Problem, Verdict, Within
 from lorabench.analysis.step_flops import FLOPS_COLUMNS, each_setting, equal_flops_curves, flops_ratio
-from lorabench.claims.claim import SWEEP, Evidence, claim, unjudged_if
-from lorabench.claims.learning_curves import AT_OPTIMUM
+from lorabench.claims.claim import Evidence, claim, unjudged_if
 from lorabench.claims.scope import every_dataset
 
 # Bounds whose meaning the criteria say.
@@ -32,8 +30,6 @@ FAR_MORE = 5.0
 FAR_BELOW = 8
 """The divisor of the hidden size up to which a rank is far below the width (r << N in the paper)."""
 
-_count = partial(claim, kind="count", experiments=())
-
 
 def _ratios(compute: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Return `flops_ratio` of the table `compute`; raise UnjudgedError where it has none."""
@@ -45,20 +41,7 @@ def _ratios(compute: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     return ratios
 
 
-@_count(
-    id="G1",
-    statement="A training step of LoRA takes slightly more than 2/3 of the FLOPs of full fine-tuning",
-    criterion=(
-        "The FLOPs of the linear layers in a step of a real model, counted as they run, LoRA over FullFT, are within "
-        f"{TOLERANCE:.0%} of 2/3 + 2R/N at every rank R of every model. N is defined from the shapes of the layers so "
-        "that formula and count agree, so this checks the counting; the ratios say at which ranks it is slightly more "
-        "than 2/3. Every layer computes the gradient of its input, as the formula assumes. Time is reported, not "
-        "judged"
-    ),
-    needs="table compute: FullFT and LoRA in the same setting",
-    paper_value="2/3 + 2R/N",
-    unit="relative difference from the formula",
-)
+@claim("G1")
 def _slightly_over_two_thirds(evidence: Evidence) -> Iterator[Finding]:
     for setting, rows in each_setting(_ratios(evidence.compute, FLOPS_COLUMNS)):
         apart = rows["relative_difference"]
@@ -80,25 +63,7 @@ def _slightly_over_two_thirds(evidence: Evidence) -> Iterator[Finding]:
         yield finding((), text, verdict, problems, furthest, (furthest, furthest), abs(furthest))
 
 
-@claim(
-    id="G2",
-    kind="prediction",
-    statement="At equal training FLOPs, LoRA of a rank far below the width is ahead of full fine-tuning",
-    criterion=(
-        f"For the highest rank up to hidden size / {FAR_BELOW}: FullFT's training NLL minus LoRA's at equal FLOPs is "
-        f"above 0 by the margin in each of {WINDOWS} windows of steps, which are the later half of the runs on a "
-        "logarithmic axis. It is the difference on the same batches, without what FullFT gains there from the FLOPs "
-        f"that it has spent beyond LoRA's, by its validation NLL, interpolated in log FLOPs. {AT_OPTIMUM}"
-    ),
-    needs=(
-        f"{SWEEP}; hidden_size, train_flops, train_tokens; training and validation curves; {MIN_SEEDS} seeds at the "
-        "LRs around each optimum"
-    ),
-    paper_value="clearly ahead; no number",
-    experiments=("rank",),
-    over=every_dataset,
-    columns=("hidden_size", "train_flops", "train_tokens"),
-)
+@claim("G2", over=every_dataset, columns=("hidden_size", "train_flops", "train_tokens"))
 def _ahead_at_equal_flops(comparison: Comparison) -> Finding:
     hidden = comparison.runs["hidden_size"].dropna().unique()
     unjudged_if(len(hidden) != 1, "hidden_size is not known, or not the same in all runs")
@@ -119,18 +84,7 @@ def _ahead_at_equal_flops(comparison: Comparison) -> Finding:
     return scan(Above(margin.value), curves, windows, text, problems, margin.rule)
 
 
-@claim(
-    id="G3",
-    kind="opinion",
-    statement="Full fine-tuning needs about ten times the accelerators that sampling from the same model does",
-    criterion=(
-        "The peak memory of a step of FullFT over that of sampling is about 10, and that of LoRA is slightly above 1"
-    ),
-    needs="peak memory of sampling, which no preset measures",
-    paper_value="an order of magnitude",
-    unit="ratio",
-    experiments=(),
-)
+@claim("G3")
 def _memory_of_fullft(evidence: Evidence) -> Finding:
     ratios = _ratios(evidence.compute, [*FLOPS_COLUMNS, "peak_mem_bytes"])
     measured = [
@@ -150,7 +104,7 @@ PAPER_COUNTS = {
 }
 """The trainable parameters on Llama-3.1-8B by placement and rank, which the paper rounds to 10 million."""
 
-_EXACT = ", ".join(f"{count:,}" for count in PAPER_COUNTS.values())
+EXACT_COUNTS = ", ".join(f"{count:,}" for count in PAPER_COUNTS.values())
 
 
 def _counts(evidence: Evidence, architecture: str) -> pd.DataFrame:
@@ -158,18 +112,7 @@ def _counts(evidence: Evidence, architecture: str) -> pd.DataFrame:
     return evidence.counts[evidence.counts["architecture"] == architecture]
 
 
-@_count(
-    id="E6",
-    statement="LoRA has 0.49B (mlp r256), 0.25B (attn r256), 0.70B (all r256) and 0.24B (mlp r128) parameters",
-    figure="4 (table)",
-    criterion=(
-        f"The counts on Llama-3.1-8B, with the unembedding in every placement, are exactly {_EXACT}. The estimate is "
-        "the largest difference from these"
-    ),
-    needs="the table of parameter counts; no runs",
-    paper_value="0.49B, 0.25B, 0.70B, 0.24B",
-    unit="parameters",
-)
+@claim("E6")
 def _parameter_counts(evidence: Evidence) -> Finding:
     counts = _counts(evidence, "llama-3.1-8b")
     with_unembedding = counts[counts["part"].eq("all") & counts["include_unembedding"].eq(True)]
@@ -191,19 +134,7 @@ ACTIVE_EXPERTS = 8
 _MOE_PARTS = ("experts", "attention", "unembedding")
 
 
-@_count(
-    id="M1",
-    statement="With an eighth of the total rank, an expert has the same share of LoRA parameters as other layers",
-    criterion=(
-        "On Qwen3-30B-A3B, with gate and up of an expert as one matrix, the factor is LoRA over base parameters of "
-        "attention, and of the unembedding, over that of the experts. With an expert rank of the total rank / "
-        f"{ACTIVE_EXPERTS}, the factor furthest from 1, which is the estimate, is nearer to 1 on a logarithmic scale "
-        "than with the total rank for every expert. Contradicted if it is further"
-    ),
-    needs="the table of parameter counts; no runs",
-    paper_value="the same, by dividing by the 8 active experts",
-    unit="ratio",
-)
+@claim("M1")
 def _expert_ratio(evidence: Evidence) -> Iterator[Finding]:
     counts = _counts(evidence, "qwen3-30b-a3b")
     counts = counts[counts["part"].isin(_MOE_PARTS)]
@@ -228,18 +159,7 @@ def _expert_ratio(evidence: Evidence) -> Iterator[Finding]:
         yield Finding("confirmed" if strain <= 0 else "contradicted", text, estimate=furthest, strain=strain)
 
 
-@_count(
-    id="F6",
-    statement="Rank-1 LoRA has far more parameters than RL on MATH gives bits",
-    criterion=(
-        f"Llama-3.1-8B has at least {FAR_MORE:g} times as many rank-1 parameters, counted with and without the "
-        f"unembedding, as RL on MATH gives bits: {MATH_BITS:,}, from {MATH_PROBLEMS:,} problems with {MATH_SAMPLES} "
-        "samples each at 1 bit per episode. The estimate is the smaller ratio. It is a count, which no run can change"
-    ),
-    needs="the table of parameter counts; no runs",
-    paper_value="3M parameters for 320,000 bits, almost 10 times",
-    unit="ratio",
-)
+@claim("F6")
 def _rank_1_holds_math(evidence: Evidence) -> Finding:
     counts = _counts(evidence, "llama-3.1-8b")
     rank_1 = counts["placement"].eq("all") & counts["rank"].eq(1) & counts["part"].eq("all")

@@ -5,21 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 import pandas as pd
 
 from lorabench.analysis.alpha_rules import remarks_on_alpha
 from lorabench.analysis.arms import in_experiments, with_arm_columns
-from lorabench.analysis.comparison import NEEDED_BY, Comparison, Judging, Task
+from lorabench.analysis.comparison import NEEDED_BY, Judging, Task
 from lorabench.analysis.curves import curves_of
 from lorabench.analysis.estimate import ExampleLosses
-from lorabench.analysis.finding import Finding, UnjudgedError, with_parts
+from lorabench.analysis.finding import Finding, with_parts
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.published import estimates_by_claim
-from lorabench.claims import (  # noqa: F401  Their import declares the claims.
-    across_models,
+from lorabench.claims import (
     batch_size,
     capacity,
     compute,
@@ -28,12 +26,10 @@ from lorabench.claims import (  # noqa: F401  Their import declares the claims.
     parametrization,
     placement,
     reinforcement,
-    rl_progress,
 )
-from lorabench.claims.batch_size import BatchSizes
-from lorabench.claims.claim import ABOUT_LARGE_MODELS, Claim, Evidence, judge_named, judge_part, together_named
-from lorabench.claims.claim import CLAIMS as DECLARED
+from lorabench.claims.claim import Claim, Evidence, judge_each, judge_part
 from lorabench.claims.rules_hash import rules_sha256
+from lorabench.claims.texts import claims_of
 from lorabench.config.margins import DEFAULT_MARGINS, Margins, Predictions, default_predictions
 from lorabench.store.checks import check_curves, check_table, is_rl
 from lorabench.store.schemas import CLAIMS as COLUMNS
@@ -41,9 +37,8 @@ from lorabench.store.tables import MAY_DIFFER, Tables, remarks_on
 from lorabench.utils.formats import count, parameters
 from lorabench.utils.studies import studies
 
-for _study in studies():
-    # As above, the import declares the claims.
-    _study.module("claims")
+_FAMILIES = "ANBCDEMFG"
+"""The families of the paper's claims in the order of the table `claims`."""
 
 
 def _position(claim: Claim) -> tuple[int, str, int]:
@@ -54,11 +49,10 @@ def _position(claim: Claim) -> tuple[int, str, int]:
     return _FAMILIES.index("F" if claim.task == "rl" else family), family, int(claim.id[1:])
 
 
-_FAMILIES = "ANBCDEMFG"
-"""The families of the paper's claims in the order of the table `claims`."""
+_MODULES = (batch_size, capacity, compute, learning_curves, learning_rate, parametrization, placement, reinforcement)
+_STUDIES = tuple(study.module("claims") for study in studies())
 
-
-CLAIMS: tuple[Claim, ...] = tuple(sorted(DECLARED, key=_position))
+CLAIMS = tuple(sorted((claim for module in (*_MODULES, *_STUDIES) for claim in claims_of(module)), key=_position))
 """All claims, in the order of the table `claims`."""
 
 CORE = tuple(claim.id for claim in CLAIMS if claim.core)
@@ -108,8 +102,8 @@ def judge_claims(
         if judged.n_parts is None:
             judged = with_parts(judged, [judged])
         verdict, sizes = judged.verdict, behind.get("base_params", pd.Series(dtype=float))
-        if verdict == "contradicted" and claim.kind in ABOUT_LARGE_MODELS and len(sizes):
-            # What the paper says of large models fails on smaller ones alone.
+        if verdict == "contradicted" and claim.kind in ("empirical", "opinion", "prediction") and len(sizes):
+            # What the paper says of its own models, of 1B parameters or more, fails on smaller ones alone.
             verdict = "not seen here" if sizes.lt(LARGE_MODEL).fillna(False).all() else verdict
         remedy = judged.remedy if judged.verdict == "inconclusive" else None
         rows.append(
@@ -166,7 +160,6 @@ def findings(
         for task, task_noise in (("sft", noise), ("rl", reward_noise))
     }
     by_runs: dict[tuple[Task, tuple[Hashable, ...]], Evidence] = {}
-    asked: list[tuple[Claim, Evidence]] = []
     for claim in claims:
         chosen = runs[in_experiments(runs, claim.experiments) & (rl == (claim.task == "rl"))]
         # Experiments with the same runs share their comparisons, whose fits take most of the time.
@@ -174,75 +167,27 @@ def findings(
         if key not in by_runs:
             curves = curves_of(every_curve, chosen) if "run_id" in runs else every_curve
             by_runs[key] = Evidence(chosen, curves, tables.compute, tables.counts, runs, judging[claim.task])
-        asked.append((claim, by_runs[key]))
-    judged = _judged(asked)
-    for claim, evidence in asked:
-        reasons = [judged[claim.id].reason, *remarks_on_alpha(evidence.runs, judged[claim.id].run_ids)]
-        yield (claim, *_with_conditions(claim, evidence, replace(judged[claim.id], reason="; ".join(reasons))))
+        evidence = by_runs[key]
+        judged = _judged(claim, evidence)
+        reasons = [judged.reason, *remarks_on_alpha(evidence.runs, judged.run_ids)]
+        yield (claim, *_with_conditions(claim, evidence, replace(judged, reason="; ".join(reasons))))
 
 
-def _judged(asked: Sequence[tuple[Claim, Evidence]]) -> dict[str, Finding]:
-    """Return the findings by claim id, without the conditions of the claims.
-
-    All claims are judged on one comparison before the next one, which is then forgotten: the fits of thousands of
-    comparisons do not fit in memory together.
-    """
-    judged: dict[str, Finding] = {}
-    findings: dict[str, list[Finding]] = {}
-    # The claim, the number of the part among those of the claim, its name, the part itself, and its comparisons.
-    parts: list[tuple[Claim, int, str, Any, list[Comparison]]] = []
-    for claim, evidence in asked:
-        if (untestable := _untestable(claim, evidence)) is not None:
-            judged[claim.id] = untestable
-        elif claim.over is None:
-            judged[claim.id] = judge_part(claim.judge, evidence)
-        else:
-            try:
-                named = list(claim.over(evidence))
-            except UnjudgedError as unjudged:
-                judged[claim.id] = unjudged.finding
-                continue
-            findings[claim.id] = [Finding("not tested", "")] * len(named)
-            parts += [(claim, place, name, part, _compared_in(part)) for place, (name, part) in enumerate(named)]
-    number = {id(each): place for place, each in enumerate(each for *_, compared in parts for each in compared)}
-
-    def about(part: tuple[Claim, int, str, Any, list[Comparison]]) -> tuple[bool, list[int]]:
-        places = sorted(number[id(each)] for each in part[-1])
-        return len(places) != 1, places
-
-    for _, group in groupby(sorted(parts, key=about), key=about):
-        same = list(group)
-        for claim, place, name, part, _ in same:
-            findings[claim.id][place] = judge_named(name, claim.judge, part)
-        for comparison in same[0][-1]:
-            comparison.forget()
-    return judged | {claim_id: judge_part(together_named, of_parts) for claim_id, of_parts in findings.items()}
-
-
-def _compared_in(part: Any) -> list[Comparison]:
-    """Return the comparisons that a part of the evidence is about."""
-    if isinstance(part, Comparison):
-        return [part]
-    if isinstance(compared := getattr(part, "comparison", None), Comparison):
-        return [compared]
-    if isinstance(part, BatchSizes):
-        return list(part.by_size.values())
-    return [comparison for each in part for comparison in _compared_in(each)] if isinstance(part, list | tuple) else []
-
-
-def _untestable(claim: Claim, evidence: Evidence) -> Finding | None:
-    """Return why a claim can't be tested on the runs; a claim without experiments is judged on other tables."""
-    columns = evidence.every_run.columns
-    if not claim.experiments:
-        return None
-    if columns.empty:
-        return Finding("not tested", "the runs table is empty")
-    if evidence.runs.empty:
-        without = f"no runs of the experiment {' or '.join(claim.experiments)}"
-        return Finding("not tested", f"{without}; it needs {claim.needs}")
-    needed = dict.fromkeys((*NEEDED_BY[claim.task], *claim.columns))
-    absent = [name for name in needed if name not in columns]
-    return Finding("not tested", f"the runs table has no column {', '.join(absent)}") if absent else None
+def _judged(claim: Claim, evidence: Evidence) -> Finding:
+    """Return the finding on a claim, without its conditions; one without experiments is judged on other tables."""
+    columns, over = evidence.every_run.columns, claim.over
+    if claim.experiments:
+        if columns.empty:
+            return Finding("not tested", "the runs table is empty")
+        if evidence.runs.empty:
+            without = f"no runs of the experiment {' or '.join(claim.experiments)}"
+            return Finding("not tested", f"{without}; it needs {claim.needs}")
+        absent = [name for name in dict.fromkeys((*NEEDED_BY[claim.task], *claim.columns)) if name not in columns]
+        if absent:
+            return Finding("not tested", f"the runs table has no column {', '.join(absent)}")
+    if over is None:
+        return judge_part(claim.judge, evidence)
+    return judge_part(lambda whole: judge_each(over(whole), claim.judge), evidence)
 
 
 def _with_conditions(claim: Claim, evidence: Evidence, judged: Finding) -> tuple[Finding, str | None]:

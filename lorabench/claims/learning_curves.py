@@ -13,23 +13,13 @@ import pandas as pd
 from lorabench.analysis import optima
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
-from lorabench.analysis.curves import (
-    PAPER_RANK,
-    EarlyDifference,
-    PairedCurves,
-    early_difference,
-    inverse_rank_fit,
-    log_windows,
-    scan,
-)
+from lorabench.analysis.curves import PAPER_RANK, EarlyDifference, early_difference, inverse_rank_fit, log_windows, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, worst
-from lorabench.analysis.optima import MAX_LOST
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import slopes_by_seed
 from lorabench.claims import scope
 from lorabench.claims.claim import (
-    SWEEP,
     Evidence,
     claim,
     doubted,
@@ -37,27 +27,12 @@ from lorabench.claims.claim import (
     highest_and_full,
     named_problems,
     number,
-    problem_if,
     unjudged_if,
 )
-from lorabench.claims.scope import FULL_STEPS
 from lorabench.utils.formats import fixed_interval
 
-SAME_LOSS = "High-rank LoRA at its best LR equals full fine-tuning"
-"""The fact that A7 states for a small dataset and B2 for all datasets."""
-
-LONG_ONLY = f"Where some runs have {FULL_STEPS:,} steps or more, the claim is judged on these"
-"""Which runs count for claims with the condition `whole_runs`, for the criteria."""
-
-long_claim = partial(claim, experiments=("rank", "capacity"), conditions=(scope.whole_runs,))
+long_claim = partial(claim, conditions=(scope.whole_runs,))
 """A claim on whole learning curves."""
-
-AT_OPTIMUM = (
-    f"Curves are training NLL on the same batches, paired by seed. Each arm's is at its fitted optimal LR, between the "
-    f"three LRs around it if {MIN_SEEDS} seeds have them. Otherwise it is at the nearest LR of the grid, and there is "
-    f"no verdict if that adds more than {MAX_LOST:.0%} of the least difference that matters"
-)
-"""How curves of arms are compared, for the criteria."""
 
 # Bounds whose meaning the criteria say.
 LEFT_OUT = 100
@@ -70,23 +45,7 @@ MAX_BEND = 0.1
 """The bend, as a share of the fall, up to which a curve is straight: its slope then at most about doubles."""
 
 
-@long_claim(
-    id="A1",
-    statement="High-rank LoRA and full fine-tuning have the same learning curve",
-    figure="1",
-    criterion=(
-        "An arm's curve is the envelope, at every step the lowest training NLL over LRs, as in the paper. It is taken "
-        "in windows of steps: the mean training NLL of each run in a window is fitted as final losses are, over LRs "
-        "and seeds, and the envelope is the fitted minimum, which is no lower for an arm with more LRs. After the "
-        f"first {LEFT_OUT} steps, of which the paper says nothing, or the first tenth of shorter runs, the envelope of "
-        f"the highest rank minus FullFT's is 0 within the margin in each of {WINDOWS} windows, which are equally long "
-        f"in log(step). The reason gives the step from which on this holds to the end. {LONG_ONLY}"
-    ),
-    needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds at the LRs that are best in each window",
-    paper_value="similar; no number",
-    over=scope.chosen(scope.learning, scope.full_runs),
-    core=True,
-)
+@long_claim("A1", over=scope.chosen(scope.learning, scope.full_runs))
 def _same_curve(comparison: Comparison) -> Finding:
     lora, fullft = arms = highest_and_full(comparison)
     points = comparison.points("train", "nll")
@@ -126,20 +85,7 @@ def _same_curve(comparison: Comparison) -> Finding:
     return replace(decisive, reason=f"{decisive.reason} ({text})")
 
 
-@long_claim(
-    id="A2",
-    statement="The loss falls linearly with the logarithm of the number of steps",
-    figure="1",
-    criterion=(
-        "For FullFT and the highest rank in the second half of log(step): a parabola in log(step) is fitted to each "
-        f"seed's training NLL, as means of {WINDOWS} windows. On average over seeds its middle lies within "
-        f"{MAX_BEND:.0%} of the fall from the chord. Contradicted too if the loss rises. {LONG_ONLY}"
-    ),
-    needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds",
-    paper_value="linear; no number",
-    unit="share of the fall",
-    over=scope.chosen(scope.learning, scope.full_runs),
-)
+@long_claim("A2", over=scope.chosen(scope.learning, scope.full_runs))
 def _linear_in_log_steps(comparison: Comparison) -> Iterator[Finding]:
     for arm in reversed(highest_and_full(comparison)):
         label, runs = arm_label(arm), optima.runs_at_optimum(comparison, arm)
@@ -188,22 +134,7 @@ def datasets_by_model(evidence: Evidence) -> list[tuple[str, list[Comparison]]]:
     return list(by_model.items())
 
 
-@claim(
-    id="A6",
-    statement="On one dataset high-rank LoRA is better than full fine-tuning, on another it is worse",
-    figure="1",
-    criterion=(
-        "For one model, the highest rank's test NLL minus FullFT's is above 0 by the margin on one dataset and below 0 "
-        "by the margin on another. The estimate is the smaller of the two distances from 0, in units of the margins. "
-        "The paper considers its own difference possibly random"
-    ),
-    needs=f"{SWEEP}; two datasets; {MIN_SEEDS} seeds",
-    paper_value="no number; possibly random variation",
-    unit="margins",
-    experiments=("rank",),
-    over=datasets_by_model,
-    conditions=(scope.natural_text,),
-)
+@claim("A6", over=datasets_by_model, conditions=(scope.natural_text,))
 def _better_and_worse(datasets: list[Comparison]) -> Finding:
     unjudged_if(len(datasets) < 2, "only one dataset")
     gaps: list[Estimate] = []
@@ -222,52 +153,13 @@ def _better_and_worse(datasets: list[Comparison]) -> Finding:
     return decide(Above(1.0), weaker_side, "; ".join(texts), run_ids, problems, rule)
 
 
-@claim(
-    id="A7",
-    statement="On a small dataset, LoRA and full fine-tuning reach the same final loss",
-    figure="1, 2",
-    criterion=(
-        "On the dataset with the fewest train tokens, the highest rank's test NLL minus FullFT's is 0 within the "
-        "margin, both at the fitted minima over LRs"
-    ),
-    needs=f"{SWEEP}; {MIN_SEEDS} seeds",
-    paper_value="approximately the same; no number",
-    experiments=("rank",),
-    over=scope.chosen(scope.learning, scope.smallest_dataset),
-    fact=SAME_LOSS,
-)
-@claim(
-    id="B2",
-    statement="At their optimal LRs, high-rank LoRA and full fine-tuning reach the same loss",
-    figure="2",
-    criterion=(
-        "On every dataset and at every length of run, the highest rank's test NLL minus FullFT's is 0 within the "
-        "margin, both at the fitted minima over LRs"
-    ),
-    needs=f"{SWEEP}; {MIN_SEEDS} seeds",
-    paper_value="about the same; no number",
-    experiments=("rank", "capacity"),
-    over=scope.chosen(scope.learning),
-    fact=SAME_LOSS,
-    core=True,
-)
+@claim("A7", over=scope.chosen(scope.learning, scope.smallest_dataset))
+@claim("B2", over=scope.chosen(scope.learning))
 def _same_final_loss(comparison: Comparison) -> Finding:
     return comparison.equal_losses(*highest_and_full(comparison))
 
 
-@claim(
-    id="A8",
-    statement="On a dataset beyond its capacity, LoRA is worse than full fine-tuning",
-    figure="1",
-    criterion=(
-        "On the longest dataset, rank 1's test NLL is above FullFT's by the margin, both at the fitted minima over "
-        "LRs. The gap of their learning curves must also grow in the second half of log(step), as the mean over seeds "
-        f"of its slope; a gap that does not grow is slow learning, and the verdict is inconclusive. {AT_OPTIMUM}"
-    ),
-    needs=f"{SWEEP}; rank 1; training losses at every step; {MIN_SEEDS} seeds",
-    experiments=("rank", "capacity"),
-    over=scope.chosen(scope.learning, scope.longest_run),
-)
+@claim("A8", over=scope.chosen(scope.learning, scope.longest_run))
 def _rank_1_worse(comparison: Comparison) -> Finding:
     lora, fullft = require(("LoRA r1", comparison.lora.get(1)), ("FullFT", comparison.fullft))
     judged = comparison.worse(lora, fullft)
@@ -285,19 +177,13 @@ def _rank_1_worse(comparison: Comparison) -> Finding:
 EARLY_STEPS = 100
 """The number of steps that count as early; the paper gives no number."""
 
-_early_claim = partial(
-    claim,
-    figure="early curves",
-    experiments=("early",),
-    over=scope.chosen(scope.at_one_alpha),
-    conditions=(scope.one_alpha,),
-)
+_early_claim = partial(claim, over=scope.chosen(scope.at_one_alpha), conditions=(scope.one_alpha,))
 
 
 def _early(
     comparison: Comparison, seeds: int, first_steps: float = math.inf
-) -> tuple[EarlyDifference, PairedCurves, str, list[Problem]]:
-    """Return the difference of the ranks that stand for the paper's, its curves, name, and what speaks against it."""
+) -> tuple[EarlyDifference, str, list[Problem]]:
+    """Return the difference of the ranks that stand for the paper's, its name, and what speaks against it."""
     unjudged_if(not comparison.lora, "no LoRA on all layers")
     early = early_difference(comparison.of(comparison.lora.values()), comparison.curves, first_steps)
     if early is None:
@@ -305,33 +191,21 @@ def _early(
     ranks = f"it needs two ranks of {PAPER_RANK} or more (here {', '.join(f'r{rank}' for rank in comparison.lora)})"
     unjudged_if(early.low < PAPER_RANK, ranks, "setting not met")
     ranks = f"r{early.low} - r{early.high}"
-    curves = replace(early.curves, name=f"{comparison.label} {ranks}")
-    problems = few_seeds(curves.n_seeds, needed=seeds)
-    problems += problem_if(early.n_diverged, f"{early.n_diverged} runs at that LR diverged")
-    return early, curves, f"training NLL of {ranks} at LR {early.lr:g}", problems
+    early = replace(early, curves=replace(early.curves, name=f"{comparison.label} {ranks}"))
+    problems = few_seeds(early.curves.n_seeds, needed=seeds)
+    if early.n_diverged:
+        problems.append(Problem(f"{early.n_diverged} runs at that LR diverged"))
+    return early, f"training NLL of {ranks} at LR {early.lr:g}", problems
 
 
-@_early_claim(
-    id="C1",
-    statement="Early in training, learning curves at one LR are the same for all ranks",
-    criterion=(
-        f"The difference is the training NLL of the lowest rank of {PAPER_RANK} or more minus that of the highest rank "
-        "(16 and 256 in the paper), at one LR and on the same batches. Its mean over seeds is 0 within the margin in "
-        f"each of {WINDOWS} windows of steps 2 to {EARLY_STEPS}, which are equally long in log(step). The reason also "
-        "gives how the differences of all pairs of ranks go with 1/r1 - 1/r2"
-    ),
-    needs=f"LoRA of two ranks of {PAPER_RANK} or more at one LR; {MIN_SEEDS} seeds; training losses at every step",
-    paper_value="nearly on top of each other; no number",
-    core=True,
-)
+@_early_claim("C1")
 def _same_early_curves(comparison: Comparison) -> Finding:
-    early, curves, name, problems = _early(comparison, MIN_SEEDS, EARLY_STEPS)
+    early, name, problems = _early(comparison, MIN_SEEDS, EARLY_STEPS)
+    curves, margin = early.curves, comparison.margin
     windows = log_windows(curves.by_seed.index, WINDOWS)
     unjudged_if(not windows, "no training losses after the first update")
-    margin = comparison.margin
-    problems += margin.problems
     text = f"{name} = {{}}, {curves.n_seeds} seeds"
-    judged = scan(Within.margin(margin.value), curves, windows, text, problems, margin.rule)
+    judged = scan(Within.margin(margin.value), curves, windows, text, [*problems, *margin.problems], margin.rule)
     factor, explained = inverse_rank_fit(early.by_inverse_rank)
     if math.isnan(factor):
         return judged
@@ -346,20 +220,10 @@ def _same_early_curves(comparison: Comparison) -> Finding:
     return replace(judged, reason=f"{judged.reason}; {by_rank}")
 
 
-@_early_claim(
-    id="C2",
-    statement="The difference of early curves grows with time",
-    criterion=(
-        "For each seed, the slope of the difference (as in C1, at each step from 2 to the end) against log10(step) is "
-        "divided by the mean difference of all seeds, which must surely differ from 0. On average over seeds it is "
-        f"above 0 by {MIN_GROWTH:g}"
-    ),
-    needs=f"as C1, over more than {FIRST_STEPS} steps; {MIN_SEEDS} seeds",
-    paper_value="grows; no number",
-    unit="share of the mean per tenfold steps",
-)
+@_early_claim("C2")
 def _difference_grows(comparison: Comparison) -> Finding:
-    _, curves, name, problems = _early(comparison, MIN_SEEDS)
+    early, name, problems = _early(comparison, MIN_SEEDS)
+    curves = early.curves
     apart = curves.by_seed[curves.by_seed.index > 1]
     # The difference keeps its sign: the absolute value of one that is small compared with its noise does not grow.
     mean = mean_over_seeds(apart.mean(), f"{curves.name} growth mean")
@@ -376,20 +240,12 @@ def _difference_grows(comparison: Comparison) -> Finding:
     return decide(Above(MIN_GROWTH), growth, text, curves.run_ids, problems, rule)
 
 
-@_early_claim(
-    id="C3",
-    kind="opinion",
-    statement="In the first few steps the lower rank has a slightly lower loss",
-    criterion=(
-        f"The difference as in C1, as a mean over steps 2 to {FIRST_STEPS} and at least {SIGN_SEEDS} seeds, is below "
-        "0, within an upper margin of 0"
-    ),
-    needs=f"as C1; {SIGN_SEEDS} seeds",
-    paper_value="negative, tiny; no number",
-)
+@_early_claim("C3")
 def _difference_negative_at_first(comparison: Comparison) -> Finding:
-    _, curves, name, problems = _early(comparison, SIGN_SEEDS, FIRST_STEPS)
+    early, name, problems = _early(comparison, SIGN_SEEDS, FIRST_STEPS)
+    curves = early.curves
     [mean] = curves.means([(2, FIRST_STEPS)])
     text = f"{name} = {nats(mean)} over steps 2 to {FIRST_STEPS} of {curves.n_seeds} seeds"
-    problems += problem_if(curves.by_seed.index.max() < FIRST_STEPS, f"fewer than {FIRST_STEPS} steps")
+    if curves.by_seed.index.max() < FIRST_STEPS:
+        problems.append(Problem(f"fewer than {FIRST_STEPS} steps"))
     return decide(Within(-math.inf, 0.0), mean, text, curves.run_ids, problems, "0, since the paper calls it tiny")

@@ -16,11 +16,11 @@ from lorabench.analysis.arms import STANDARD, arm_label, each_arm
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import combined, exact, mean_over_seeds, ratio_of_means
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, in_unit, together, without, worst
+from lorabench.analysis.finding import Finding, decide, in_unit, together, without, worst
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import censored_slope
-from lorabench.claims.claim import Evidence, claim, doubted, few_seeds, number, problem_if, unjudged_if
+from lorabench.claims.claim import Evidence, claim, doubted, few_seeds, number, unjudged_if
 from lorabench.claims.scope import Named, at_papers_alpha, chosen, learning, lora_runs, papers_alpha, whole_runs
 
 # Bounds whose meaning the criteria say.
@@ -45,17 +45,9 @@ TIME_ERROR = 0.05
 """The least standard deviation of the natural logarithm of a time until A has moved, since it is interpolated between
 recorded steps."""
 
-REDUNDANT = "Two of LoRA's four hyperparameters alpha, init_A, LR_A, LR_B are redundant"
-"""The fact that several claims state."""
-
-_PAIRS = "LoRA runs of one rank, length and seed, Adam's epsilon near 0"
-
-# First descents are compared between runs that agree in these columns.
-_WITHOUT_RULE = ["model", "dataset", "placement", "batch_size", "eps"]
-
 _STANDARD_RULE = invariances.RULES[0.0]
 
-_derivation = partial(claim, kind="derivation", unit="ratio", experiments=("parametrization",), over=lora_runs)
+_derivation = partial(claim, over=lora_runs)
 
 
 def _flat(rows: pd.DataFrame) -> Finding:
@@ -72,24 +64,14 @@ def _flat(rows: pd.DataFrame) -> Finding:
     return replace(decisive, reason=text)
 
 
-@_derivation(
-    id="C4",
-    statement="The factor 1/r makes the expected first update independent of rank",
-    criterion=(
-        "The measure is the first-order fall of the loss by the first update: the projection of the change of W on "
-        "FullFT's gradient in nats, as a mean over seeds, over that of the highest rank, paired by seed. At every rank "
-        f"this ratio is between {FLAT_BAND[0]:g} and {FLAT_BAND[1]:g}. Ranks whose alpha grows as sqrt(r) or as r are "
-        "the control, and must fail this"
-    ),
-    needs=(
-        f"LoRA of several ranks with alpha {STANDARD['alpha']:g}, and with alpha growing with rank; {MIN_SEEDS} seeds"
-    ),
-    paper_value="equal; derived",
-)
+@_derivation("C4")
 def _first_update_rank_independent(lora: Evidence) -> Iterator[Finding]:
     ratios = invariances.descent_ratios(invariances.first_descents(lora.runs, lora.curves))
     unjudged_if(ratios.empty, "no descent at step 1")
-    groups = [group for _, group in ratios.groupby(_WITHOUT_RULE, dropna=False)]
+    # First descents are compared between runs that agree in all but the rank and the rule of alpha.
+    groups = [
+        group for _, group in ratios.groupby(["model", "dataset", "placement", "batch_size", "eps"], dropna=False)
+    ]
     comparable = [group for group in groups if (group["rule"] == _STANDARD_RULE).sum() > 1]
     text = f"fewer than two ranks with alpha {STANDARD['alpha']:g}"
     unjudged_if(not comparable, text, "inconclusive", Remedy(f"another rank with alpha {STANDARD['alpha']:g}"))
@@ -117,35 +99,8 @@ def _named(pair: pd.Series[Any], speed: str) -> str:
     return f"alpha {alpha:g} init x{init_a:g} LR_A {lr:g} LR_B/LR_A {ratio:g}"
 
 
-@_derivation(
-    id="C5",
-    statement="Two of the four hyperparameters alpha, init_A, LR_A, LR_B are redundant",
-    criterion=(
-        "Runs with the same alpha * init_A * LR_B and the same init_A / LR_A, all else equal, have training losses "
-        f"that are the same within {IDENTICAL:g} nats, the precision of a loss, over the first {TRAJECTORY_STEPS} "
-        "steps. All pairs in which one of the two differs are the control and must differ by more. Judged at the "
-        f"smallest epsilon in the tables; above {ZERO_EPS:g}, a difference leaves the claim open"
-    ),
-    needs=f"{_PAIRS}, that are equivalent, and some that are not",
-    paper_value="exact; derived",
-    unit="nats per token",
-    over=_pairs,
-    fact=REDUNDANT,
-    core=True,
-)
-@_derivation(
-    id="C8",
-    statement="LoRA+ (a larger LR of B) and a larger alpha are equivalent to a change of init_A / LR_A",
-    criterion=(
-        "The criterion of C5 holds for the pairs in which one run has unequal LRs of A and B and the other, with "
-        "another alpha, init_A or LR, has equal ones"
-    ),
-    needs=f"{_PAIRS}, that are equivalent with LR_B/LR_A other than 1 and equal to 1",
-    paper_value="exact; derived",
-    unit="nats per token",
-    over=partial(_pairs, plus=True),
-    fact=REDUNDANT,
-)
+@_derivation("C5", over=_pairs)
+@_derivation("C8", over=partial(_pairs, plus=True))
 def _equivalent_trajectories(tested: tuple[pd.DataFrame, pd.DataFrame]) -> Finding:
     pairs, curves = tested
     unjudged_if(pairs.empty, "no runs that should be equivalent")
@@ -161,7 +116,8 @@ def _equivalent_trajectories(tested: tuple[pd.DataFrame, pd.DataFrame]) -> Findi
     )
     text += f"; {len(control)} other pairs by at least {least:.2g}" if len(control) else ""
     problems = []
-    problems += problem_if(len(equal) < int(pairs["equivalent"].sum()), "some equivalent pairs have no training losses")
+    if len(equal) < int(pairs["equivalent"].sum()):
+        problems.append(Problem("some equivalent pairs have no training losses"))
     if largest > IDENTICAL and not eps <= ZERO_EPS:
         remedy = Remedy(f"runs with an epsilon of {ZERO_EPS:g} or less")
         problems.append(Problem("epsilon is not near the zero that the argument is about", remedy))
@@ -178,19 +134,7 @@ def _equivalent_trajectories(tested: tuple[pd.DataFrame, pd.DataFrame]) -> Findi
     return decide(Within.margin(IDENTICAL), exact(largest), text, run_ids, problems, margin_rule)
 
 
-@_derivation(
-    id="C6",
-    statement="The initial slope of the curve is set by alpha * init_A * LR_B; LR_A does not matter at first",
-    criterion=(
-        f"The measure is the fall of the validation loss over the first {SLOPE_STEPS} steps of runs whose LR_A is at "
-        "least ten times as large, so that init_A / LR_A is a tenth or less, over that of runs with the same alpha * "
-        f"init_A * LR_B. In every pair this ratio of means, paired by seed, is between {SLOPE_BAND[0]:g} and "
-        f"{SLOPE_BAND[1]:g}. Pairs whose A has moved by more than {STILL:.0%} of its norm by then are left out, since "
-        "the claim is about the time before A moves"
-    ),
-    needs=f"{_PAIRS}, with LR_A tenfold and the same LR_B; {MIN_SEEDS} seeds",
-    paper_value="irrelevant while B is 0; derived",
-)
+@_derivation("C6")
 def _same_initial_slope(lora: Evidence) -> Finding:
     pairs = invariances.tenfold_pairs(lora.runs)
     unjudged_if(pairs.empty, "no runs that differ tenfold in init_a/LR_A alone")
@@ -213,8 +157,7 @@ def _same_initial_slope(lora: Evidence) -> Finding:
     left_out = (
         f"{len(all_pairs) - len(still)} pairs left out, whose A moved by more than {STILL:.0%} in {SLOPE_STEPS} steps"
     )
-    if not still:
-        raise UnjudgedError("inconclusive", left_out, Remedy("the same pairs at a smaller LR_A"))
+    unjudged_if(not still, left_out, "inconclusive", Remedy("the same pairs at a smaller LR_A"))
     findings = []
     for pair in still:
         name = f"r{pair['rank'].iloc[0]} {_named(pair.iloc[0], 'fast')}"
@@ -260,24 +203,7 @@ _LONGER = Remedy(
 )
 
 
-@_derivation(
-    id="C7",
-    statement="init_A / LR_A sets the number of steps until A has moved from its initial value",
-    criterion=(
-        "The measure is the exponent with which the steps until ||A - A0|| / ||A0|| reaches 1 grow with init_A / LR_A, "
-        "between runs with the same alpha * init_A * LR_B, so that the size of the first updates is the same. It is "
-        f"between {TIME_BAND[0]:g} and {TIME_BAND[1]:g}. Movement is a mean over layers, and steps are interpolated on "
-        "log axes between recorded steps. Runs that end before A has moved so far count with their length as a lower "
-        "bound (Tobit regression with an intercept for each update scale); the log times of seeds and of equivalent "
-        "runs are averaged"
-    ),
-    needs=(
-        f"LoRA with {MIN_TIMES} values of init_A / LR_A over a factor of {MIN_TIMES_RANGE} at one alpha * init_A * "
-        "LR_B, long enough for A to move"
-    ),
-    paper_value="proportional; derived",
-    unit="exponent",
-)
+@_derivation("C7")
 def _time_scale_of_a(lora: Evidence) -> Finding:
     times = invariances.move_times(lora.runs, lora.curves)
     unjudged_if(times.empty, "no a_moved in the curves")
@@ -345,20 +271,7 @@ def most_examples(named: Named) -> Named:
     ]
 
 
-@claim(
-    id="C9",
-    kind="opinion",
-    statement=f"No other alpha or LR ratio of B and A is better than alpha {STANDARD['alpha']:g} with equal LRs",
-    criterion=(
-        "The fitted lowest test NLL of each variant of alpha and of LR_B/LR_A is no lower than that of the standard "
-        "parametrization, within the margin of losses: a share (2% unless the preset says otherwise) of the gain from "
-        "the base to the best of these arms. One fit holds all variants of a setting"
-    ),
-    needs=f"the standard parametrization and variants of alpha and LR ratio, each LR-tuned; {MIN_SEEDS} seeds",
-    paper_value="unable to improve; no number",
-    experiments=("parametrization",),
-    over=tuned_variants,
-)
+@claim("C9", over=tuned_variants)
 def _standard_near_optimal(tuned: Variants) -> Finding:
     comparison, standard, variants = tuned
     gaps = [comparison.judge_gap(lambda margin: Within(-margin, math.inf), arm, standard) for arm in variants]
@@ -371,21 +284,7 @@ def _standard_near_optimal(tuned: Variants) -> Finding:
     return doubted(together(gaps), missing, ["confirmed"])
 
 
-@claim(
-    id="C10",
-    statement="At the end of full runs, B has a larger spectral norm than A",
-    criterion=(
-        "The measure is the share of layers in which B has the larger spectral norm after the last step, over seeds, "
-        "in the longest SFT runs of each model (most examples seen, random facts left out) at the LR of the grid that "
-        f"is nearest to the fitted optimum. At every rank it is above {HALF:g} by a margin of {MAJORITY:g}"
-    ),
-    needs=f"LoRA on all layers with an LR grid; b_over_a at the last step; {MIN_SEEDS} seeds around the optimum",
-    paper_value="larger; no number",
-    unit="share of layers",
-    experiments=("rank", "short_run", "capacity"),
-    over=chosen(at_papers_alpha, most_examples),
-    conditions=(papers_alpha, whole_runs),
-)
+@claim("C10", over=chosen(at_papers_alpha, most_examples), conditions=(papers_alpha, whole_runs))
 def _b_outgrows_a(comparison: Comparison) -> Finding:
     last = train_curves(comparison.runs, comparison.curves, "b_over_a").groupby("run_id").last()
     last = last[last["step"] == last["steps"].fillna(last["step"])]
@@ -406,20 +305,7 @@ def _b_outgrows_a(comparison: Comparison) -> Finding:
     return replace(decided, reason=f"share of layers with ||B|| > ||A||: {decided.reason}")
 
 
-@_derivation(
-    id="C11",
-    statement="LoRA's effective LR grows during training, since A's updates do nothing while B is 0",
-    criterion=(
-        "With a control: the norm of the change of W by one step at the last recorded step, relative to the first "
-        "step, over the same number of a run with a tenth of LR_A and the same LR_B, paired by seed, is above 1 by a "
-        f"factor of {GROWTH:g}. In the control A hardly moves, and Adam's updates shrink as much. Without a control: "
-        "the norm of the change of W over the LR, in the first half of the longest runs at the LR nearest to the "
-        "fitted optimum (mean of logs over the recorded steps from the square root of its last step on), over that of "
-        "the first step, is above 1 by that factor; this can't contradict, since Adam's first update is its largest"
-    ),
-    needs=f"LoRA with update_norm at the first step and later, and with LR_A a tenth; {MIN_SEEDS} seeds of both",
-    paper_value="grows; derived",
-)
+@_derivation("C11")
 def _effective_lr_grows(lora: Evidence) -> Finding:
     rule, margin_rule = Above(math.log(GROWTH)), f"a factor of {GROWTH:g}"
     sizes = invariances.step_sizes(lora.runs, lora.curves)

@@ -11,9 +11,9 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together
+from lorabench.analysis.finding import Finding, together
 from lorabench.claims.claim import Evidence, claim, judge_each, unjudged_if
-from lorabench.claims.reinforcement import LEARNED, at_one_peak, if_learned, problem_sets, rl_claim
+from lorabench.claims.reinforcement import at_one_peak, if_learned, problem_sets, rl_claim
 from lorabench.claims.scope import Named, chosen, every_dataset
 
 # A bound whose meaning the criteria say.
@@ -23,34 +23,13 @@ MAX_COUNT_DIFFERENCE = 0.1
 """The difference of two parameter counts, as a share of the smaller, up to which they are about equal. The paper's
 pair differs by 3.5%."""
 
-_NEEDS = (
-    "LoRA on attention and on the MLP at about equal parameter counts{}, each with an LR grid whose best LR is not at "
-    f"its edge; {MIN_SEEDS} seeds at the LRs around each optimum"
-)
-
-_WITH_ALL = ", and on the MLP and all layers at one rank"
-
-_PAIR = (
-    f"of the arms nearest in parameter count (within {MAX_COUNT_DIFFERENCE:.0%}, and where possible with at least as "
-    "many parameters on attention)"
-)
-
-_WORSE = f"{_PAIR}, the fitted minimum of attention's test NLL is above that of the MLP's by the margin"
-
-_SAME = (
-    "at every rank that both have, the fitted minimum of the MLP's test NLL is the same as that of all layers within "
-    "the margin, or lower"
-)
-
-_FACT = "LoRA on attention alone is worse than on the MLP"
-
 
 def _with_experts(experts: bool, named: Named) -> Named:
     """Choose the mixtures of experts, by the column `family`, or the models without experts."""
-    picked: Named = []
+    picked = []
     for name, comparison in named:
         families = comparison.runs.get("family", pd.Series(dtype=str)).astype(str)
-        if bool(families.str.endswith("moe").any()) == experts:
+        if families.str.endswith("moe").any() == experts:
             picked.append((name, comparison))
     unjudged_if(not picked, f"no {'mixture of experts' if experts else 'dense model'} among these runs")
     return picked
@@ -70,29 +49,8 @@ def tiny_dataset(named: Named) -> Named:
     return picked
 
 
-@claim(
-    id="E1",
-    statement="On a dense model, LoRA on attention alone is worse than on the MLP alone at equal parameter counts",
-    figure="4",
-    criterion=f"On every dense model: {_WORSE}",
-    needs=_NEEDS.format(""),
-    paper_value="0.25B attention parameters worse than 0.24B in the MLP; no loss given",
-    experiments=("placement",),
-    over=chosen(dense),
-    columns=("trainable_params",),
-    fact=_FACT,
-    core=True,
-)
-@claim(
-    id="E7",
-    statement="Attention alone is worse even with very little data",
-    criterion=f"On runs that see at most {SMALL_DATA:,} examples: {_WORSE}. Its runs are among those of E4",
-    needs=_NEEDS.format("") + f"; at most {SMALL_DATA:,} examples",
-    experiments=("placement_small",),
-    over=chosen(tiny_dataset),
-    columns=("trainable_params",),
-    fact=_FACT,
-)
+@claim("E1", over=chosen(dense), columns=("trainable_params",))
+@claim("E7", over=chosen(tiny_dataset), columns=("trainable_params",))
 def _attention_worse(comparison: Comparison) -> Finding:
     attn, mlp = comparison.placed("attn"), comparison.placed("mlp")
     require(("LoRA on attention", next(iter(attn.values()), None)), ("LoRA on the MLP", next(iter(mlp.values()), None)))
@@ -110,28 +68,15 @@ def _attention_worse(comparison: Comparison) -> Finding:
     more = [ranks for ranks in excess if 0 <= excess[ranks] <= MAX_COUNT_DIFFERENCE]
     on_attn, on_mlp = min(more, key=excess.__getitem__, default=nearest)
     arms = [attn[on_attn], mlp[on_mlp]]
-    if abs(excess[nearest]) > MAX_COUNT_DIFFERENCE:
-        apart = f"{' and '.join(map(arm_label, arms))}, differ by {abs(excess[nearest]):.0%}"
-        raise UnjudgedError("inconclusive", f"no arms of about equal parameter counts: the nearest, {apart}")
+    apart = f"{' and '.join(map(arm_label, arms))}, differ by {abs(excess[nearest]):.0%}"
+    text = f"no arms of about equal parameter counts: the nearest, {apart}"
+    unjudged_if(abs(excess[nearest]) > MAX_COUNT_DIFFERENCE, text, "inconclusive")
     judged = comparison.worse(*arms)
     numbers = " and ".join(f"{counts[arm_label(arm)]:,}" for arm in arms)
     return replace(judged, reason=f"{judged.reason} ({numbers} parameters)")
 
 
-@claim(
-    id="E2",
-    statement="On a dense model, LoRA on attention adds nothing to LoRA on the MLP",
-    figure="4",
-    criterion=f"On every dense model: {_SAME}",
-    needs=(
-        "LoRA on the MLP and on all layers at one rank, each with an LR grid whose best LR is not at its edge; "
-        f"{MIN_SEEDS} seeds at the LRs around each optimum"
-    ),
-    paper_value="no benefit; no number",
-    experiments=("placement",),
-    over=chosen(dense),
-    core=True,
-)
+@claim("E2", over=chosen(dense))
 def _attention_adds_nothing(comparison: Comparison) -> Finding:
     mlp, all_layers = comparison.placed("mlp"), comparison.lora
     require(
@@ -143,73 +88,32 @@ def _attention_adds_nothing(comparison: Comparison) -> Finding:
     return together([comparison.equal_losses(mlp[rank], all_layers[rank], better_too=True) for rank in ranks])
 
 
-def _judge_part(
-    part: Callable[[Comparison], Finding], choose: Callable[[Evidence], Named], evidence: Evidence
-) -> Finding:
-    def judge(comparison: Comparison) -> Finding:
-        judged = part(comparison)
+Parts = tuple[Callable[[Comparison], Finding], Callable[[Evidence], Named], Evidence]
+
+
+def both_parts(choose: Callable[[Evidence], Named], evidence: Evidence) -> list[tuple[str, Parts]]:
+    """Return the two parts of E3, E4 and E5 after their names: a judge, and from what it chooses its comparisons."""
+    return [
+        ("attention against the MLP", (_attention_worse, choose, evidence)),
+        ("the MLP against all layers", (_attention_adds_nothing, choose, evidence)),
+    ]
+
+
+@claim("E3", over=partial(both_parts, chosen(mixtures)), columns=("trainable_params", "family"))
+@claim("E4", over=partial(both_parts, every_dataset), columns=("trainable_params",))
+@rl_claim(
+    "E5",
+    over=partial(both_parts, partial(problem_sets, test_reward="best_reward")),
+    columns=("base_reward", "best_reward", "trainable_params"),
+)
+def _both_parts(part: Parts) -> Finding:
+    judge, choose, evidence = part
+
+    def judge_learned(comparison: Comparison) -> Finding:
+        judged = judge(comparison)
         if not comparison.is_rl:
             return judged
         lora = [arm for arm in comparison.arms if arm["method"] == "lora"]
         return at_one_peak(if_learned(comparison, judged, list(comparison.placed("mlp").values())), comparison, lora)
 
-    return judge_each(choose(evidence), judge)
-
-
-def both_parts(choose: Callable[[Evidence], Named], evidence: Evidence) -> list[tuple[str, Callable[[], Finding]]]:
-    """Return functions that judge the two parts of E3, E4 and E5 on chosen comparisons, each after its name."""
-    return [
-        ("attention against the MLP", partial(_judge_part, _attention_worse, choose, evidence)),
-        ("the MLP against all layers", partial(_judge_part, _attention_adds_nothing, choose, evidence)),
-    ]
-
-
-@claim(
-    id="E3",
-    statement="In a mixture of experts too, attention alone is worse and adds nothing to the MLP",
-    figure="4",
-    criterion=(
-        f"On every model whose family ends in moe: {_WORSE}; and {_SAME}. The estimate is that of the part that the "
-        "reason names first"
-    ),
-    needs=_NEEDS.format(_WITH_ALL) + "; a mixture of experts",
-    paper_value="same as for the dense model (Qwen3-30B-A3B-Base); no number",
-    experiments=("placement",),
-    over=partial(both_parts, chosen(mixtures)),
-    columns=("trainable_params", "family"),
-)
-@claim(
-    id="E4",
-    statement="On a small dataset too, attention alone is worse and adds nothing to the MLP",
-    figure="5",
-    criterion=f"On every dataset: {_WORSE}; and {_SAME}. The estimate is that of the part that the reason names first",
-    needs=_NEEDS.format(_WITH_ALL),
-    paper_value="same as on the large dataset (rank 256); no number",
-    experiments=("placement_small",),
-    over=partial(both_parts, every_dataset),
-    columns=("trainable_params",),
-    fact=_FACT,
-)
-@rl_claim(
-    id="E5",
-    statement="In RL, attention alone is worse than the MLP alone, and adds nothing to it",
-    figure="5",
-    criterion=(
-        "On the test error rate at the evaluation that is best on validation, on every model and problem set: "
-        f"{_PAIR}, attention's fitted minimum is above the MLP's by the margin; and at every rank that both have, the "
-        "MLP's is the same as that of all layers within the margin, or lower. The estimate is that of the part that "
-        f"the reason names first. {LEARNED.format('the MLP')}, and unless the seeds of each arm differ"
-    ),
-    needs=(
-        "RL runs of LoRA on attention and on the MLP at about equal parameter counts, and on the MLP and all layers "
-        "at one rank, each with an LR grid whose best LR is not at its edge; "
-        f"{MIN_SEEDS} seeds at the LRs around each optimum"
-    ),
-    paper_value="the same on MATH as in SFT; no number",
-    unit="error rate",
-    experiments=("placement_rl",),
-    over=partial(both_parts, partial(problem_sets, test_reward="best_reward")),
-    columns=("base_reward", "best_reward", "trainable_params"),
-)
-def _both_parts(part: Callable[[], Finding]) -> Finding:
-    return part()
+    return judge_each(choose(evidence), judge_learned)

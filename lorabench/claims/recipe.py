@@ -1,4 +1,4 @@
-"""The practical recipe from runs: does LoRA match full fine-tuning, and at which learning rate, rank and placement?
+"""The practical recipe from runs: does LoRA match full fine-tuning, and at which learning rate and rank?
 
 Every arm is taken at the minimum that is fitted to its test losses around its optimal learning rate (`loss_fit`). By
 the rule of the claims on equal losses (`Comparison.equal_losses`), LoRA matches if the 90% interval of its loss minus
@@ -8,7 +8,6 @@ that of full fine-tuning lies below the margin; a better LoRA matches too. In RL
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,8 +20,7 @@ from lorabench.analysis.estimate import unknown
 from lorabench.analysis.finding import Finding
 from lorabench.analysis.optima import ratio_interval
 from lorabench.analysis.rules import Margin
-from lorabench.claims.claim import rewarded_errors
-from lorabench.claims.reinforcement import if_learned
+from lorabench.claims.reinforcement import if_learned, rewarded_errors
 from lorabench.store.checks import is_rl
 from lorabench.store.io import with_all_columns
 
@@ -46,7 +44,6 @@ class Choice:
 
     label: str
     rank: int | None
-    placement: str | None
     trainable_params: int | None
     lr: float
     """The LR to use: the optimal LR in two digits, no further out than the grid."""
@@ -60,14 +57,14 @@ class Choice:
     """The fitted minimum of the test loss."""
     n_seeds: int
     gap: Finding | None = None
-    """Whether its loss is that of full fine-tuning or lower; for LoRA on some layers, that of LoRA on all layers. The
-    estimate is in nats per token, in RL in error rate; above 0 the arm is worse."""
+    """Whether LoRA's loss is that of full fine-tuning or lower; None for full fine-tuning. The estimate is in nats per
+    token, in RL in error rate; above 0 LoRA is worse."""
     ratio: LrRatioEstimate | None = None
-    """Over full fine-tuning; None for LoRA on some layers."""
+    """Over full fine-tuning."""
 
     @property
     def answer(self) -> MatchAnswer:
-        """Whether the arm is as good as what it is compared with, or better."""
+        """Whether the arm is as good as full fine-tuning, or better."""
         answers: dict[str, MatchAnswer] = {"confirmed": "yes", "contradicted": "no"}
         return answers.get(self.gap.verdict, "undecided") if self.gap else "undecided"
 
@@ -83,29 +80,11 @@ class RankRecommendation:
     fullft: Choice
     lora: tuple[Choice, ...]
     """The LoRA arms on all layers, ascending in rank."""
-    best: Choice
-    """The rank with the lowest fitted loss among the ranks that give the answer."""
-    smallest: Choice | None
-    """The lowest rank that matches and than which no higher rank is better by the margin, if any matches."""
+    use: Choice
+    """The lowest rank that matches and than which no higher rank is better by the margin. Without one, it is the rank
+    with the lowest fitted loss among those that give the answer."""
     margin: Margin
     """The smallest difference of losses that matters."""
-
-    @property
-    def use(self) -> Choice:
-        """The arm to use: the lowest rank that matches, or else the best."""
-        return self.smallest or self.best
-
-
-@dataclass(frozen=True)
-class PlacementChoice:
-    """LoRA on all and on some layers of one model, dataset, batch size and length, each at its best rank."""
-
-    setting: Arm
-    """As of `RankRecommendation`."""
-    all_layers: Choice
-    """LoRA on all layers."""
-    parts: tuple[Choice, ...]
-    """LoRA on the MLP and on attention alone, with their gap to LoRA on all layers."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +93,6 @@ class MeasuredRecipe:
 
     recommendations: tuple[RankRecommendation, ...]
     """The recommended rank and LR of each comparison of LoRA with full fine-tuning."""
-    placements: tuple[PlacementChoice, ...]
-    """The comparisons of LoRA on some layers with LoRA on all layers."""
 
     @property
     def answer(self) -> MatchAnswer | Literal["mixed"] | None:
@@ -123,22 +100,11 @@ class MeasuredRecipe:
         answers = {recommendation.answer for recommendation in self.recommendations}
         return answers.pop() if len(answers) == 1 else "mixed" if answers else None
 
-    def by_batch_size(self) -> list[tuple[RankRecommendation, ...]]:
-        """Return the recommendations at two or more batch sizes, ascending, for one task, model and dataset.
-
-        Of several lengths at one batch size, the longest is taken.
-        """
-        groups: dict[tuple[str, ...], dict[int, RankRecommendation]] = {}
-        for recommendation in sorted(self.recommendations, key=lambda each: each.setting["steps"] or 0):
-            task, model, dataset, batch_size, _ = recommendation.setting.values()
-            groups.setdefault((task, model, dataset), {})[batch_size] = recommendation
-        return [tuple(sizes[size] for size in sorted(sizes)) for sizes in groups.values() if len(sizes) > 1]
-
 
 def measured_recipe(
     runs: pd.DataFrame, curves: pd.DataFrame | None = None, judging: Judging | None = None
 ) -> MeasuredRecipe:
-    """Derive recommendations from runs, each for full fine-tuning and LoRA with MIN_LRS or more LRs.
+    """Derive recommendations from runs, each for full fine-tuning and LoRA on all layers with MIN_LRS or more LRs.
 
     Of LoRA, the arms that stand for it count (see `judged_arms`). RL problems on which no run ever got a reward are
     left out, and so is a task that lacks columns of NEEDED_BY.
@@ -147,8 +113,7 @@ def measured_recipe(
         UserError: see `check_runs`.
     """
     recommendations: list[RankRecommendation] = []
-    placements: list[PlacementChoice] = []
-    rl = is_rl(runs)
+    rl, curves = is_rl(runs), pd.DataFrame() if curves is None else curves
     by_task: dict[Task, pd.DataFrame] = {"sft": runs[~rl], "rl": runs[rl]}
     for task, chosen in by_task.items():
         if chosen.empty or not set(NEEDED_BY[task]) <= set(chosen.columns):
@@ -156,39 +121,24 @@ def measured_recipe(
         standard = with_all_columns(chosen[judged_arms(chosen)], "runs")
         standard = rewarded_errors(standard) if task == "rl" else standard
         on_all_layers = standard[standard["placement"].isna() | standard["placement"].eq("all")]
-        for comparison in _tuned(on_all_layers, curves, judging):
-            if comparison.fullft and comparison.lora:
-                recommendations.append(_recommendation(comparison, comparison.fullft))
-        for comparison in _tuned(standard, curves, judging):
-            by_placement = [list(comparison.placed(name).values()) for name in ("all", "mlp", "attn")]
-            if by_placement[0] and any(by_placement[1:]):
-                minima = comparison.fit.minima
-                # Each placement is taken at its best rank.
-                all_layers, *parts = (
-                    min(arms, key=lambda arm: minima[arm_label(arm)].value if arm_label(arm) in minima else math.inf)
-                    for arms in by_placement
-                    if arms
-                )
-                against = tuple(_against(comparison, arm, all_layers) for arm in parts)
-                placements.append(PlacementChoice(_setting(comparison), _choice(comparison, all_layers), against))
-    return MeasuredRecipe(tuple(recommendations), tuple(placements))
-
-
-def _tuned(runs: pd.DataFrame, curves: pd.DataFrame | None, judging: Judging | None) -> Iterator[Comparison]:
-    """Yield the comparisons, without the arms that have fewer than MIN_LRS LRs."""
-    for comparison in comparisons(runs, pd.DataFrame() if curves is None else curves, judging):
-        rows = [arm_runs for arm_runs in comparison.rows.values() if arm_runs["lr"].nunique() >= MIN_LRS]
-        if rows:
-            yield Comparison(comparison.label, pd.concat(rows), comparison.curves, comparison.judging)
+        for comparison in comparisons(on_all_layers, curves, judging):
+            rows = [arm_runs for arm_runs in comparison.rows.values() if arm_runs["lr"].nunique() >= MIN_LRS]
+            if rows:
+                tuned = Comparison(comparison.label, pd.concat(rows), comparison.curves, comparison.judging)
+                if tuned.fullft and tuned.lora:
+                    recommendations.append(_recommendation(tuned, tuned.fullft))
+    return MeasuredRecipe(tuple(recommendations))
 
 
 def _recommendation(comparison: Comparison, fullft: Arm) -> RankRecommendation:
     lora = []
     for arm in comparison.lora.values():
+        gap = comparison.equal_losses(arm, fullft, better_too=True)
+        gap = if_learned(comparison, gap, [fullft]) if comparison.is_rl else gap
         log_ratio = comparison.fit.log_ratio(arm_label(arm), arm_label(fullft))
         problems = tuple(problem.text for problem in comparison.problems([arm, fullft], resolved=True))
         ratio = LrRatioEstimate(math.exp(log_ratio.value), *ratio_interval(log_ratio), problems)
-        lora.append(replace(_against(comparison, arm, fullft), ratio=ratio))
+        lora.append(replace(_choice(comparison, arm), gap=gap, ratio=ratio))
     answers: tuple[MatchAnswer, ...] = ("yes", "undecided", "no")
     answer = min((choice.answer for choice in lora), key=answers.index)
     giving = [choice for choice in lora if choice.answer == answer]
@@ -198,26 +148,16 @@ def _recommendation(comparison: Comparison, fullft: Arm) -> RankRecommendation:
         for number, choice in enumerate(lora)
         if choice.answer == "yes" and all(choice.loss - higher.loss < margin.value for higher in lora[number + 1 :])
     ]
+    best = min(giving, key=lambda choice: math.inf if math.isnan(choice.loss) else choice.loss)
+    shared = {name: comparison.arms[0][name] for name in COMPARED}
     return RankRecommendation(
-        _setting(comparison),
+        setting={"task": "rl" if comparison.is_rl else "sft", **shared},
         answer=answer,
         fullft=_choice(comparison, fullft),
         lora=tuple(lora),
-        best=min(giving, key=lambda choice: math.inf if math.isnan(choice.loss) else choice.loss),
-        smallest=enough[0] if enough else None,
+        use=enough[0] if enough else best,
         margin=margin,
     )
-
-
-def _setting(comparison: Comparison) -> Arm:
-    shared = {name: comparison.arms[0][name] for name in COMPARED}
-    return {"task": "rl" if comparison.is_rl else "sft", **shared}
-
-
-def _against(comparison: Comparison, arm: Arm, other: Arm) -> Choice:
-    gap = comparison.equal_losses(arm, other, better_too=True)
-    gap = if_learned(comparison, gap, [other]) if comparison.is_rl else gap
-    return replace(_choice(comparison, arm), gap=gap)
 
 
 def _choice(comparison: Comparison, arm: Arm) -> Choice:
@@ -232,7 +172,6 @@ def _choice(comparison: Comparison, arm: Arm) -> Choice:
     return Choice(
         label=label,
         rank=arm["rank"],
-        placement=arm["placement"],
         trainable_params=int(params.iloc[0]) if len(params) else None,
         lr=lr,
         lr_opt=lr_opt,

@@ -1,9 +1,9 @@
 """The hash of the rules: of everything that turns tables into verdicts.
 
 It covers the code of `lorabench.analysis`, `lorabench.claims`, `lorabench.runs` and the packages of studies but for
-their figures and scripts, with all criteria, the number of draws of an error, and the margins and predictions of a
-preset. Two verdicts with the same hash were reached by the same
-rules. Comments, docstrings and the layout of the code do not count, and neither does the version of Python.
+their figures and scripts, the texts of all claims, the number of draws of an error, and the margins and predictions of
+a preset. Two verdicts with the same hash were reached by the same rules. Comments, docstrings and the layout of code
+and texts do not count, and neither does the version of Python.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from lorabench.analysis.estimate import N_DRAWS
 from lorabench.config.margins import DEFAULT_MARGINS, Margins, Predictions, default_predictions
 from lorabench.utils.files import digest
 from lorabench.utils.studies import studies
+from lorabench.utils.yaml_files import read_yaml
 
-_PARTS = ("analysis/*.py", "claims/*.py", "runs.py")
+_PARTS = ("analysis/*.py", "claims/*.py", "claims/*.yaml", "runs.py")
 
 
 def rules_sha256(margins: Margins | None = None, predictions: Predictions | None = None) -> str:
@@ -32,13 +33,16 @@ def rules_sha256(margins: Margins | None = None, predictions: Predictions | None
 
 @cache
 def _code() -> dict[str, str]:
-    """Return the hash of each module that judges, by its path in the project."""
+    """Return the hash of each module that judges and of each file of texts, by its path in the project."""
     root = Path(__file__).parents[1]
     files = {path.relative_to(root).as_posix(): path for part in _PARTS for path in root.glob(part)}
     for study in studies():
-        own = (path for path in study.folder.glob("*.py") if path.name != "figures.py")
-        files |= {f"studies/{study.name}/{path.name}": path for path in own}
-    return {name: digest(syntax(path.read_text(encoding="utf-8")), 64) for name, path in sorted(files.items())}
+        own = [path for path in study.folder.glob("*.py") if path.name != "figures.py"]
+        files |= {f"studies/{study.name}/{path.name}": path for path in [*own, study.folder / "claims.yaml"]}
+    return {
+        name: digest(read_yaml(path) if path.suffix == ".yaml" else syntax(path.read_text(encoding="utf-8")), 64)
+        for name, path in sorted(files.items())
+    }
 
 
 def syntax(code: str) -> str:

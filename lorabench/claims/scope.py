@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pandas as pd
@@ -42,13 +42,6 @@ def chosen(*steps: Callable[[Named], Named]) -> Callable[[Evidence], Named]:
         return named
 
     return choose
-
-
-def one_at_a_time(named: Named) -> Iterator[tuple[str, Comparison]]:
-    """Yield comparisons after their names, and forget what was made of one before the next, which takes much memory."""
-    for name, comparison in named:
-        yield name, comparison
-        comparison.forget()
 
 
 every_dataset = chosen()
@@ -164,14 +157,14 @@ def whole_runs(evidence: Evidence) -> str | None:
     return f"at most {steps:,.0f} steps" if steps < FULL_STEPS else None
 
 
-def longer_runs(*presets: str) -> Condition:
-    """Return the condition that runs are longer than the short ones, for which the paper has a higher LR ratio."""
-
-    def instead(evidence: Evidence) -> str | None:
-        steps = _most_steps(evidence)
-        return f"at most {steps:,.0f} steps" if steps <= SHORT_RUN else None
-
-    return Condition(f"runs of more than {SHORT_RUN} steps", instead, presets)
+@condition(
+    f"runs of more than {SHORT_RUN} steps",
+    *("laptop_more", "long_runs", "lr_ratio", "overnight", "smollm2", "first_gpu", "core", "paper"),
+)
+def longer_runs(evidence: Evidence) -> str | None:
+    # The paper has a higher LR ratio for shorter ones.
+    steps = _most_steps(evidence)
+    return f"at most {steps:,.0f} steps" if steps <= SHORT_RUN else None
 
 
 GENERATED = ("instruct", "worked", "facts", "arithmetic", "sums")

@@ -10,7 +10,7 @@ installed is a study: no preset, and no file beside one, makes code run. Of a st
 
 and it imports, where it needs them,
 
-- `claims`, whose import declares the study's claims;
+- `claims`, whose import declares the study's claims, with their texts in `claims.yaml`;
 - the modules that draw the figures;
 - `predictions`, if there is one: a pydantic model `Predictions` of what a preset may state for the study in the section
   `predictions`, and `DEFAULT`, which holds without a preset.

@@ -96,15 +96,12 @@ def test_inconclusive_where_noise_or_data_leave_it_open(claims, changes, remedy)
 
 def test_missing_curves_and_arms():
     runs, curves = world()
-    for kept in (curves[curves["split"] != "train"], curves[curves["step"] < 20]):
-        claims = judged(["D1", "D2"], runs, kept)
-        assert claims["verdict"].to_dict() == {"D1": "confirmed", "D2": "not tested"}
-    fullft, large = runs["method"].eq("fullft"), runs["batch_size"].eq(128)
+    claims = judged(["D1", "D2"], runs, curves[curves["step"] < 20])
+    assert claims["verdict"].to_dict() == {"D1": "confirmed", "D2": "not tested"}
     r64 = runs["rank"].eq(64).fillna(False)
-    for kept in (runs[~fullft], runs[fullft], runs[~(fullft & large)], runs[~(r64 & large)]):
-        assert "confirmed" not in set(judged(["D1", "D2", "D4"], kept, curves)["verdict"])
-    reason = judged("D1", runs[~(r64 & large)], curves)["reason"]
-    assert reason.endswith("no runs of LoRA r64 at batch 128")
+    few = judged("D1", runs[~(r64 & runs["batch_size"].eq(128))], curves)
+    verdict_is(few, "inconclusive", "no runs of LoRA r64 at batch 128")
+    verdict_is(judged("D1", runs[runs["method"] == "lora"], curves), "inconclusive", "no runs of FullFT")
     claims = judged(["D1", "D3"], runs[~r64], curves)
     assert claims["verdict"].to_dict() == {"D1": "confirmed", "D3": "not tested"}
 

@@ -63,10 +63,8 @@ def test_ratios_of_optima(claim, optima, verdict, estimate):
 def test_what_leaves_a_ratio_open():
     row = judged("B1", *ranks({4: 1e-3, 64: 1e-3}, diverges_from=1.2e-3))
     verdict_is(row, "inconclusive", "LoRA r64: no finished LR within a factor")
-    assert row["would_decide"]
     runs, curves = ranks({4: 1e-3, 64: 1e-3})
     verdict_is(judged("B4", runs, curves), "inconclusive")
-    verdict_is(judged("B1", runs[runs["method"] == "lora"], curves), "inconclusive")
     verdict_is(judged("B3", runs[runs["method"] == "fullft"], curves), "not tested")
     verdict_is(judged("B3", runs[runs["rank"].fillna(4) < 64], curves), "setting not met", "fewer than two LoRA ranks")
 
@@ -81,12 +79,10 @@ def test_the_ratio_of_ten_is_about_runs_of_more_than_100_steps():
     row = judged("B1", *short)
     assert (row["verdict"], row["estimate"]) == ("setting not met", pytest.approx(4, rel=0.01))
     assert row["missing"].startswith("runs of more than 100 steps (here at most 50 steps; the preset laptop_more, ")
-    for tables_of in (long, together(short, long)):
-        row = judged("B1", *tables_of)
-        assert (row["verdict"], row["estimate"]) == ("confirmed", pytest.approx(10, rel=0.01))
     # Random facts are learned by heart in thousands of steps, and have an optimal LR of their own.
     facts = ranks({64: 2e-4}, dataset="facts", steps=2000, entropy_bits=100.0)
-    assert judged("B1", *together(long, facts))["verdict"] == "confirmed"
+    row = judged("B1", *together(short, long, facts))
+    assert (row["verdict"], row["estimate"]) == ("confirmed", pytest.approx(10, rel=0.01))
     assert judged("B1", *together(short, facts))["verdict"] == "setting not met"
 
 
@@ -278,15 +274,9 @@ def test_short_runs_of_their_own_are_judged_by_fifteen():
     verdict_is(row, "inconclusive", "50 steps, optimal LR LoRA r64 / FullFT = 15.0", "no runs of 1,000 steps or more")
     assert row["would_decide"] == "runs of 1,000 steps"
     # What is far off contradicts, whatever longer runs have.
-    short = ranks({64: 4e-4}, steps=50)
-    assert (judged("B9", *short)["verdict"], judged("B9", *short)["estimate"]) == (
-        "contradicted",
-        pytest.approx(4, 0.01),
-    )
-    assert judged("B9", *together(short, lengths()))["verdict"] == "contradicted"
+    assert judged("B9", *together(ranks({64: 4e-4}, steps=50), lengths()))["verdict"] == "contradicted"
     assert judged("B9", *together(ranks({64: 1.5e-3}, steps=100), lengths()))["verdict"] == "confirmed"
-    for steps in (25, 400):
-        verdict_is(judged("B9", *ranks({64: 4e-4}, steps=steps)), "not tested", "no runs of 50 to 100 steps")
+    verdict_is(judged("B9", *ranks({64: 4e-4}, steps=400)), "not tested", "no runs of 50 to 100 steps")
 
 
 def test_one_short_length_is_enough_and_none_is_not_tested():
@@ -294,6 +284,4 @@ def test_one_short_length_is_enough_and_none_is_not_tested():
     verdict_is(judged("B9", runs, curves[curves["step"] != 100]), "confirmed")
     nothing = "no validation losses of both methods at step 50"
     verdict_is(judged("B9", runs, curves[curves["step"] == 1000]), "not tested", nothing)
-    verdict_is(judged("B9", runs), "not tested")
-    verdict_is(judged("B9", runs.assign(steps=40), curves), "not tested")
     verdict_is(judged("B9", runs[runs["method"] == "lora"], curves), "inconclusive")

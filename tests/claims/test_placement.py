@@ -101,15 +101,12 @@ def test_what_each_claim_is_about():
     assert claims["verdict"].tolist() == ["confirmed", "contradicted"]
     verdict_is(placed("E1", moe()), "not tested")
     # Without the column, all count as dense.
-    for runs in (world(), world(family=None), world(family="qwen3")):
-        assert placed(["E1", "E3"], runs)["verdict"].tolist() == ["confirmed", "not tested"]
+    assert placed(["E1", "E3"], world())["verdict"].tolist() == ["confirmed", "not tested"]
     # Half of the claim confirms nothing.
     verdict_is(placed("E3", moe(without=["attn", "mlp"])), "inconclusive")
-    verdict_is(placed("E3", moe(without=["attn", "mlp", "all"])), "not tested")
     # More examples are no tiny dataset.
     verdict_is(placed("E7", world(batch_size=10, steps=100)), "confirmed")
-    more = placed(["E4", "E7"], world(batch_size=10, steps=101))
-    assert more["verdict"].to_dict() == {"E4": "confirmed", "E7": "not tested"}
+    verdict_is(placed("E7", world(batch_size=10, steps=101)), "not tested")
 
 
 @pytest.mark.parametrize(

@@ -38,17 +38,15 @@ def test_lora_matches_from_some_rank_up():
     recommendation = only(sft(None, 1, 4, 64, 256))
     assert [choice.answer for choice in recommendation.lora] == ["no", "no", "yes", "yes"]
     assert recommendation.answer == "yes"
-    assert recommendation.smallest.rank == recommendation.use.rank == 64
+    assert recommendation.use.rank == 64
     gap = recommendation.use.gap
     assert gap.estimate == pytest.approx(0.3 / 64, abs=0.012)
     assert gap.ci_low < gap.estimate < gap.ci_high
     # The tables here do not know the loss of the base.
     assert recommendation.margin.value == pytest.approx(0.01 * recommendation.fullft.loss)
-    assert recommendation.best.rank in (64, 256)
     none = only(sft(None, 1, 2, 4))
-    assert (none.answer, none.smallest) == ("no", None)
     # The lowest loss, not the lowest rank.
-    assert none.use.rank == none.best.rank == 4
+    assert (none.answer, none.use.rank) == ("no", 4)
     assert none.use.gap.ci_low > none.margin.value
 
 
@@ -59,25 +57,16 @@ def test_a_rank_is_not_recommended_if_a_higher_one_is_better_by_the_margin():
     judging = Judging(Margins(loss=0.02, final_loss=0.9, reward=0.1, lr_factor=1.6))
     [recommendation] = measured_recipe(runs, curves, judging).recommendations
     assert [choice.answer for choice in recommendation.lora] == ["yes", "yes"]
-    assert recommendation.smallest.rank == 64
+    assert recommendation.use.rank == 64
 
 
 def test_each_batch_size_has_its_answer():
     rows = [row | {"run_id": row["run_id"] + "-4", "batch_size": 4} for row in sft(None, 64)]
     worse = sft(None) + shifted(sft(64), 0.3)
     rows += [row | {"run_id": row["run_id"] + "-64", "batch_size": 64} for row in worse]
-    recommended = measured_recipe(runs_table(rows))
-    [sizes] = recommended.by_batch_size()
-    assert [(size.setting["batch_size"], size.answer) for size in sizes] == [(4, "yes"), (64, "no")]
-    assert recommended.answer == "mixed"
-
-
-def test_placements_against_all_layers():
-    rows = sft(64) + shifted(sft(64, placement="attn"), 0.3) + sft(128, placement="mlp")
-    rows = [row | {"run_id": f"{row['run_id']}-{row['placement']}"} for row in rows]
-    [choice] = measured_recipe(runs_table(rows)).placements
-    assert (choice.all_layers.rank, choice.all_layers.placement) == (64, "all")
-    assert {part.placement: part.answer for part in choice.parts} == {"mlp": "yes", "attn": "no"}
+    recipe = measured_recipe(runs_table(rows))
+    assert [(each.setting["batch_size"], each.answer) for each in recipe.recommendations] == [(4, "yes"), (64, "no")]
+    assert recipe.answer == "mixed"
 
 
 def test_without_two_tuned_methods_there_is_no_answer():

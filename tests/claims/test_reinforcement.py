@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy.special import ndtri
 
-from lorabench.claims.rl_progress import progress_windows
+from lorabench.claims.reinforcement import progress_windows
 
 from ..handmade.rl import BASE, LRS, STEPS, arm, grown
 from ..handmade.sft import arm as sft_arm
@@ -251,10 +251,9 @@ def test_each_task_is_judged_by_its_own_claims_and_curves_by_none_without_curves
     claims = judged(IDS, sft, curves)
     assert set(claims["verdict"]) == {"not tested"}
     assert "no runs of the experiment rl_math or rl_gsm8k" in claims.loc["F1", "reason"]
-    for none in (pd.DataFrame(), curves.iloc[:0]):
-        claims = judged(IDS, pd.concat([runs, sft]), none)
-        assert claims.loc[["B10", "F1", "F2"], "verdict"].tolist() == ["setting not met"] * 3
-        assert claims.loc[["F3", "F4", "F5", "F7", "F9"], "verdict"].tolist() == ["not tested"] * 5
+    claims = judged(IDS, pd.concat([runs, sft]))
+    assert claims.loc[["B10", "F1", "F2"], "verdict"].tolist() == ["setting not met"] * 3
+    assert claims.loc[["F3", "F4", "F5", "F7", "F9"], "verdict"].tolist() == ["not tested"] * 5
 
 
 def test_rank_1_against_the_bits_of_math():
@@ -266,8 +265,5 @@ def test_rank_1_against_the_bits_of_math():
     verdict_is(claim, "confirmed", without, "2,753,792 with the unembedding (8.6 times)")
     assert claim["estimate"] == pytest.approx(2_621_440 / 320_000)
     verdict_is(judged("F6", counts=counts.assign(trainable_params=[2_753_792, 900_000])), "contradicted")
-    others = [
-        counts.assign(**{name: value}) for name, value in (("rank", 2), ("placement", "mlp"), ("part", "experts"))
-    ]
-    for none in (pd.DataFrame(), counts.iloc[1:], *others):
+    for none in (pd.DataFrame(), counts.iloc[1:], counts.assign(rank=2), counts.assign(placement="mlp")):
         verdict_is(judged("F6", counts=none), "not tested")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from lorabench.claims.judge import judge_claims
 from lorabench.cli.common import plan_and_layout
-from lorabench.store.collect import run_row
 from lorabench.store.tables import Tables
-from lorabench.utils.files import read_parquet
+from saved_runs import saved_tables
 
 from ..conftest import REPOSITORY
 
@@ -27,18 +26,9 @@ SHARES = ("final_valid_reward", "final_reward", "best_reward", "base_reward")
 def published_tables(preset: str) -> tuple[Tables, dict[str, Any]]:
     """Return the tables of a preset's saved runs, and what its claims are judged by."""
     plan, layout = plan_and_layout(preset)
-    experiments = {run_id: sweep.experiments for sweep in plan.sweeps for run_id in sweep.run_ids}
-    runs, curves, losses = [], [], []
-    for path in sorted((REPOSITORY / layout.saved_runs).glob("*.parquet")):
-        for row in read_parquet(path).to_pylist():
-            run_id = row["run_id"]
-            if run_id not in experiments:
-                continue
-            runs.append(run_row(json.loads(row["record"]), experiments[run_id]))
-            curves.append(pd.DataFrame(row["curve"]).assign(run_id=run_id))
-            losses.append(pd.DataFrame(row["test_losses"] or []).assign(run_id=run_id).reset_index(names="example"))
-    tables = Tables(pd.DataFrame(runs), pd.concat(curves, ignore_index=True), test_losses=pd.concat(losses))
-    return tables, {"margins": plan.preset.margins, "predictions": plan.preset.predictions}
+    parts = list(saved_tables(plan, layout))
+    frames = {table: pa.concat_tables([part[table] for part in parts]).to_pandas() for table in parts[0]}
+    return Tables.of(frames), {"margins": plan.preset.margins, "predictions": plan.preset.predictions}
 
 
 def changed(tables: Tables, size: float) -> Tables:
@@ -59,8 +49,9 @@ def changed(tables: Tables, size: float) -> Tables:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("preset", "ends"), [("lr_ratio", 10), ("laptop_more", 6)])
-def test_a_change_of_losses_by_one_in_a_million_moves_no_end_by_half_a_percent(preset, ends):
+def test_a_change_of_losses_by_one_in_a_million_moves_no_end_by_half_a_percent(preset, ends, monkeypatch):
     """The accuracies of `laptop_more` are often equal at several LRs, between which only rounding could choose."""
+    monkeypatch.chdir(REPOSITORY)
     tables, by = published_tables(preset)
     before, after = (judge_claims(each, **by).set_index("claim_id") for each in (tables, changed(tables, CHANGE)))
     width = before["ci_high"] - before["ci_low"]
