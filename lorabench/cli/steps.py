@@ -230,7 +230,7 @@ def fetch(
 def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
     """Run the tasks of lm-eval on a base model, or on the best run of a sweep."""
     planned, layout = plan_and_layout(preset)
-    job = planned.evaluation(eval_id)
+    job = entry({job.eval_id: job for job in planned.evaluations()}, eval_id, "evaluation")
     assert planned.preset.evaluation
     lower = f"lower evaluation.batch_size (now {planned.preset.evaluation.batch_size})"
     # A progress bar per step would drown the log; tqdm reads these when it is first imported. lm-eval's own bars

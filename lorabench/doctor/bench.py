@@ -79,7 +79,7 @@ class Subject:
         preset, condition = preset.with_execution(activation_checkpointing=self.recomputed), self.condition
         tokens = self.rows * self.length
         arm = condition.rank, condition.placement
-        return step_memory(preset, self.sizes, *arm, tokens, self.length, method=condition.method).total
+        return sum(step_memory(preset, self.sizes, *arm, tokens, self.length, method=condition.method))
 
     def flops(self, preset: Preset) -> float:
         """Return the FLOPs of a training step as the plan counts them."""

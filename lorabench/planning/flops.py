@@ -39,9 +39,7 @@ class RunWork:
     evaluated_scored: float
     drawn: float
     context: float
-    """The mean number of tokens that a token attends to, but for those of `learned_context`."""
-    learned_context: float
-    """The mean number of tokens over which attention is computed for a token in training."""
+    """The mean number of tokens that a token attends to, but for the rows that are learned from in RL."""
     trained_flops: float
     """As all FLOPs but those recomputed, it has the unembedding of every token, scored or not, as the paper counts."""
     evaluated_flops: float
@@ -162,7 +160,6 @@ def run_work(preset: Preset, condition: Condition) -> RunWork:
         evaluated_scored,
         drawn,
         context,
-        learned_context,
         trained_flops=trained * training,
         evaluated_flops=evaluated * forward,
         drawn_flops=drawn * forward,

@@ -99,10 +99,9 @@ def test_parameters_weights_gradients_and_moments_have_the_sizes_that_are_counte
     assert rank is None or sum(map(torch.numel, trained)) == sizes.lora(placement, rank, True)[0]
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     recomputing = load_preset("paper").with_execution(activation_checkpointing=True)
-    memory = step_memory(recomputing, sizes, rank, placement, 1024, 1024)
-    assert memory.weights == sum(parameter.nbytes for parameter in model.parameters())
-    assert memory.gradients == sum(parameter.grad.nbytes for parameter in trained)
-    assert memory.moments == sum(moment.nbytes for moment in moments)
+    held, step = step_memory(recomputing, sizes, rank, placement, 1024, 1024)
+    assert held == sum(tensor.nbytes for tensor in [*model.parameters(), *moments])
+    assert step > sum(parameter.grad.nbytes for parameter in trained)
 
 
 def test_a_known_model_is_known_by_its_name_and_size_or_by_its_own_configuration(tmp_path):

@@ -33,7 +33,7 @@ from lorabench.errors import UserError
 from lorabench.models.base import model_location
 from lorabench.models.passes import trained_parameters
 from lorabench.models.vllm_support import machine_folder, max_lora_rank, vllm_environment
-from lorabench.planning.engine import EngineBatch, engine_batch, engine_memory
+from lorabench.planning.memory import EngineBatch, engine_batch, engine_memory
 from lorabench.training.context import SweepContext
 from lorabench.training.distributed import Processes, full_tensor
 from lorabench.training.rl.sampler import Request, Response, Stop, sample_in_processes
@@ -103,17 +103,17 @@ def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> Eng
     """Return the settings of the engine of a sweep; see `llm_options`."""
     machine, condition, preset = context.machine, context.sweep.condition, context.plan.preset
     spec, device = context.layout.model(condition.model), machine.device
-    memory = engine_memory(preset, condition.model, condition)
+    memory, cache = engine_memory(preset, condition.model, condition)
     head = ("lm_head",) if preset.protocol.include_unembedding else ()
     gpu, share = None, None
     if device.type == "cuda":
         gpu = device.index or 0
-        share = min(0.95, sum(memory) / torch.cuda.get_device_properties(device).total_memory)
+        share = min(0.95, memory / torch.cuda.get_device_properties(device).total_memory)
     options = llm_options(
         model_location(spec),
         "bfloat16" if preset.protocol.precision == "bf16" else "float32",
         longest,
-        int(memory.cache),
+        int(cache),
         None if condition.rank is None else max_lora_rank(condition.rank),
         engine_batch(preset, condition),
         share,

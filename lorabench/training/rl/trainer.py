@@ -20,7 +20,7 @@ from lorabench.data.problems import controls, read_problems
 from lorabench.data.tokens import template_key, tokenizer_key
 from lorabench.models.base import load_tokenizer, max_length, skeleton
 from lorabench.models.vllm_support import check_vllm, vllm_version
-from lorabench.planning.engine import handover_space
+from lorabench.planning.memory import handover_bytes
 from lorabench.runs import Rollouts, Run
 from lorabench.training.context import Base, SweepContext, with_adapter
 from lorabench.training.distributed import full_tensor
@@ -62,7 +62,9 @@ class RlTrainer(AbstractContextManager["RlTrainer"]):
             # Jobs that run at the same time train different runs.
             log = context.layout.logs / f"{run.run_id}.vllm.log"
             self._engine = self._engine or self._open.enter_context(PolicyEngine(machine.processes, log))
-            self._engine.make_room(handover_space(context.plan.preset, condition))
+            # All weights are written beside those of the last step; an adapter is removed when it was read.
+            at_once = 2 if condition.rank is None else 1
+            self._engine.make_room(at_once * handover_bytes(context.plan.preset, condition))
         if rollouts not in self._environments:
             environment = self._environment(context)
             source = context.provenance() | {

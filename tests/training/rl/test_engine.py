@@ -19,7 +19,7 @@ from lorabench.errors import UserError
 from lorabench.models.base import load_model, load_tokenizer, model_location
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import trained_parameters
-from lorabench.planning.engine import EngineBatch
+from lorabench.planning.memory import EngineBatch
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.store.collect import collect
