@@ -135,10 +135,10 @@ def job_cost(plan: Plan, job: Job) -> Cost:
     most_runs = sum(sweep.most_runs for sweep in job.sweeps)
     if is_split:
         times, most_times = job.n_runs, most_runs
-        time = most_time = seconds.run_job_seconds(preset, job.sweeps[0], gpus)
+        time = most_time = seconds.job_seconds(preset, job, gpus, "one")
     else:
         times = most_times = 1
-        time, most_time = (seconds.job_seconds(preset, job, gpus, most) for most in (False, True))
+        time, most_time = (seconds.job_seconds(preset, job, gpus, runs) for runs in ("expected", "most"))
     # Weights are read through the host's memory, and a GPU's checkpoint is written from there.
     host = peak
     if gpus:
@@ -172,7 +172,7 @@ def evaluation_cost(plan: Plan, job: EvalJob) -> Cost:
     peak = 6.0 * sizes.parameters + 6.0 * evaluation.batch_size * longest * sizes.vocabulary
     if preset.execution.sampler == "vllm":
         peak = engine_memory(preset, job.model)[0]
-    tokens = sum(flops.evaluated_documents(task) * task.mean_tokens for task in evaluation.tasks)
+    tokens = sum(min(task.documents, task.limit or task.documents) * task.mean_tokens for task in evaluation.tasks)
     work = {"tokens": tokens, "flops": 2.0 * sizes.active_linear * tokens}
     return _on_one(preset, "the evaluation", job.model, peak, seconds.evaluation_seconds(preset, job), 20 * MB, **work)
 

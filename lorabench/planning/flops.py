@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from lorabench.config.execution import EvalTask
 from lorabench.config.fields import Placement
 from lorabench.config.inputs import DatasetSpec, ModelSpec, curve_examples
 from lorabench.config.preset import Preset
@@ -179,8 +178,3 @@ def sweep_flops(preset: Preset, sweep: Sweep) -> float:
     """Estimate the FLOPs of all runs of a sweep, with their evaluation and sampling."""
     work = run_work(preset, sweep.condition)
     return sweep.n_runs * (work.trained_flops + work.evaluated_flops + work.drawn_flops)
-
-
-def evaluated_documents(task: EvalTask) -> int:
-    """Return the number of documents of a task that are evaluated."""
-    return min(task.documents, task.limit or task.documents)

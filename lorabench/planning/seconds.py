@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import inf, sqrt
+from typing import Literal
 
 from lorabench.config.execution import Execution
 from lorabench.config.fields import CHANGES_BASE
@@ -10,13 +11,7 @@ from lorabench.config.inputs import FileDataset, HubDataset
 from lorabench.config.preset import Preset
 from lorabench.models.specs import Dimensions, dimensions
 from lorabench.planning import memory
-from lorabench.planning.flops import (
-    evaluated_documents,
-    graded_problems,
-    longest_sequence,
-    run_work,
-    unembedding_flops_per_token,
-)
+from lorabench.planning.flops import graded_problems, longest_sequence, run_work, unembedding_flops_per_token
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS
 
@@ -149,11 +144,13 @@ def start_seconds(preset: Preset, condition: Condition | None = None) -> float:
     return _GPU_START_SECONDS + starts_engine * _GPU_ENGINE_START_SECONDS
 
 
-def job_seconds(preset: Preset, job: Job, gpus: int, most: bool = False) -> float:
-    """Estimate the wall-clock seconds of the expected or `most` runs of a job, which starts once for all its sweeps."""
-    runs = [sweep.most_runs if most else sweep.n_runs for sweep in job.sweeps]
-    seconds = [sweep_seconds(preset, sweep, gpus, number) for sweep, number in zip(job.sweeps, runs, strict=True)]
-    return start_seconds(preset, job.sweeps[0].condition) + sum(seconds)
+def job_seconds(preset: Preset, job: Job, gpus: int, runs: Literal["one", "expected", "most"] = "expected") -> float:
+    """Estimate the wall-clock seconds of a job that trains so many runs of its sweeps, and starts once for all."""
+    seconds = start_seconds(preset, job.sweeps[0].condition)
+    for sweep in job.sweeps:
+        number = {"one": 1, "expected": sweep.n_runs, "most": sweep.most_runs}[runs]
+        seconds += sweep_seconds(preset, sweep, gpus, number)
+    return seconds
 
 
 def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, runs: int) -> float:
@@ -173,18 +170,13 @@ def gpus_used(preset: Preset, sweep: Sweep) -> int:
     """
     gpus, execution = memory.gpus_needed(preset, sweep), preset.execution
     while 0 < 2 * gpus <= memory.most_gpus(preset, sweep.condition) and is_split(preset, sweep, gpus):
-        hours, waves = run_job_seconds(preset, sweep, gpus) / 3600, len(sweep.expected_waves())
+        hours, waves = job_seconds(preset, Job((sweep,)), gpus, "one") / 3600, len(sweep.expected_waves())
         in_time = hours <= execution.job_hours and waves * hours <= (execution.path_hours or inf)
         # The weights of a sharded model are in fp32, so that more GPUs may not hold what one does.
         if in_time or not memory.fits(preset, sweep, 2 * gpus):
             break
         gpus *= 2
     return gpus
-
-
-def run_job_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
-    """Estimate the wall-clock seconds of a job that trains one run of a sweep."""
-    return start_seconds(preset, sweep.condition) + sweep_seconds(preset, sweep, gpus, 1)
 
 
 def is_split(preset: Preset, sweep: Sweep, gpus: int) -> bool:
@@ -202,7 +194,7 @@ def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
     else:
         seconds = _GPU_START_SECONDS + engine * _GPU_ENGINE_START_SECONDS + 4 * sizes.parameters / _READING
     for task in preset.evaluation.tasks:
-        documents, longest = evaluated_documents(task), task.max_new_tokens or _LONGEST_ANSWER
+        documents, longest = min(task.documents, task.limit or task.documents), task.max_new_tokens or _LONGEST_ANSWER
         read = 2.0 * sizes.active_linear * documents * task.mean_tokens / flops_per_second(execution)
         if task.about == "forgotten":
             # Tasks about what was forgotten read texts; tasks about what was learned mostly draw answers.

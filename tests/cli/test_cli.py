@@ -21,7 +21,6 @@ MISTAKES = {
         ("step", "dataset", "nope", "--preset", "smoke"),
         "dataset 'nope' is not in the preset; allowed: instruct",
     ),
-    "not gguf": (("step", "convert", "tiny", "--preset", "smoke"), "model 'tiny' is of kind 'tiny'; only gguf models"),
     "job": (("step", "train", "nope", "--preset", "smoke"), "job 'nope' is not in the plan"),
     "figure": (("figure", "nope", "--tables", ".", "--out", "."), "figure 'nope': allowed: verdicts, fig1_envelopes"),
     "two margins": (

@@ -13,7 +13,7 @@ from lorabench.planning import memory
 from lorabench.planning.costs import compute_cost, evaluation_cost, job_cost, path_hours, per_experiment
 from lorabench.planning.flops import lora_parameters, run_work
 from lorabench.planning.plan import make_plan
-from lorabench.planning.seconds import evaluation_seconds, flops_per_second, is_split, job_seconds, run_job_seconds
+from lorabench.planning.seconds import evaluation_seconds, flops_per_second, is_split, job_seconds
 from lorabench.runs import Job
 
 from ..handmade import with_model
@@ -109,7 +109,7 @@ def test_jobs_have_twice_the_gpus_until_their_waves_take_no_longer_than_they_may
     plan, shorter = make_plan(preset), make_plan(preset.with_execution(path_hours=25.0))
 
     def path(sweep, gpus):
-        return len(sweep.expected_waves()) * run_job_seconds(preset, sweep, gpus) / 3600
+        return len(sweep.expected_waves()) * job_seconds(preset, Job((sweep,)), gpus, "one") / 3600
 
     assert {shorter.gpus[sweep] // plan.gpus[sweep] for sweep in plan.sweeps} >= {1, 2, 4}
     for sweep in plan.sweeps:
