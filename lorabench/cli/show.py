@@ -26,7 +26,8 @@ def measured_speed(plan: Plan, layout: Layout) -> tuple[float, str] | None:
     """
     preset, gpu = plan.preset, plan.preset.execution.gpu
     # For each run the predicted FLOPs, the seconds that do not depend on the speed, and the measured seconds.
-    work, devices = [], set()
+    work: list[tuple[float, float, float]] = []
+    devices: set[str] = set()
     if list(layout.tables().glob("runs.*")):
         # Imported here, since a plan without measured runs starts faster without numpy and pyarrow.
         from lorabench.store.io import read_rows

@@ -138,7 +138,7 @@ def job_cost(plan: Plan, job: Job) -> Cost:
         time = most_time = seconds.job_seconds(preset, job, gpus, "one")
     else:
         times = most_times = 1
-        time, most_time = (seconds.job_seconds(preset, job, gpus, runs) for runs in ("expected", "most"))
+        time, most_time = seconds.job_seconds(preset, job, gpus), seconds.job_seconds(preset, job, gpus, "most")
     # Weights are read through the host's memory, and a GPU's checkpoint is written from there.
     host = peak
     if gpus:

@@ -61,33 +61,6 @@ def test_evaluations_counted_are_those_made():
     assert work.evaluated == ((points - 1) * 128 + 256 + 1024) * work.context
 
 
-def test_logits_are_computed_of_scored_tokens_only(monkeypatch):
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from lorabench.models.base import load_model
-    from lorabench.models.lora import add_lora
-    from lorabench.training import loss
-
-    preset = load_preset("laptop")
-    condition = replace(make_plan(preset).sweeps[0].condition, model="tiny", rank=8, placement="all")
-    model = add_lora(load_model(preset.models["tiny"]), 8, "all", 32.0, True, 0)
-    inputs, targets = torch.randint(1024, (2, 2, 64))
-    # The last MLP is not computed for them either, which the plan does not count.
-    monkeypatch.setattr(loss, "computing_only", lambda *_: nullcontext())
-    counts = []
-    for unscored in (0, 16):
-        targets[:, :unscored] = loss.IGNORED
-        with FlopCounterMode(display=False) as counter:
-            loss.add_gradient(model, loss.Batch(inputs, targets), 1, None, None)
-        counts.append(counter.get_total_flops())
-    assert counts[0] - counts[1] == 2 * 16 * unembedding_flops_per_token(preset, condition)[0]
-    # Prompts of the hub are not scored.
-    core = load_preset("core")
-    tulu = next(s.condition for s in make_plan(core).sweeps if s.condition.dataset == "tulu3")
-    assert run_work(core, tulu).trained_scored == 0.5 * run_work(core, tulu).trained
-
-
 @pytest.mark.parametrize("response", [30, 200])
 def test_the_attention_of_rl_is_that_of_the_rows_it_learns_from(response, monkeypatch):
     import torch

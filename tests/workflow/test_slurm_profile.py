@@ -32,13 +32,11 @@ def checkout(clone):
 
 def requested(output: str, rule: str) -> dict[str, dict[str, str]]:
     """Return the resources of a rule's jobs in a dry run, by the jobs' first wildcard."""
-    blocks = re.findall(rf"^rule {rule}:\n((?:    .*\n)+)", output, re.MULTILINE)
-    resources_of_jobs = {}
-    for block in blocks:
-        name = re.search(r"wildcards: \w+=([^,\n]+)", block)
-        (resources,) = re.findall(r"resources: (.*)", block)
-        resources_of_jobs[name.group(1) if name else ""] = dict(re.findall(r"(\w+)=([^,]+)", resources))
-    return resources_of_jobs
+    jobs = {}
+    for block in re.findall(rf"^rule {rule}:\n((?:    .*\n)+)", output, re.MULTILINE):
+        name, [resources] = re.search(r"wildcards: \w+=([^,\n]+)|$", block)[1], re.findall(r"resources: (.*)", block)
+        jobs[name] = dict(re.findall(r"(\w+)=([^,]+)", resources))
+    return jobs
 
 
 @pytest.fixture(autouse=True)
@@ -75,11 +73,8 @@ def test_every_job_requests_the_resources_of_the_plan(checkout):
     assert jobs.keys() | evaluations.keys() == needed.keys()
     for name, resources in (jobs | evaluations).items():
         estimate = needed[name]
-        assert resources["gpu"] == str(estimate.gpus)
-        assert resources["cpus_per_task"] == str(estimate.cpus)
-        assert resources["mem_mb"] == str(estimate.mem_mb)
-        assert resources["runtime"] == str(estimate.minutes)
-        assert resources["nodes"] == "1"
+        numbers = [int(resources[name]) for name in ("gpu", "cpus_per_task", "mem_mb", "runtime", "nodes")]
+        assert numbers == [estimate.gpus, estimate.cpus, estimate.mem_mb, estimate.minutes, 1]
         # Jobs that save checkpoints are told before their time is over, by half of it at most.
         early = min(estimate.saving_seconds, 30 * estimate.minutes)
         assert resources.get("slurm_extra") == (f"--signal=TERM@{early}" if early else None)

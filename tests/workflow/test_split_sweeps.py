@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from lorabench.planning.plan import make_plan
 from lorabench.runs import best_lr, finished_losses, validation_loss
 from lorabench.store.layout import Layout
 
-from .checkout import fresh_clone, shell, snakemake
+from .checkout import fresh_clone, shell, snakemake, started
 
 pytestmark = pytest.mark.slow
 
@@ -80,11 +78,7 @@ def records(checkout, layout: Layout) -> list[Path]:
 
 def kill_in_the_middle(checkout, layout: Layout) -> None:
     """Start the workflow, and kill it with its jobs when some runs are finished and one is at work."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", f"{layout.tables()}/runs.parquet"]
-    command += ["--config", "preset=split.yaml"]
-    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
-    options = {"env": environment, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    process = subprocess.Popen(command, cwd=checkout, **options)
+    process = started(checkout, f"{layout.tables()}/runs.parquet", "--config", "preset=split.yaml")
     runs, deadline = checkout / layout.runs, time.monotonic() + 600
     try:
         while len(records(checkout, layout)) < 2 or not list(runs.glob("*.partial/checkpoint.safetensors")):

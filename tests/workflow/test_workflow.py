@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +19,7 @@ from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 
 from ..conftest import REPOSITORY
-from .checkout import fresh_clone, git, snakemake
+from .checkout import fresh_clone, git, shell, snakemake, started
 
 FAILURES = REPOSITORY / "docs/failures.md"
 
@@ -137,8 +134,7 @@ def test_what_a_finished_clone_says_of_itself(smoke):
     checkout, _, changes = smoke
     assert changes == set()
     assert "Nothing to be done" in snakemake(checkout, "--config", "preset=smoke")
-    command = [sys.executable, "-m", "lorabench.cli", "status", "--preset", "smoke"]
-    text = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout
+    text = shell("lorabench status --preset smoke", checkout)
     assert re.search(r"36/36 runs \(100%\), 4/4 jobs done", text)
     assert "results/smoke/report/index.html" in text
     snakemake(checkout, "--config", "preset=smoke", "--report", "snakemake_report.html")
@@ -154,16 +150,12 @@ MOMENTS = [r"(local)?rule tokens:", *[r"1 of \d+ steps"] * 9]
 
 def kill_at(checkout: Path, line: str) -> None:
     """Start the smoke preset, and kill Snakemake alone as it prints a line; what it has started goes on."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "preset=smoke"]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    printed = checkout / "printed"
-    with printed.open("w") as file:
-        process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=file, stderr=file)
-        while not re.search(f"^{line}", printed.read_text(), re.MULTILINE):
-            assert process.poll() is None, printed.read_text()
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
+    process = started(checkout, "--config", "preset=smoke")
+    while not re.search(f"^{line}", printed := (checkout / "printed").read_text(), re.MULTILINE):
+        assert process.poll() is None, printed
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.slow
