@@ -1,6 +1,6 @@
 """The functions for other programs, `judge` and `fit_lr`, whose names, arguments and records are stable.
 
-Each imports what it needs when it is called.
+Each imports what it needs when it is called. Examples are in docs/tables.md ("From Python").
 """
 
 from __future__ import annotations
@@ -44,14 +44,6 @@ def judge(
 
     Raises:
         UserError: a table, claim or margin does not exist or has a value that is not allowed.
-
-    Examples:
-        On published runs of somebody else, high-rank LoRA reaches the accuracy of full fine-tuning:
-
-        >>> from lorabench.utils.files import REFERENCE
-        >>> claims = judge(REFERENCE / "nayyirahsan", claims=["B2"])
-        >>> claims[["verdict", "estimate", "ci_low", "ci_high"]].round(2).to_dict("records")
-        [{'verdict': 'confirmed', 'estimate': 0.01, 'ci_low': -0.01, 'ci_high': 0.02}]
     """
     from lorabench.claims.judge import CLAIMS, judge_claims
     from lorabench.config.loading import parse_margins
@@ -112,18 +104,6 @@ def fit_lr(runs: pd.DataFrame, noise: Noise | None = None) -> LrFit:
 
     Raises:
         UserError: a column is missing, a value is not allowed, or two runs have the same LR and seed.
-
-    Examples:
-        >>> import pandas as pd
-        >>> from math import log
-        >>> lrs, noise = (4.64e-5, 1e-4, 2.15e-4, 4.64e-4, 1e-3), (0.003, -0.001, -0.002, 0.001)
-        >>> rows = [(lr, seed, 2 + 0.1 * log(lr / 2e-4) ** 2 + noise[(place + 2 * seed) % 4])
-        ...         for place, lr in enumerate(lrs) for seed in range(3)]
-        >>> fit = fit_lr(pd.DataFrame(rows, columns=["lr", "seed", "loss"]))
-        >>> print(f"{fit.lr:.1e} [{fit.lr_low:.1e}, {fit.lr_high:.1e}], loss {fit.loss:.2f}")
-        2.0e-04 [1.7e-04, 2.5e-04], loss 2.00
-        >>> fit.inside, fit.problems
-        (True, ())
     """
     import numpy as np
     import pandas as pd

@@ -37,9 +37,6 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
 
 
 def test_examples_hold_and_the_pages_table_has_all_functions_and_arguments(elsewhere):
-    for function in api.__all__:
-        for example in doctest.DocTestFinder().find(getattr(api, function), function, globs=vars(api).copy()):
-            assert doctest.DocTestRunner().run(example).failed == 0
     assert doctest.testfile(str(PAGE), module_relative=False).failed == 0
     section = PAGE.read_text().partition("\n## From Python\n")[2]
     rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", section, re.M)
@@ -65,15 +62,9 @@ def test_frames_folders_and_the_command_are_judged_alike(tmp_path):
         judged = api.judge(tables, claims=["B2", "B1"]).set_index("claim_id")
         pd.testing.assert_frame_equal(judged[columns], whole.loc[["B1", "B2"], columns])
     assert whole.loc["B1", "verdict"] != "not tested"
-
-
-def test_a_source_has_a_row_for_each_claim_and_model_and_a_margin_changes_only_itself():
-    source = REFERENCE / "nayyirahsan"
-    [as_shipped] = api.judge(source, claims=["B2"]).to_dict("records")
-    [strict] = api.judge(source, claims=["B2"], margins={"reward": 0.03}).to_dict("records")
-    assert (as_shipped["source"], as_shipped["verdict"]) == ("nayyirahsan", "confirmed")
-    assert strict["margin_high"] == pytest.approx(0.3 * as_shipped["margin_high"])
-    assert len(api.judge(REFERENCE / "apertus", claims=["B2"])) == 2
+    # A source has a row for each claim and model.
+    judged = api.judge(REFERENCE / "apertus", claims=["B2"])
+    assert (len(judged), set(judged["source"])) == (2, {"apertus"})
 
 
 @pytest.mark.parametrize(
@@ -94,14 +85,14 @@ def test_wrong_inputs_are_refused_in_one_sentence(elsewhere, call, message):
 
 
 LRS = (4.64e-5, 1e-4, 2.15e-4, 4.64e-4, 1e-3)
-NOISE = (0.003, -0.001, -0.002, 0.001)
 
 
-def sweep(best: float, seeds: int = 3, lrs: tuple[float, ...] = LRS) -> pd.DataFrame:
+def sweep(best: float, seeds: int = 3) -> pd.DataFrame:
     """A sweep whose loss is 2 at the best LR, and whose noise sums to 0 over seeds and LRs, nearly."""
+    noise = (0.003, -0.001, -0.002, 0.001)
     rows = [
-        (lr, seed, 2 + 0.1 * math.log(lr / best) ** 2 + NOISE[(place + 2 * seed) % 4])
-        for place, lr in enumerate(lrs)
+        (lr, seed, 2 + 0.1 * math.log(lr / best) ** 2 + noise[(place + 2 * seed) % 4])
+        for place, lr in enumerate(LRS)
         for seed in range(seeds)
     ]
     return pd.DataFrame(rows, columns=["lr", "seed", "loss"])
