@@ -146,11 +146,11 @@ def start_seconds(preset: Preset, condition: Condition | None = None) -> float:
 
 def job_seconds(preset: Preset, job: Job, gpus: int, runs: Literal["one", "expected", "most"] = "expected") -> float:
     """Estimate the wall-clock seconds of a job that trains so many runs of its sweeps, and starts once for all."""
-    seconds = start_seconds(preset, job.sweeps[0].condition)
+    seconds = 0.0
     for sweep in job.sweeps:
         number = {"one": 1, "expected": sweep.n_runs, "most": sweep.most_runs}[runs]
         seconds += sweep_seconds(preset, sweep, gpus, number)
-    return seconds
+    return start_seconds(preset, job.sweeps[0].condition) + seconds
 
 
 def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, runs: int) -> float:
