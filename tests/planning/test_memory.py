@@ -6,15 +6,25 @@ import subprocess
 import sys
 from contextlib import suppress
 
+import numpy as np
 import pytest
+import torch
 
 from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
+from lorabench.models import lora
+from lorabench.models.base import load_model
+from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.models.specs import dimensions
 from lorabench.planning.memory import LOGITS_AT_ONCE, decided, gpus_needed, step_memory
 from lorabench.planning.plan import make_plan
+from lorabench.training import step_cost
+from lorabench.training.loss import MAX_LOGITS, Batch
+from lorabench.training.rl.objective import ResponseGroup, backward
+from lorabench.training.rl.sampler import Response
+from lorabench.training.run import Machine
 
 from ..conftest import REPOSITORY
 from ..handmade import with_model
@@ -27,6 +37,26 @@ def laptop(precision, again=False):
 
 
 PIECES = 1 << 18
+
+
+def in_pieces(monkeypatch):
+    """Let the logits of a CPU come in small pieces."""
+    for limits in (LOGITS_AT_ONCE, step_cost.MAX_LOGITS):
+        monkeypatch.setitem(limits, "cpu", PIECES)
+
+
+def prepared(name, rank, preset, method="lora"):
+    """Return a tiny base as a job trains it, with its sizes; no rank is full fine-tuning."""
+    spec = TinyModel(kind="tiny", name=name)
+    model, sizes = load_model(spec), dimensions(spec)
+    if rank:
+        if preset.protocol.precision == "bf16" and method != "pissa":
+            lora.hold_in_bf16(model)
+        model = lora.add_lora(model, rank, "all", preset.protocol.alpha, True, seed=0, method=method)
+        lora.use_fast_products(model)
+    if recomputed := preset.execution.recomputed_layers(sizes.layers):
+        recompute_activations(model, sizes.layers - recomputed)
+    return model, sizes
 
 
 @pytest.mark.parametrize(
@@ -47,66 +77,26 @@ PIECES = 1 << 18
     ],
 )
 def test_memory_is_what_a_step_takes(name, rank, precision, again, shape, method, most, monkeypatch):
-    from lorabench.training import step_cost
-
-    spec, preset, tokens = TinyModel(kind="tiny", name=name), laptop(precision, again), shape[0] * shape[1]
-    in_pieces, method = method == "pieces", "lora" if method == "pieces" else method
-    if in_pieces:
-        monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", PIECES)
-        monkeypatch.setitem(step_cost.MAX_LOGITS, "cpu", PIECES)
-    peak = peak_of_step(spec, rank, preset, shape, method)
-    estimate = sum(step_memory(preset, dimensions(spec), rank, rank and "all", tokens, shape[1], method=method))
+    preset, size, pieces = laptop(precision, again), shape[0] * shape[1], method == "pieces"
+    if pieces:
+        method = "lora"
+        in_pieces(monkeypatch)
+    model, sizes = prepared(name, rank, preset, method)
+    step, optimizer = step_cost.training_step(model, Batch(*torch.randint(1024, (2, *shape))), preset.protocol)
+    # The measurement does not see what a layer keeps besides parameters.
+    kept = sum(factor.nbytes for layer in model.modules() for factor in getattr(layer, "initial_factors", ()))
+    peak = step_cost.peak_memory(model, optimizer, step) + kept
+    estimate = sum(step_memory(preset, sizes, rank, rank and "all", size, shape[1], method=method))
     # An upper bound: the last gradients come when the first activations are gone.
     assert 1.0 <= estimate / peak < most
     # All logits at once would take more than the estimate leaves room for.
-    assert not in_pieces or estimate + 12 * (tokens * 1024 - PIECES) > 1.1 * peak
-
-
-def peak_of_step(spec, rank, preset, shape, method="lora"):
-    """Return the peak of the memory of a training step, on examples and tokens of some shape; no rank is FullFT."""
-    import torch
-
-    from lorabench.models.base import load_model
-    from lorabench.models.lora import add_lora, hold_in_bf16, use_fast_products
-    from lorabench.models.passes import recompute_activations
-    from lorabench.training import step_cost
-    from lorabench.training.loss import Batch
-
-    model, layers = load_model(spec), dimensions(spec).layers
-    if rank:
-        if preset.protocol.precision == "bf16" and method != "pissa":
-            hold_in_bf16(model)
-        model = add_lora(model, rank, "all", preset.protocol.alpha, True, seed=0, method=method)
-        use_fast_products(model)
-    if recomputed := preset.execution.recomputed_layers(layers):
-        recompute_activations(model, layers - recomputed)
-    tokens = torch.randint(1024, (2, *shape))
-    step, optimizer = step_cost.training_step(model, Batch(*tokens), preset.protocol)
-    # The measurement does not see what a layer keeps besides parameters.
-    kept = sum(factor.nbytes for layer in model.modules() for factor in getattr(layer, "initial_factors", ()))
-    return step_cost.peak_memory(model, optimizer, step) + kept
+    assert not pieces or estimate + 12 * (size * 1024 - PIECES) > 1.1 * peak
 
 
 def test_memory_is_what_a_step_of_rl_takes_where_the_logits_come_in_pieces(monkeypatch):
-    import numpy as np
-    import torch
-
-    from lorabench.models.base import load_model
-    from lorabench.models.lora import add_lora, hold_in_bf16, use_fast_products
-    from lorabench.models.passes import recompute_activations, trained_parameters
-    from lorabench.training import step_cost
-    from lorabench.training.rl.objective import ResponseGroup, backward
-    from lorabench.training.rl.sampler import Response
-    from lorabench.training.run import Machine
-
-    spec, preset = TinyModel(kind="tiny", name="qwen-64"), laptop("bf16", True)
-    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", PIECES)
-    monkeypatch.setitem(step_cost.MAX_LOGITS, "cpu", PIECES)
-    model = load_model(spec)
-    hold_in_bf16(model)
-    model = add_lora(model, 8, "all", preset.protocol.alpha, True, seed=0)
-    use_fast_products(model)
-    recompute_activations(model)
+    preset = laptop("bf16", True)
+    in_pieces(monkeypatch)
+    model, sizes = prepared("qwen-64", 8, preset)
     # Each of 4 groups fills a row of 252 tokens.
     responses = [Response(np.full(126, token), np.zeros(126, np.float32), False) for token in (1, 2)]
     groups = [ResponseGroup.of((1, 2), responses, np.array([0.0, 1.0])) for _ in range(4)]
@@ -119,7 +109,7 @@ def test_memory_is_what_a_step_of_rl_takes_where_the_logits_come_in_pieces(monke
         optimizer.zero_grad()
 
     peak = step_cost.peak_memory(model, optimizer, step)
-    estimate = sum(step_memory(preset, dimensions(spec), 8, "all", 4 * 252, 252, is_rl=True))
+    estimate = sum(step_memory(preset, sizes, 8, "all", 4 * 252, 252, is_rl=True))
     assert 1.0 <= estimate / peak < 1.1
 
 
@@ -149,8 +139,6 @@ def test_memory_is_what_a_step_of_two_processes_takes(name, rank, again, precisi
 
 
 def test_the_limit_of_logits_is_that_of_the_loss():
-    from lorabench.training.loss import MAX_LOGITS
-
     assert {"cpu": MAX_LOGITS["cpu"], "gpu": MAX_LOGITS["cuda"]} == LOGITS_AT_ONCE
 
 
