@@ -31,22 +31,13 @@ def slow_but(fast: str, names: Iterable[str]) -> list[Any]:
 @pytest.fixture
 def raw_preset() -> dict[str, Any]:
     """A small valid preset as plain data, to be changed by a test."""
+    block = {"models": ["tiny"], "datasets": ["instruct"], "ranks": {"all": [1, 4]}, "batch_sizes": [4], "seeds": 2}
+    block |= {"lrs": {"fullft": [1e-3, 3e-3], "lora": [1e-3, 3e-3, 1e-2]}}
     return {
         "description": "a preset for tests",
         "models": {"tiny": {"kind": "tiny"}},
         "datasets": {"instruct": {"kind": "instruct", "train": 64, "validation": 8, "test": 8, "max_chars": 240}},
-        "experiments": {
-            "rank": [
-                {
-                    "models": ["tiny"],
-                    "datasets": ["instruct"],
-                    "ranks": {"all": [1, 4]},
-                    "batch_sizes": [4],
-                    "lrs": {"fullft": [1e-3, 3e-3], "lora": [1e-3, 3e-3, 1e-2]},
-                    "seeds": 2,
-                }
-            ]
-        },
+        "experiments": {"rank": [block]},
         "margins": dict(MARGINS),
         "execution": {"gflops": 20.0},
     }
@@ -56,6 +47,9 @@ def raw_preset() -> dict[str, Any]:
 def raw_rl_preset() -> dict[str, Any]:
     """A small valid preset of RL as plain data, to be changed by a test."""
     sizes = {"kind": "arithmetic", "tasks": ["gcd"], "max_value": 50}
+    block = {"models": ["tiny"], "problems": ["gcd"], "held_out": ["gcd-of-three"], "ranks": {"all": [2]}, "seeds": 2}
+    block |= {"problems_per_step": 4, "group_size": 4, "steps": 3, "evaluations": 1}
+    block |= {"max_new_tokens": 4, "mean_response_tokens": 2, "lrs": {"fullft": [1e-4], "lora": [1e-3, 3e-3, 9e-3]}}
     return {
         "description": "RL for tests",
         "models": {"tiny": {"kind": "tiny"}},
@@ -63,24 +57,7 @@ def raw_rl_preset() -> dict[str, Any]:
             "gcd": {**sizes, "train": 32, "validation": 8, "test": 8},
             "gcd-of-three": {**sizes, "min_terms": 3, "max_terms": 3, "train": 4, "validation": 4, "test": 8},
         },
-        "experiments": {
-            "rl_arithmetic": [
-                {
-                    "models": ["tiny"],
-                    "problems": ["gcd"],
-                    "ranks": {"all": [2]},
-                    "problems_per_step": 4,
-                    "group_size": 4,
-                    "steps": 3,
-                    "max_new_tokens": 4,
-                    "mean_response_tokens": 2,
-                    "evaluations": 1,
-                    "held_out": ["gcd-of-three"],
-                    "lrs": {"fullft": [1e-4], "lora": [1e-3, 3e-3, 9e-3]},
-                    "seeds": 2,
-                }
-            ]
-        },
+        "experiments": {"rl_arithmetic": [block]},
         "margins": dict(MARGINS),
         "execution": {"gflops": 1.0},
     }

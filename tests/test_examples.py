@@ -14,6 +14,7 @@ from io import BytesIO, StringIO
 from typing import Any
 
 import nbformat
+import pytest
 from PIL import Image
 
 from .conftest import REPOSITORY
@@ -66,6 +67,7 @@ def texts(notebook: nbformat.NotebookNode) -> list[str]:
     return [output.text if output.output_type == "stream" else output.data["text/plain"] for output in outputs]
 
 
+@pytest.mark.slow
 def test_the_notebook_has_the_outputs_of_its_code():
     committed = nbformat.read(NOTEBOOK, as_version=4)
     assert texts(executed()) == texts(committed), "run `python -m tests.test_examples` and look at the changes"

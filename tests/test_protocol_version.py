@@ -24,7 +24,6 @@ CODE = (
     "lorabench/data/files.py",
     "lorabench/data/grading.py",
     "lorabench/data/grading_worker.py",
-    "lorabench/data/hub.py",
     "lorabench/data/problems.py",
     "lorabench/data/reasoning.py",
     "lorabench/data/sft.py",

@@ -71,17 +71,3 @@ def test_the_conda_environment_has_the_python_of_the_images_and_the_versions_of_
     versions = dict(dependency.split("=") for dependency in dependencies if "=" in dependency)
     assert f"FROM python:{versions.pop('python')}\n" in (ENVIRONMENTS / "Dockerfile").read_text()
     assert versions.items() <= pinned("constraints.txt").items()
-
-
-def test_the_repository_has_what_the_catalogue_of_snakemake_asks_for():
-    """Its README has the rules for workflows of standardized usage; `make lint` has its checks of the code."""
-    assert {"snakemake", "workflow"} <= set(re.findall(r"\w+", (REPOSITORY / "README.md").read_text().lower()))
-    for name in ("workflow/Snakefile", "config/README.md"):
-        assert (REPOSITORY / name).is_file()
-    assert {path.suffix for path in (REPOSITORY / "workflow/rules").iterdir()} == {".smk"}
-    usage = yaml.safe_load((REPOSITORY / ".snakemake-workflow-catalog.yml").read_text())["usage"]
-    assert set(usage) <= {"mandatory-flags", "software-stack-deployment", "report"}
-    assert set(usage["mandatory-flags"]) == {"desc", "flags"}
-    deployment = usage["software-stack-deployment"]
-    assert set(deployment) == {"conda", "apptainer", "apptainer+conda"}
-    assert True in deployment.values()

@@ -2,8 +2,8 @@
 
     python -m advice.benchmarks.framework_defaults CLONES
 
-CLONES is a folder with a clone of each repository in `frameworks.csv`, bare or not, below OWNER/NAME or OWNER+NAME.
-Only the pinned commits are read. It writes `framework_defaults.csv`, one row for each run that a file states, and
+CLONES is a folder with a clone of each repository in `frameworks.csv`, bare or not, below OWNER/NAME. Only the pinned
+commits are read. It writes `framework_defaults.csv`, one row for each run that a file states, and
 `framework_findings.csv`, one row for each finding above a note, into paper_figures/published/evidence, with a picture,
 and the tables of advice/docs/defaults.md. The tables hold facts of the files, with repository, commit and path; no file
 is copied.
@@ -23,6 +23,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from lora_advice.audit import check_run
 from lora_advice.audit.config import TrainingConfig
@@ -64,26 +65,20 @@ SAID = (
 
 PAGE = Path("advice/docs/defaults.md")
 COSTLIEST = 5
+_OF_LR = r"(?:^| )(?:rl-)?lr(?:$| )"
+"""The codes of findings on the learning rate, in a list of codes."""
 
 
 def extracted(framework: Framework, clones: Path, folder: Path) -> Path:
-    """Write the examples of a framework's pinned commit into a folder, and return the folder.
-
-    Raises:
-        UserError: there is no clone with the commit.
-    """
-    names = (framework.repository, framework.repository.replace("/", "+"))
-    places = [clones / name / rest for name in names for rest in ("", "repo", ".git")]
-    for place in places:
-        if (place / "objects").is_dir() or (place / ".git").is_dir():
-            command = ["git", "-C", str(place), "archive", framework.commit, framework.folder]
-            done = subprocess.run(command, capture_output=True, check=False)
-            if done.returncode == 0:
-                target = folder / framework.name
-                with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-                    archive.extractall(target, filter="data")
-                return target
-    raise UserError(f"{clones}: there is no clone of {framework.repository} with the commit {framework.commit}")
+    """Write the examples of a framework's pinned commit into a folder, and return the folder."""
+    command = ["git", "-C", str(clones / framework.repository), "archive", framework.commit, framework.folder]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        raise UserError(f"{clones}: there is no clone of {framework.repository} with the commit {framework.commit}")
+    target = folder / framework.name
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(target, filter="data")
+    return target
 
 
 def runs_of(framework: Framework, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -96,19 +91,23 @@ def runs_of(framework: Framework, folder: Path) -> tuple[pd.DataFrame, pd.DataFr
     rows = []
     for finding in findings:
         if finding.level != "note":
-            row = about | {"path": _below(finding.path, folder), "run": finding.run, "line": finding.line}
+            row = about | {
+                "path": Path(finding.path).relative_to(folder).as_posix(),
+                "run": finding.run,
+                "line": finding.line,
+            }
             row |= {"level": finding.level, "code": finding.code}
             rows.append(row | {"message": finding.message.replace(f"{folder.as_posix()}/", "")})
     return runs, pd.DataFrame(rows)
 
 
-def _below(path: str, folder: Path) -> str:
-    return Path(path).relative_to(folder).as_posix() if path else ""
-
-
 def _run(config: TrainingConfig, folder: Path, findings: Sequence[Finding]) -> dict[str, Any]:
     own = [finding for finding in findings if (finding.path, finding.run) == (config.path, config.name)]
-    row: dict[str, Any] = {"path": _below(config.path, folder), "run": config.name, "format": config.format}
+    row: dict[str, Any] = {
+        "path": Path(config.path).relative_to(folder).as_posix(),
+        "run": config.name,
+        "format": config.format,
+    }
     row |= {name: getattr(config, name) for name in SAID}
     row |= {"factor": math.nan, "recommended": math.nan, "low": math.nan, "high": math.nan}
     row |= {"share": math.nan, "share_low": math.nan, "share_high": math.nan}
@@ -150,7 +149,7 @@ def page_parts(runs: pd.DataFrame, findings: pd.DataFrame) -> Iterator[str]:
     columns = ["framework, file", "model, method", "learning rate", "recommended, 95% interval"]
     yield f"| {' | '.join(columns)} | share of the gain lost |"
     yield "|---|---|---|---|---|"
-    flagged = runs[runs["errors"].str.contains(r"\b(?:rl-)?lr\b") | runs["warnings"].str.contains(r"\b(?:rl-)?lr\b")]
+    flagged = runs[runs["errors"].str.contains(_OF_LR) | runs["warnings"].str.contains(_OF_LR)]
     costly = flagged.sort_values("share_low", ascending=False, kind="stable")
     for row in costly.drop_duplicates(["framework", "model", "method", "lr"]).head(COSTLIEST).itertuples(index=False):
         link = f"https://github.com/{row.repository}/blob/{row.commit}/{row.path}"
@@ -172,7 +171,8 @@ _MARKS = {"": ("o", "no warning"), "warning": ("^", "warning"), "error": ("X", "
 def draw(runs: pd.DataFrame) -> Figure:
     """Draw the factor of each judged learning rate over the recommended one, by framework, SFT and RL apart."""
     judged = runs[runs["factor"].notna()]
-    judged = judged.assign(level=[_level(row.errors, row.warnings) for row in judged.itertuples()])
+    flags = {level: judged[f"{level}s"].str.contains(_OF_LR) for level in ("error", "warning")}
+    judged = judged.assign(level=np.select([flags["error"], flags["warning"]], ["error", "warning"], ""))
     figure = Figure(figsize=(style.WIDTH, 3.6), layout="constrained")
     panels: Any = figure.subplots(1, 2, sharey=True)
     for axes, (task, title) in zip(panels, (("sft", "supervised"), ("rl", "reinforcement learning")), strict=True):
@@ -194,11 +194,6 @@ def draw(runs: pd.DataFrame) -> Figure:
     handles += [style.line(name, linestyle="", marker=mark, color=style.MUTED) for mark, name in _MARKS.values()]
     figure.legend(handles=handles, loc="outside upper center", ncols=5)
     return figure
-
-
-def _level(errors: str, warnings: str) -> str:
-    codes = {"lr", "rl-lr"}
-    return "error" if codes & set(errors.split()) else "warning" if codes & set(warnings.split()) else ""
 
 
 def main() -> None:

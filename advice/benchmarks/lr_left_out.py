@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from lora_advice import lr_ratio
+from lora_advice import theory
 from lora_advice.optima import LrOptimum as PooledOptimum
 from lora_advice.pooled_lr import PRIORS, REFERENCE, Place, PooledLr
 from lora_advice.theory import ALPHA, PIVOT
@@ -104,12 +104,10 @@ def movement_ratio(optimum: LrOptimum, log_fullft: float) -> float:
 
     What the source does not say is at its reference.
     """
-    stated = optimum.width, optimum.steps, optimum.alpha
-    reference = PIVOT, REFERENCE["steps"], ALPHA
-    known = (other if math.isnan(value) else value for value, other in zip(stated, reference, strict=True))
-    width, steps, alpha = known
-    setting = lr_ratio.Setting(width, steps, alpha, optimum.rank or lr_ratio.Setting.rank, optimum.mean_lr)
-    return lr_ratio.movement_ratio(setting, math.exp(log_fullft))
+    known = zip((optimum.width, optimum.steps, optimum.alpha), (PIVOT, REFERENCE["steps"], ALPHA), strict=True)
+    width, steps, alpha = (other if math.isnan(value) else value for value, other in known)
+    setting = theory.LoraSetting(width, steps, alpha, optimum.rank or theory.LoraSetting.rank, optimum.mean_lr)
+    return theory.movement_ratio(setting, math.exp(log_fullft))
 
 
 def _from_fullft(optimum: LrOptimum, own: LrOptimum | None, fullft: PooledLr | None, pooled: float) -> dict[str, float]:
@@ -130,12 +128,10 @@ def _from_fullft(optimum: LrOptimum, own: LrOptimum | None, fullft: PooledLr | N
 
 
 def _rows(optimum: LrOptimum, pooled: PooledLr, own: LrOptimum | None, fullft: PooledLr | None) -> list[dict[str, Any]]:
-    """Return the row of each rule for an optimum.
+    """Return the row of each rule for an optimum, by the optima of the other sources.
 
-    Args:
-        pooled: the optima of the other sources by the same method.
-        own: the optimum of full fine-tuning in the same condition.
-        fullft: the optima of full fine-tuning of the other sources.
+    `pooled` are those by the same method, `fullft` those of full fine-tuning, and `own` is the optimum of full
+    fine-tuning in the same condition.
     """
     stated = pooled_optimum(optimum)
     place, shift = stated.pooled.place, stated.shift

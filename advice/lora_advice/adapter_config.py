@@ -5,51 +5,39 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lora_advice.errors import UserError
-from lora_advice.foreign import Foreign, typed
-from lora_advice.patterns import matching
+from lora_advice.foreign import Foreign
+from lora_advice.limits import matching
 
 NAME = "adapter_config.json"
-_MOST_RANK, _MOST_ALPHA, _LONGEST = 65_536, 1e9, 1000
 
-_Name = Annotated[str, Field(max_length=_LONGEST)]
-_Rank = Annotated[int, Field(ge=1, le=_MOST_RANK)]
-_Alpha = Annotated[float, Field(gt=0, le=_MOST_ALPHA)]
-_RANK = f"a whole number from 1 to {_MOST_RANK:,}"
-_ALPHA = f"a number above 0 and up to {_MOST_ALPHA:,.0f}"
-_NAMES = f"a list of names of up to {_LONGEST:,} characters"
-
-
-def _may_be_null(allowed: str) -> Any:
-    return Field(None, description=allowed)
+_Name = Annotated[str, Field(max_length=1000)]
+_Rank = Annotated[int, Field(ge=1, le=65_536)]
+_Alpha = Annotated[float, Field(gt=0, le=1e9)]
 
 
 class AdapterConfig(Foreign):
     """The options of LoRA by PEFT's names; null is what the file does not say."""
 
-    r: _Rank = Field(description=_RANK)
-    lora_alpha: _Alpha = Field(description=_ALPHA)
-    lora_dropout: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1")
-    base_model_name_or_path: str | None = _may_be_null("a name")
-    use_rslora: bool | None = _may_be_null("true or false")
-    use_dora: bool | None = _may_be_null("true or false")
-    init_lora_weights: bool | _Name | None = Field(True, description="true, false or a name")
-    rank_pattern: dict[_Name, _Rank] | None = _may_be_null(f"a mapping of patterns to {_RANK}")
-    alpha_pattern: dict[_Name, _Alpha] | None = _may_be_null(f"a mapping of patterns to {_ALPHA}")
-    target_modules: tuple[_Name, ...] | str | None = _may_be_null(f"a regular expression, or {_NAMES}")
-    exclude_modules: tuple[_Name, ...] | str | None = _may_be_null(f"a regular expression, or {_NAMES}")
-    target_parameters: tuple[_Name, ...] | None = _may_be_null(_NAMES)
-    modules_to_save: tuple[_Name, ...] | None = _may_be_null(_NAMES)
-    layers_to_transform: tuple[int, ...] | int | None = _may_be_null("the number of a layer, or a list of them")
-    layers_pattern: tuple[_Name, ...] | str | None = _may_be_null(f"a pattern, or {_NAMES}")
+    peft_type: Literal["LORA"]
+    r: _Rank
+    lora_alpha: _Alpha
+    lora_dropout: float | None = Field(None, ge=0, le=1)
+    base_model_name_or_path: str | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    init_lora_weights: bool | _Name | None = True
+    rank_pattern: dict[_Name, _Rank] | None = None
+    alpha_pattern: dict[_Name, _Alpha] | None = None
+    target_modules: tuple[_Name, ...] | str | None = None
+    exclude_modules: tuple[_Name, ...] | str | None = None
+    target_parameters: tuple[_Name, ...] | None = None
+    modules_to_save: tuple[_Name, ...] | None = None
+    layers_to_transform: tuple[int, ...] | int | None = None
     layer_replication: Any = None
-    # PEFT imports the module that they name.
-    megatron_config: None = _may_be_null("null, since Megatron's layers are not supported here")
 
     @property
     def targets(self) -> tuple[str, ...] | str | None:
@@ -92,50 +80,6 @@ class AdapterConfig(Foreign):
         alphas = _of_patterns(self.alpha_pattern or {}, names, self.lora_alpha)
         return {module: (ranks[module], self.scale(ranks[module], alphas[module])) for module in modules}
 
-    @property
-    def patterns(self) -> Iterator[str]:
-        """All regular expressions that PEFT matches with names of modules, as it does."""
-        yield from (named for named in (self.target_modules, self.exclude_modules) if isinstance(named, str))
-        pattern = self.layers_pattern or ()
-        yield from (rf"(^|.*\.){name}($|\..*)" for name in self.modules_to_save or ())
-        yield from (rf"(?:^|.*?\.){name}\.\d+\..*" for name in ([pattern] if isinstance(pattern, str) else pattern))
-        yield from map(_after_any_path, [*(self.rank_pattern or ()), *(self.alpha_pattern or ())])
-
-
-class _Kind(Foreign):
-    peft_type: str | None = _may_be_null("LORA")
-
-
-class OtherMethodError(UserError):
-    """An adapter is of another method than LoRA."""
-
-
-def parse_adapter(text: str | bytes, where: str) -> AdapterConfig:
-    """Return the configuration of an adapter.
-
-    Raises:
-        OtherMethodError: it is of another method than LoRA.
-        UserError: it is not valid; the sentence begins with `where`.
-    """
-    kind = typed(_Kind, text, where).peft_type
-    if kind != "LORA":
-        raise OtherMethodError(f"{where} has peft_type {kind!r}; allowed: LORA")
-    return typed(AdapterConfig, text, where)
-
-
-def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Read the configuration in an adapter's folder.
-
-    Raises:
-        UserError: it is missing, not valid, or of another method than LoRA.
-    """
-    try:
-        return parse_adapter((folder / NAME).read_bytes(), str(folder / NAME))
-    except FileNotFoundError:
-        raise UserError(f"adapter folder {str(folder)!r} has no {NAME}, which PEFT writes") from None
-    except OSError as error:
-        raise UserError(f"{folder / NAME} can't be read: {error}") from error
-
 
 def ends(name: str) -> Iterator[str]:
     """Yield a full name, and what is left of it from each of its further parts on: the names that end it."""
@@ -149,14 +93,9 @@ def ends(name: str) -> Iterator[str]:
 def _of_patterns(patterns: Mapping[str, Any], names: Mapping[str, list[str]], default: Any) -> dict[str, Any]:
     """Return for each module the value of the first pattern that matches one of its names, or the default."""
     every = [name for own in names.values() for name in own]
-    matched = matching([_after_any_path(pattern) for pattern in patterns], every)
+    matched = matching([rf"(.*\.)?({pattern})" for pattern in patterns], every)  # as PEFT makes them
     found = [(value, set(matches)) for value, matches in zip(patterns.values(), matched, strict=True)]
     return {
         module: next((value for value, matches in found if matches.intersection(own)), default)
         for module, own in names.items()
     }
-
-
-def _after_any_path(pattern: str) -> str:
-    """Return the regular expression that PEFT makes of a key of `rank_pattern`."""
-    return rf"(.*\.)?({pattern})"

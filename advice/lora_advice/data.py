@@ -1,4 +1,4 @@
-"""Training data in a user's file of JSON lines, JSON or CSV: its examples, and how many there are.
+"""Training data in a user's file of JSON lines or JSON: its examples, and how many there are.
 
 The columns decide what a row is (FORMATS): a chat, a pair of a prompt and its answer, or a plain text. Each prompt
 counts once.
@@ -6,7 +6,6 @@ counts once.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -54,11 +53,7 @@ class UserData:
 
 
 def read_data(path: Path, form: str | None = None) -> UserData:
-    """Read a data file once, and count its usable examples.
-
-    Raises:
-        UserError: the file can't be read, its columns hold no example or several forms of one, or no row can be used.
-    """
+    """Read a data file once, and count its usable examples; raises UserError if it has none."""
     if form is not None and form not in FORMATS:
         raise UserError(f"format {form!r}: allowed: {', '.join(FORMATS)}")
     if form is None:
@@ -101,21 +96,14 @@ def examples(path: Path, form: str, unusable: Counter[str] | None = None) -> Ite
 
 def _rows(path: Path) -> Iterator[Any]:
     """Yield the rows of a file; one that is no mapping is no example."""
-    if path.suffix not in (".jsonl", ".json", ".csv"):
-        raise UserError(f"data file {str(path)!r} must end in .jsonl, .json or .csv")
+    if path.suffix not in (".jsonl", ".json"):
+        raise UserError(f"data file {str(path)!r} must end in .jsonl or .json")
     try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-            if path.suffix == ".csv":
-                csv.field_size_limit(50_000_000)
-                yield from csv.DictReader(file)
-                return
-            is_array = path.suffix == ".json" and not file.read(4096).lstrip().startswith("{")
+        with path.open(encoding="utf-8-sig") as file:
+            is_array = path.suffix == ".json" and file.read(4096).lstrip().startswith("[")
             file.seek(0)
             if is_array:
-                rows = json.load(file)
-                if not isinstance(rows, list):
-                    raise UserError(f"{path} must be an array of objects, or hold one object per line")
-                yield from rows
+                yield from json.load(file)
                 return
             for line in filter(str.strip, file):
                 try:
@@ -123,7 +111,7 @@ def _rows(path: Path) -> Iterator[Any]:
                 except (ValueError, RecursionError):
                     row = _NOT_JSON
                 yield row
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -168,8 +156,4 @@ def _text(value: Any) -> str:
     text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
     if not isinstance(text, str) or not text.strip():
         raise _UnusableRowError("no text")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _UnusableRowError("text that is not valid Unicode") from None
     return text

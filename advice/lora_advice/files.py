@@ -9,11 +9,7 @@ from lora_advice.errors import UserError
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a text, whole or not at all.
-
-    Raises:
-        UserError: the file can't be written, or is no regular file, such as a folder or a device.
-    """
+    """Write a text, whole or not at all; raises UserError if the path is no regular file, such as a device."""
     if os.path.exists(path) and not os.path.isfile(path):
         # As root, a device would be replaced.
         raise UserError(f"{path} can't be written: it exists and is no regular file")

@@ -1,4 +1,4 @@
-"""How numbers and tables are written for people; a missing number (None or NaN) is a dash."""
+"""How numbers and tables are written for people."""
 
 from __future__ import annotations
 
@@ -21,34 +21,30 @@ def printable(text: str) -> str:
     )
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """Write a number to the given number of significant digits.
+def number(value: float) -> str:
+    """Write a number to three significant digits.
 
     Whole numbers below a million keep all their digits. A power of ten is written only below 1e-4 and from 1e6 on.
 
     >>> [number(value) for value in (2.9182, 2.8, 12, 123456.7, 1.5e-7)]
     ['2.92', '2.80', '12', '123,457', '1.50e-7']
     """
-    if value is None or math.isnan(value):
-        return DASH
     if not math.isfinite(value):
         return str(value)
     if value == round(value) and abs(value) < 1e6:
         return f"{int(value):,}"
     if 1e-4 <= abs(value) < 1e6:
-        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        decimals = max(0, 2 - math.floor(math.log10(abs(value))))
         return f"{value:,.{decimals}f}"
-    return lr(value, digits)
+    return lr(value)
 
 
-def lr(value: float | None, digits: int = 3) -> str:
+def lr(value: float, digits: int = 3) -> str:
     """Write a learning rate as a power of ten; its mantissa has no decimals where they would all be 0.
 
     >>> [lr(value) for value in (3e-4, 2.266e-3, 1.0)]
     ['3e-4', '2.27e-3', '1e0']
     """
-    if value is None or math.isnan(value):
-        return DASH
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     whole, _, decimals = mantissa.partition(".")
     return f"{mantissa if decimals.strip('0') else whole}e{int(exponent)}"
@@ -72,13 +68,7 @@ def print_table(
     title: str = "",
     notes: Iterable[str] = (),
 ) -> None:
-    """Print a table of text to the standard output.
-
-    Args:
-        numbers: the columns that are aligned to the right.
-        title: a line above the table.
-        notes: sentences below the table.
-    """
+    """Print a table of text with a title above and notes below; the columns `numbers` are aligned to the right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -7,6 +7,7 @@ others; the first pattern that a name contains counts.
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
 import statistics
@@ -15,14 +16,40 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
 
 from lora_advice.errors import UserError
-from lora_advice.foreign import Foreign, typed, whole
+from lora_advice.foreign import Foreign, typed
 from lora_advice.hub import look_up
-from lora_advice.layers import Kind
+from lora_advice.theory import EXPONENTS, FACTS
+
+# Frameworks name layers differently, and a name that is attention in one family and MLP in another is not listed.
+Kind = Literal["attention", "mlp", "experts", "router", "unembedding", "embedding"]
+
+NAMES: dict[Kind, tuple[str, ...]] = {
+    "attention": (
+        *("q_proj", "k_proj", "v_proj", "o_proj", "output_proj", "qkv_proj", "query_key_value", "Wqkv", "c_attn"),
+        *("linear_qkv", "linear_proj", "wq", "wk", "wv", "wo", "out_proj", "self_attention.dense", "self_attn.dense"),
+        # DeepSeek's latent attention.
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+        # The linear attention of Qwen3-Next and of Qwen3.5.
+        *("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "linear_attn.out_proj"),
+    ),
+    "mlp": (
+        *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "w1", "w2", "w3", "c_fc"),
+        *("dense_h_to_4h", "dense_4h_to_h", "linear_fc1", "linear_fc2", "ffn_up", "ffn_down"),
+    ),
+    "router": ("gate", "router", "shared_expert_gate"),
+    "unembedding": ("lm_head", "embed_out", "output_layer"),
+    "embedding": ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in"),
+}
+"""The last one or two parts of the names of modules, by kind; those of the MLP are experts below `experts`."""
+
+FUSED = {"qkv_proj": frozenset({"q_proj", "k_proj", "v_proj"}), "gate_up_proj": frozenset({"gate_proj", "up_proj"})}
+"""Layers that are one in some families, by their parts."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -36,53 +63,43 @@ GATED = frozenset(
 )
 """Families whose matrices `Dimensions` describes: a gated MLP, no shared experts, and no layers of other kinds."""
 
-UNFUSED = frozenset({"nllb_moe", "switch_transformers"})
-"""The families whose experts are modules of their own in transformers 5; all others hold them in 3-D parameters."""
-
 _SIZE = re.compile(r"(?<![a-z0-9.])(?:(?P<experts>\d{1,4})x)?(?P<size>\d{1,6}(?:\.\d{1,6})?)(?P<unit>[bm])(?![a-z0-9])")
 _ACTIVE = re.compile(r"(?<![a-z0-9.])a(?P<size>\d{1,6}(?:\.\d{1,6})?)b(?![a-z0-9])")
 # How far a size in a name may be from that of the model that the name matches, as in "DeepSeek-V3-11M".
 _SIZE_FACTOR = 1.5
-# The families that the law of learning rates tells apart.
-_LINEAGES = ("llama", "qwen")
-_Width = Annotated[int, Field(ge=1, le=10_000_000)]
+_Size = Annotated[int, Field(ge=1, le=1_000_000_000)]
+_Count = Annotated[int, Field(ge=0, le=100_000)]
+
+
+def module_kind(name: str) -> Kind | None:
+    """Return the kind of a module by its name, with or without the path before it; None if the name does not say."""
+    parts = name.removesuffix(".weight").split(".")
+    ends = {parts[-1], ".".join(parts[-2:])}
+    kind = next((kind for kind, names in NAMES.items() if not ends.isdisjoint(names)), None)
+    return "experts" if kind == "mlp" and "experts" in parts else kind
 
 
 class ModelConfig(Foreign):
     """What is read of a model's `config.json`; null is what it does not say. Real models stay far below the limits."""
 
-    model_type: str | None = Field(None, pattern=r"^[\w.-]{1,100}$", description="a name such as llama")
-    hidden_size: int | None = whole(1, 1_000_000)
-    num_hidden_layers: int | None = whole(1, 1000)
-    num_attention_heads: int | None = whole(1, 100_000)
-    num_key_value_heads: int | None = whole(1, 100_000)
-    head_dim: int | None = whole(1, 1_000_000)
+    model_type: str | None = Field(None, pattern=r"^[\w.-]{1,100}$")
+    hidden_size: _Size | None = None
+    num_hidden_layers: int | None = Field(None, ge=1, le=1000)
+    num_attention_heads: _Size | None = None
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
     # Some families have a width for each layer.
-    intermediate_size: _Width | list[_Width] | None = Field(None, description="a whole number from 1 to 10,000,000")
-    moe_intermediate_size: int | None = whole(1, 10_000_000)
-    vocab_size: int | None = whole(1, 100_000_000)
-    max_position_embeddings: int | None = whole(1, 1_000_000_000)
-    num_experts: int | None = whole(0, 100_000)
-    num_local_experts: int | None = whole(0, 100_000)
-    n_routed_experts: int | None = whole(0, 100_000)
-    moe_num_experts: int | None = whole(0, 100_000)
-    num_experts_per_tok: int | None = whole(0, 100_000)
-    tie_word_embeddings: bool | None = Field(None, description="true or false")
-    text_config: dict[str, object] | None = Field(None, description="a mapping")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        # An expert of none is none.
-        active = self.num_experts_per_tok if self.experts else None
-        for key, value, other in (
-            ("num_key_value_heads", self.num_key_value_heads, "num_attention_heads"),
-            ("num_attention_heads", None if self.head_dim else self.num_attention_heads, "hidden_size"),
-            ("num_experts_per_tok", active, "experts"),
-        ):
-            most = getattr(self, other)
-            if value is not None and most is not None and not 1 <= value <= most:
-                raise ValueError(f"{key} = {value}: allowed: 1 to the number of {other}, {most}")
-        return self
+    intermediate_size: _Size | list[_Size] | None = None
+    moe_intermediate_size: _Size | None = None
+    vocab_size: _Size | None = None
+    max_position_embeddings: _Size | None = None
+    num_experts: _Count | None = None
+    num_local_experts: _Count | None = None
+    n_routed_experts: _Count | None = None
+    moe_num_experts: _Count | None = None
+    num_experts_per_tok: _Count | None = None
+    tie_word_embeddings: bool | None = None
+    text_config: dict[str, object] | None = None
 
     @property
     def experts(self) -> int:
@@ -164,7 +181,6 @@ class ModelFacts:
     source: str
     """Where this is known from, for a reader."""
     parameters: int | None = None
-    layers: int | None = None
     vocabulary: int | None = None
     max_length: int | None = None
     """The longest sequence in tokens."""
@@ -183,7 +199,7 @@ class ModelFacts:
     def fused_experts(self) -> bool:
         """Whether transformers 5 holds the experts in 3-D parameters, which are no linear modules."""
         # Axolotl has copies of Llama 4 whose experts are modules again.
-        return self.mixture and self.family not in UNFUSED and "linearized" not in self.name.lower()
+        return self.mixture and "linearized" not in self.name.lower()
 
     @property
     def linear(self) -> Mapping[str, Linear]:
@@ -192,11 +208,7 @@ class ModelFacts:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Return the configuration of the model in a folder.
-
-    Raises:
-        UserError: it is missing, can't be read, or is not valid.
-    """
+    """Return the configuration of the model in a folder, or raise UserError."""
     path = folder / "config.json"
     try:
         return typed(ModelConfig, path.read_bytes(), str(path))
@@ -208,12 +220,9 @@ def read_config(folder: Path) -> ModelConfig:
 
 @cache
 def facts(name: str | None, folder: Path | None = None, hub: bool = False) -> ModelFacts | None:
-    """Return what is known of a base model; None if nothing is.
+    """Return what is known of a base model by its id or path, or by a `config.json` in a folder; None if nothing is.
 
-    Args:
-        name: a model's id or path.
-        folder: a folder in which a `config.json` is looked for, and from which a path may start.
-        hub: whether the hub is asked for a model of which nothing else but its name tells.
+    With `hub`, the hub is asked for a model of which nothing else but its name tells.
     """
     places = [] if name is None else [Path(name), *([folder / name] if folder else [])]
     for place in [*places, *([folder] if folder else [])]:
@@ -229,11 +238,7 @@ def facts(name: str | None, folder: Path | None = None, hub: bool = False) -> Mo
 
 
 def facts_of_config(config: ModelConfig, name: str, source: str = "its config.json") -> ModelFacts:
-    """Return the facts in a Hugging Face configuration.
-
-    Raises:
-        UserError: it has no model type or no width, or its part about text is not valid.
-    """
+    """Return the facts in a Hugging Face configuration, or raise UserError if it has no model type or no width."""
     text, family = typed(ModelConfig, config.text_config, name) if config.text_config else config, config.model_type
     if family is None or text.hidden_size is None:
         raise UserError(f"the configuration of {name} has no model_type or no hidden_size")
@@ -263,7 +268,6 @@ def facts_of_config(config: ModelConfig, name: str, source: str = "its config.js
         text.hidden_size,
         source,
         parameters=sizes.parameters if sizes else None,
-        layers=layers,
         vocabulary=text.vocab_size,
         max_length=text.max_position_embeddings,
         tied=tied,
@@ -304,7 +308,7 @@ def public_models() -> tuple[tuple[re.Pattern[str], ModelFacts], ...]:
             numbers = {key: int(value) for key, value in row.items() if value.isdecimal() and key != "billions"}
             width, max_length = numbers.pop("width"), numbers.pop("max_length", None)
             sizes = Dimensions(family, width, tied=tied, **numbers) if "heads" in numbers else None
-            counts = {key: numbers[key] for key in ("layers", "vocabulary", "experts", "active_experts")}
+            counts = {key: numbers[key] for key in ("vocabulary", "experts", "active_experts")}
             model = ModelFacts(
                 "",
                 family,
@@ -339,10 +343,84 @@ def _estimate(name: str, words: str) -> ModelFacts | None:
     error = statistics.stdev(b - intercept - slope * a for a, b in zip(x, y, strict=True))
     return ModelFacts(
         name,
-        next((lineage for lineage in _LINEAGES if lineage in words), ""),
+        next((lineage for lineage in EXPONENTS if lineage in words), ""),
         round(math.exp(intercept + slope * math.log(passed))),
         "the size in its name",
         parameters=round(total),
         mixture=bool(active or stated["experts"]),
         width_error=error,
+    )
+
+
+@cache
+def shipped_bases() -> Mapping[str, Mapping[str, Any]]:
+    """Return the suite's tiny bases by name: other `names`, the `config`, and what runs record of the `weights`."""
+    bases: dict[str, dict[str, Any]] = json.loads((FACTS / "bases.json").read_text())
+    return bases
+
+
+def shipped_base(name: str) -> Mapping[str, Any] | None:
+    """Return the shipped base of a name."""
+    return next((base for key, base in shipped_bases().items() if name in (key, *base["names"])), None)
+
+
+def find_model(name: str) -> ModelFacts:
+    """Return what is known of the model of a name; raises UserError if there is no such model, or no width is known."""
+    if base := shipped_base(name):
+        return model_of_config(base["config"], name)
+    folder = Path(name)
+    if folder.is_dir():
+        model, parameters = facts_of_config(read_config(folder), name), 0
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(file, "numpy") as tensors:
+                    shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} is not a safetensors file") from error
+            parameters += sum(map(math.prod, shapes))
+        return replace(model, parameters=parameters or model.parameters)
+    if folder.suffix == ".gguf":
+        raise UserError(f"model {name!r} is a GGUF file: name the folder or hub id of the model it was made from")
+    known = facts(name)
+    if known is not None and not known.width_error:
+        return known
+    if not HUB_ID.fullmatch(name):
+        raise UserError(f"model {name!r} is no folder, no hub id (owner/name) and no base that the suite ships")
+    try:
+        text = look_up(name, "config.json")
+    except UserError as error:
+        raise UserError(f"{error}; the path of a local folder with the model works without the hub") from error
+    return facts_of_config(typed(ModelConfig, text, f"config.json of model {name!r}"), name)
+
+
+def model_of_config(config: Mapping[str, Any], name: str = "") -> ModelFacts:
+    """Return what is known of a model by the content of its `config.json` alone, or raise UserError."""
+    shown = name or str(config.get("_name_or_path") or "of this configuration")
+    return facts_of_config(typed(ModelConfig, dict(config), f"config.json of model {shown!r}"), shown)
+
+
+def lora_parameters(model: ModelFacts, rank: int) -> int:
+    """Return the number of parameters of LoRA with a rank on all layers and the unembedding.
+
+    In a mixture of experts the rank is divided by the active experts, and each matrix of an expert has its own LoRA. A
+    model whose sizes are not known counts as a Llama of its parameters and width; without these it is a UserError.
+    """
+    sizes = model.sizes
+    if sizes is None:
+        if not model.parameters:
+            raise UserError(
+                f"model {model.name!r} of the family {model.family!r} has sizes that are not known here; give the "
+                "folder with its files"
+            )
+        hidden, heads = model.width, max(1, model.width // 128)
+        # A small model has a small vocabulary too.
+        vocabulary = min(128_000, max(1, model.parameters // (4 * hidden)))
+        kv_heads, head_dim, intermediate = max(1, heads // 4), hidden // heads, round(3.5 * hidden)
+        llama = Dimensions("llama", hidden, 1, heads, kv_heads, head_dim, intermediate, vocabulary, tied=True)
+        layer = sum(linear.d_in * linear.d_out for linear in llama.linear.values() if linear.kind != "unembedding")
+        sizes = replace(llama, layers=max(1, round((model.parameters - vocabulary * hidden) / layer)))
+    expert_rank = max(1, rank // sizes.active_experts) if sizes.experts else rank
+    return sum(
+        layer.number * (expert_rank if layer.kind == "experts" else rank) * (layer.d_in + layer.d_out)
+        for layer in sizes.linear.values()
     )

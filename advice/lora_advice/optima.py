@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_advice.errors import UserError
-from lora_advice.models import HUB_ID, ModelFacts
+from lora_advice.models import HUB_ID, ModelFacts, shipped_base, shipped_bases
 from lora_advice.pooled_lr import ALPHA_EXPONENT, Optimum, Place, PooledLr
 from lora_advice.theory import ALPHA, EXPONENTS, FACTS, lineage
-from lora_advice.user_model import shipped_base, shipped_bases
 
 OWN, PROJECT = "your own presets", "lorabench"
 """The names of the optima that the user's presets measured, and of those that this project did."""
@@ -27,9 +26,6 @@ PROBABILITY = 0.8
 """The probability that the optimal LR of a further source lies in the recommended interval."""
 _NEAR = 2.0
 """An attribute is outside of the evidence if the nearest value with evidence is further away than this factor."""
-_SAME_SIZE = 0.02
-"""An own model counts as of the same size if its number of parameters differs by less than this share."""
-_MATCHES = {"yes": "; LoRA matches", "no": "; LoRA does not match", "undecided": "; undecided whether LoRA matches"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +35,7 @@ class LrOptimum:
     source: str = OWN
     model: str = ""
     family: str = ""
-    dataset: str = ""
     method: str = ""
-    rank: float = math.nan
     width: float = math.nan
     batch_size: float = math.nan
     """Examples per step; in RL, responses per step."""
@@ -52,14 +46,8 @@ class LrOptimum:
     error: float = math.nan
     """The standard error of ln LR; NaN where the optimum is at the edge of its grid."""
     counts: bool = False
-    remark: str = ""
-    lr_low: float = math.nan
-    """Of own runs: the ends of the 95% interval, the number of the model's parameters, what identifies its weights, and
-    whether LoRA matches full fine-tuning."""
-    lr_high: float = math.nan
-    parameters: float = math.nan
     weights: str = ""
-    matches: str = ""
+    """Of own runs: what identifies the model's weights."""
 
     @property
     def shift(self) -> float:
@@ -83,9 +71,6 @@ class SourceShare:
     source: str
     widths: str
     """The hidden sizes of its models, such as `64 to 256`."""
-    low: float
-    """The lowest of its optimal LRs, of LoRA at alpha 32."""
-    high: float
     weight: float
     """By how much ln of the recommended LR rises if all ln LRs of the source rise by 1."""
 
@@ -94,33 +79,14 @@ class SourceShare:
 class LrSources:
     """What a recommended LR rests on."""
 
-    law: float
-    """The LR of the law alone; of a family without an exponent, in the middle of its families."""
     measured_by: str | None
     """The source that measured this very model, whose deviation is then part of the recommendation."""
     sources: tuple[SourceShare, ...]
     """The sources, the heaviest first."""
 
 
-@dataclass(frozen=True)
-class SeenOptimum:
-    """An optimal LR that your own runs measured on a model of this family and size."""
-
-    method: str
-    rank: int | None
-    lr: float
-    low: float | None
-    high: float | None
-    where: str
-    """The preset, with dataset, batch size and steps where they are known."""
-
-
 def read_optima(path: Path) -> list[LrOptimum]:
-    """Read a table of optima.
-
-    Raises:
-        UserError: a row is not valid.
-    """
+    """Read a table of optima, or raise UserError."""
     kinds = {field.name: str(field.type) for field in fields(LrOptimum)}
     readers: dict[str, Callable[[str], Any]] = {"float": float, "bool": "True".__eq__, "str": str}
     optima = []
@@ -137,39 +103,28 @@ def read_optima(path: Path) -> list[LrOptimum]:
 
 
 class KnownOptima:
-    """The optima that are known for a model: to be pooled, and to be shown."""
+    """The optima that are known for a model."""
 
     def __init__(self, model: ModelFacts, results: Path) -> None:
-        """Read the published optima, and those of the finished presets in a folder of results.
-
-        Raises:
-            UserError: a table of optima can't be read.
-        """
+        """Read the published optima, and those of the finished presets in a folder of results, or raise UserError."""
         self.model, self.optima = model, read_optima(FACTS / "lr_optima.csv")
         identity, bases = _identity(model.name), shipped_bases().values()
         # The sources and names by which they have this very model, not one of its family and width alone.
         self._same = {(PROJECT, name) for base in bases if base["weights"] == identity for name in base["names"]}
-        self.seen: list[SeenOptimum] = []
         for path in sorted(results.glob("*/tables/optima.csv")):
             for optimum in read_optima(path):
                 self.optima.append(optimum)
-                alike = (optimum.family, optimum.width) == (model.family, model.width)
-                if alike and model.parameters and abs(optimum.parameters / model.parameters - 1) < _SAME_SIZE:
-                    is_same = bool(optimum.weights) and optimum.weights.startswith(identity or "unknown")
-                    self._same |= {(OWN, optimum.model)} if is_same else set()
-                    self.seen.append(_seen(optimum, is_same, path.parents[1]))
+                if optimum.weights.startswith(identity or "unknown"):
+                    self._same.add((OWN, optimum.model))
         self._pools: dict[tuple[str, bool], PooledLr] = {}
 
     def recommend(
         self, method: str, batch_size: float, steps: float, rl: bool = False
     ) -> tuple[tuple[float, float, float], LrSources]:
-        """Recommend the LR of a method, `lora` at ALPHA or `fullft`, for the model.
+        """Recommend the LR of a method, `lora` at ALPHA or `fullft`: the LR, the ends of its interval, and its sources.
 
-        The batch size is in examples per step, in RL in responses; steps that are not known are NaN.
-
-        Returns:
-            The LR with the ends of the interval of PROBABILITY for the optimum of a source that nobody has seen, and
-            the sources that it rests on.
+        The interval has the PROBABILITY of holding the optimum of a source that nobody has seen. The batch size is in
+        examples per step, in RL in responses; steps that are not known are NaN.
         """
         chosen = [optimum for optimum in self.optima if optimum.counts and (optimum.method, optimum.rl) == (method, rl)]
         if (method, rl) not in self._pools:
@@ -181,14 +136,11 @@ class KnownOptima:
         shares = []
         for source, weight in sorted(predicted.weights.items(), key=lambda item: -abs(round(item[1], 3))):
             own = [optimum for optimum in chosen if optimum.source == source]
-            lrs = [math.exp(optimum.pooled.log_lr) for optimum in own]
             widths = sorted({optimum.width for optimum in own if math.isfinite(optimum.width)})
             ends = " to ".join(f"{end:.0f}" for end in dict.fromkeys((*widths[:1], *widths[-1:])))
-            share = SourceShare(source, ends or "not known", _rounded(min(lrs)), _rounded(max(lrs)), round(weight, 3))
-            shares.append(share)
-        logs = (predicted.mean, predicted.low, predicted.high, place.log_law)
-        lr, low, high, law = (_rounded(math.exp(log)) for log in logs)
-        return (lr, low, high), LrSources(law, measured[0] if measured else None, tuple(shares))
+            shares.append(SourceShare(source, ends or "not known", round(weight, 3)))
+        lr, low, high = (float(f"{math.exp(log):.4g}") for log in (predicted.mean, predicted.low, predicted.high))
+        return (lr, low, high), LrSources(measured[0] if measured else None, tuple(shares))
 
     def outside(self, batch_size: float, steps: float) -> list[str]:
         """Return a sentence for each thing that no source of SFT has measured: family, width, batch size or length."""
@@ -223,17 +175,3 @@ def _identity(name: str) -> str | None:
         with path.open("rb") as file:
             digests[path.name] = file_digest(file, "sha256").hexdigest()
     return json.dumps(digests, sort_keys=True) if digests else None
-
-
-def _seen(optimum: LrOptimum, is_same: bool, preset: Path) -> SeenOptimum:
-    steps = f", {optimum.steps:.0f} steps" if math.isfinite(optimum.steps) else ""
-    where = f"measured{'' if is_same else ' on another model of this size'}, {preset}: {optimum.dataset}, "
-    where += f"batch {optimum.batch_size:.0f}{steps}{_MATCHES.get(optimum.matches, '')}"
-    where += "; not resolved" if "not resolved" in optimum.remark else ""
-    low, high = (None if math.isnan(end) else _rounded(end) for end in (optimum.lr_low, optimum.lr_high))
-    rank = None if math.isnan(optimum.rank) else int(optimum.rank)
-    return SeenOptimum(optimum.method, rank, _rounded(optimum.lr), low, high, where)
-
-
-def _rounded(lr: float) -> float:
-    return float(f"{lr:.4g}")

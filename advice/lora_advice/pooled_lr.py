@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_advice.theory import EXPONENTS, PIVOT, law_lr, lineage
+from lora_advice.theory import BASE_LRS, EXPONENTS, PIVOT, lineage
 
 
 class Prior(NamedTuple):
@@ -61,17 +61,22 @@ class Place:
     steps: float
 
     @classmethod
-    def at(cls, family: str, width: float, method: str, batch_size: float, steps: float) -> Place:
+    def at(
+        cls, family: str, width: float, method: str, batch_size: float, steps: float, width_error: float = 0.0
+    ) -> Place:
         """Return the place of a model and a method, `fullft` or `lora`.
 
         The family is the transformers model type; without an exponent of its own, the law is the middle of its
-        families. The width is NaN if it is not known. The batch size is in examples per step, in RL in responses.
+        families. The width is NaN if it is not known, and its logarithm has a standard error. The batch size is in
+        examples per step, in RL in responses.
         """
         names = [lineage(family)] if lineage(family) in EXPONENTS else list(EXPONENTS)
-        logs = [math.log(law_lr(name, PIVOT if math.isnan(width) else width, method)) for name in names]
+        ratio = PIVOT / (PIVOT if math.isnan(width) else width)
+        logs = [math.log(BASE_LRS[method] * ratio ** EXPONENTS[name]) for name in names]
         family_error = (max(logs) - min(logs)) / 2
-        width_error = UNKNOWN_WIDTH * max(EXPONENTS[name] for name in names) if math.isnan(width) else 0.0
-        return cls(sum(logs) / len(logs), math.hypot(family_error, width_error), batch_size, steps)
+        width_error = UNKNOWN_WIDTH if math.isnan(width) else width_error
+        law_error = math.hypot(family_error, width_error * max(EXPONENTS[name] for name in names))
+        return cls(sum(logs) / len(logs), law_error, batch_size, steps)
 
     @property
     def terms(self) -> np.ndarray:

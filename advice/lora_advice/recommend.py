@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_advice import formats, lr_ratio
+from lora_advice import formats
 from lora_advice.errors import UserError
-from lora_advice.models import ModelFacts
-from lora_advice.optima import PROBABILITY, KnownOptima, LrSources, SeenOptimum, SourceShare
-from lora_advice.theory import ALPHA, EXPONENTS, SHORT_RATIO, lineage
-from lora_advice.user_model import find_model, lora_parameters, model_of_config
+from lora_advice.models import ModelFacts, find_model, lora_parameters, model_of_config
+from lora_advice.optima import PROBABILITY, KnownOptima, LrSources, SourceShare
+from lora_advice.theory import ALPHA, EXPONENTS, SHORT_RATIO, LoraSetting, converted_lr, lineage
 from lora_advice.variants import VARIANT_NAMES, Variant, alpha_factor, lr_rule, measured_factor
 
 TITLES = {"lora": "LoRA", "fullft": "FullFT"}
@@ -47,6 +46,12 @@ class Setting:
     """The ends of its interval, of a learning rate."""
     high: float | None = None
 
+    @property
+    def interval(self) -> str:
+        """Its interval in words, of a learning rate that has one."""
+        ends = [formats.lr(end, 2) for end in (self.low, self.high) if end is not None]
+        return " to ".join(ends)
+
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -57,7 +62,6 @@ class Recommendation:
     settings: dict[str, Setting]
     sources_of_lr: dict[str, LrSources]
     """By method, the sources that its learning rate rests on."""
-    seen: tuple[SeenOptimum, ...]
     notes: tuple[str, ...]
 
 
@@ -105,11 +109,7 @@ def recommend(
 
     The data have so many scored tokens and examples, as far as they are known. None stands for the recommended batch
     size, in examples per step, and for the steps of an epoch, or without data for a length that is not known. The
-    optimal learning rates of your own finished presets in the folder `results` count too.
-
-    Raises:
-        UserError: the model is not known, the batch size is larger than the data, or a table in `results` can't be
-            read.
+    optimal learning rates of your own finished presets in the folder `results` count too. UserError says what is wrong.
     """
     if not isinstance(model, ModelFacts):
         model = find_model(model) if isinstance(model, str) else model_of_config(model)
@@ -171,7 +171,7 @@ def recommend(
         "what it costs."
     )
     about = {"name": model.name, "family": model.family, "parameters": model.parameters, "hidden_size": model.width}
-    return Recommendation(about, settings, sources_of_lr, tuple(known.seen), tuple(notes))
+    return Recommendation(about, settings, sources_of_lr, tuple(notes))
 
 
 def convert(
@@ -179,23 +179,19 @@ def convert(
     lr: float | None,
     here: LoraRun,
     there: LoraRun,
-    tokens: float | None = None,
     results: Path = Path("results"),
 ) -> Setting:
-    """Convert an optimal LR of LoRA to other settings and another variant.
+    """Convert an optimal LR of LoRA to other settings and another variant; it needs the number of steps (else
+    UserError).
 
     The theory `movement` converts it to another alpha and rank, and to other steps and batch sizes with FullFT's pooled
     LRs. In it rsLoRA and LoRA+ are LoRA with another alpha. LRs of other variants are LoRA's times what was measured.
-    An LR of None is the recommended one of LoRA at alpha 32. The scored tokens of the data decide on a rank and a batch
-    size where none is given; `results` is that of `recommend`.
-
-    Raises:
-        UserError: the number of steps is not known, or a table in `results` can't be read.
+    An LR of None is the recommended one of LoRA at alpha 32; `results` is that of `recommend`.
     """
     if not there.steps:
         raise UserError("a learning rate can't be converted without a number of steps: give --steps")
-    batch = there.batch_size or recommended_batch(math.ceil((tokens or _TOKENS) / _EXAMPLE_TOKENS))
-    rank = there.rank or here.rank or recommended_rank(model, tokens)
+    batch = there.batch_size or recommended_batch(_TOKENS // _EXAMPLE_TOKENS)
+    rank = there.rank or here.rank or recommended_rank(model, None)
     wanted: tuple[float, ...] = (there.alpha or ALPHA, rank, there.steps, batch)
     known, log_error = KnownOptima(model, results), 0.0
     if lr is None:
@@ -206,12 +202,12 @@ def convert(
     fullft, as_lora, factors, runs = [], [], [], []
     for variant, (alpha, own_rank, steps, size) in ((here.variant, given), (there.variant, wanted)):
         fullft.append(known.recommend("fullft", size, steps)[0][0])
-        as_lora.append(lr_ratio.Setting(model.width, steps, alpha * alpha_factor(variant, own_rank), own_rank))
+        as_lora.append(LoraSetting(model.width, steps, alpha * alpha_factor(variant, own_rank), own_rank))
         factors.append(measured_factor(variant, own_rank))
         name = VARIANT_NAMES[variant]
         runs.append(f"{name} at alpha {alpha:g}, rank {own_rank:g}, {steps:g} steps of {size:g} examples")
     first, last = as_lora
-    converted = lr_ratio.converted_lr(lr / factors[0].value, first, last, fullft[1] / fullft[0]) * factors[1].value
+    converted = converted_lr(lr / factors[0].value, first, last, fullft[1] / fullft[0]) * factors[1].value
     # Between settings of one variant its factor cancels.
     error = math.hypot(log_error, *(factor.log_error for factor in factors if here.variant != there.variant))
     ends = [float(f"{converted * math.exp(sign * error):.2g}") if error else None for sign in (-1, 1)]
@@ -221,7 +217,7 @@ def convert(
 
 
 def recommendation_table(recommendation: Recommendation) -> None:
-    """Print the settings with their sources, the optimal LRs of your own runs, and the notes."""
+    """Print the settings with their sources, and the notes."""
     rows: list[Sequence[str]] = []
     for name, setting in recommendation.settings.items():
         value = setting.value if isinstance(setting.value, str) else f"{setting.value:,}"
@@ -233,31 +229,13 @@ def recommendation_table(recommendation: Recommendation) -> None:
             by_source.setdefault(share.source, {})[method] = share
     rows = []
     for source, shares in sorted(by_source.items(), key=lambda item: -sum(share.weight for share in item[1].values())):
-        row = [source, [*shares.values()][-1].widths]
-        for method in TITLES:
-            own = shares.get(method)
-            row += [_interval(own.low, own.high, 2), f"{own.weight:.0%}"] if own else [formats.DASH] * 2
-        rows.append(row)
-    laws = [formats.lr(recommendation.sources_of_lr[method].law) for method in TITLES]
-    rows.append(["the law alone", "", laws[0], "", laws[1], ""])
-    formats.print_table(("LRs rest on", "widths", "LoRA", "weight", "FullFT", "weight"), rows)
-    if recommendation.seen:
-        rows = []
-        for seen in recommendation.seen:
-            arm = "FullFT" if seen.method == "fullft" else f"LoRA r{seen.rank}"
-            interval = "" if seen.low is None or seen.high is None else _interval(seen.low, seen.high)
-            rows.append((arm, formats.lr(seen.lr), interval, seen.where))
-        formats.print_table(("optimal LR of", "LR", "95% interval", "source"), rows)
+        weights = [f"{shares[method].weight:.0%}" if method in shares else formats.DASH for method in TITLES]
+        rows.append((source, [*shares.values()][-1].widths, *weights))
+    formats.print_table(("LRs rest on", "widths", "weight for LoRA", "for FullFT"), rows)
     for note in recommendation.notes:
         print(f"- {note}")
 
 
 def lr_text(lr: Setting) -> str:
     """Return a learning rate with its interval, if it has one."""
-    assert not isinstance(lr.value, str)
-    return formats.lr(lr.value) + ("" if lr.low is None or lr.high is None else f" ({_interval(lr.low, lr.high, 2)})")
-
-
-def _interval(low: float, high: float, digits: int = 3) -> str:
-    ends = (formats.lr(low, digits), formats.lr(high, digits))
-    return " to ".join(ends) if low != high else ends[0]
+    return formats.lr(float(lr.value)) + (f" ({lr.interval})" if lr.interval else "")

@@ -1,56 +1,43 @@
 """The recommended settings as a folder for a trainer: its configuration, each line with its reason, and the data.
 
-The configurations are the templates in `trainers/`, with the options of TRL 1.16, Axolotl 0.18, LLaMA-Factory 0.9.6,
-torchtune 0.7 and verl 0.8. RL is by verl's GRPO without the division by the standard deviation of rewards. Its
-importance ratios are 1, since each response is used for one update, so that this is the paper's policy gradient.
+The configurations are the templates in `trainers/`, with the options of TRL 1.16, Axolotl 0.18, LLaMA-Factory 0.9.6
+and verl 0.8. RL is by verl's GRPO without the division by the standard deviation of rewards. Its importance ratios are
+1, since each response is used for one update, so that this is the paper's policy gradient.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import jinja2
 import yaml
 
-from lora_advice import formats
-from lora_advice.data import CHATS, UserData, examples
+from lora_advice.data import UserData, examples
 from lora_advice.errors import UserError
 from lora_advice.files import write_text
-from lora_advice.models import ModelFacts
+from lora_advice.models import ModelFacts, shipped_base
 from lora_advice.recommend import GROUP_SIZE, PROBLEMS_PER_STEP, RL_STEPS, Recommendation
-from lora_advice.user_model import shipped_base
 
 TRAINERS = {
     "trl": ("trl.yaml", "trl sft --config"),
     "axolotl": ("axolotl.yaml", "axolotl train"),
     "llamafactory": ("llamafactory.yaml", "llamafactory-cli train"),
-    "torchtune": ("torchtune.yaml", "tune run {}_finetune_single_device --config"),
     "verl": ("verl.sh", "bash"),
 }
 """For each trainer the name of its configuration, and the command that starts it."""
 
-RESPONSE_TOKENS = {"number": 256, "boxed": 1024}
-"""The longest response in tokens by grader: a few steps up to the last number, or a solution up to its \\boxed{}."""
-
 _TEMPLATES = Path(__file__).with_name("trainers")
-_MICRO_BATCH, _MAX_TOKENS, _HELD_OUT, _MOST_HELD_OUT = 4, 4096, 0.2, 1500
+_MICRO_BATCH, _MAX_TOKENS, _RESPONSE_TOKENS = 4, 4096, 1024
 _COMMENTS_FROM = 44
 _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 """The stacks of experts as transformers 5 names them, which are no linear layers."""
-_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-# The minus in `10-3` is an operator, not a sign.
-_ANY_NUMBER = rf"(?:(?<![\w)\]}}])-)?(?:{_NUMBER})"
-_BOX = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 
 
 @dataclass(frozen=True)
@@ -65,8 +52,6 @@ class Choices:
     """None for an epoch, or in RL for the usual number."""
     full: bool = False
     """Whether all weights are trained, in place of LoRA."""
-    grader: str | None = None
-    """How responses to problems are graded, in RL: a key of RESPONSE_TOKENS."""
     columns: str | None = None
     """The column of the turns of a dataset on the hub, `messages` or `conversations`."""
 
@@ -81,11 +66,8 @@ def write_folder(
 ) -> str:
     """Write a new folder with a trainer's configuration and the data; return the command that starts the training.
 
-    The data are examples, or problems for verl; or the id of a dataset on the hub; or an empty text, with which the
-    configuration names a file that the user has to write.
-
-    Raises:
-        UserError: the folder exists, or the trainer does not support the model or the data.
+    The data are examples; or the id of a dataset on the hub; or an empty text, with which the configuration names a
+    file that the user has to write, as always for verl. UserError says what the trainer does not support.
     """
     if trainer not in TRAINERS:
         raise UserError(f"trainer {trainer!r}: allowed: {', '.join(TRAINERS)}")
@@ -95,28 +77,34 @@ def write_folder(
     tokenizer, template = Path(model.name) / "tokenizer_config.json", False
     if tokenizer.is_file() and not tokenizer.with_name("chat_template.jinja").is_file():
         template = '"chat_template"' not in tokenizer.read_text(encoding="utf-8")
-    _check(trainer, model, template, data, choices)
-    local, form = isinstance(data, UserData) or not data, "messages"
-    if not local:
-        form = choices.columns or "messages"
-    elif isinstance(data, UserData) and data.form == "text":
-        form = "text"
-    elif trainer == "trl" and isinstance(data, UserData) and data.one_answer and not template:
+    if shipped_base(model.name):
+        raise UserError(f"{model.name} is a base of the suite, which no trainer knows by this name; name its folder")
+    if trainer == "verl" and data:
+        raise UserError("verl reads problems in a format of its own: leave --data out, and put them into the folder")
+    if choices.lr is None and (choices.rank or choices.alpha):
+        raise UserError("--rank and --alpha need --lr, which `lora-advice convert` gives")
+    if model.mixture and not choices.full and trainer in ("llamafactory", "verl"):
+        reached = "--full trains them, and in SFT trl and axolotl reach them"
+        raise UserError(f"{model.name} is a mixture of experts, which get no LoRA from {trainer}: {reached}")
+    if template and trainer == "verl":
+        raise UserError(f"{model.name} has no chat template, and verl takes the tokenizer's: save one there first")
+    local, form = isinstance(data, UserData) or not data, choices.columns or "messages"
+    if isinstance(data, UserData):
         # TRL finds the assistant's turns in templates that it knows; the last turn it finds in every template.
-        form = "pair"
-    values = _values(model, recommendation, choices)
+        pair = trainer == "trl" and data.one_answer and not template
+        form = "text" if data.form == "text" else "pair" if pair else "messages"
+        rows = []
+        for messages in examples(data.path, data.form):
+            row: dict[str, Any] = {"messages": messages}
+            if form == "text":
+                row = {"text": messages[0]["content"]}
+            elif form == "pair":
+                row = {"prompt": messages[:-1], "completion": messages[-1:]}
+            rows.append(json.dumps(row) + "\n")
+        write_text("".join(rows), folder / "train.jsonl")
+    values = _values(model, recommendation, choices, rl=trainer == "verl")
     values |= {"folder": str(folder), "out": str(folder / "out"), "form": form, "local": local}
     values["data"] = str(folder / "train.jsonl") if local else data
-    if trainer == "torchtune":
-        values |= _torchtune_model(model)
-    if isinstance(data, UserData):
-        files: Mapping[str, Iterable[dict[str, Any]]] = {"train": _rows(data, form)}
-        if choices.grader:
-            files = _problems(data, choices.grader)
-        for name, rows in files.items():
-            write_text("".join(json.dumps(row) + "\n" for row in rows), folder / f"{name}.jsonl")
-        if choices.grader == "number":
-            write_text(_rendered("verl_reward.py", {"number": repr(_ANY_NUMBER)}), folder / "reward.py")
     if template and form != "text":
         folder.mkdir(parents=True, exist_ok=True)
         values["template"] = str(folder / "chat_template.jinja")
@@ -124,7 +112,7 @@ def write_folder(
     if trainer == "llamafactory":
         write_text(_rendered("dataset_info.json", values), folder / "dataset_info.json")
     name, command = TRAINERS[trainer]
-    command = f"{command.format('full' if choices.full else 'lora')} {shlex.quote(str(folder / name))}"
+    command = f"{command} {shlex.quote(str(folder / name))}"
     method = "full fine-tuning" if choices.full else "LoRA"
     title = f"Written by `lora-advice trainer {trainer}`: {method} of {model.name}."
     # A comment must not leave its line.
@@ -137,41 +125,9 @@ def write_folder(
     return command
 
 
-def _check(trainer: str, model: ModelFacts, template: bool, data: UserData | str, choices: Choices) -> None:
-    """Raise a UserError if a trainer does not support a model, its data or a choice."""
-    grader, problems = choices.grader, data if isinstance(data, UserData) and choices.grader else None
-    if shipped_base(model.name):
-        raise UserError(f"{model.name} is a base of the suite, which no trainer knows by this name; name its folder")
-    if (trainer == "verl") != (problems is not None):
-        raise UserError("verl, and no other trainer here, is for problems, which --data and --grader name")
-    if problems and (problems.form in CHATS or problems.form == "text"):
-        raise UserError(f"{problems.path}: problems have the columns question and answer; these are {problems.form}")
-    if grader and grader not in RESPONSE_TOKENS:
-        raise UserError(f"grader {grader!r}: allowed: {', '.join(RESPONSE_TOKENS)}")
-    if choices.lr is None and (choices.rank or choices.alpha):
-        raise UserError("--rank and --alpha need --lr, which `lora-advice convert` gives")
-    if model.mixture and not choices.full and trainer in ("llamafactory", "verl"):
-        reached = "--full trains them, and in SFT trl and axolotl reach them"
-        raise UserError(f"{model.name} is a mixture of experts, which get no LoRA from {trainer}: {reached}")
-    if template and trainer == "verl":
-        raise UserError(f"{model.name} has no chat template, and verl takes the tokenizer's: save one there first")
-
-
-def _rows(data: UserData, form: str) -> Iterator[dict[str, Any]]:
-    """Yield examples with the columns that a trainer reads; a `pair` has the last turn in `completion`."""
-    for messages in examples(data.path, data.form):
-        if form == "text":
-            yield {"text": messages[0]["content"]}
-        elif form == "pair":
-            yield {"prompt": messages[:-1], "completion": messages[-1:]}
-        else:
-            yield {"messages": messages}
-
-
 def _rendered(name: str, values: dict[str, Any]) -> str:
-    loader = jinja2.FileSystemLoader(_TEMPLATES)
     environment = jinja2.Environment(
-        loader=loader,
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -188,14 +144,14 @@ def _yaml_text(value: object) -> str:
     return str(text).removesuffix("...\n").strip()
 
 
-def _values(model: ModelFacts, recommendation: Recommendation, choices: Choices) -> dict[str, Any]:
+def _values(model: ModelFacts, recommendation: Recommendation, choices: Choices, rl: bool) -> dict[str, Any]:
     """Return what templates are filled with that is the same for every trainer, with the reasons."""
-    settings, rl = recommendation.settings, choices.grader is not None
+    settings = recommendation.settings
     lr = settings[f"{'rl_' if rl else ''}{'fullft' if choices.full else 'lora'}_lr"]
     batch, rank = int(settings["batch_size"].value), choices.rank or int(settings["rank"].value)
-    micro, own = math.gcd(batch, _MICRO_BATCH), "your choice"
+    micro, own, longest = math.gcd(batch, _MICRO_BATCH), "your choice", model.max_length or _MAX_TOKENS
     why = yaml.safe_load((_TEMPLATES / "reasons.yaml").read_text()) | {
-        "lr": own if choices.lr else f"{formats.lr(lr.low, 2)} to {formats.lr(lr.high, 2)}: {lr.source}",
+        "lr": own if choices.lr else f"{lr.interval}: {lr.source}",
         "schedule": settings["schedule"].source,
         "accumulation": f"{batch} examples a step on one GPU; divide it by their number",
         "rank": own if choices.rank else settings["rank"].source,
@@ -212,54 +168,12 @@ def _values(model: ModelFacts, recommendation: Recommendation, choices: Choices)
         "steps": choices.steps or (RL_STEPS if rl else None),
         "micro_batch": micro,
         "accumulation": batch // micro,
-        "length": min(_MAX_TOKENS, model.max_length or _MAX_TOKENS),
+        "length": min(_MAX_TOKENS, longest),
         "experts": _EXPERTS if model.mixture and not choices.full else None,
         "active_experts": model.active_experts or 0,
         "expert_rank": max(1, rank // (model.active_experts or 1)),
         "template": None,
         "problems": PROBLEMS_PER_STEP,
         "group": GROUP_SIZE,
-        "grader": choices.grader,
-        "response": min(RESPONSE_TOKENS.get(choices.grader or "", _MAX_TOKENS), (model.max_length or _MAX_TOKENS) // 2),
+        "response": min(_RESPONSE_TOKENS, longest // 2),
     }
-
-
-def _torchtune_model(model: ModelFacts) -> dict[str, Any]:
-    """Return torchtune's names for a model in a local folder, and the names of its files."""
-    folder = Path(model.name)
-    if not folder.is_dir():
-        raise UserError(f"{model.name} is no local folder, which torchtune needs; `tune download` makes one")
-    config = json.loads((folder / "config.json").read_bytes())
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    with (_TEMPLATES / "torchtune.csv").open(newline="") as file:
-        models = {tuple(sizes): (builder, checkpoint) for *sizes, builder, checkpoint in csv.reader(file)}
-    known = models.get((model.family, str(model.width), str(model.layers)))
-    if known is None or (model.family == "llama" and rope.get("rope_type") != "llama3"):
-        names = ", ".join(name for name, _ in models.values() if name != "builder")
-        raise UserError(f"{model.name} has not the sizes of a model of torchtune that is known here: {names}")
-    builder, checkpoint = known
-    package = builder.rpartition("_")[0]
-    if model.family == "qwen3":
-        # The two differ in the longest sequence only.
-        package, builder = "qwen3", builder + ("_base" if model.max_length == 32768 else "_instruct")
-    files = sorted(file.name for file in folder.glob("*.safetensors"))
-    return {"builder": builder, "package": package, "checkpoint": checkpoint, "files": files}
-
-
-def _problems(data: UserData, grader: str) -> dict[str, list[dict[str, Any]]]:
-    """Return problems as verl reads them, by the name of their file; a fifth of them is held out for the test."""
-    rows = []
-    for question, answer in examples(data.path, data.form):
-        solution, prompt = answer["content"].strip(), question["content"].strip()
-        boxes, (_, mark, last) = _BOX.findall(solution), solution.rpartition("####")
-        short = boxes[-1].strip() if boxes else last.strip().replace(",", "") if mark else solution
-        if grader == "number" and not re.fullmatch(rf"[-+]?(?:{_NUMBER})", short):
-            raise UserError(f"{data.path}: the answer {short[:80]!r} is no number, as --grader number needs")
-        prompt += "" if grader == "number" or r"\boxed" in prompt else r" Write your answer in \boxed{} format."
-        # verl grades the second set of problems by the last box of a response.
-        row: dict[str, Any] = {"data_source": "number" if grader == "number" else "lighteval/MATH"}
-        row |= {"prompt": [{"role": "user", "content": prompt}]}
-        rows.append(row | {"reward_model": {"style": "rule", "ground_truth": short}})
-    Random(0).shuffle(rows)
-    held_out = min(_MOST_HELD_OUT, max(1, round(len(rows) * _HELD_OUT)))
-    return {"train": rows[held_out:], "test": rows[:held_out]}

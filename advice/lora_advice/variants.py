@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
@@ -58,18 +57,12 @@ class LrFactor:
 
 
 @cache
-def _measured() -> dict[str, list[tuple[float, int, int]]]:
-    """Return by variant the measured ratios, each with its rank and the width of the model."""
-    rows = defaultdict(list)
-    with TABLE.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            rows[row["variant"]].append((float(row["lr_ratio"]), int(row["rank"]), int(row["width"])))
-    return rows
-
-
 def lr_factor(variant: Variant, rank: float | None) -> LrFactor:
     """Return what was measured of the best LR of a variant of LoRA at the rank nearest to one; None counts as 32."""
-    ratios, ranks, widths = zip(*_measured()[variant], strict=True)
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["variant"] == variant]
+    ratios = [float(row["lr_ratio"]) for row in rows]
+    ranks, widths = ([int(row[name]) for row in rows] for name in ("rank", "width"))
     low, high = min(ratios), max(ratios)
     same = max(high, 1 / low) <= SAME_LR
     # A configuration may state a rank that is no rank.
@@ -85,10 +78,9 @@ def lr_factor(variant: Variant, rank: float | None) -> LrFactor:
 
 def checked_variant(name: str) -> Variant:
     """Return the name of a variant, or raise UserError if it is not known."""
-    for variant in VARIANT_NAMES:
-        if variant == name:
-            return variant
-    raise UserError(f"variant {name!r} is not known; allowed: {', '.join(VARIANT_NAMES)}")
+    if name not in VARIANT_NAMES:
+        raise UserError(f"variant {name!r} is not known; allowed: {', '.join(VARIANT_NAMES)}")
+    return name
 
 
 def measured_factor(variant: Variant, rank: float | None) -> LrFactor:

@@ -32,16 +32,9 @@ def test_rows_that_are_no_examples_are_counted_by_their_reason(tmp_path):
     assert messages == [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.json", json.dumps([{"instruction": "add", "input": "2+2", "output": 4}])),
-        ("a.csv", 'instruction,input,output\nadd,2+2,4\n"a\nb"\n'),
-    ],
-)
-def test_arrays_and_csv_are_read(tmp_path, name, text):
-    path = tmp_path / name
-    path.write_text(text)
+def test_an_array_is_read(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"instruction": "add", "input": "2+2", "output": 4}]))
     [messages] = examples(path, read_data(path).form)
     assert [turn["content"] for turn in messages] == ["add\n\n2+2", "4"]
 
@@ -49,9 +42,8 @@ def test_arrays_and_csv_are_read(tmp_path, name, text):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.txt", "", "must end in .jsonl, .json or .csv"),
+        ("a.txt", "", "must end in .jsonl or .json"),
         ("a.json", "[1", "can't be read: "),
-        ("a.json", "5", "must be an array of objects"),
         ("a.jsonl", '{"x": 1}', "has the columns 'x'; needed are those of one format: messages, "),
         ("a.jsonl", "", "has the columns none"),
         (
@@ -60,7 +52,6 @@ def test_arrays_and_csv_are_read(tmp_path, name, text):
             "may be read as prompt/completion or prompt",
         ),
         ("a.jsonl", '{"text": " "}', "none of its rows can be used as text: 1 no text"),
-        ("a.jsonl", '{"text": "\\ud800"}', "1 text that is not valid Unicode"),
     ],
 )
 def test_a_file_without_examples_is_one_sentence(tmp_path, name, text, message):

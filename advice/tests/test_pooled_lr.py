@@ -38,7 +38,7 @@ def test_the_law_of_a_place():
 def test_intervals_hold_as_many_further_sources_as_they_say():
     rng = np.random.default_rng(2)
     inside: dict[float, list[bool]] = {0.8: [], 0.95: []}
-    for _ in range(40):
+    for _ in range(25):
         # The truth of each coefficient is drawn from its prior.
         batch, steps = (rng.normal(prior.mean, prior.sd) for prior in PRIORS.values())
         truth = {"batch": batch, "steps": steps, "offset": rng.normal(0, 1)}
@@ -47,7 +47,7 @@ def test_intervals_hold_as_many_further_sources_as_they_say():
             for probability, held in inside.items():
                 predicted = pooled.predict(further.place, probability, error=further.error)
                 held.append(predicted.low <= further.log_lr <= predicted.high)
-    # 160 draws in 40 worlds: two standard errors are 0.12 at most.
+    # 100 draws in 25 worlds: two standard errors are 0.14 at most.
     # The flat priors of the deviations err on the wide side.
     assert 0.7 < np.mean(inside[0.8]) < 0.92
     assert np.mean(inside[0.95]) > 0.9
@@ -60,15 +60,3 @@ def test_mistakes_are_refused():
     for wrong in ({"error": 0.0}, {"log_lr": math.nan}):
         with pytest.raises(ValueError, match="a number and an error above 0"):
             PooledLr([*optima, replace(optima[0], **wrong)])
-
-
-def test_known_coefficients_are_recovered_from_many_sources():
-    pooled = PooledLr(made(np.random.default_rng(0), 20, 0.3, offset=-0.7, batch=0.25, steps=-0.15, each=4))
-    here = pooled.predict(HERE)
-    assert here.mean - HERE.log_law == pytest.approx(-0.7, abs=0.12)
-    larger = pooled.predict(replace(HERE, batch_size=128 * math.e))
-    longer = pooled.predict(replace(HERE, steps=780 * math.e))
-    assert larger.mean - here.mean == pytest.approx(0.25, abs=0.12)
-    assert longer.mean - here.mean == pytest.approx(-0.15, abs=0.12)
-    # The interval of a further source is that of a normal distribution with the SD between sources.
-    assert here.high - here.low == pytest.approx(2 * 1.282 * 0.3, rel=0.35)

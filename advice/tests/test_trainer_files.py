@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from lora_advice.audit import check_run
@@ -16,13 +14,12 @@ from lora_advice.audit.files import read_paths
 from lora_advice.audit.settings import compare_runs
 from lora_advice.cli import app
 from lora_advice.errors import UserError
+from lora_advice.models import find_model
 from lora_advice.recommend import recommend
 from lora_advice.trainer_files import Choices, write_folder
-from lora_advice.user_model import find_model
-from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-TRAINERS = ("trl", "axolotl", "llamafactory", "torchtune")
+TRAINERS = ("trl", "axolotl", "llamafactory")
 KNOWN = {
     trainer: set(keys.split())
     for trainer, keys in yaml.safe_load(Path(__file__).with_name("known_keys.yaml").read_text()).items()
@@ -56,23 +53,13 @@ def written(trainer, folder, model, *options):
 
 @pytest.fixture
 def qwen(tmp_path):
-    """Return a folder with the configuration of Qwen3-8B-Base, and with files of its kind."""
+    """Return a folder with the configuration of Qwen3-8B-Base."""
     folder = tmp_path / "qwen"
     folder.mkdir()
     config = {"model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32}
     config |= {"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936}
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}))
-    for part in (1, 2):
-        save_file({f"w{part}": np.zeros((4096, 8), np.float32)}, folder / f"model-0000{part}-of-00002.safetensors")
     return folder
-
-
-def flat(settings, prefix=""):
-    """Return settings by dotted key, in their order."""
-    found = {}
-    for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -81,43 +68,21 @@ def test_trainers_know_every_key_and_the_audit_reads_what_was_recommended(tmp_pa
     options = ["--steps", 500, "--batch-size", 8, *(["--full"] if full else [])]
     for trainer in TRAINERS:
         settings, text, _ = written(trainer, tmp_path / trainer, qwen, *options)
-        keys = flat(settings) if trainer == "torchtune" else settings
-        assert {value for key, value in keys.items() if key.endswith("_component_")} <= KNOWN["components"]
-        named = {key for key in keys if not key.endswith("_component_")}
-        assert trainer == "trl" or named <= KNOWN[trainer]
-        assert any("lora" in key or value == "lora" for key, value in keys.items()) != full
+        assert trainer == "trl" or settings.keys() <= KNOWN[trainer]
+        assert any("lora" in key or value == "lora" for key, value in settings.items()) != full
         assert all(re.fullmatch(r"\w+:", line) for line in text.splitlines() if "# " not in line)
-        if trainer == "torchtune":
-            assert keys["checkpointer.checkpoint_files"][1] == "model-00002-of-00002.safetensors"
-    configs = [config for trainer in TRAINERS for config in read_paths([tmp_path / trainer])[0]]
-    assert [config.format for config in configs] == list(TRAINERS)
+    configs = read_paths([tmp_path])[0]
+    assert {config.format for config in configs} == {*TRAINERS}
     for config in configs:
         assert (config.task, config.method) == ("sft", "fullft" if full else "lora")
         # A learning rate such as 1e-4 would be text to PyYAML.
         assert config.lr == recommended["fullft_lr" if full else "lora_lr"].value
-        assert config.batch_size == 8
         assert (config.rank, config.alpha) == ((None, None) if full else (recommended["rank"].value, 32))
-        if config.format == "torchtune":
-            assert config.model == "qwen3_8b_base"
-        else:
-            assert (config.model, config.schedule, config.steps) == (str(qwen), "constant", 500)
-    assert {finding.level for finding in audit(configs)} <= {"note"}
-
-
-def test_the_audit_counts_the_examples_and_finds_the_same_learning_rate_right(tmp_path, qwen):
-    data = write_rows(tmp_path / "own.jsonl", 800)
-    for trainer in TRAINERS:
-        written(trainer, tmp_path / trainer, qwen, "--data", data)
-        [[config], _, _] = read_paths([tmp_path / trainer])
-        assert (config.examples, config.batch_size) == (800, 8)
-        findings = {finding.code: finding for finding in audit([config])}
-        assert findings["lr"].level == "note"
-        assert "about the recommended" in findings["lr"].message
-
-
-def test_a_learning_rate_of_the_users_has_its_alpha_and_rank(tmp_path, qwen):
-    settings, _, _ = written("trl", tmp_path / "trl", qwen, "--lr", 2e-4, "--rank", 4, "--alpha", 64, "--steps", 9)
-    assert (settings["learning_rate"], settings["lora_r"], settings["lora_alpha"]) == (2e-4, 4, 64)
+        assert (config.model, config.schedule, config.steps) == (str(qwen), "constant", 500)
+        assert config.batch_size == 8
+    findings = audit(configs)
+    assert {finding.level for finding in findings} <= {"note"}
+    assert all("about the recommended" in finding.message for finding in findings if finding.code == "lr")
 
 
 CHATS = {
@@ -184,14 +149,10 @@ def test_experts_get_lora(tmp_path, shipped):
     written("llamafactory", tmp_path / "llamafactory", model, "--full")
 
 
-@pytest.mark.parametrize("grader", ["number", "boxed"])
-def test_verl_gets_problems_and_a_reward(tmp_path, shipped, grader):
-    data, folder, full = tmp_path / "problems.jsonl", tmp_path / "verl", grader == "boxed"
-    answers = ["#### {}", "{}"] if grader == "number" else [r"so \boxed{{{}}}", "{}"]
-    rows = [{"question": f"What is {n} + 2?", "answer": answers[n % 2].format(n + 2)} for n in range(20)]
-    data.write_text("\n".join(map(json.dumps, rows)))
-    options = ["--out", folder, "--data", data, "--grader", grader, *(["--full"] if full else [])]
-    result = CliRunner().invoke(app, ["trainer", "verl", str(shipped / "llama-128"), *map(str, options)])
+@pytest.mark.parametrize("full", [False, True])
+def test_verl_gets_settings_of_rl(tmp_path, shipped, full):
+    folder, model = tmp_path / "verl", str(shipped / "llama-128")
+    result = CliRunner().invoke(app, ["trainer", "verl", model, "--out", str(folder), *(["--full"] if full else [])])
     assert result.exit_code == 0, result.stderr
     text = (folder / "verl.sh").read_text()
     keys = re.findall(r"^  '?(?:actor_rollout_ref\.)?([\w.]+)=.*  # .+$", text, re.MULTILINE)
@@ -199,39 +160,18 @@ def test_verl_gets_problems_and_a_reward(tmp_path, shipped, grader):
     # Beside them there are a heading of two lines, the ends of the array, and the command.
     assert len(keys) == len(text.splitlines()) - 5
     [[config], _, _] = read_paths([folder])
-    settings = recommend(str(shipped / "llama-128")).settings
+    settings = recommend(model).settings
     assert (config.task, config.lr) == ("rl", settings["rl_fullft_lr" if full else "rl_lora_lr"].value)
     assert (config.rank, config.batch_size, config.steps) == (None if full else settings["rank"].value, 256, 50)
     assert {finding.level for finding in audit([config])} <= {"note"}
-    train, test = (
-        [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
-        for split in ("train", "test")
-    )
-    assert (len(train), len(test)) == (16, 4)
-    truths = {row["prompt"][0]["content"]: row["reward_model"]["ground_truth"] for row in train + test}
-    box = " Write your answer in \\boxed{} format." if full else ""
-    assert truths == {f"What is {n} + 2?{box}": str(n + 2) for n in range(20)}
-    assert {row["data_source"] for row in train} == {"lighteval/MATH" if full else "number"}
-    if not full:
-        score = runpy.run_path(str(folder / "reward.py"))["compute_score"]
-        rewards = {"1,200 + 34 = 1,234.0": 1, "1234 or 1": 0, "none": 0, "10-1234": 1, "it is -1234": 0}
-        assert {response: score("number", response, "1234") for response in rewards} == rewards
 
 
 def test_what_a_trainer_cannot_do_is_one_sentence(tmp_path, base, shipped):
     new, tiny = tmp_path / "new", str(shipped / "llama-128")
     for trainer, folder, model, choices, message in (
         ("trl", tmp_path, tiny, {}, "exists; --out names another folder"),
-        ("verl", new, tiny, {}, "verl, and no other trainer here, is for problems"),
-        ("nemo", new, tiny, {}, "trainer 'nemo': allowed: trl, axolotl, llamafactory, torchtune, verl"),
-        ("torchtune", new, "Qwen/Qwen3-8B", {}, "is no local folder, which torchtune needs"),
-        (
-            "torchtune",
-            new,
-            str(base),
-            {},
-            "has not the sizes of a model of torchtune that is known here: llama3_2_1b, ",
-        ),
+        ("nemo", new, tiny, {}, "trainer 'nemo': allowed: trl, axolotl, llamafactory, verl"),
+        ("verl", new, str(base), {}, "has no chat template, and verl takes the tokenizer's"),
         ("llamafactory", new, str(shipped / "moe-128"), {}, "is a mixture of experts, which get no LoRA from llamafac"),
         ("trl", new, "tiny", {}, "tiny is a base of the suite, which no trainer knows by this name"),
         ("trl", new, tiny, {"rank": 4}, "--rank and --alpha need --lr"),

@@ -32,11 +32,6 @@ class Form:
     repeats: int
     rl: rl.Shape
 
-    def with_options(self, threads: int, turns: int | None) -> Form:
-        """Return the form with a number of threads, and turns of the sweep (None: those of the form)."""
-        shape = replace(self.sweep, threads=threads, turns=turns or self.sweep.turns)
-        return replace(self, sweep=shape, rl=replace(self.rl, threads=threads))
-
 
 FULL = Form(sweep.Shape(), steps.SETTINGS, 7, rl.Shape())
 QUICK = Form(
@@ -66,7 +61,6 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="write the numbers to speed.csv")
     parser.add_argument("--out", type=Path, help="write the numbers to this CSV")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of every arm (2)")
-    parser.add_argument("--turns", type=int, help="how often each arm trains the sweep (3)")
     options = parser.parse_args()
     if options.keep and (options.quick or options.arm):
         parser.error("--keep is for the whole benchmark")
@@ -74,7 +68,9 @@ def main() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     load = os.getloadavg()[0]
     print(f"load of the machine before: {load:.1f} on {os.cpu_count()} cores")
-    form = (QUICK if options.quick else FULL).with_options(options.threads, options.turns)
+    form = QUICK if options.quick else FULL
+    shape = replace(form.sweep, threads=options.threads)
+    form = replace(form, sweep=shape, rl=replace(form.rl, threads=options.threads))
     rows = measure(form, options.arm or every)
     print(table.shown(rows))
     out = table.RESULTS if options.keep else options.out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,10 +37,7 @@ class Shape:
         return f"gcd, {self.problems} problems x {self.group_size}, {self.max_new_tokens} tokens, LoRA r{self.rank}"
 
 
-ARMS = {
-    "rl-lorabench": "lorabench",
-    "rl-trl": "TRL's GRPOTrainer",
-}
+ARMS = {"rl-lorabench": "lorabench", "rl-trl": "TRL's GRPOTrainer"}
 """The name of each arm in the table, by its name on the command line."""
 
 
@@ -76,12 +72,8 @@ def preset(shape: Shape) -> dict[str, Any]:
     }
 
 
-def measure(shape: Shape, chosen: list[str], say: Callable[[str], None] = say) -> list[Row]:
-    """Measure the chosen arms; return a row for each with the median seconds of its steps after `WARM_UP`.
-
-    Raises:
-        SystemExit: an arm failed.
-    """
+def measure(shape: Shape, chosen: list[str]) -> list[Row]:
+    """Measure the chosen arms; return a row for each with the median seconds of its steps after `WARM_UP`."""
     rows = []
     for name in chosen:
         with TemporaryDirectory() as scratch:

@@ -99,12 +99,6 @@ def spec_of(model: str) -> ModelSpec:
     return TinyModel.model_validate({"kind": "tiny", "name": model})
 
 
-def is_there(model: str) -> bool:
-    """Return whether a model's files are on this machine."""
-    spec = spec_of(model)
-    return not isinstance(spec, GgufModel) or (converted_folder(spec) / "model.safetensors").is_file()
-
-
 def training_step(setting: Setting, method: Method | Literal["peft"]) -> tuple[Callable[[], None], int]:
     """Return a function that makes one optimizer step, and the step's FLOPs as the paper counts them."""
     model: Any = load_model(spec_of(setting.model))
@@ -166,7 +160,7 @@ def median_seconds(steps: Mapping[str, Callable[[], None]], repeats: int) -> dic
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def measure(settings: list[Setting], threads: int, repeats: int, say: Callable[[str], None] = say) -> Iterator[Row]:
+def measure(settings: list[Setting], threads: int, repeats: int) -> Iterator[Row]:
     """Yield the machine's peaks, then a row for each arm of each setting whose model is on this machine."""
     torch.set_num_threads(threads)
     # Training processes do this too; PEFT's steps share the process and also gain by it.
@@ -178,7 +172,8 @@ def measure(settings: list[Setting], threads: int, repeats: int, say: Callable[[
         case = f"matmul of up to {_SQUARE}, {precision}"
         yield Row("peak", case, "torch", threads, 1, 2 * _SQUARE**3 / speed, gflops=speed / 1e9)
     for setting in settings:
-        if not is_there(setting.model):
+        spec = spec_of(setting.model)
+        if isinstance(spec, GgufModel) and not (converted_folder(spec) / "model.safetensors").is_file():
             say(f"step: {setting.model} is not here and is left out; `lorabench step convert {setting.model}` gets it")
             continue
         made = {name: training_step(setting, arm) for name, arm in ARMS.items()}

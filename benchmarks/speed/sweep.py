@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -244,7 +244,7 @@ class OtherTraining:
         return {lr: Losses(statistics.mean(run["train"][-LAST:]), run["test"]) for lr, run in results.items()}
 
 
-ARMS: dict[str, str] = {
+ARMS = {
     "lorabench": "lorabench",
     "transformers": "Trainer and PEFT, a process per run",
     "trl": "TRL's SFTTrainer, a process per run",
@@ -253,15 +253,7 @@ ARMS: dict[str, str] = {
 
 
 def check_agreement(losses_by_arm: dict[str, LossesByLr], tolerance: float) -> None:
-    """Refuse to compare arms whose losses differ.
-
-    Args:
-        losses_by_arm: the losses of each arm's runs.
-        tolerance: largest allowed difference in nats per token.
-
-    Raises:
-        SystemExit: the losses of a run differ by more than the tolerance, or are NaN.
-    """
+    """Raise SystemExit if losses of a run by two arms differ by more than a tolerance in nats per token, or are NaN."""
     (first, expected), *others = losses_by_arm.items()
     for name, losses in others:
         for lr, own in losses.items():
@@ -273,13 +265,12 @@ def check_agreement(losses_by_arm: dict[str, LossesByLr], tolerance: float) -> N
                     raise SystemExit(f"the arms did not train the same: {what} loss at lr {lr:g} is {values}")
 
 
-def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = say) -> list[Row]:
+def measure(shape: Shape, chosen: list[str]) -> list[Row]:
     """Train the sweep by each arm in turns; return a row for each arm with the medians of its turns.
 
     Raises:
         SystemExit: an arm failed, or the arms did not train the same.
     """
-    chosen = list(chosen)
     if not chosen:
         return []
     with TemporaryDirectory() as scratch:

@@ -61,19 +61,9 @@ def with_ratios(rows: Iterable[Row]) -> list[Row]:
 
 
 def facts(load: float, turns: int, device: str) -> dict[str, Any]:
-    """Return the date, commit, machine and package versions of a measurement.
-
-    Args:
-        load: load of the machine in the last minute before the measurement.
-        turns: turns of the sweep.
-        device: the name of the processor.
-    """
-    described = subprocess.run(
-        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude", "*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Return the date, commit, package versions, and what is given, of a measurement: load before it, turns, device."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude", "*"]
+    described = subprocess.run(command, capture_output=True, text=True, check=False)
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "commit": described.stdout.strip() or "unknown",

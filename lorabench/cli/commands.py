@@ -55,7 +55,7 @@ def main(asked: Annotated[bool, Option("--version", help="Print the version and 
 @app.command()
 def init(
     out: Annotated[Path, Argument(metavar="MY.YAML", help="The preset to write.")],
-    model: Annotated[str, Option(help="A folder, a .gguf file, a model's id on the hub, or the shipped base: tiny.")],
+    model: Annotated[str, Option(help="A folder, a model's id on the hub, or the shipped base: tiny.")],
     data: Annotated[str, Option(help="A .jsonl, .json, .csv or .parquet file, or a dataset's id on the hub.")],
     data_format: Annotated[str | None, Option("--format", help="The columns of an example, if several fit.")] = None,
     ranks: Annotated[list[int] | None, Option("--rank", help="A LoRA rank in place of the suggested ones.")] = None,
@@ -165,14 +165,14 @@ def status(preset: PresetOption = "laptop") -> None:
 
 @app.command()
 def doctor(preset: PresetOption = "laptop") -> None:
-    """Check this machine for a preset in some minutes: its device, and the numbers, memory and speed of a step.
+    """Check this machine for a preset in some minutes: the numbers, the memory and the speed of a training step.
 
     Writes results/doctor/<device>.json, from which `lorabench plan` takes the speed, and exits with status 1 if a check
     failed.
     """
     planned, layout = plan_and_layout(preset)
     with own_gpus(planned):
-        from lorabench.doctor.checks import examine
+        from lorabench.doctor.bench import examine
         from lorabench.doctor.record import write_record
 
         record = examine(planned, layout, lambda check: print(f"{check.status}: {check.name}", file=sys.stderr))
@@ -279,7 +279,7 @@ def evidence(
     Writes the verdicts, those on core claims by scale with a picture, the forest plot, and the known optimal learning
     rates.
     """
-    from lorabench.report.evidence import evidence_tables, write_evidence
+    from lorabench.figures.evidence import evidence_tables, write_evidence
     from lorabench.sources.measurements import read_own
     from lorabench.store.published import evidence_folders
 

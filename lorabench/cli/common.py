@@ -31,7 +31,7 @@ def plan_and_layout(preset: str) -> tuple[Plan, Layout]:
     """Return the plan of a preset, and the layout of its files.
 
     Raises:
-        PresetError: there is no such preset, or it is not valid.
+        UserError: there is no such preset, or it is not valid.
     """
     from lorabench.planning.plan import make_plan
     from lorabench.store.layout import Layout

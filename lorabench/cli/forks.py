@@ -62,7 +62,7 @@ PRELOADED = {
         *("matplotlib.backends.backend_svg", "matplotlib.style", *_ANALYSIS),
     ),
     "verdicts-by-margin": ("lorabench.report.other_margins", *_ANALYSIS),
-    "report": ("lorabench.report.index", *_ANALYSIS),
+    "report": ("lorabench.report.page", *_ANALYSIS),
 }
 """What the server imports before it forks the first step of a name. These modules compute nothing when imported."""
 

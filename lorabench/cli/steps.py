@@ -191,12 +191,11 @@ def wave(
 def collect_runs(sweep_id: str, preset: PresetOption = "laptop") -> None:
     """Write the job's file of a sweep whose runs were jobs of their own; delete weights that are not kept."""
     from lorabench.store.io import write_table
-    from lorabench.store.waves import check_trained, end_sweep
+    from lorabench.store.waves import end_sweep
 
     planned, layout = plan_and_layout(preset)
     job = planned.job(sweep_id)
     [sweep] = job.sweeps
-    check_trained(sweep, layout)
     write_table(end_sweep(planned, sweep, layout, lambda line: print(line, file=sys.stderr)), layout.job(job))
 
 
@@ -305,8 +304,7 @@ def report(
     evaluation: Annotated[bool, Option(help="Show the scores of lm-eval, if there are any.")] = True,
 ) -> None:
     """Build the report page of a preset from its tables and figures, and the index of all reports."""
-    from lorabench.report.index import write_index
-    from lorabench.report.page import build
+    from lorabench.report.page import build, write_index
 
     planned, layout = plan_and_layout(preset)
     build(planned, layout, preset, layout.report if evaluation else layout.report_without_evaluation, evaluation)

@@ -76,15 +76,6 @@ AUTO: Literal["auto"] = "auto"
 """Stands for an `AutoLrs` with its defaults, and in place of `LearningRates` for that of both methods."""
 
 
-def _spelled_out(value: Any) -> Any:
-    """Return the fields that `auto` stands for, other values unchanged."""
-    if value == AUTO:
-        return {}
-    if not isinstance(value, (list, dict, AutoLrs)):
-        raise ValueError(f"{value!r} is neither auto, nor a list of LRs, nor a mapping of start, per_decade and most")
-    return value
-
-
 def _for_both_methods(value: Any) -> Any:
     if not isinstance(value, (dict, LearningRates)):
         raise ValueError(f"{value!r} is neither auto nor a mapping of fullft and lora")
@@ -94,7 +85,10 @@ def _for_both_methods(value: Any) -> Any:
 Lrs = Annotated[
     Annotated[list[LearningRate], Tag("grid")] | Annotated[AutoLrs, Tag("auto")],
     Discriminator(lambda value: "auto" if isinstance(value, (dict, AutoLrs)) else "grid"),
-    BeforeValidator(_spelled_out, json_schema_input_type=list[LearningRate] | AutoLrs | Literal["auto"]),
+    BeforeValidator(
+        lambda value: {} if value == AUTO else value,
+        json_schema_input_type=list[LearningRate] | AutoLrs | Literal["auto"],
+    ),
 ]
 """The LRs of a method: a fixed grid, or one that the sweep finds."""
 
@@ -151,19 +145,6 @@ class SeedNumbers(Strict):
         return self
 
 
-def _at_best(value: Any) -> Any:
-    return value if isinstance(value, (dict, SeedNumbers)) else {"best": value}
-
-
-_SET_BY_VARIANT: dict[Variant, tuple[str, ...]] = {
-    "rslora": ("alpha_power",),
-    "lora_plus": ("lr_ratios", "transforms"),
-    "pissa": ("inits_a", "transforms"),
-    "olora": ("inits_a", "transforms"),
-}
-"""The fields of a block that each variant sets itself, where there are any."""
-
-
 class Block(Strict):
     """A block of an experiment: models and the arms (LoRA and FullFT) that are trained on them, with LRs and seeds."""
 
@@ -175,9 +156,13 @@ class Block(Strict):
         LearningRates, BeforeValidator(_for_both_methods, json_schema_input_type=LearningRates | Literal["auto"])
     ]
     """The LRs of each method; `auto` finds those of full fine-tuning and, where the block has ranks, of LoRA."""
-    seeds: Annotated[SeedNumbers, BeforeValidator(_at_best, json_schema_input_type=SeedNumbers | Few)] = SeedNumbers(
-        best=3
-    )
+    seeds: Annotated[
+        SeedNumbers,
+        BeforeValidator(
+            lambda value: value if isinstance(value, (dict, SeedNumbers)) else {"best": value},
+            json_schema_input_type=SeedNumbers | Few,
+        ),
+    ] = SeedNumbers(best=3)
     """Number of seeds at each condition's best LR, with `auto` at the three LRs around it; or a mapping of `best`,
     `around` and `every`. The grid itself is run with the first seed."""
     variants: Annotated[list[Variant], Field(min_length=1)] = ["lora"]
@@ -212,27 +197,9 @@ class Block(Strict):
             raise ValueError(f"ranks {self.ranks} and lrs.lora {lora}: give both for LoRA, or neither")
         if self.seeds.every > 1 and any(isinstance(grid, AutoLrs) for grid in (self.lrs.fullft, self.lrs.lora)):
             raise ValueError(f"seeds.every = {self.seeds.every}: allowed with fixed LRs, not with lrs: auto")
-        for variant in self.variants:
-            for name in _SET_BY_VARIANT.get(variant, ()):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(
-                        f"variants has {variant!r}, which sets {name} itself; leave {name} out of the block"
-                    )
         if self.variants != ["lora"] and not self.ranks:
             raise ValueError(f"variants {self.variants} need ranks, and the block has none")
         return self
-
-    def size(self, conditions: int) -> tuple[int, int]:
-        """Return how many arms and, at most, runs the block has on a number of models, data and batch sizes."""
-        of_lora = sum(map(len, self.ranks.values())) * len(self.variants) * len(self.alphas or [1.0])
-        of_lora *= len(self.inits_a) * len(self.lr_ratios) * (1 + len(self.transforms))
-        arms, runs, seeds = 0, 0, self.seeds
-        for grid, number in ((self.lrs.fullft, 1), (self.lrs.lora, of_lora)):
-            if grid:
-                arms += conditions * number
-                most = grid.most * seeds.best if isinstance(grid, AutoLrs) else len(grid) * seeds.every + seeds.best
-                runs += conditions * number * most
-        return arms, runs
 
 
 class SftExperiment(Block):

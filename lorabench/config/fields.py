@@ -1,14 +1,12 @@
-"""Types of fields that the sections of a preset share, and the error of a wrong preset."""
+"""Types of fields that the sections of a preset share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from os.path import isdir, isfile, join
+from os.path import isfile, join
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-
-from lorabench.errors import UserError
 
 # A model's and a dataset's name are parts of one file's name.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,49}$")]
@@ -92,13 +90,6 @@ FileFormat = Literal[
 ]
 """The columns of a dataset file, whose rows are chats, pairs of a prompt and its answer, or plain texts."""
 
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-"""The endings of data files that can be read."""
-
-
-class PresetError(UserError):
-    """A preset can't be run; the message names the field, its value and what is allowed."""
-
 
 class Strict(BaseModel):
     """A part of a preset: it refuses unknown keys, silent conversions, infinity and NaN, and it is immutable."""
@@ -123,12 +114,7 @@ ChatTemplate = Annotated[
     str,
     _checked(lambda v: v == "plain" or isfile(v), "{!r} is no file; allowed: plain, or the path of a Jinja file"),
 ]
-DataFile = Annotated[
-    str,
-    _checked(isfile, "data file {!r} does not exist"),
-    _checked(lambda v: v.endswith(FILE_SUFFIXES), f"data file {{!r}} must end in one of {', '.join(FILE_SUFFIXES)}"),
-]
-Folder = Annotated[str, _checked(isdir, "folder {!r} does not exist")]
+DataFile = Annotated[str, _checked(isfile, "data file {!r} does not exist")]
 ModelFolder = Annotated[
     str,
     _checked(

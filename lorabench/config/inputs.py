@@ -15,7 +15,6 @@ from lorabench.config.fields import (
     DataFile,
     Few,
     FileFormat,
-    Folder,
     ModelFolder,
     NotNegative,
     Positive,
@@ -32,15 +31,6 @@ MaxChars = Annotated[int, Field(ge=32, le=10**9)]
 
 NumberTask = Literal["chain_sum", "products", "gcd", "lcm", "count_bits", "leg_counting", "letter_counting"]
 """The tasks of reasoning-gym whose answer is a number."""
-
-HUB_PROBLEMS = {
-    "gsm8k": ("openai/gsm8k",),
-    "math": ("EleutherAI/hendrycks_math", "HuggingFaceH4/MATH-500"),
-    "deepmath": ("zwhe99/DeepMath-103K",),
-    "aime24": ("HuggingFaceH4/aime_2024",),
-    "aime25": ("math-ai/aime25",),
-}
-"""The ids of the hub's datasets that each kind of problem set is made of."""
 
 
 class TinyModel(Strict):
@@ -222,8 +212,6 @@ class HubDataset(HubRepository, TextDataset):
     max_tokens: Positive | None = None
     """Chosen examples of more tokens are left out of a model's training and tests, and counted; none is cut. Null where
     every example fits every model."""
-    path: Folder | None = None
-    """Folder with a copy of the repository, in a folder `owner/name`, that is read in place of the hub."""
 
 
 class FileDataset(TextDataset):
@@ -284,10 +272,6 @@ class ReasoningProblems(KnownProblems, GeneratedSplits):
             low, high = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
             if low > high:
                 raise ValueError(f"min_{what} = {low} is more than max_{what} = {high}")
-        sizes = ("tasks", "min_digits", "max_digits", "max_value", "min_terms", "max_terms")
-        changed = [name for name in sizes if getattr(self, name) != type(self).model_fields[name].default]
-        if self.kind == "gsm_symbolic" and changed:
-            raise ValueError(f"{', '.join(changed)}: gsm_symbolic has no such choice; allowed with arithmetic")
         return self
 
 
@@ -321,43 +305,30 @@ class HubProblems(KnownProblems):
     """`math` trains on Hendrycks' MATH without MATH-500 and tests on MATH-500; AIME is only evaluated on."""
     revisions: dict[str, str] = {}
     """Commit, tag or branch by hub id, `main` where none is given; branches are fixed as those of hub datasets are."""
-    path: Folder | None = None
-    """Folder with copies of the repositories, each in a folder `owner/name`, that are read in place of the hub."""
     train: NotNegative
     """Problems that are trained on."""
     validation: NotNegative
     """Problems on which the LR is picked, held out of the training problems."""
 
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """The ids of the hub's datasets that the problem set is made of."""
-        return HUB_PROBLEMS[self.kind]
-
     @model_validator(mode="after")
-    def _check_revisions_and_splits(self) -> Self:
-        for name in self.revisions:
-            if name not in self.ids:
-                raise ValueError(f"revisions: unknown id {name!r}; allowed: {', '.join(self.ids)}")
-        counts = f"train = {self.train}, validation = {self.validation}"
-        if self.kind in ("aime24", "aime25"):
-            if self.train or self.validation:
-                raise ValueError(f"{counts}: {self.kind} is only tested on; both must be 0")
-        elif not (self.train and self.validation):
-            raise ValueError(f"{counts}: both must be at least 1")
+    def _check_splits(self) -> Self:
+        is_only_tested = self.kind in ("aime24", "aime25")
+        if bool(self.train) == is_only_tested or bool(self.validation) == is_only_tested:
+            allowed = "0, since it is only tested on" if is_only_tested else "at least 1"
+            counts = f"train = {self.train}, validation = {self.validation}"
+            raise ValueError(f"{counts}: both must be {allowed}")
         return self
 
 
 class FileProblems(Splits):
-    """Problems of your own, in a file with a column of questions and a column of answers."""
+    """Problems of your own, in a file with the columns `question` and `answer`.
+
+    In a worked solution the answer is the content of its last box, or the text after its last `####`.
+    """
 
     kind: Literal["file"]
     path: DataFile
     """A .jsonl, .json, .csv or .parquet file in UTF-8."""
-    question: str = "question"
-    """Name of the column of questions."""
-    answer: str = "answer"
-    """Name of the column of answers. In a worked solution the answer is the content of its last box, or the text after
-    its last `####`."""
     grader: Literal["number", "boxed"]
     """`number`: the last number of a response counts; `boxed`: the prompt asks for a box, and the last one counts."""
     group: str | None = None

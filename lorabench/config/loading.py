@@ -13,11 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from lorabench.config.experiments import AUTO, Experiments
-from lorabench.config.fields import PresetError
 from lorabench.config.inputs import model_catalogue
 from lorabench.config.margins import Margins
 from lorabench.config.preset import Preset
@@ -31,10 +29,10 @@ SCHEMA = PRESETS / "schema.json"
 COMMON = "common"
 """Key, besides the named blocks of an experiment, for the fields that all of them share."""
 TAKEN = ("doctor", "evidence", "models", "partial", "published", "reference", "tiny_bases")
-"""Folders in results/ or paper_figures/ that are no preset's. Files there, such as index.html, have endings."""
+"""Folders in results/ or paper_figures/ that are no preset's."""
 # Numbers as people write them; those with more digits are of no use.
 _NUMBER = r"[-+]?(\d{1,20}\.?\d{0,20}|\.\d{1,20})([eE][-+]?\d{1,2})?"
-_NAME, _ENDINGS = r"[^\W_][\w +.-]{0,99}(?<![ .])", (".csv", ".html", ".lock", ".md")
+_NAME = r"[^\W_][\w +.-]{0,99}(?<![ .])"
 
 
 def split_name(preset: str) -> tuple[str, int | None]:
@@ -48,7 +46,7 @@ def preset_path(preset: str) -> Path:
     preset, _ = split_name(preset)
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else _shipped(preset)
     if not os.path.isfile(path):
-        raise PresetError(
+        raise UserError(
             f"preset {preset!r}: no file {path}; allowed: {', '.join(shipped('*'))}, or the path of a .yaml file"
         )
     check_name(path)
@@ -56,12 +54,12 @@ def preset_path(preset: str) -> Path:
 
 
 def check_name(path: Path) -> None:
-    """Raise PresetError unless a preset's file may have its name, as its folders in results/ and paper_figures/ do."""
+    """Raise UserError unless a preset's file may have its name, as its folders in results/ and paper_figures/ do."""
     name = path.stem
-    if name.casefold() in TAKEN or name.casefold().endswith(_ENDINGS):
-        raise PresetError(f"preset {name!r}: this is the name of something else in results/ or paper_figures/")
+    if name.casefold() in TAKEN:
+        raise UserError(f"preset {name!r}: this is the name of something else in results/ or paper_figures/")
     if not re.fullmatch(_NAME, name):
-        raise PresetError(
+        raise UserError(
             f"preset {name!r}: a preset's name begins with a letter or digit; allowed: at most 100 letters, digits, "
             "spaces, and . _ - +"
         )
@@ -96,7 +94,7 @@ def shipped(*patterns: str) -> list[str]:
 def load_preset(preset: str) -> Preset:
     """Read and validate a preset by shipped name or path; `laptop@100` is `laptop` with the first seed 100.
 
-    PresetError has one line for each field that is wrong.
+    UserError has one line for each field that is wrong.
     """
     path, (_, first_seed) = preset_path(preset), split_name(preset)
     seeded = {} if first_seed is None else {"first_seed": first_seed}
@@ -106,7 +104,7 @@ def load_preset(preset: str) -> Preset:
 def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
     """Return the preset of plain data that no longer extends anything; the file's path is for error messages.
 
-    PresetError has one line for each field that is wrong.
+    UserError has one line for each field that is wrong.
     """
     whole, names = _written_out(raw, path)
     try:
@@ -116,34 +114,31 @@ def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
         # Blocks and tasks that have names are called by them, not by their numbers.
         for place, named in names.items():
             text = re.sub(rf"\b{place}\.(\d+)\b", lambda match: f"{place}.{named[int(match[1])]}", text)  # noqa: B023
-        raise PresetError(text) from error
+        raise UserError(text) from error
 
 
 def read_margins(path: Path) -> Margins:
     """Read the margins for tables without a preset: a YAML file with the fields of the section `margins`."""
     if not path.is_file():
-        raise PresetError(f"margins {str(path)!r}: there is no such file")
+        raise UserError(f"margins {str(path)!r}: there is no such file")
     raw = _mapping(path, f"margins are a mapping of {', '.join(Margins.model_fields)}")
     return parse_margins(raw["margins"] if raw.keys() == {"margins"} else raw, f"{path}: ")
 
 
 def parse_margins(raw: Mapping[str, Any], place: str = "") -> Margins:
-    """Return the margins of plain data; PresetError has one line, which begins with `place`, for each wrong field."""
+    """Return the margins of plain data; UserError has one line, which begins with `place`, for each wrong field."""
     try:
         return Margins.model_validate(raw)
     except ValidationError as error:
         problems = [{**problem, "loc": ("margins", *problem["loc"])} for problem in error.errors()]
-        raise PresetError("\n".join(f"{place}{explain(problem)}" for problem in problems)) from error
+        raise UserError("\n".join(f"{place}{explain(problem)}" for problem in problems)) from error
 
 
 def _mapping(path: Path, needed: str) -> dict[str, Any]:
     """Return the content of a YAML file, which must be a mapping; `needed` says so in the error message."""
-    try:
-        raw = read_yaml(path)
-    except UserError as error:
-        raise PresetError(str(error)) from error
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
-        raise PresetError(f"{path}: {needed}, not {raw!r}")
+        raise UserError(f"{path}: {needed}, not {raw!r}")
     return raw
 
 
@@ -151,19 +146,19 @@ def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     """Return the content of a preset's file, laid over the content of the presets that it extends."""
     if path.resolve() in [child.resolve() for child in children]:
         chain = " extends ".join(str(file) for file in (*children, path))
-        raise PresetError(f"{path}: a preset must not extend itself, but {chain}")
+        raise UserError(f"{path}: a preset must not extend itself, but {chain}")
     raw = _mapping(path, f"a preset is a mapping of {', '.join(Preset.model_fields)}")
     extends = raw.pop("extends", [])
     parents = [extends] if isinstance(extends, str) else extends
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise PresetError(f"{path}: extends = {extends!r}: the name of a preset, or a list of names, is needed")
+        raise UserError(f"{path}: extends = {extends!r}: the name of a preset, or a list of names, is needed")
     whole: dict[str, Any] = {}
     for parent in parents:
         # A path is relative to the folder of the preset that names it.
         file = path.parent / parent if parent.endswith((".yaml", ".yml")) else _shipped(parent)
         if not file.is_file():
             allowed = ", ".join(shipped("*", "suites/*"))
-            raise PresetError(f"{path}: extends = {parent!r}: no file {file}; allowed: {allowed}, or a path to .yaml")
+            raise UserError(f"{path}: extends = {parent!r}: no file {file}; allowed: {allowed}, or a path to .yaml")
         whole = _laid_over(whole, _with_parents(file, (*children, path)))
     return _laid_over(whole, raw)
 
@@ -201,7 +196,7 @@ def _written_out(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[
         if isinstance(blocks, dict) and experiment in Experiments.model_fields and experiment != "compute":
             for key, block in blocks.items():
                 if not isinstance(block, dict):
-                    raise PresetError(
+                    raise UserError(
                         f"{path}: experiments.{experiment}.{key} = {block!r}: a block is a mapping; "
                         f"allowed for {experiment}: a list of blocks, or a mapping of blocks by name"
                     )
@@ -242,10 +237,7 @@ def explain(problem: Any) -> str:
             allowed = ", ".join(sorted({*current.model_fields, *(["extends"] if current is Preset else [])}))
             return f"{'.'.join(parts[:-1]) or 'preset'}: unknown key {parts[-1]!r}; allowed: {allowed}"
         case "missing":
-            if not (examples := current.model_fields[parts[-1]].examples):
-                return f"{where}: missing"
-            line = yaml.safe_dump({parts[-1]: examples[0]}, default_flow_style=True, sort_keys=False)
-            return f"{where}: missing; for example `{line.strip()[1:-1]}`"
+            return f"{where}: missing"
         case "value_error":
             return f"{where + ': ' if where else ''}{context['error']}"
         case "float_type" | "int_type" if isinstance(value, str) and re.fullmatch(_NUMBER, value):
@@ -255,10 +247,6 @@ def explain(problem: Any) -> str:
             return f"{where} = {value!r}: this is text to YAML, not a number; write {number}"
         case "union_tag_not_found":
             return f"{where}: missing key 'kind'; allowed: {', '.join(map(repr, _kinds(parts[0])))}"
-        case "union_tag_invalid":
-            return f"{where}.kind = {context['tag']!r}: allowed: {context['expected_tags']}"
-        case "too_short":
-            return f"{where} = {value!r}: must not be empty; at least {context['min_length']} needed"
         case _:
             return f"{where} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 

@@ -20,14 +20,14 @@ class Margins(Strict):
     """The smallest effects of interest. Differences below them count as none, so a claim of equality is judged within
     them, and a claim of a difference must exceed them."""
 
-    loss: Annotated[float, Field(gt=0, lt=1, examples=[0.02])]
+    loss: Annotated[float, Field(gt=0, lt=1)]
     """For losses of SFT: a share of the fall of the loss from the base to full fine-tuning."""
     final_loss: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """For losses of SFT, too: a share of the final loss of full fine-tuning. The smaller margin holds, since on a
     task that is almost solved nearly all of the fall is the format of the answers."""
-    reward: Annotated[float, Field(gt=0, lt=1, examples=[0.1])]
+    reward: Annotated[float, Field(gt=0, lt=1)]
     """For accuracies of RL: a share of the gain in accuracy from the base to full fine-tuning."""
-    lr_factor: Annotated[float, Field(gt=1, le=1e20, examples=[1.6])]
+    lr_factor: Annotated[float, Field(gt=1, le=1e20)]
     """For optimal LRs: the factor up to which two count as the same."""
 
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, model_validator
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from lorabench.config.execution import EVAL_SOURCES, Evaluation, Execution
-from lorabench.config.experiments import Block, Experiments, Protocol, Racing, RlExperiment, SftExperiment
+from lorabench.config.experiments import Experiments, Protocol, Racing, RlExperiment, SftExperiment
 from lorabench.config.fields import Name, NotNegative, Strict
 from lorabench.config.inputs import (
     DatasetSpec,
@@ -21,10 +21,7 @@ from lorabench.config.inputs import (
     ProblemSpec,
     model_catalogue,
 )
-from lorabench.config.margins import DEFAULT_MARGINS, Margins, checked_predictions
-
-MOST_ARMS, MOST_RUNS = 1_000, 50_000
-"""The largest numbers in a preset, far above those of the paper's; planning an arm takes milliseconds."""
+from lorabench.config.margins import Margins, checked_predictions
 
 
 class Preset(Strict):
@@ -41,7 +38,7 @@ class Preset(Strict):
     problems: dict[Name, ProblemSpec] = {}
     """Problem sets for RL, by name."""
     protocol: Protocol = Protocol()
-    margins: Annotated[Margins, Field(examples=[DEFAULT_MARGINS.model_dump()])]
+    margins: Margins
     """The smallest effects that matter, written down before the runs; verdicts on claims are judged by them."""
     predictions: Annotated[dict[str, Any], AfterValidator(checked_predictions)] | None = None
     """What studies predict, by study, written down before the runs and judged like claims; null for no predictions."""
@@ -57,23 +54,9 @@ class Preset(Strict):
 
     @model_validator(mode="after")
     def _can_be_planned(self) -> Self:
-        arms, runs = 0, 0
-        for blocks in self.experiments.trained().values():
-            for sized in blocks:
-                if isinstance(sized, SftExperiment):
-                    data = len(sized.datasets) * len(sized.batch_sizes)
-                else:
-                    data = len(sized.problems)
-                more_arms, more_runs = sized.size(len(sized.models) * data)
-                arms, runs = arms + more_arms, runs + more_runs
-        if arms > MOST_ARMS or runs > MOST_RUNS:
-            raise ValueError(
-                f"experiments: {arms:,} arms with up to {runs:,} runs; allowed: {MOST_ARMS:,} arms, {MOST_RUNS:,} runs"
-            )
-        if not self.experiments.chosen():
-            raise ValueError(f"experiments is empty; allowed: {', '.join(Experiments.model_fields)}")
         if not self.experiments.trained():
-            raise ValueError("experiments: compute alone trains nothing; add another experiment")
+            trains = ", ".join(name for name in Experiments.model_fields if name != "compute")
+            raise ValueError(f"experiments: none of them trains; needed is one of {trains}")
         if twice := self.datasets.keys() & self.problems.keys():
             raise ValueError(f"problems: {min(twice)!r} is also the name of a dataset; choose another name")
         models = {**self.models, **model_catalogue()}
@@ -83,7 +66,10 @@ class Preset(Strict):
             for number, block in enumerate(blocks):
                 where = f"experiments.{name}.{number}"
                 _known(block.models, models, f"{where}.models")
-                self._check_data(block, where)
+                if isinstance(block, SftExperiment):
+                    self._check_sft(block, where)
+                elif isinstance(block, RlExperiment):
+                    self._check_rl(block, where)
         if self.evaluation:
             self._check_evaluation(self.evaluation)
         return self
@@ -105,28 +91,24 @@ class Preset(Strict):
         problems = {name: changed(spec) for name, spec in self.problems.items()}
         return self.model_copy(update={"datasets": datasets, "problems": problems})
 
-    def _check_data(self, block: Block, where: str) -> None:
-        if isinstance(block, SftExperiment):
-            _known(block.datasets, self.datasets, f"{where}.datasets")
-            for dataset, batch_size in product(block.datasets, block.batch_sizes):
-                train = self.datasets[dataset].train
-                if train * block.epochs < batch_size:
-                    what = f"{batch_size} is more than the {train} training examples of {dataset!r}"
-                    raise ValueError(f"{where}.batch_sizes: {what}")
-        if not isinstance(block, RlExperiment):
-            return
-        _known(block.problems, self.problems, f"{where}.problems")
-        _known(block.held_out, self.problems, f"{where}.held_out")
+    def _check_sft(self, block: SftExperiment, where: str) -> None:
+        _known(block.datasets, self.datasets, f"{where}.datasets")
+        for dataset, batch_size in product(block.datasets, block.batch_sizes):
+            train = self.datasets[dataset].train
+            if train * block.epochs < batch_size:
+                what = f"{batch_size} is more than the {train} training examples of {dataset!r}"
+                raise ValueError(f"{where}.batch_sizes: {what}")
+
+    def _check_rl(self, block: RlExperiment, where: str) -> None:
+        _known([*block.problems, *block.held_out], self.problems, f"{where}.problems")
         for name in block.problems:
             train = self.problems[name].train
             if train < block.problems_per_step:
                 what = f"{block.problems_per_step} is more than the {train} training problems of {name!r}"
                 raise ValueError(f"{where}.problems_per_step: {what}")
-        for name in block.held_out:
-            if name in block.problems:
-                raise ValueError(f"{where}.held_out: {name!r} is trained on")
-            if name in ("train", "validation", "test"):
-                raise ValueError(f"{where}.held_out: {name!r} is the name of a split; name the problem set otherwise")
+        # Held-out sets are called by their names in tables, beside the splits.
+        if wrong := {*block.problems, "train", "validation", "test"} & set(block.held_out):
+            raise ValueError(f"{where}.held_out: {min(wrong)!r} is trained on, or is the name of a split")
 
     def _check_evaluation(self, evaluation: Evaluation) -> None:
         _known(evaluation.experiments, self.experiments.trained(), "evaluation.experiments")
@@ -138,14 +120,10 @@ class Preset(Strict):
             if task.name.startswith("lorabench_"):
                 _known([task.name], EVAL_SOURCES, f"{where}.name")
             kind = EVAL_SOURCES.get(task.name)
-            allowed = [name for name, spec in self.sources.items() if spec.kind == kind]
-            if kind is None and task.source is not None:
-                raise ValueError(f"{where}.source = {task.source!r}: task {task.name!r} reads no source; leave it out")
-            if kind is not None and task.source not in allowed:
-                raise ValueError(
-                    f"{where}.source = {task.source!r}: task {task.name!r} reads a source of kind {kind}; "
-                    f"allowed: {', '.join(allowed) or 'none in this preset'}"
-                )
+            allowed = [name for name, spec in self.sources.items() if spec.kind == kind] if kind else [None]
+            if task.source not in allowed:
+                sources = ", ".join(map(str, allowed)) or f"a source of kind {kind}, of which the preset has none"
+                raise ValueError(f"{where}.source = {task.source!r}: allowed for {task.name}: {sources}")
 
     @property
     def sources(self) -> dict[str, DatasetSpec | ProblemSpec]:

@@ -12,7 +12,7 @@ from typing import get_args
 
 from safetensors import SafetensorError, safe_open
 
-from lorabench.config.inputs import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
+from lorabench.config.inputs import HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
 from lorabench.models.specs import (
     ARCHITECTURES,
@@ -24,7 +24,6 @@ from lorabench.models.specs import (
     shipped_folder,
 )
 from lorabench.utils import formats
-from lorabench.utils.files import file_sha256
 from lorabench.utils.hub import WantedRepository, look_up
 
 TINY: tuple[str, ...] = get_args(TinyModel.model_fields["name"].annotation)
@@ -61,7 +60,7 @@ class UserModel:
 
 
 def find_model(name: str) -> UserModel:
-    """Return the model of a name: `tiny` or a shipped base, a folder, a GGUF file, or an id of the Hugging Face hub.
+    """Return the model of a name: `tiny` or a shipped base, a folder, or an id of the Hugging Face hub.
 
     UserError says that there is no such model, or that its dimensions can't be read.
     """
@@ -71,14 +70,9 @@ def find_model(name: str) -> UserModel:
         spec = TinyModel.model_validate({"kind": "tiny"} | ({} if name == "tiny" else {"name": name}))
         config = read_config(shipped_folder(spec.name))
         parameters = json.loads((shipped_folder(spec.name) / "recipe.json").read_text())["parameters"]
-    elif path.suffix == ".gguf":
-        return _gguf(name)
-    # A name that is too long for a file is the name of none.
     elif os.path.isdir(name):
         config = read_config(path)
         width = _width(config, str(path / "config.json"))
-        if not any(path.glob("*.safetensors")):
-            raise UserError(f"model folder {name!r} has no .safetensors file; pickled weights are not loaded")
         parameters = 0
         for file in path.glob("*.safetensors"):
             try:
@@ -87,7 +81,7 @@ def find_model(name: str) -> UserModel:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file} is not a safetensors file") from error
         if not parameters:
-            raise UserError(f"model folder {name!r} has .safetensors files without weights")
+            raise UserError(f"model folder {name!r} has no weights in .safetensors files; no others are loaded")
         spec = PathModel(kind="path", path=name, parameters=parameters, hidden_size=width)
     elif HUB_ID.fullmatch(name):
         where = f"config.json of model {name!r}"
@@ -111,7 +105,7 @@ def find_model(name: str) -> UserModel:
         spec = HubModel(kind="hub", id=name, parameters=parameters, hidden_size=width)
     else:
         bases = ", ".join(("tiny", *TINY))
-        raise UserError(f"model {name!r} is no folder, no .gguf file, no hub id (owner/name) and none of {bases}")
+        raise UserError(f"model {name!r} is no folder, no hub id (owner/name) and none of {bases}")
     return UserModel(name, spec, config.model_type or "", parameters, config.max_position_embeddings)
 
 
@@ -121,25 +115,3 @@ def _width(config: ModelConfig, where: str) -> int:
         lacking = "hidden_size" if config.model_type else "model_type"
         raise UserError(f"{where} has no {lacking}; a causal LM for text is needed")
     return config.hidden_size
-
-
-def _gguf(name: str) -> UserModel:
-    from gguf import GGUFReader
-
-    path = Path(name)
-    if not os.path.isfile(name):
-        raise UserError(f"GGUF file {name!r} does not exist")
-    try:
-        reader = GGUFReader(path)
-        family = reader.fields["general.architecture"].contents()
-        entries = (reader.fields[f"{family}.{key}"].contents() for key in ("embedding_length", "context_length"))
-        about = dict(zip(("model_type", "hidden_size", "max_position_embeddings"), (family, *entries), strict=True))
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise UserError(f"{path} can't be read as GGUF: {error}") from error
-    config = ModelConfig.of(about, f"GGUF file {name!r}")
-    parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    if not parameters:
-        raise UserError(f"GGUF file {name!r} has no weights")
-    width = _width(config, f"GGUF file {name!r}")
-    spec = GgufModel(kind="gguf", path=name, sha256=file_sha256(path), parameters=parameters, hidden_size=width)
-    return UserModel(name, spec, family, parameters, config.max_position_embeddings)

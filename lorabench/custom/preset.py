@@ -17,18 +17,16 @@ from typing import Any
 import jinja2
 import yaml
 
-from lorabench.config.fields import VARIANT_NAMES
 from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import check_name, is_shipped, parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.config.preset import Preset
-from lorabench.custom.data import UserData, UserProblems, examine, examine_problems
+from lorabench.custom.data import UserData, examine, examine_problems
 from lorabench.custom.model import UserModel, find_model
 from lorabench.errors import UserError
 from lorabench.planning.plan import starting_lr
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
-from lorabench.utils.gpus import GPUS
 from lorabench.utils.yaml_files import parse_yaml
 
 DEFAULT_RANK = 32
@@ -101,15 +99,10 @@ def init_preset(
         )
     if os.path.exists(path) and not force:
         raise UserError(f"{path} exists; --force overwrites it")
-    if choices.gpu is not None and choices.gpu not in GPUS:
-        raise UserError(f"gpu {choices.gpu!r} is not known; allowed: {', '.join(GPUS)}")
-    if unknown := [variant for variant in choices.variants if variant not in VARIANT_NAMES]:
-        raise UserError(f"variant {unknown[0]!r} is not known; allowed: {', '.join(VARIANT_NAMES)}")
     if form is not None and choices.grader is not None:
         raise UserError("--format and --grader: problems have the columns question and answer; give one of them")
     described = find_model(model)
     say(str(described))
-    examples: UserData | UserProblems
     if choices.grader is None:
         examples, template = examine(described, data, form)
     else:
@@ -130,17 +123,16 @@ def init_preset(
     return preset
 
 
-def _text(model: UserModel, data: UserData | UserProblems, choices: Choices, template: str | None, path: Path) -> str:
+def _text(model: UserModel, data: UserData, choices: Choices, template: str | None, path: Path) -> str:
     """Return the preset as YAML text: it fine-tunes on examples, or does reinforcement learning on problems."""
     sizes = splits(data.usable, choices.held_out)
     data_fields, train = data.source | sizes, sizes["train"]
     settings: dict[str, Any] = {}
-    if isinstance(data, UserData):
+    if data.mean_completion_tokens is not None:
         tokens = data.mean_completion_tokens * train
         high = recommended_rank(model, tokens)
         # A quarter of the recommended rank, and rank 1, show where capacity ends.
         ranks = choices.ranks or tuple(sorted({1, max(1, high // 4), high}))
-        data_fields |= {"max_chars": max(32, data.max_chars), "mean_tokens": max(1, round(data.mean_tokens))}
         about = f"{data.usable} usable examples, about {data.mean_completion_tokens:.0f} scored tokens each."
         settings |= {"tokens": tokens, "parameters": model.lora_parameters(max(ranks))}
         settings |= {"batch_size": recommended_batch(train), "epochs": float(choices.epochs)}
@@ -159,7 +151,7 @@ def _text(model: UserModel, data: UserData | UserProblems, choices: Choices, tem
     model_fields = {name: value for name, value in model.spec if name == "revision" or value != known[name].default}
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     environment.filters["yaml"] = yaml_text
-    sft = isinstance(data, UserData)
+    sft = choices.grader is None
     return environment.from_string(Path(__file__).with_name("preset.yaml.j2").read_text(encoding="utf-8")).render(
         # A comment must not leave its line.
         path=" ".join(str(path).split()),

@@ -21,7 +21,8 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 """The roles of turns in the datasets of others, with the roles that they stand for."""
 
 FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
-NO_TEXT, NO_CHAT, NO_ASSISTANT = "no text", "not a list of turns", "does not end with a turn of the assistant"
+CHATS = ("messages", "conversations")
+NO_TEXT, NO_CHAT, NO_ANSWER = "no text", "not a list of turns", "does not end with an answer of the assistant"
 NOT_UNICODE = "text that is not valid Unicode"
 # This many consecutive examples that are not wanted mean that there are no more.
 _MAX_MISSES = 500
@@ -105,28 +106,11 @@ def take(examples: Iterator[Example], count: int, what: str) -> Iterator[Example
         raise UserError(f"found {taken} distinct {what}; {count} are needed")
 
 
-def disjoint(rows: Iterable[Row], identity: Callable[[Row], str | None]) -> Iterator[Row]:
-    """Yield the same rows, or raise UserError if splits share an example by its identity, if it has one."""
-    split_of: dict[int, Split] = {}
-    for row in rows:
-        text = identity(row)
-        if text is not None and (first := split_of.setdefault(text_digest(text), row["split"])) != row["split"]:
-            raise UserError(f"splits {first!r} and {row['split']!r} share the example {text[:80]!r}")
-        yield row
-
-
-def formats_in(columns: Iterable[str]) -> list[FileFormat]:
-    """Return the formats whose columns are all present: of chats the first, else all pairs, else the text."""
-    formats = [name for name in FORMATS if set(name.split("/")) <= set(columns)]
-    chats: list[FileFormat] = [name for name in formats if name in ("messages", "conversations")]
-    return chats[:1] or [name for name in formats if "/" in name] or formats
-
-
 def file_messages(content: dict[str, Any], format_name: str) -> Messages:
     """Return the messages of a row; UnusableRowError says why the row is not an example of that format."""
-    names = format_name.split("/")
     if format_name == "text":
         return [{"role": "text", "content": row_text(content.get("text"))}]
+    names = format_name.split("/")
     if len(names) == 1:
         messages = chat_turns(content.get(format_name))
     else:
@@ -137,16 +121,15 @@ def file_messages(content: dict[str, Any], format_name: str) -> Messages:
         # Each side of a pair is a text or a list of turns.
         for value, role in ((asked, "user"), (answered, "assistant")):
             messages += chat_turns(value) if isinstance(value, list) else [{"role": role, "content": row_text(value)}]
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise UnusableRowError(NO_ASSISTANT)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+        raise UnusableRowError(NO_ANSWER)
     return messages
 
 
-def chat_turns(value: Any, keep_empty: bool = False) -> Messages:
-    """Return turns with `role` and `content`, or `from` and `value`, as messages; UnusableRowError if they are none."""
-    if not value and not keep_empty:
+def chat_turns(turns: Any) -> Messages:
+    """Return turns with `role` and `content`, or `from` and `value`, as messages, whose content may be empty."""
+    if not turns:
         raise UnusableRowError(NO_TEXT)
-    turns = value or []
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise UnusableRowError(NO_CHAT)
     messages = []
@@ -155,9 +138,7 @@ def chat_turns(value: Any, keep_empty: bool = False) -> Messages:
         if not isinstance(role, str) or role not in ROLES:
             raise UnusableRowError(f"a turn of unknown role (known: {', '.join(ROLES)})")
         content = turn.get("content") or turn.get("value", turn.get("content"))
-        # Many datasets have an empty system prompt.
-        if keep_empty or content or ROLES[role] != "system":
-            messages.append({"role": ROLES[role], "content": row_text(content, keep_empty)})
+        messages.append({"role": ROLES[role], "content": row_text(content, may_be_empty=True)})
     return messages
 
 

@@ -6,7 +6,7 @@ as plain text with the end token and without a chat template, every token of it 
 pair, a pair over a text.
 
 Whatever comes from outside goes through `usable`, datasets and problem sets of the hub too: a row that can't be used is
-counted in a `Tally` by its reason, never silently dropped. What is wrong with a file as a whole is a `UserError`.
+counted in a `Tally` by its reason. What is wrong with a file as a whole is a `UserError`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -23,15 +23,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config.fields import FILE_SUFFIXES, FileFormat
+from lorabench.config.fields import FileFormat
 from lorabench.config.inputs import FileDataset, FileProblems
 from lorabench.data.chat import (
+    CHATS,
     FORMATS,
     Chat,
     Example,
     UnusableRowError,
     file_messages,
-    formats_in,
     is_first,
     prompt,
     row_text,
@@ -41,45 +41,38 @@ from lorabench.data.grading import BOX, gsm8k_answer, last_box, number
 from lorabench.data.reasoning import Problem
 from lorabench.errors import UserError
 
-MAX_LINE_BYTES = 64 << 20
-"""Longer lines of JSON, and longer fields of CSV, are not parsed."""
 # Examples of reasoning datasets take 50 kB each.
 _BATCH_ROWS = 256
 NOT_UTF8, NO_OBJECT, NO_NUMBER = "not UTF-8", "not a JSON object", "an answer that is no number"
 TOO_LONG, REPEATED = "too long", "repeats the prompt of an earlier row"
 
-RawRow = tuple[int, dict[str, Any] | str]
-"""A row as it was read: its place, which is its line in JSON lines and CSV and else its number, both counted from 1;
-and its columns by name, or the reason why it can't be read."""
+RawRow = dict[str, Any] | str
+"""A row as it was read: its columns by name, or the reason why it can't be read."""
 
 
 @dataclass
 class Tally:
-    """The number of rows that were read, the number of usable ones, and the reasons why the others were left out."""
+    """The number of rows that were read, the number of usable ones, and the reasons why the others were left out.
+
+    Rows are numbered from 1; blank lines are no rows.
+    """
 
     format: str
     """What the rows are read as, such as their format."""
     rows: int = 0
     usable: int = 0
-    unit: str = "line"
-    """What a row's place counts, `line` or `row`."""
     bad: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """For each reason the number of rows that were left out, and the place of the first of them."""
-    columns: tuple[str, ...] = ()
-    """The columns of the first row that could be read."""
+    """For each reason the number of rows that were left out, and the number of the first of them."""
 
-    def leave_out(self, place: int, reason: str, rows: int = 1) -> None:
-        """Count rows that can't be used, the first of which is at a place."""
-        count, first = self.bad.get(reason, (0, place))
-        self.bad[reason] = count + rows, min(first, place)
+    def leave_out(self, number: int, reason: str, rows: int = 1) -> None:
+        """Count rows that can't be used, the first of which has a number."""
+        count, first = self.bad.get(reason, (0, number))
+        self.bad[reason] = count + rows, min(first, number)
 
     def reasons(self) -> str:
-        """Return the reasons as text, `3 no text (first: line 7), 1 too long (line 9)`; empty if there are none."""
+        """Return the reasons as text, `3 no text (first: row 7), 1 too long (first: row 9)`; empty if none."""
         most_first = sorted(self.bad.items(), key=lambda item: -item[1][0])
-        return ", ".join(
-            f"{count} {reason} ({'first: ' if count > 1 else ''}{self.unit} {first})"
-            for reason, (count, first) in most_first
-        )
+        return ", ".join(f"{count} {reason} (first: row {first})" for reason, (count, first) in most_first)
 
     def __str__(self) -> str:
         left_out = f"; left out: {self.reasons()}" if self.bad else ""
@@ -88,7 +81,7 @@ class Tally:
     def plain(self) -> dict[str, Any]:
         """Return the tally as plain data for JSON."""
         bad = [{"reason": reason, "rows": count, "first": first} for reason, (count, first) in self.bad.items()]
-        return {"format": self.format, "rows": self.rows, "usable": self.usable, "unit": self.unit, "bad": bad}
+        return {"format": self.format, "rows": self.rows, "usable": self.usable, "bad": bad}
 
 
 def usable(
@@ -97,47 +90,38 @@ def usable(
     tally: Tally,
     is_new: Callable[[Example], bool] = lambda example: True,
 ) -> Iterator[tuple[int, Example]]:
-    """Yield the place and the example of each usable and new row (see `is_first`); the tally counts all rows.
+    """Yield the number and the example of each usable and new row (see `is_first`); the tally counts all rows.
 
     The function `parse` turns the columns of a row into an example, or raises UnusableRowError.
     """
-    for place, content in rows:
+    for content in rows:
         tally.rows += 1
         try:
             if isinstance(content, str):
                 raise UnusableRowError(content)
-            tally.columns = tally.columns or tuple(content)
             example = parse(content)
             if not is_new(example):
                 raise UnusableRowError(REPEATED)
         except UnusableRowError as error:
-            tally.leave_out(place, str(error))
+            tally.leave_out(tally.rows, str(error))
             continue
         tally.usable += 1
-        yield place, example
+        yield tally.rows, example
 
 
 def json_lines(path: Path) -> Iterator[RawRow]:
     """Yield the rows of a file with one JSON object per line; blank lines are skipped."""
     with path.open("rb") as file:
-        file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
-        place = 0
         # Lines of bytes end at line feeds only, not at other line ends that texts contain, such as U+2028.
-        while line := file.readline(MAX_LINE_BYTES):
-            place += 1
-            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                while (remainder := file.readline(MAX_LINE_BYTES)) and not remainder.endswith(b"\n"):
-                    pass
-                yield place, TOO_LONG
-                continue
+        for line in file:
             try:
-                if text := line.decode().strip():
+                if text := line.decode("utf-8-sig").strip():
                     value = json.loads(text)
-                    yield place, value if isinstance(value, dict) else NO_OBJECT
+                    yield value if isinstance(value, dict) else NO_OBJECT
             except UnicodeDecodeError:
-                yield place, NOT_UTF8
+                yield NOT_UTF8
             except (ValueError, RecursionError):
-                yield place, "not JSON"
+                yield "not JSON"
 
 
 def parquet_rows(
@@ -150,105 +134,109 @@ def parquet_rows(
     try:
         with pq.ParquetFile(path) as file:
             batches = file.iter_batches(_BATCH_ROWS, columns=choose(file.schema_arrow.names, str(path)))
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+            yield from (row for batch in batches for row in batch.to_pylist())
     except (pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} can't be read as parquet: {reason}") from error
 
 
-def file_rows(path: Path, tally: Tally) -> Iterator[RawRow]:
-    """Yield all rows of a file, and set the tally's unit."""
+def part_rows(
+    files: Iterable[Path], name: str, needed: Sequence[Sequence[str]], optional: Sequence[str] = ()
+) -> Iterator[RawRow]:
+    """Yield the rows of a part of a dataset, of all its files.
+
+    Of the columns, those are read that are `needed`, of several names for one the first that is there, and those of
+    the `optional` ones that are there. UserError calls the dataset `name`, and says that a file is of another kind, a
+    row can't be read, or a column is missing.
+    """
+
+    def choose(columns: Collection[str], where: str) -> list[str]:
+        chosen = [column for column in optional if column in columns]
+        for names in needed:
+            present = [column for column in names if column in columns]
+            if not present:
+                raise UserError(
+                    f"{name} has the columns {', '.join(columns)} in {where}; {' or '.join(names)} is needed"
+                )
+            chosen.append(present[0])
+        return chosen
+
+    for file in files:
+        if file.suffix not in (".parquet", ".jsonl"):
+            raise UserError(f"{file} is neither .parquet nor .jsonl, the kinds of data files that are read")
+        rows = parquet_rows(file, choose) if file.suffix == ".parquet" else json_lines(file)
+        for place, content in enumerate(rows, 1):
+            if isinstance(content, str):
+                raise UserError(f"{file}:{place} is {content}")
+            yield {column: content[column] for column in choose(content, f"{file}:{place}")}
+
+
+def file_rows(path: Path) -> Iterator[RawRow]:
+    """Yield all rows of a file; UserError says that it can't be read, or has none."""
     readers = {".jsonl": json_lines, ".json": _json_rows, ".csv": _csv_rows, ".parquet": parquet_rows}
     if path.suffix not in readers:
-        raise UserError(f"data file {str(path)!r} must end in one of {', '.join(FILE_SUFFIXES)}")
-    tally.unit = "line" if path.suffix in (".jsonl", ".csv") else "row"
-    empty = True
+        raise UserError(f"data file {str(path)!r} must end in one of {', '.join(readers)}")
+    row = None
     try:
-        with path.open("rb") as file:
-            start = file.read(2)
-        if not start:
-            raise UserError(f"{path} is empty")
-        if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise UserError(f"{path} is UTF-16; save it as UTF-8")
         for row in readers[path.suffix](path):
-            empty = False
             yield row
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}") from error
-    if empty:
+    if row is None:
         raise UserError(f"{path} has no rows")
 
 
 def _json_rows(path: Path) -> Iterator[RawRow]:
     """Yield the rows of an array of objects, held in memory, or of one object per line, as in many .json files."""
     with path.open("rb") as file:
-        if file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
-            yield from json_lines(path)
-            return
+        is_array = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    if not is_array:
+        yield from json_lines(path)
+        return
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(f"{path} is not JSON: {reason}") from error
-    if not isinstance(values, list):
-        raise UserError(f"{path} must be an array of objects, or hold one object per line")
-    yield from enumerate((value if isinstance(value, dict) else NO_OBJECT for value in values), 1)
+        raise UserError(f"{path} is not JSON: {error}") from error
+    yield from (value if isinstance(value, dict) else NO_OBJECT for value in values)
 
 
 def _csv_rows(path: Path) -> Iterator[RawRow]:
-    """Yield the rows of a CSV file with a header; the place of a row whose fields hold line ends is its last line."""
+    """Yield the rows of a CSV file with a header."""
     # Python's limit is 128 KiB by default, and holds for the whole process.
-    csv.field_size_limit(MAX_LINE_BYTES)
+    csv.field_size_limit(2**31 - 1)
     # Bytes that are not UTF-8 become lone surrogates, so that their row is unusable and not the whole file.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file)
-        try:
-            fields = len(reader.fieldnames or ())
-        except csv.Error as error:
-            raise UserError(f"{path} is not CSV: {error}") from error
-        while True:
-            content: dict[str, Any] | str
-            try:
-                content = next(reader)
-                # DictReader puts fields beyond the header under the key None, and None in place of missing fields.
-                if None in content or None in content.values():
-                    content = f"not the {fields} fields of the header"
-            except StopIteration:
-                return
-            except csv.Error as error:
-                content = f"not CSV: {error}"
-            yield reader.line_num, content
+        for content in reader:
+            # DictReader puts fields beyond the header under the key None, and None in place of missing fields.
+            is_whole = None not in content and None not in content.values()
+            yield content if is_whole else f"not the {len(reader.fieldnames or ())} fields of the header"
 
 
 def chosen_format(path: Path) -> FileFormat:
     """Return the format that the columns of the first row with columns of a format imply; UserError if none does."""
-    tally = Tally("unknown")
-    for _, formats in usable(file_rows(path, tally), formats_in, tally):
+
+    def formats_of(content: dict[str, Any]) -> list[FileFormat]:
+        """Return the formats whose columns are all present: of chats the first, else all pairs, else the text."""
+        formats = [name for name in FORMATS if set(name.split("/")) <= content.keys()]
+        if not formats:
+            raise UnusableRowError("without the columns of a format")
+        return [name for name in formats if name in CHATS][:1] or [name for name in formats if "/" in name] or formats
+
+    tally = Tally(f"one of the formats {', '.join(FORMATS)}")
+    for _, formats in usable(file_rows(path), formats_of, tally):
         if len(formats) > 1:
             raise UserError(f"{path} may be read as {' or '.join(formats)}; set `format`")
-        if formats:
-            return formats[0]
-    if not tally.columns and tally.bad:
-        raise UserError(f"{path}: none of its {tally.rows} rows can be used: {tally.reasons()}")
-    raise UserError(
-        f"{path} has the columns {_names(tally.columns)}; needed are those of one format: {', '.join(FORMATS)}"
-    )
+        return formats[0]
+    raise UserError(f"{path}: {tally}")
 
 
-def usable_chats(
-    rows: Iterable[RawRow], source: str, tally: Tally, max_chars: int | None = None, group: str | None = None
-) -> Iterator[Chat]:
-    """Yield the usable examples among rows in the tally's format, each prompt once, of at most `max_chars`."""
-
-    def parse(content: dict[str, Any]) -> Chat:
-        chat = Chat(source_of(source, content, group), file_messages(content, tally.format))
-        if max_chars is not None and chat.chars() > max_chars:
-            raise UnusableRowError(TOO_LONG)
-        return chat
-
-    # Hashes take less memory than prompts.
-    is_new: Callable[[Chat], bool] = is_first(lambda chat: text_digest(prompt(chat.messages)))
-    return (chat for _, chat in usable(rows, parse, tally, is_new))
+def row_chat(content: dict[str, Any], form: str, source: str, max_chars: int | None, group: str | None) -> Chat:
+    """Return the example of a row in one of FORMATS, of at most `max_chars`; UnusableRowError says why it is none."""
+    chat = Chat(source_of(source, content, group), file_messages(content, form))
+    if max_chars is not None and chat.chars() > max_chars:
+        raise UnusableRowError(TOO_LONG)
+    return chat
 
 
 def source_of(source: str, content: dict[str, Any], group: str | None) -> str:
@@ -261,20 +249,29 @@ def source_of(source: str, content: dict[str, Any], group: str | None) -> str:
         raise UnusableRowError(f"no {group!r}, which names its group") from None
 
 
+def usable_chats(
+    rows: Iterable[RawRow], source: str, tally: Tally, max_chars: int | None = None, group: str | None = None
+) -> Iterator[tuple[int, Chat]]:
+    """Yield the usable examples among rows in the tally's format, each prompt once, with the numbers of their rows."""
+    # Hashes take less memory than prompts.
+    is_new: Callable[[Chat], bool] = is_first(lambda chat: text_digest(prompt(chat.messages)))
+    return usable(rows, lambda content: row_chat(content, tally.format, source, max_chars, group), tally, is_new)
+
+
 def file_chats(spec: FileDataset) -> tuple[list[Chat], Tally]:
     """Return the usable examples of a dataset's file in an order that the seed decides, and the tally of its rows."""
     path = Path(spec.path)
     tally = Tally(spec.format or chosen_format(path))
-    chats = list(usable_chats(file_rows(path, tally), path.name, tally, spec.max_chars, spec.group))
+    chats = [chat for _, chat in usable_chats(file_rows(path), path.name, tally, spec.max_chars, spec.group)]
     return _shuffled(chats, tally, spec), tally
 
 
 def file_problems(spec: FileProblems) -> tuple[list[Problem], Tally]:
     """Return the usable problems of a file, each question once, in an order that the seed decides, and the tally."""
-    path, tally = Path(spec.path), Tally(f"{spec.question}/{spec.answer}")
+    path, tally = Path(spec.path), Tally("question/answer")
 
     def parse(content: dict[str, Any]) -> Problem:
-        question, answer = (row_text(content.get(name)).strip() for name in (spec.question, spec.answer))
+        question, answer = (row_text(content.get(name)).strip() for name in ("question", "answer"))
         if len(question) > spec.max_chars:
             raise UnusableRowError(TOO_LONG)
         short = last_box(answer) or gsm8k_answer(answer) or answer
@@ -284,26 +281,17 @@ def file_problems(spec: FileProblems) -> tuple[list[Problem], Tally]:
         return Problem(source_of(path.name, content, spec.group), question if asks_for_box else question + BOX, short)
 
     is_new: Callable[[Problem], bool] = is_first(lambda problem: problem.key)
-    problems = [problem for _, problem in usable(file_rows(path, tally), parse, tally, is_new)]
-    missing = [name for name in (spec.question, spec.answer) if name not in tally.columns]
-    if tally.columns and missing and not problems:
-        raise UserError(f"{path} has the columns {_names(tally.columns)}; {_names(missing)} is needed")
+    problems = [problem for _, problem in usable(file_rows(path), parse, tally, is_new)]
     return _shuffled(problems, tally, spec), tally
 
 
 def _shuffled(examples: list[Example], tally: Tally, spec: FileDataset | FileProblems) -> list[Example]:
     """Return examples in an order that the seed decides; UserError if there are too few."""
     needed = spec.train + spec.validation + spec.test
-    if tally.usable < needed:
-        why = f" ({tally.reasons()})" if tally.bad else ""
+    if len(examples) < needed:
         raise UserError(
-            f"{Path(spec.path)}, read as {tally.format}: {tally.usable} of its {tally.rows} rows can be used{why}; "
-            f"{needed} are needed: train = {spec.train}, validation = {spec.validation}, test = {spec.test}"
+            f"{spec.path}: {tally}; {needed} are needed: train = {spec.train}, validation = {spec.validation}, "
+            f"test = {spec.test}"
         )
     Random(spec.seed).shuffle(examples)
     return examples
-
-
-def _names(columns: Iterable[str]) -> str:
-    # The names are quoted, since a file may hold anything.
-    return ", ".join(repr(name)[:80] for name in list(columns)[:20]) or "none"

@@ -11,7 +11,15 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from lorabench.config.inputs import DatasetSpec, FileDataset, FileProblems, HubDataset, ProblemSpec, ShippedDataset
+from lorabench.config.inputs import (
+    DatasetSpec,
+    FileDataset,
+    FileProblems,
+    HubDataset,
+    HubProblems,
+    ProblemSpec,
+    ShippedDataset,
+)
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.utils.files import digest, file_sha256
 
@@ -32,7 +40,9 @@ def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
         path = Path(spec.path)
         return digest([PROTOCOL_VERSION, rules, _content(path, path.stat().st_size, path.stat().st_mtime_ns)], 8)
     content = [SHIPPED[spec.kind]] if isinstance(spec, ShippedDataset) else []
-    return digest([PROTOCOL_VERSION, spec.model_dump(exclude=without), *content], 8)
+    # Data of the hub once had a path, which counts as null.
+    former = {"path": None} if isinstance(spec, HubDataset | HubProblems) else {}
+    return digest([PROTOCOL_VERSION, spec.model_dump(exclude=without) | former, *content], 8)
 
 
 @cache
@@ -43,6 +53,4 @@ def _content(path: Path, size: int, changed_ns: int) -> str:
 
 def has_groups(spec: DatasetSpec | ProblemSpec) -> bool:
     """Return whether examples come in groups, which are then named by the column `source` of the dataset's file."""
-    if isinstance(spec, FileDataset | FileProblems | HubDataset):
-        return spec.group is not None
-    return isinstance(spec, ShippedDataset)
+    return isinstance(spec, ShippedDataset) or getattr(spec, "group", None) is not None

@@ -1,6 +1,6 @@
 """Problem sets for RL, questions with answers that a grader can verify, and what a policy gets without solving them.
 
-Those of the Hugging Face hub, or copies of them, are GSM8K, MATH, DeepMath, AIME 2024 and 2025. Each of their questions
+Those of the Hugging Face hub are GSM8K, MATH, DeepMath, AIME 2024 and 2025. Each of their questions
 ends with a request for a boxed answer, in the words of the Tinker cookbook. GSM8K has train and test splits; of MATH,
 as in the cookbook, MATH-500 is the test split and everything else is trained on; DeepMath has a train split only, AIME
 a test split only.
@@ -12,7 +12,6 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -31,10 +30,9 @@ from lorabench.config.inputs import (
     ReasoningProblems,
     SumProblems,
 )
-from lorabench.data.chat import SPLITS, Split, UnusableRowError, disjoint, is_first, take, wanted
-from lorabench.data.files import Tally, file_problems, usable
+from lorabench.data.chat import SPLITS, Split, UnusableRowError, is_first, take, wanted
+from lorabench.data.files import Tally, file_problems, part_rows, usable
 from lorabench.data.grading import BOX, NUMBER_BOX, gsm8k_answer, last_box, number
-from lorabench.data.hub import part_files, part_rows
 from lorabench.data.reasoning import Problem, mixture, sum_problems, worked_solutions
 from lorabench.utils.files import atomic_path, read_parquet
 from lorabench.utils.hub import FetchedRepository, WantedRepository
@@ -76,11 +74,12 @@ _PARTS = (
 
 def repositories(spec: HubProblems) -> list[WantedRepository]:
     """Return the repositories to fetch for a problem set."""
-    parts: dict[str, tuple[tuple[str | None, str], ...]] = dict.fromkeys(spec.ids, ())
+    parts: dict[str, list[tuple[str | None, str]]] = defaultdict(list)
     for part in _PARTS:
         if part.kind == spec.kind:
-            parts[part.id] += ((part.config, part.split),)
-    return [WantedRepository("dataset", name, spec.revisions.get(name, "main"), parts[name]) for name in parts]
+            parts[part.id].append((part.config, part.split))
+    revisions = spec.revisions
+    return [WantedRepository("dataset", name, revisions.get(name, "main"), tuple(parts[name])) for name in parts]
 
 
 def make_problems(
@@ -117,8 +116,7 @@ def make_problems(
 def _generated(spec: ReasoningProblems | SumProblems) -> Iterator[Problem]:
     """Return generated problems in an order that the seed decides.
 
-    Those of reasoning-gym are distinct, as many as the splits need, or fewer if the tasks have no more. Easy problems
-    repeat soon, so problems that come late are harder, and must not make up a split of their own.
+    Easy problems repeat soon, so those that come late are harder, and must not make up a split of their own.
     """
     if isinstance(spec, SumProblems):
         return sum_problems(spec.min_digits, spec.max_digits, spec.carries, spec.seed)
@@ -144,11 +142,7 @@ def _generated(spec: ReasoningProblems | SumProblems) -> Iterator[Problem]:
 def _hub_pools(
     spec: HubProblems, fetched: Mapping[str, FetchedRepository]
 ) -> tuple[Iterator[Problem], Iterator[Problem]]:
-    """Return the problems to train on and those to test on, in an order that the seed decides.
-
-    For DeepMath, which has no test split, both are the same iterator. Problems without an answer are left out, and
-    their number is logged.
-    """
+    """Return the problems to train on and those to test on, for DeepMath the same iterator, in an order by the seed."""
     suffix = NUMBER_BOX if spec.kind == "gsm8k" else BOX
     pools: dict[str, list[Problem]] = {"train": [], "test": []}
     for part in _PARTS:
@@ -163,10 +157,10 @@ def _hub_pools(
                 raise UnusableRowError("without an answer")
             return Problem(source, question.strip() + suffix, answer)
 
-        tally = Tally("problems", unit="row")
+        tally = Tally("problems")
         # The other columns are not read: DeepMath also has three long solutions of each problem.
         columns = [[part.question], [part.answer]]
-        rows = part_rows(part_files(fetched, spec.path, part.id, part.config, part.split), part.id, columns)
+        rows = part_rows(fetched[part.id].data_files(part.config, part.split), part.id, columns)
         pools[part.use] += [problem for _, problem in usable(rows, parse, tally)]
         if tally.bad:
             logging.warning("%s: left out of the problems of %s: %s", source, part.split, tally.reasons())
@@ -185,21 +179,17 @@ def write_problems(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def read_problems(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a problem file, or raise UserError if it is missing or damaged, or splits share a problem."""
-    rows = read_parquet(path, _SCHEMA).to_pylist()
-    return list(disjoint(rows, lambda row: " ".join(row["question"].split())))
+    """Return the rows of a problem file, or raise UserError if it is missing or damaged."""
+    rows: list[dict[str, Any]] = read_parquet(path, _SCHEMA).to_pylist()
+    return rows
 
 
-@dataclass(frozen=True)
-class Controls:
+class Controls(NamedTuple):
     """The test accuracies, from 0 to 1, of answers that solve no problem."""
 
-    constant: float
-    """The accuracy of the most frequent answer."""
-    rule: float
-    """The accuracy of the best rule; at least that of the constant answer on the problems to train on."""
-    rule_text: str
-    """The description of the rule."""
+    constant: float  # Of the most frequent answer.
+    rule: float  # Of the best rule; at least that of the constant answer on the problems to train on.
+    rule_text: str  # What the rule is.
 
 
 _Numbers = tuple[int, ...]
@@ -226,15 +216,11 @@ _FEATURES: dict[str, tuple[Callable[[_Numbers], int], Callable[[_Numbers], Hasha
 
 
 def controls(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> Controls:
-    """Return what a policy gets without solving problems: by the best constant answer, and by the best cheap rule.
+    """Return what a policy gets on test problems without solving them, by the best constant answer and by a cheap rule.
 
-    A rule reads the numbers of a question and nothing else. One adds them without carries; the others are `_FEATURES`,
-    whose constants are those that are right most often on the problems to train on, on which the best rule is chosen as
-    well. A rule that solves all of them is the task itself and no control.
-
-    Args:
-        train: questions and answers of the problems to train on, at least one. Rules are fitted on the first _MOST.
-        test: questions and answers of the test problems, at least one.
+    Given are questions and answers, at least one of each. A rule reads the numbers of a question and nothing else. One
+    adds them without carries; the others are `_FEATURES`, whose constants are those that are right most often on the
+    first problems to train on, by which the best rule is chosen as well. A rule that solves all is the task itself.
     """
 
     def read(problems: Sequence[tuple[str, str]]) -> list[tuple[_Numbers, _Answer]]:

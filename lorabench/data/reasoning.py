@@ -8,15 +8,10 @@ from `seed + i`.
 
 The other source are sums of two numbers with written working: problems for RL, and texts of writers who make mistakes.
 The working adds the digits column by column from the right, with what is carried as a third term, and the answer comes
-last: `7+5=12 4+8+1=13 132` answers `47+85`. The sum of `columns` digits has about 8 tokens for each column, 18 in all
-for two columns and 34 for four. The bases that are pretrained on the texts of `written_sums` imitate a mix of writers:
-
-- Most writers never carry. Whoever carries does so throughout, so the mistake is one of strategy.
-- All writers make slips in adding two digits, some pairs of digits often and some never. Each pair has its own wrong
-  result, so slips are mistakes of knowledge.
-
-Greedy answers follow the majority, which never carries, and are wrong wherever something is to be carried; some samples
-are right. RL can therefore improve by a shift of strategy, and then pair by pair.
+last: `7+5=12 4+8+1=13 132` answers `47+85`. The bases that are pretrained on the texts of `written_sums` imitate a mix
+of writers. Most never carry, a mistake of strategy; all make slips in adding two digits, some pairs of digits often and
+some never, a mistake of knowledge. Greedy answers follow the majority, which never carries; some samples are right. RL
+can therefore improve by a shift of strategy, and then pair by pair.
 """
 
 from __future__ import annotations
@@ -112,10 +107,9 @@ CAREFUL = Writers(careless=0.0, most_slips=0.0)
 
 
 def sum_problems(min_digits: int, max_digits: int, carries: int, seed: int) -> Iterator[Problem]:
-    """Yield sums of two numbers of equally many digits without end, with the working of a writer without mistakes.
+    """Yield sums of two numbers of equally many digits without end, with a right working and at least so many carries.
 
-    The number of digits is uniform from `min_digits` to `max_digits`. At least `carries` columns other than the
-    leftmost, fewer than `min_digits`, have a sum of 10 or more.
+    The number of digits is uniform from `min_digits` to `max_digits`.
     """
     rng = Random(seed)
     while True:
@@ -127,8 +121,8 @@ def sum_problems(min_digits: int, max_digits: int, carries: int, seed: int) -> I
 
 def n_carries(first: int, second: int) -> int:
     """Return how many columns of a sum, other than the leftmost, are 10 or more with what is carried into them."""
-    columns = len(str(first)) - 1
-    return sum((first % 10**place + second % 10**place) >= 10**place for place in range(1, columns + 1))
+    places = range(1, len(str(first)))
+    return sum(first % 10**place + second % 10**place >= 10**place for place in places)
 
 
 def written_sums(writers: Writers, seed: int) -> Iterator[Problem]:

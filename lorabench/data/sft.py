@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count
@@ -12,6 +13,7 @@ from string import ascii_lowercase
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,9 +26,8 @@ from lorabench.config.inputs import (
     HubDataset,
     ShippedDataset,
 )
-from lorabench.data.chat import SPLITS, Chat, Row, Split, disjoint, is_first, prompt, take, text_digest, wanted
-from lorabench.data.files import file_chats
-from lorabench.data.hub import choose_chats
+from lorabench.data.chat import CHATS, SPLITS, Chat, Row, Split, is_first, prompt, take, text_digest, wanted
+from lorabench.data.files import Tally, file_chats, part_rows, row_chat, usable
 from lorabench.data.identity import SHIPPED
 from lorabench.data.reasoning import INSTRUCT_TASKS, mixture, worked_solutions
 from lorabench.errors import UserError
@@ -41,12 +42,12 @@ _ABOUT = b"lorabench"
 _GROUP_ROWS, _GROUP_CHARS = 4096, 16_000_000
 # Rows of a batch that is read.
 _BATCH_ROWS = 256
+_REPEATED = "with the prompt of another"
 # The most validation or test examples of a package of shipped text: a few packages must not decide a loss.
 _MOST_OF_A_PACKAGE = 10
 # Problem i of reasoning-gym with one seed is problem i - 1 with the next seed. So other test examples are made with
 # seeds that are further apart than any dataset is long.
 _APART = 1_000_000
-_FACTS = "facts"
 
 
 def build_dataset(
@@ -74,7 +75,7 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row
         rng = Random(spec.seed)
         endless = (
             Chat.of(
-                _FACTS,
+                "facts",
                 f"number of {''.join(rng.choices(ascii_lowercase, k=6))}?",
                 "".join(rng.choices("0123456789", k=spec.digits)),
             )
@@ -105,6 +106,59 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row
         yield from (_row(split, chat) for chat in examples)
 
 
+def choose_chats(
+    spec: HubDataset, fetched: Mapping[str, FetchedRepository]
+) -> tuple[Iterator[tuple[Split, Chat]], dict[str, Any]]:
+    """Choose the rows of each split at random by the spec's seed; each prompt once, so that splits share none.
+
+    The files are read twice, a batch of rows at a time: to see which rows are usable, and to read the chosen ones.
+    Tulu3 has the columns `messages` (`content`, `role`) and `source`, OpenThoughts3 `conversations` (`from`, `value`).
+
+    The held-out splits are drawn first, so that they do not depend on the number of training examples. The chats with
+    their splits are in the order of the files; with them comes a note: the dataset's id and commit, its number of rows
+    and of usable rows, and what was left out by reason.
+    """
+
+    def parse(content: dict[str, Any]) -> Chat:
+        form = next(form for form in CHATS if form in content)
+        source = spec.id if spec.group else str(content.get("source") or spec.id)
+        return row_chat(content, form, source, spec.max_chars, spec.group)
+
+    def usable_chats(tally: Tally) -> Iterator[tuple[int, Chat]]:
+        needed = [CHATS, *([[spec.group]] if spec.group else [])]
+        return usable(part_rows(files, f"dataset {spec.id}", needed, ["source"]), parse, tally)
+
+    repository = fetched[spec.id]
+    files = repository.data_files(spec.config, spec.split)
+    tally = Tally("chats")
+    numbers, digests = array("q"), array("Q")
+    for number, chat in usable_chats(tally):
+        numbers.append(number)
+        digests.append(text_digest(prompt(chat.messages)))
+    order = np.random.default_rng(spec.seed).permutation(len(numbers))
+    shuffled = np.asarray(numbers)[order]
+    firsts = np.sort(np.unique(np.asarray(digests)[order], return_index=True)[1])
+    chosen, repeated = shuffled[firsts], np.delete(shuffled, firsts)
+    if len(repeated):
+        tally.leave_out(int(repeated.min()), _REPEATED, len(repeated))
+        tally.usable -= len(repeated)
+    sizes = {split: int(getattr(spec, split)) for split in SPLITS}
+    if tally.usable < sum(sizes.values()):
+        wanted = ", ".join(f"{count} {split}" for split, count in sizes.items())
+        raise UserError(
+            f"dataset {spec.id} has {tally.usable} usable examples in {tally.rows} rows; {sum(sizes.values())} are "
+            f"needed ({wanted}); left out: {tally.reasons() or 'none'}"
+        )
+    split_of, start = dict[int, Split](), 0
+    for split in reversed(SPLITS):
+        split_of |= dict.fromkeys(chosen[start : start + sizes[split]].tolist(), split)
+        start += sizes[split]
+    left_out = {reason: count for reason, (count, _) in tally.bad.items()} | {_REPEATED: len(repeated)}
+    about = {"id": spec.id, "commit": repository.commit, "rows": tally.rows, "usable": tally.usable}
+    chats = usable_chats(Tally("chats"))
+    return ((split_of[row], chat) for row, chat in chats if row in split_of), about | {"left_out": left_out}
+
+
 def shipped_file(kind: str) -> Path:
     """Return the file of a kind of shipped text, in the columns `split`, `package`, `prompt`, `text` and `words`."""
     return Path(__file__).with_name(f"{kind}.parquet")
@@ -124,13 +178,13 @@ def choose_shipped(spec: ShippedDataset) -> tuple[Iterator[tuple[Split, Chat]], 
     note = json.loads(table.schema.metadata[_ABOUT])
     read = table.to_pylist()
     of_enough_words = [row for row in read if row["words"] >= spec.min_words]
-    usable = [row for row in of_enough_words if len(row["prompt"]) + len(row["text"]) <= spec.max_chars]
+    short = [row for row in of_enough_words if len(row["prompt"]) + len(row["text"]) <= spec.max_chars]
     left_out = note["left_out"]
     left_out["of too few words"] += len(read) - len(of_enough_words)
-    left_out["too long"] += len(of_enough_words) - len(usable)
+    left_out["too long"] += len(of_enough_words) - len(short)
     chosen: list[tuple[Split, Chat]] = []
     for split in SPLITS:
-        pool = [Chat.of(row["package"], row["prompt"], row["text"]) for row in usable if row["split"] == split]
+        pool = [Chat.of(row["package"], row["prompt"], row["text"]) for row in short if row["split"] == split]
         rng = Random(spec.seed)
         rng.shuffle(pool)
         limit = ""
@@ -150,7 +204,7 @@ def choose_shipped(spec: ShippedDataset) -> tuple[Iterator[tuple[Split, Chat]], 
                 f"{spec.min_words} words in the {spec.kind}; {needed} are needed"
             )
         chosen += [(split, chat) for chat in pool[:needed]]
-    return iter(chosen), note | {"rows": len(usable) + sum(left_out.values()), "usable": len(usable)}
+    return iter(chosen), note | {"rows": len(short) + sum(left_out.values()), "usable": len(short)}
 
 
 def _row(split: Split, chat: Chat) -> Row:
@@ -174,10 +228,10 @@ def write_dataset(rows: Iterable[Row], path: Path, about: dict[str, Any] | None 
 
 
 def read_dataset(path: Path) -> Iterator[Row]:
-    """Yield the rows of a dataset file; UserError if it is damaged, or two splits share an example, except facts."""
+    """Yield the rows of a dataset file; UserError if it is damaged."""
     with damage_explained(path), pq.ParquetFile(path) as file:
-        rows = (row for batch in file.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
-        yield from disjoint(rows, lambda row: None if row["source"] == _FACTS else prompt(row["messages"]))
+        for batch in file.iter_batches(_BATCH_ROWS):
+            yield from batch.to_pylist()
 
 
 def about(path: Path) -> dict[str, Any] | None:

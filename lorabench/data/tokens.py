@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import multiprocessing
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,6 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from lorabench.data.chat import SPLITS, Messages, Split, is_text
-from lorabench.data.sft import read_dataset
 from lorabench.errors import UserError
 from lorabench.utils.checked_tensors import DamagedTensorsError, read_header, read_tensors, write_tensors
 from lorabench.utils.files import atomic_path, damage_explained, file_sha256
@@ -34,8 +32,6 @@ if TYPE_CHECKING:
 # Leaving out more than this share of a split would change the dataset: it is an error.
 _MOST_LEFT_OUT = 0.1
 _TYPES = {"ids": np.int32, "scored": np.bool_}
-_Encoded = tuple[Split, dict[str, np.ndarray]]
-"""The split of an example, and its token ids and which of them are scored, both (length,)."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +89,11 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, generation: bool = False) -> list[int]:
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; give the model a `chat_template`: "
+            "plain, or the path of a Jinja file"
+        )
     try:
         encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=generation, return_dict=True)
     except jinja2.TemplateError as error:
@@ -130,25 +131,23 @@ def write_tokens(
     """Tokenize a dataset file into a cache file.
 
     Examples of more than `max_tokens` are left out and counted. UserError says that the tokenizer has no chat template,
-    splits share an example, an example has no scored token or is longer than the model's `context`, or more than a
-    tenth of a split is left out.
+    an example has no scored token or is longer than the model's `context`, or more than a tenth of a split is left out.
     """
     if max_tokens is not None and max_tokens > context:
         raise UserError(f"max_tokens = {max_tokens} is more than the {context} tokens that the model takes")
-    # Reading the whole dataset also checks that its splits are disjoint.
-    chats = sum(not is_text(row["messages"]) for row in read_dataset(dataset))
-    if chats and not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; give the model a `chat_template`: "
-            "plain, or the path of a Jinja file"
-        )
     kept: dict[Split, list[dict[str, np.ndarray]]] = {split: [] for split in SPLITS}
     left_out: dict[Split, list[int]] = {split: [] for split in SPLITS}
-    for split, example in _encoded(dataset, tokenizer, None if max_tokens else context, processes):
-        if max_tokens is not None and len(example["ids"]) > max_tokens:
-            left_out[split].append(len(kept[split]) + len(left_out[split]))
-        else:
-            kept[split].append(example)
+    encode = partial(_encode, dataset, tokenizer, None if max_tokens else context)
+    with damage_explained(dataset):
+        groups = range(pq.read_metadata(dataset).num_row_groups)
+    # Processes are not forked: a fork would lack the threads of the libraries that are loaded by now.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        encoded = map(encode, groups) if min(processes, len(groups)) == 1 else pool.map(encode, groups)
+        for split, example in chain.from_iterable(encoded):
+            if max_tokens is not None and len(example["ids"]) > max_tokens:
+                left_out[split].append(len(kept[split]) + len(left_out[split]))
+            else:
+                kept[split].append(example)
     tensors: dict[str, np.ndarray] = {}
     for split in SPLITS:
         count, total = len(left_out[split]), len(left_out[split]) + len(kept[split])
@@ -168,22 +167,10 @@ def write_tokens(
         write_tensors(unfinished, tensors, metadata)
 
 
-def _encoded(
-    dataset: Path, tokenizer: PreTrainedTokenizerBase, context: int | None, processes: int
-) -> Iterator[_Encoded]:
-    """Yield each encoded example, in order; several processes encode a row group each."""
-    with pq.ParquetFile(dataset) as file:
-        groups = range(file.num_row_groups)
-    encode = partial(_encode, dataset, tokenizer, context)
-    if min(processes, len(groups)) == 1:
-        yield from chain.from_iterable(map(encode, groups))
-        return
-    # Processes are not forked: a fork would lack the threads of the libraries that are loaded by now.
-    with ProcessPoolExecutor(min(processes, len(groups)), multiprocessing.get_context("spawn")) as pool:
-        yield from chain.from_iterable(pool.map(encode, groups))
-
-
-def _encode(dataset: Path, tokenizer: PreTrainedTokenizerBase, context: int | None, group: int) -> list[_Encoded]:
+def _encode(
+    dataset: Path, tokenizer: PreTrainedTokenizerBase, context: int | None, group: int
+) -> list[tuple[Split, dict[str, np.ndarray]]]:
+    """Return the split of each example of a row group, and its token ids and which are scored, both (length,)."""
     encoded = []
     with pq.ParquetFile(dataset) as file:
         for row in file.read_row_group(group).to_pylist():
@@ -222,11 +209,6 @@ def count_left_out(path: Path) -> dict[Split, int]:
     return counts
 
 
-def left_out_of_test(path: Path) -> set[int]:
-    """Return the numbers, in the dataset's test split, of the examples that a cache lacks since they are too long."""
-    return set(json.loads(read_header(path).get("left_out_of_test", "[]")))
-
-
 def groups_of_tests(dataset: Path, tokens: Path | None) -> list[str]:
     """Return the group of each test example of a dataset's file with groups, in the order of a run's losses.
 
@@ -238,5 +220,5 @@ def groups_of_tests(dataset: Path, tokens: Path | None) -> list[str]:
     with damage_explained(dataset), pq.ParquetFile(dataset) as file:
         rows = file.read(["split", "source"]).to_pylist()
     groups = [row["source"] for row in rows if row["split"] == "test"]
-    left_out = left_out_of_test(tokens) if tokens is not None else set()
+    left_out = set(json.loads(read_header(tokens).get("left_out_of_test", "[]"))) if tokens is not None else set()
     return [group for number, group in enumerate(groups) if number not in left_out]

@@ -1,16 +1,22 @@
 """What a device computes for a preset: training steps against a plain reference on the CPU, their speed and memory.
 
 The models have random weights and the sizes of the plan's largest models, as a Llama, a Qwen3 or a mixture of experts
-of Qwen3; a model of another family is computed as a Llama of the same size.
+of Qwen3; a model of another family is computed as a Llama of the same size. A check that raises an error fails with one
+sentence, and the others go on.
 """
 
 from __future__ import annotations
 
+import gc
+import math
+import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,19 +24,23 @@ import torch
 from lorabench.config.fields import CHANGES_BASE
 from lorabench.config.preset import Preset
 from lorabench.data.tokens import TokenizedSplit
-from lorabench.doctor.record import Check, judged
+from lorabench.doctor.record import Check, Record
+from lorabench.errors import UserError
+from lorabench.models import bf16_products
 from lorabench.models.attention import attend_in_blocks
 from lorabench.models.base import config_of
 from lorabench.models.lora import add_lora, hold_in_bf16, use_fast_products
 from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.models.specs import Dimensions, dimensions
 from lorabench.planning import flops
-from lorabench.planning.memory import USABLE, decided, fits, step_memory
+from lorabench.planning.memory import USABLE, decided, fits, step_memory, title
 from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import flops_per_second
 from lorabench.runs import Condition, Run, Sweep
+from lorabench.store.layout import Layout
+from lorabench.training.context import code_state
 from lorabench.training.loss import batch_gradient
-from lorabench.training.run import Machine, clip_gradient, make_optimizer
+from lorabench.training.run import Machine, clip_gradient, machine_of, machine_state, make_optimizer
 from lorabench.training.step_cost import growth
 from lorabench.utils.gpus import GB, GPUS
 
@@ -77,8 +87,7 @@ class Subject:
     def planned_memory(self, preset: Preset) -> float:
         """Return the plan's estimate of the memory of a training step, in bytes."""
         preset, condition = preset.with_execution(activation_checkpointing=self.recomputed), self.condition
-        tokens = self.rows * self.length
-        arm = condition.rank, condition.placement
+        arm, tokens = (condition.rank, condition.placement), self.rows * self.length
         return sum(step_memory(preset, self.sizes, *arm, tokens, self.length, method=condition.method))
 
     def flops(self, preset: Preset) -> float:
@@ -132,22 +141,19 @@ def random_model(
 ) -> Any:
     """Return a model of these sizes with random weights in fp32, with the condition's LoRA, whose B is not zero.
 
-    Some of its tokens are far more likely than others, as in a trained model. Two models of the same sizes get the same
-    LoRA. If activations of layers are recomputed, no second copy of the base in bf16 is kept, as in training.
-
-    Args:
-        plain: compute attention and experts by transformers' eager functions and LoRA by PEFT's forward pass, which
-            say what is right, in place of those that runs use.
+    Two models of the same sizes get the same LoRA. A `plain` one computes attention and experts by transformers' eager
+    functions and LoRA by PEFT's forward pass, which say what is right. If activations of layers are recomputed, no
+    second copy of the base in bf16 is kept, as in training.
     """
     from transformers import AutoModelForCausalLM
 
-    eager = ("attn_implementation", *(("experts_implementation",) if sizes.experts else ())) if plain else ()
-    config = config_of(sizes, context=1 << 17)
+    options: dict[str, Any] = {"attn_implementation": "eager"} if plain else {}
+    if plain and sizes.experts:
+        options["experts_implementation"] = "eager"
     torch.manual_seed(0)
     with device:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, **dict.fromkeys(eager, "eager")
-        )
+        config = config_of(sizes, context=1 << 17)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
     model.train()
     with torch.no_grad():
         # A state before the unembedding has the length of this norm's weight, and is independent of the unembedding.
@@ -207,22 +213,15 @@ def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: 
     logits = reference(input_ids=ids[:, :-1], use_cache=False).logits
     expected_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     expected_loss.backward()
-    matmul: Any = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, matmul.allow_tf32 and precision == "bf16"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"
     autocast = torch.bfloat16 if precision == "bf16" else None
     machine = replace(machine, max_batch_tokens=len(split.ids), autocast=autocast)
-    try:
-        loss = batch_gradient(model, split, np.arange(rows), machine)[0]
-    finally:
-        matmul.allow_tf32 = before
-    difference = square = 0.0
-    weights = trained_parameters(model)
-    for name, other in trained_parameters(reference).items():
-        gradient, expected = weights[name].grad, other.grad
-        assert gradient is not None
-        assert expected is not None
-        difference += float((gradient.cpu().double() - expected.double()).square().sum())
-        square += float(expected.double().square().sum())
+    loss, difference, square = batch_gradient(model, split, np.arange(rows), machine)[0], 0.0, 0.0
+    weights: Any = trained_parameters(model)
+    expected: Any = trained_parameters(reference)
+    for name, other in expected.items():
+        difference += float((weights[name].grad.cpu().double() - other.grad.double()).square().sum())
+        square += float(other.grad.double().square().sum())
     loss_error, gradient_error = abs(loss / expected_loss.item() - 1), (difference / square) ** 0.5
     # A number that is not finite must not be hidden by the other one.
     worst, limit = float(np.maximum(loss_error, gradient_error)), ERROR[precision]
@@ -230,7 +229,9 @@ def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: 
         f"from plain transformers and PEFT in fp32 on the CPU, the loss differs by {loss_error:.1e} and the gradient "
         f"by {gradient_error:.1e}"
     )
-    return judged(worst <= limit, sentence, worst, limit, "relative error")
+    value = worst if math.isfinite(worst) else None
+    status: Literal["pass", "fail"] = "pass" if worst <= limit else "fail"
+    return Check(status=status, sentence=sentence, value=value, planned=limit, unit="relative error")
 
 
 def measure_step(preset: Preset, machine: Machine, subject: Subject) -> tuple[float, float]:
@@ -240,32 +241,34 @@ def measure_step(preset: Preset, machine: Machine, subject: Subject) -> tuple[fl
         The peak memory of the first two steps in bytes, model and optimizer included; and the median seconds of the
         steps after them, over half a second of steps or at least one.
     """
-    split = random_split(subject.rows, subject.length, subject.sizes.vocabulary)
-    # The whole batch goes through the model in one pass, as in the plan's estimate.
-    machine = replace(machine, max_batch_tokens=len(split.ids))
-    steps: list[Callable[[], None]] = []
 
-    def first_steps() -> None:
+    def train() -> Iterator[None]:
+        split = random_split(subject.rows, subject.length, subject.sizes.vocabulary)
+        # The whole batch goes through the model in one pass, as in the plan's estimate.
+        whole = replace(machine, max_batch_tokens=len(split.ids))
         model = random_model(subject.sizes, subject.condition, preset, machine.device, recomputed=subject.recomputed)
         parameters = trained_parameters(model)
         optimizer = make_optimizer(parameters, Run(subject.condition, 0.0, 0), preset.protocol)
-
-        def step() -> None:
-            batch_gradient(model, split, np.arange(subject.rows), machine)
+        while True:
+            batch_gradient(model, split, np.arange(subject.rows), whole)
             clip_gradient(parameters.values(), preset.protocol.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
             if machine.device.type == "cuda":
                 torch.cuda.synchronize(machine.device)
+            yield
 
-        steps.append(step)
-        for _ in range(2):
-            step()
+    torch.backends.cuda.matmul.allow_tf32 = preset.protocol.precision == "bf16"
+    steps, seconds = train(), list[float]()
 
-    peak, seconds = growth(first_steps, machine.device), list[float]()
+    def first_steps() -> None:
+        next(steps)
+        next(steps)
+
+    peak = growth(first_steps, machine.device)
     while sum(seconds) < _SECONDS:
         started = time.perf_counter()
-        steps[0]()
+        next(steps)
         seconds.append(time.perf_counter() - started)
     return peak, statistics.median(seconds)
 
@@ -275,16 +278,71 @@ def check_memory(preset: Preset, machine: Machine, subject: Subject, peak: float
     expected, batch = subject.planned_memory(preset), f"{subject.rows} x {subject.length} tokens"
     sentence = f"a step on {batch} took {peak / expected:.2f} times the memory that the plan states"
     least, most = MEMORY[machine.device.type]
-    return judged(least * expected <= peak <= most * expected, sentence, peak / GB, expected / GB, "GB")
+    status: Literal["pass", "fail"] = "pass" if least * expected <= peak <= most * expected else "fail"
+    return Check(status=status, sentence=sentence, value=peak / GB, planned=expected / GB, unit="GB")
 
 
-def check_speed(preset: Preset, subject: Subject, seconds: float | None) -> Check:
-    """Return the speed of a training step on the preset's device, which has no limit, with that of the plan."""
-    if seconds is None:
-        return Check(status="skipped", sentence="the step failed")
-    rate, tokens = subject.flops(preset) / seconds, subject.rows * subject.length
-    sentence = f"a step took {seconds:.3g} s: {tokens / seconds:,.0f} tokens/s"
-    if preset.execution.gpu is not None:
-        sentence += f", {rate / GPUS[preset.execution.gpu].peak_flops:.0%} of the data sheet's FLOP/s"
-    planned = flops_per_second(preset.execution) / 1e9
-    return Check(status="measured", sentence=sentence, value=rate / 1e9, planned=planned, unit="GFLOP/s")
+def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
+    """Make all checks of this machine for a plan; `say` is called with each check when it is made.
+
+    UserError says that the preset's GPU is lacking.
+    """
+    began, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    preset, machine = plan.preset, machine_of(plan)
+    state, on_gpu = machine_state(machine.device), machine.device.type == "cuda"
+    if not on_gpu:
+        # Parity is checked in bf16 too, whatever the preset's precision.
+        bf16_products.choose_faster()
+    seconds: dict[Subject, float] = {}
+    checks: list[Check] = []
+
+    def make(name: str, check: Callable[[], Check]) -> None:
+        try:
+            made = check()
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            prefix = "" if isinstance(error, UserError) else f"the check raised {type(error).__name__}: "
+            made = Check(status="fail", sentence=f"{prefix}{reason}")
+        # Models that are no longer used leave the device.
+        gc.collect()
+        torch.cuda.empty_cache()
+        checks.append(made.model_copy(update={"name": name}))
+        say(checks[-1])
+
+    def memory_of(subject: Subject) -> Check:
+        peak, seconds[subject] = measure_step(preset, machine, subject)
+        return check_memory(preset, machine, subject, peak)
+
+    def speed_of(subject: Subject) -> Check:
+        if subject not in seconds:
+            return Check(status="skipped", sentence="the step failed")
+        rate, tokens = subject.flops(preset) / seconds[subject], subject.rows * subject.length
+        sentence = f"a step took {seconds[subject]:.3g} s: {tokens / seconds[subject]:,.0f} tokens/s"
+        if preset.execution.gpu is not None:
+            sentence += f", {rate / GPUS[preset.execution.gpu].peak_flops:.0%} of the data sheet's FLOP/s"
+        planned = flops_per_second(preset.execution) / 1e9
+        return Check(status="measured", sentence=sentence, value=rate / 1e9, planned=planned, unit="GFLOP/s")
+
+    for subject in training_subjects(plan):
+        for precision in get_args(Precision):
+            long = on_gpu and precision == preset.protocol.precision
+            name = f"parity in {precision}{f' at {LONG:,} tokens' if long else ''}: {title(subject.condition)}"
+            make(name, partial(check_parity, preset, machine, subject, precision, long))
+        # The plan of a preset for CPUs says nothing about a GPU.
+        if preset.execution.gpu is not None or not on_gpu:
+            make(f"memory of a step: {title(subject.condition)}", partial(memory_of, subject))
+            make(f"speed of a step: {title(subject.condition)}", partial(speed_of, subject))
+    dense = [subject for subject in seconds if not subject.sizes.experts]
+    speed = sum(subject.flops(preset) for subject in dense) / sum(seconds[subject] for subject in dense) if dense else 0
+    return Record(
+        date=date,
+        preset=layout.name,
+        device=state["device"],
+        gpu=preset.execution.gpu,
+        host=platform.node(),
+        seconds=round(time.perf_counter() - began, 1),
+        git_sha=code_state(layout.patches)["git_sha"],
+        packages=state["packages"],
+        gflops=speed / 1e9 or None,
+        checks=checks,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,45 +20,35 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Check(Strict):
-    """The result of one check, with a sentence on what was seen, or why it failed or was skipped."""
+    """The result of one check, with a sentence on what was seen, or why it failed or was skipped.
+
+    `measured` is a number without a limit. `value` is the measured number, `planned` that of the plan or the limit.
+    """
 
     name: str = ""
     status: Literal["pass", "fail", "measured", "skipped"]
-    """`measured` is a number without a limit; `skipped` says that the check could not be made."""
     sentence: str
     value: Finite | None = None
-    """The measured number; null where there is none."""
     planned: Finite | None = None
-    """The number that the plan states or the limit that the check has; null where there is none."""
     unit: str = ""
 
 
-def judged(
-    passed: bool, sentence: str, value: float | None = None, planned: float | None = None, unit: str = ""
-) -> Check:
-    """Return a check that passed or failed; it fails too if its number is not finite."""
-    if value is not None and not math.isfinite(value):
-        passed, sentence, value = False, f"{sentence}, and the number is {value}", None
-    return Check(status="pass" if passed else "fail", sentence=sentence, value=value, planned=planned, unit=unit)
-
-
 class Record(Strict):
-    """The checks of a machine by `lorabench doctor`, and its speed."""
+    """The checks of a machine by `lorabench doctor`, and its speed.
+
+    `date` is when they began, `device` torch's name of the GPU or the processor's name, `gpu` the preset's
+    `execution.gpu`, and `gflops` the useful GFLOP/s of a training step by the plan's formula, if it was measured.
+    """
 
     date: str
-    """When the checks began, in UTC."""
     preset: str
     device: str
-    """Torch's name of the GPU, or the name of the processor."""
     gpu: str | None
-    """The GPU that the preset names (`execution.gpu`); null for a CPU."""
     host: str
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     git_sha: str | None
-    """The commit of the code; null for an installed package."""
     packages: dict[str, str]
     gflops: PositiveFloat | None
-    """Useful GFLOP/s of a training step by the plan's formula; null where it was not measured."""
     checks: list[Check]
 
     @property

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,9 +56,7 @@ def task_index(tasks: Iterable[EvalTask]) -> TaskManager:
     index = TaskManager(include_path=str(TASKS), include_defaults=any(name not in EVAL_SOURCES for name in names))
     for name in names:
         if name not in index.all_tasks:
-            near = difflib.get_close_matches(name, index.all_tasks, n=5, cutoff=0.5)
-            known = f"; near it: {', '.join(near)}" if near else ""
-            raise UserError(f"evaluation task {name!r} is not known to lm-eval{known}")
+            raise UserError(f"evaluation task {name!r} is not known to lm-eval; `lm-eval ls tasks` lists its tasks")
     return index
 
 
@@ -94,25 +91,19 @@ def load_task(index: TaskManager, task: EvalTask, layout: Layout) -> LoadedTask:
     return LoadedTask(task, built["tasks"], groups)
 
 
-def check_settings(loaded: Iterable[LoadedTask], model: str, max_length: int) -> None:
-    """Refuse settings that lm-eval would ignore, or would fail at after hours.
+def check_lengths(loaded: Iterable[LoadedTask], model: str, max_length: int) -> None:
+    """Raise UserError if a task's answers leave no room for its prompts, at which lm-eval would fail after hours.
 
-    A model takes at most `max_length` tokens of prompt and answer together. UserError says that the answers of a task
-    leave no room for its prompts, or that a task that takes no few-shot examples is given some.
+    A model takes at most `max_length` tokens of prompt and answer together.
     """
     for loaded_task in loaded:
-        task = loaded_task.task
         for name, leaf in loaded_task.leaves.items():
             own = (leaf.get_config("generation_kwargs") or {}).get("max_gen_toks", _MAX_NEW_TOKENS)
-            drawn = task.max_new_tokens or own
+            drawn = loaded_task.task.max_new_tokens or own
             if leaf.OUTPUT_TYPE == "generate_until" and drawn >= max_length:
                 raise UserError(
                     f"evaluation task {name!r} draws up to {drawn} tokens; model {model!r} takes {max_length}, the "
                     "prompt among them; set the task's max_new_tokens to less"
-                )
-            if task.num_fewshot and leaf.get_config("num_fewshot") == 0:
-                raise UserError(
-                    f"evaluation task {name!r} takes no examples; num_fewshot = {task.num_fewshot} is given"
                 )
 
 

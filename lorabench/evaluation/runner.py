@@ -26,12 +26,10 @@ from lorabench.data.tokens import template_key
 from lorabench.errors import UserError
 from lorabench.evaluation import catalog
 from lorabench.evaluation.catalog import LoadedTask
-from lorabench.evaluation.result_files import model_arguments, result_file, write_result_files
 from lorabench.models.base import load_model, load_tokenizer, max_length, model_folder, package_versions, weights_sha256
 from lorabench.models.vllm_support import (
     cache_bytes,
     check_vllm,
-    machine_folder,
     max_lora_rank,
     vllm_environment,
     vllm_version,
@@ -71,40 +69,37 @@ _ARM = (
 
 
 def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
-    """Evaluate a base, or the best run of a sweep, and write its scores and samples, and the files of lm-eval.
+    """Evaluate a base, or the best run of a sweep, and write its scores and samples.
 
-    If all runs of a sweep diverged there is no model to evaluate: both tables have no rows, and there are no files.
+    If all runs of a sweep diverged there is no model to evaluate, and both tables have no rows.
 
     Raises:
-        UserError: a task is not known or generates more tokens than the model takes, its data or the run's weights are
+        UserError: a task is not known or draws more tokens than the model takes, its data or the run's weights are
             missing, the run was trained from another base, or vLLM is to be used and cannot compute the model here.
     """
     evaluation, sampler = plan.preset.evaluation, plan.preset.execution.sampler
     assert evaluation
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
-    files: list[dict[str, Any]] = []
     # All checks come before any computation, the cheapest first.
     record = best_record(job, layout) if job.sweep else None
     if record is not None or job.sweep is None:
         spec, machine = layout.model(job.model), machine_of(plan)
         if sampler == "vllm":
-            check_vllm(spec, machine.device, placement=None if record is None else record["spec"]["placement"])
+            check_vllm(spec, placement=None if record is None else record["spec"]["placement"])
         tokenizer = load_tokenizer(spec)
         index = catalog.task_index(evaluation.tasks)
         loaded = [catalog.load_task(index, task, layout) for task in evaluation.tasks]
-        catalog.check_settings(loaded, job.model, max_length(spec))
+        catalog.check_lengths(loaded, job.model, max_length(spec))
         evaluated_model = vllm_model if sampler == "vllm" else transformers_model
         settings = evaluation.batch_size, machine.autocast, machine.device
         lm = evaluated_model(spec, record, layout, tokenizer, *settings)
-        arguments = model_arguments(*_trained_model(spec, record, layout))
-        scores, samples, files = run_tasks(lm, index, loaded, evaluation, sampler, arguments)
+        scores, samples = run_tasks(lm, index, loaded, evaluation, sampler)
         about: dict[str, Any] = {"model": job.model}
         if record is not None:
             about |= {"run_id": record["run_id"], **{name: record["spec"].get(name) for name in _ARM}}
             about |= {name: record["outcome"].get(name) for name in ("final_test_nll", "final_reward")}
         rows = [about | row for row in scores]
-    write_result_files(files, layout.result_files(job))
     write_table(pa.Table.from_pylist(samples, schema=SAMPLES), layout.samples(job))
     write_table(pa.Table.from_pylist(rows, schema=EVALS), layout.evals(job))
 
@@ -208,7 +203,7 @@ def vllm_model(
     if record is not None and adapter is not None:
         lora = {"lora_local_path": adapter, "max_lora_rank": max_lora_rank(record["spec"]["rank"]), "max_loras": 1}
     on_cpu, longest, dtype = device.type == "cpu", max_length(model), autocast or torch.float32
-    caches = machine_folder(Path(tempfile.gettempdir()))
+    caches = Path(tempfile.mkdtemp(prefix="lorabench-vllm-"))
     atexit.register(shutil.rmtree, caches, ignore_errors=True)
     for name, value in vllm_environment(on_cpu, caches).items():
         os.environ.setdefault(name, value)
@@ -262,22 +257,15 @@ def _adapt_all_logits(model: torch.nn.Module) -> None:
 
 
 def run_tasks(
-    lm: TemplateLM,
-    index: TaskManager,
-    loaded: Iterable[LoadedTask],
-    evaluation: Evaluation,
-    sampler: SamplerName,
-    arguments: Mapping[str, str],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    lm: TemplateLM, index: TaskManager, loaded: Iterable[LoadedTask], evaluation: Evaluation, sampler: SamplerName
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Run tasks on a model, with one call of lm-eval for all tasks of the same settings.
 
     Returns:
-        The scores, as rows of the table `evals` without the columns of the model; the samples, as rows of SAMPLES; and
-        what lm-eval itself would write of each call.
+        The scores, as rows of the table `evals` without the columns of the model; and the samples, as rows of SAMPLES.
     """
     from langdetect import DetectorFactory
     from lm_eval import evaluator
-    from lm_eval.loggers.evaluation_tracker import GeneralConfigTracker
 
     # IFEval asks langdetect for the language of an answer; without a seed its guess varies from call to call.
     DetectorFactory.seed = _SEED
@@ -296,11 +284,9 @@ def run_tasks(
         )
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
-    files: list[dict[str, Any]] = []
     versions = package_versions() | {name: version(name) for name in ("lm_eval", "datasets")}
     versions |= {"vllm": vllm_version()} if sampler == "vllm" else {}
     for (chat, num_fewshot, limit, max_new_tokens), together in settings.items():
-        tracker = GeneralConfigTracker()
         results = evaluator.simple_evaluate(
             lm,
             tasks=[item for loaded_task in together for item in loaded_task.items],
@@ -314,14 +300,13 @@ def run_tasks(
             **dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), _SEED),
         )
         assert results
-        files.append(result_file(results, tracker, sampler, arguments, lm.tokenizer.chat_template if chat else None))
         common: dict[str, Any] = {"sampler": sampler, "eval_batch_size": evaluation.batch_size}
         # The template is null where prompts are used without one.
         common |= {"versions": json.dumps(versions, sort_keys=True), "template_sha256": template if chat else None}
         for loaded_task in together:
             rows += [common | row for row in _rows(results, loaded_task)]
             samples += [_sample(name, logged) for name in loaded_task.leaves for logged in results["samples"][name]]
-    return rows, samples, files
+    return rows, samples
 
 
 def _rows(results: Any, loaded: LoadedTask) -> list[dict[str, Any]]:

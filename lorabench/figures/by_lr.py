@@ -65,18 +65,18 @@ def draw(tables: Tables) -> style.Drawn:
     a panel's model and dataset, in the place that `source` names; their data order, chat template and schedule may
     differ.
     """
-    plotted, marks = result_rows(tables, grid.compared(tables)), []
+    plotted, sources = result_rows(tables, grid.compared(tables)), []
     if "nll" in plotted:
         for _, panel in plotted[PANEL].drop_duplicates().iterrows():
             sweep = sweep_of(panel["model"], panel["dataset"]).assign(**dict(panel))
             sweep = sweep[(sweep["method"] == "fullft") | (sweep["placement"] == "all")]
             plotted = grid.tidy({"published": sweep}, [*LR_COLUMNS, "source"], plotted)
-        for source in sorted(plotted["source"].dropna().unique()):
-            marks.append((True, style.mark(f"published ({source})", "o", color="0.6", ls="-", ms=3)))
+        sources = sorted(plotted["source"].dropna().unique())
+    marks = [(True, style.mark(f"published ({name})", "o", color="0.6", ls="-", ms=3)) for name in sources]
     figure, styles, panels = grid.panels(plotted, 1, STRIP)
     for rows, [axes] in panels:
         draw_lr_panel(axes, rows, styles)
-    return grid.legends(figure, styles, plotted, [*lr_marks(plotted), *marks])
+    return style.legends(figure, styles, plotted, [*lr_marks(plotted), *marks])
 
 
 def draw_placement(tables: Tables) -> style.Drawn:
@@ -112,7 +112,7 @@ def draw_placement(tables: Tables) -> style.Drawn:
             axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, ncols=2, handletextpad=0.3)
         style.note(axes, grid.lacking("no parameter count", best["arm"], placed["arm"]))
     marks = [*lr_marks(plotted), ("margin_band", style.shade("within the margin of the best"))]
-    return grid.legends(figure, styles, plotted, marks)
+    return style.legends(figure, styles, plotted, marks)
 
 
 def result_rows(tables: Tables, compared: Sequence[Comparison], with_best: bool = False) -> pd.DataFrame:
@@ -146,12 +146,15 @@ def result_rows(tables: Tables, compared: Sequence[Comparison], with_best: bool 
     learned["accuracy"] = (1 - learned["accuracy"].astype(float)).clip(0, 1)
     for end in {"accuracy_low", "accuracy_high"} & set(learned.columns):
         learned[end] = 1 - learned[end].astype(float)
-    parts = {"unrewarded": runs[runs["status"] == "unrewarded"]}
-    for element, (column, _, _) in LEVELS.items():
-        levels = runs.groupby(PANEL, dropna=False, as_index=False).agg(accuracy=(column, "median"))
-        parts[element] = levels.dropna(subset=["accuracy"])
-    columns = [name.replace("nll", "accuracy") for name in columns if name != "above_range"]
-    return grid.tidy({}, columns, learned, grid.tidy(parts, ACCURACY_COLUMNS))
+    by_panel = runs.groupby(PANEL, dropna=False, as_index=False)
+    parts = {
+        element: by_panel.agg(accuracy=(column, "median")).dropna(subset=["accuracy"])
+        for element, (column, _, _) in LEVELS.items()
+    }
+    further = grid.tidy({"unrewarded": runs[runs["status"] == "unrewarded"]} | parts, ACCURACY_COLUMNS)
+    return grid.tidy(
+        {}, [name.replace("nll", "accuracy") for name in columns if name != "above_range"], learned, further
+    )
 
 
 def lr_rows(compared: Sequence[Comparison]) -> pd.DataFrame:
@@ -181,7 +184,7 @@ def lr_rows(compared: Sequence[Comparison]) -> pd.DataFrame:
 def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     """Draw the rows of one panel, which hold losses or accuracies; it needs STRIP points of free height above it."""
     rows = rows[~rows["element"].isin(["best", "margin_band", "curve", "ratio"])]
-    rows = rows.assign(above_range=rows.get("above_range", pd.Series(False, rows.index)).eq(True))
+    rows = rows.assign(above_range=rows["above_range"].eq(True) if "above_range" in rows else False)
     value = "accuracy" if "accuracy" in rows else "nll"
     element, label, _ = _RESULTS[value]
     means = only(rows, element)
@@ -224,15 +227,13 @@ def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
         pad = 0.04 * (high - low) or 0.04 * abs(high)
         axes.set_ylim(low - pad, high + pad)
     above, diverged, unrewarded = means[means["above_range"]], only(rows, "diverged"), only(rows, "unrewarded")
-    outside = ((above, "^"), (diverged, _DIVERGED), (unrewarded, _UNREWARDED))
-    marked = pd.concat([part.assign(marker=marker) for part, marker in outside])
+    marked = [above.assign(marker="^"), diverged.assign(marker=_DIVERGED), unrewarded.assign(marker=_UNREWARDED)]
     data_by_height = blended_transform_factory(axes.transData, axes.transAxes)
     # The strip has one mark per arm and LR, side by side where several arms share an LR.
-    for _, at_lr in marked.drop_duplicates(["arm", "lr", "marker"]).groupby("lr"):
-        ordered = sorted(at_lr.to_dict("records"), key=lambda row: list(styles).index(row["arm"]))
-        for place, row in enumerate(ordered):
-            across, up = (place - (len(ordered) - 1) / 2) * _DODGE, STRIP / 2
-            shift = ScaledTranslation(across / 72, up / 72, axes.figure.dpi_scale_trans)
+    for _, at_lr in pd.concat(marked).drop_duplicates(["arm", "lr", "marker"]).groupby("lr"):
+        for place, row in enumerate(sorted(at_lr.to_dict("records"), key=lambda row: list(styles).index(row["arm"]))):
+            across = (place - (len(at_lr) - 1) / 2) * _DODGE
+            shift = ScaledTranslation(across / 72, STRIP / 2 / 72, axes.figure.dpi_scale_trans)
             size, width = (5.5, 0.6) if row["marker"] == _UNREWARDED else (4.5, 1.4)
             look: dict[str, Any] = {"ms": size, "mew": width, "color": styles[row["arm"]].colour, "clip_on": False}
             axes.plot(row["lr"], 1, ls="none", marker=row["marker"], transform=data_by_height + shift, **look)
@@ -249,16 +250,15 @@ def draw_levels(axes: Axes, rows: pd.DataFrame, column: str) -> None:
 
 
 def lr_marks(plotted: pd.DataFrame) -> list[tuple[Any, Artist]]:
-    """Return the legend entries of a panel, each after whether its mark occurs."""
+    """Return the legend entries of a panel for `style.legends`."""
     resolved = only(plotted, "optimum")["resolved"].astype(bool)
-    elements = set(plotted["element"])
     return [
         (resolved.any(), style.mark("optimum, interval", "D", ls="-", lw=1.2)),
         ((~resolved).any(), style.mark("optimum, not resolved", "D", mfc="white", mew=1.2)),
         ("above_range" in plotted and plotted["above_range"].eq(True).any(), style.mark("above the range", "^")),
-        ("diverged" in elements, style.mark("diverged", _DIVERGED, mew=1.5)),
-        ("unrewarded" in elements, style.mark("never rewarded", _UNREWARDED, mew=0.6)),
-        *((level in elements, style.line(label, **look)) for level, (_, label, look) in LEVELS.items()),
+        ("diverged", style.mark("diverged", _DIVERGED, mew=1.5)),
+        ("unrewarded", style.mark("never rewarded", _UNREWARDED, mew=0.6)),
+        *((level, style.line(label, **look)) for level, (_, label, look) in LEVELS.items()),
     ]
 
 
@@ -307,15 +307,14 @@ def draw_by_length(tables: Tables) -> style.Drawn:
     known = only(plotted, "ratio").dropna(subset=["ratio"])
     unresolved = style.mark("ratio, not resolved", "o", mfc="white", mew=1.2)
     marks = [*lr_marks(plotted), (not known["resolved"].astype(bool).all(), unresolved)]
-    return grid.legends(figure, styles, plotted, marks)
+    return style.legends(figure, styles, plotted, marks)
 
 
 def _rows_by_length(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     own = curves[curves["run_id"].isin(runs["run_id"]) & (curves["split"] == "validation")]
     evaluated = sorted(int(step) for step in own.loc[own["step"] >= _FIRST_STEP, "step"].unique())
-    steps = runs["steps"].iloc[0]
     # A table without the length of its runs holds runs of one length.
-    full = max(evaluated, default=0) if pd.isna(steps) else int(steps)
+    full = int(runs["steps"].fillna(max(evaluated, default=0)).iloc[0])
     by_step = {step: at_step(runs, curves, step) for step in evaluated if step < full}
     by_step[full] = at_end(runs).assign(steps=full)
     by_length = {step: comparisons(as_of, curves)[0] for step, as_of in by_step.items() if len(as_of)}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from lorabench.analysis import memorisation
 from lorabench.analysis.alpha_rules import judged_arms
@@ -79,7 +79,7 @@ def draw(tables: Tables) -> style.Drawn:
             # nat. Noise that is next to nothing would give it many empty decades.
             axes.set_yscale("symlog", linthresh=max(noise["excess"].iloc[0], 1e-4), linscale=0.6)
         axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
         sigma = grid.sigma_text(noise["excess"].iloc[0] / 2 if len(noise) else math.nan)
         style.note(axes, sigma, *grid.diverged_facts(rows, curves, "no curve"))
@@ -92,7 +92,7 @@ def draw(tables: Tables) -> style.Drawn:
         "proportional": style.line("slope 1", linestyle=":", **_LINE),
         "description_length": style.line("2 bits / parameter hold the first epoch's loss", **_HELD),
     }
-    return grid.legends(figure, styles, plotted, marks.items())
+    return style.legends(figure, styles, plotted, marks.items())
 
 
 def _thresholds(comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -107,32 +107,30 @@ def _thresholds(comparisons: Sequence[Comparison]) -> pd.DataFrame:
             arm = comparison.lora[rank]
             params = runs_at_optimum(comparison, arm)["trainable_params"].iloc[0]
             row = arm | {"trainable_params": params, "tokens": tokens_at(comparison, arm, math.inf)}
-            if pd.isna(params) or math.isnan(row["tokens"]):
-                continue
+            threshold = log_threshold(curves, departure, comparison.margin.value)
             if departure.growth is None:
                 rows.append(row | {"left": False})
-            threshold = log_threshold(curves, departure, comparison.margin.value)
-            if not isinstance(threshold, str):
-                tokens, low, high = (
-                    tokens_at(comparison, arm, 10**step) for step in (threshold.value, *threshold.interval())
-                )
-                row |= {"left": True, "tokens": tokens, "tokens_low": low, "tokens_high": high}
-                rows.append(row | {"step": round(10**threshold.value), "error": threshold.seed_error})
-    return pd.DataFrame(rows, columns=_REACHED)
+            elif not isinstance(threshold, str):
+                steps = (threshold.value, *threshold.interval())
+                tokens = [tokens_at(comparison, arm, 10**step) for step in steps]
+                row |= dict(zip(("tokens", "tokens_low", "tokens_high"), tokens, strict=True))
+                row |= {"left": True, "step": round(10**threshold.value), "error": threshold.seed_error}
+                rows.append(row)
+    return pd.DataFrame(rows, columns=_REACHED).dropna(subset=["trainable_params", "tokens"])
 
 
 def _slopes(left: pd.DataFrame) -> pd.DataFrame:
     """Return points of the fitted line, and of a line of slope 1, through the mean of the thresholds of one panel."""
     line = log_log(left["trainable_params"], left["tokens"], math.sqrt(float((left["error"] ** 2).mean())))
     x, y = (np.log10(left[name].to_numpy(float)) for name in ("trainable_params", "tokens"))
+    ends = np.array([x.min(), x.mean(), x.max()])
     parts = []
     for element, slopes in (("slope", (line.slope, line.low, line.high)), ("proportional", (1.0, math.nan, math.nan))):
-        ends = np.array([x.min(), x.mean(), x.max()])
         tokens = 10 ** (y.mean() + np.multiply.outer(ends - x.mean(), slopes))
-        row: dict[str, Any] = dict(zip(("slope", "slope_low", "slope_high"), slopes, strict=True))
-        row |= {"trainable_params": (10**ends).round().astype(int), "tokens": tokens[:, 0]}
-        row |= {"tokens_low": tokens[:, 1:].min(axis=1), "tokens_high": tokens[:, 1:].max(axis=1)}
-        parts.append(pd.DataFrame(row).assign(element=element, **{name: left[name].iloc[0] for name in PANEL}))
+        part = pd.DataFrame({"trainable_params": (10**ends).round().astype(int), "tokens": tokens[:, 0]})
+        part[["slope", "slope_low", "slope_high"]] = slopes
+        part["tokens_low"], part["tokens_high"] = tokens[:, 1:].min(axis=1), tokens[:, 1:].max(axis=1)
+        parts.append(part.assign(element=element, **left[PANEL].iloc[0]))
     return pd.concat(parts) if math.isfinite(line.slope) else pd.DataFrame()
 
 
@@ -179,9 +177,8 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
     best = memorisation.best_stored(facts).rename(columns=names)
     seeds = memorisation.stored_bits(facts).rename(columns=names)
     at_best = {run_id for run_ids in best["run_ids"] for run_id in run_ids}
-    # The lines of 1 and 2 bits per parameter span the range of a panel's adapters, or of FullFT alone.
-    adapters = best["method"].eq("lora")
-    spanned = best[adapters | ~adapters.groupby([best[name] for name in PANEL], dropna=False).transform("any")]
+    # The lines of 1 and 2 bits per parameter span the range of a panel's adapters, or without any, of FullFT alone.
+    spanned = best[best["method"].eq("lora")] if best["method"].eq("lora").any() else best
     params = spanned.groupby(PANEL, dropna=False)["trainable_params"].agg(["min", "max"]).mul([1 / 1.5, 1.5])
     params = params.round().astype("Int64").reset_index().melt(PANEL, value_name="trainable_params")
     ends = params.merge(pd.DataFrame({"bits_per_parameter": list(_PER_PARAMETER)}), how="cross")
@@ -195,7 +192,33 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
     plotted = grid.tidy(parts, _STORED)
     figure, styles, panels = grid.panels(plotted)
     for rows, [axes] in panels:
-        _draw_stored(axes, rows, styles)
+        stored, seeds, entropy = only(rows, "stored"), only(rows, "seed"), only(rows, "entropy")
+        per_parameter = only(rows, "per_parameter")
+        for number, linestyle in _PER_PARAMETER.items():
+            line = per_parameter[per_parameter["bits_per_parameter"].eq(number)]
+            axes.plot(line["trainable_params"].astype(float), line["bits"], linestyle, **_LINE)
+        for bits in entropy["bits"]:
+            axes.axhline(bits, **_LINE, zorder=1)
+        shown, positive = stored[stored["bits"] > 0], seeds[seeds["bits"] > 0]
+        adapters = shown[shown["method"] == "lora"].sort_values("trainable_params")
+        axes.plot(adapters["trainable_params"].astype(float), adapters["bits"], color="0.7", linewidth=1.0, zorder=2)
+        seed_marks = positive[["arm", "trainable_params", "bits"]].assign(marker="_")
+        points(axes, seed_marks, "trainable_params", "bits", styles, 11)
+        # A logarithmic axis has no 0: an interval that reaches it is drawn to the lower end of the axis.
+        floor = 0.7 * min(positive["bits"].min(), shown["bits"].min()) if len(positive) else math.nan
+        points(axes, shown.assign(bits_low=shown["bits_low"].clip(lower=floor)), "trainable_params", "bits", styles)
+        axes.set(xscale="log", yscale="log", xlabel="trainable parameters", ylabel="bits stored of the facts")
+        for axis in (axes.xaxis, axes.yaxis):
+            style.log_ticks(axis, EngFormatter(sep=""))
+        nothing = ", ".join(stored.loc[~(stored["bits"] > 0), "arm"])
+        known = [f"facts {formats.count(entropy['bits'].iloc[0])} bits"]
+        known += [grid.seeds_text(stored["n_seeds"])] if len(stored) else []
+        style.note(
+            axes,
+            *known,
+            f"stored nothing: {nothing}" if nothing else "",
+            *grid.diverged_facts(rows, stored, "none finished"),
+        )
     marks = [
         ("entropy", style.line("all of the facts", **_LINE)),
         ("per_parameter", style.line("1 bit / parameter", linestyle=_PER_PARAMETER[1.0], **_LINE)),
@@ -203,34 +226,4 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
         ("stored", style.mark("fitted lowest loss, 95% interval", "o", ls="-", lw=1.2)),
         ("seed", style.mark("one seed", "_", ms=9)),
     ]
-    return grid.legends(figure, styles, plotted, marks)
-
-
-def _draw_stored(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
-    stored, seeds, entropy = only(rows, "stored"), only(rows, "seed"), only(rows, "entropy")
-    per_parameter = only(rows, "per_parameter")
-    for number, linestyle in _PER_PARAMETER.items():
-        line = per_parameter[per_parameter["bits_per_parameter"].eq(number)]
-        axes.plot(line["trainable_params"].astype(float), line["bits"], linestyle, **_LINE)
-    for bits in entropy["bits"]:
-        axes.axhline(bits, **_LINE, zorder=1)
-    shown, positive = stored[stored["bits"] > 0], seeds[seeds["bits"] > 0]
-    adapters = shown[shown["method"] == "lora"].sort_values("trainable_params")
-    axes.plot(adapters["trainable_params"].astype(float), adapters["bits"], color="0.7", linewidth=1.0, zorder=2)
-    seed_marks = positive[["arm", "trainable_params", "bits"]].assign(marker="_")
-    points(axes, seed_marks, "trainable_params", "bits", styles, 11)
-    # A logarithmic axis has no 0: an interval that reaches it is drawn to the lower end of the axis.
-    floor = 0.7 * min(positive["bits"].min(), shown["bits"].min()) if len(positive) else math.nan
-    points(axes, shown.assign(bits_low=shown["bits_low"].clip(lower=floor)), "trainable_params", "bits", styles)
-    axes.set(xscale="log", yscale="log", xlabel="trainable parameters", ylabel="bits stored of the facts")
-    if shown.empty:
-        axes.set(xticks=[], yticks=[])
-        axes.minorticks_off()
-    else:
-        for axis in (axes.xaxis, axes.yaxis):
-            style.log_ticks(axis, EngFormatter(sep=""))
-    nothing = ", ".join(stored.loc[~(stored["bits"] > 0), "arm"])
-    known = [f"facts {formats.count(entropy['bits'].iloc[0])} bits"]
-    known += [grid.seeds_text(stored["n_seeds"])] if len(stored) else []
-    known += [f"stored nothing: {nothing}"] if nothing else []
-    style.note(axes, *known, *grid.diverged_facts(rows, stored, "none finished"))
+    return style.legends(figure, styles, plotted, marks)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
-import yaml
 
 from lorabench.analysis.arms import in_experiments, with_arm_columns
 from lorabench.analysis.comparison import NEEDED_BY
@@ -20,6 +19,7 @@ from lorabench.store.checks import check_comparable, check_curves, check_table, 
 from lorabench.store.io import read_claims, table_path, with_all_columns, write_csv
 from lorabench.store.tables import Tables
 from lorabench.utils.studies import studies
+from lorabench.utils.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,24 +30,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """A figure of the paper, of a claim in its text, or of the verdicts.
-
-    It shows the runs of its experiments and task, or in place of runs another table: `compute`, `evals` or `claims`.
-    """
+    """A figure of the paper, of a claim in its text, or of the verdicts."""
 
     name: str
     """The name of its files."""
     title: str
     caption: str
-    """An explanation for a reader who sees only the figure and this text."""
     experiments: tuple[str, ...]
     drawn_by: str
     """The module and its function that draw it, with a dot between them."""
+    package: str
+    """The package of the module, which is that of a study if the figure is."""
     task: Task = "sft"
     table: str = "runs"
-    """The table that it shows."""
-    package: str = __package__
-    """The package of the module, which is that of a study if the figure is."""
+    """The table that it shows: that of the runs of its experiments and task, or compute, evals or claims."""
 
     def draw(self, tables: Tables) -> tuple[Figure, pd.DataFrame]:
         """Draw the figure from tables of its own runs; return it, and exactly what it plots as one tidy table.
@@ -69,28 +65,19 @@ class PaperFigure:
         return runs[is_rl(runs) == (self.task == "rl")]
 
 
-_TEXTS = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text(encoding="utf-8"))
-_SHARED = {"loss_margin": f"{DEFAULT_MARGINS.loss:.0%}", "reward_margin": f"{DEFAULT_MARGINS.reward:.0%}"}
-
-
-def _figures(texts: Mapping[str, Any], package: str) -> dict[str, PaperFigure]:
-    """Return the figures of the suite or of a study, in whose captions texts in `shared` stand for their names."""
-    for name, text in texts.get("shared", {}).items():
-        _SHARED[name] = text.format_map(_SHARED)
-    return {
-        name: PaperFigure(
-            name,
-            package=package,
-            **about | {"caption": about["caption"].format_map(_SHARED), "experiments": tuple(about["experiments"])},
-        )
-        for name, about in texts["figures"].items()
-    }
-
-
-FIGURES = _figures(_TEXTS, __package__)
+FIGURES: dict[str, PaperFigure] = {}
 """All figures by name: the verdicts, then the others in the paper's order, and then those of studies."""
-for _study in studies():
-    FIGURES |= _figures(_study.texts, _study.package)
+
+# In captions, texts that are shared stand for their names in braces.
+_SHARED = {"loss_margin": f"{DEFAULT_MARGINS.loss:.0%}", "reward_margin": f"{DEFAULT_MARGINS.reward:.0%}"}
+_OWN = read_yaml(Path(__file__).with_name("captions.yaml"))
+for _texts, _package in ((_OWN, __package__), *((study.texts, study.package) for study in studies())):
+    for _name, _text in _texts.get("shared", {}).items():
+        _SHARED[_name] = _text.format_map(_SHARED)
+    for _name, _about in _texts["figures"].items():
+        _caption, _experiments = _about["caption"].format_map(_SHARED), tuple(_about["experiments"])
+        _about = _about | {"caption": _caption, "experiments": _experiments, "package": _package}
+        FIGURES[_name] = PaperFigure(_name, **_about)
 
 
 def figures_of_preset(preset: Preset) -> list[PaperFigure]:
@@ -111,12 +98,11 @@ def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
     """
     if name not in FIGURES:
         raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
-    table = FIGURES[name].table
-    if table == "claims":
+    if FIGURES[name].table == "claims":
         tables = Tables(pd.DataFrame(), pd.DataFrame(), claims=_claims(folders))
     else:
         tables = Tables.read(*folders)
-    _check(table, tables)
+    _check(FIGURES[name].table, tables)
     _save(FIGURES[name], tables, out)
 
 
@@ -125,9 +111,6 @@ def save_all_figures(folders: Sequence[Path], out: Path) -> Iterator[str]:
 
     Yields:
         A sentence on each figure that can't be drawn.
-
-    Raises:
-        UserError: see `save_figure`.
     """
     tables = replace(Tables.read(*folders), claims=_claims(folders))
     shown = {"compute": tables.compute, "evals": tables.evals, "claims": tables.claims}
@@ -136,7 +119,7 @@ def save_all_figures(folders: Sequence[Path], out: Path) -> Iterator[str]:
         for figure in FIGURES.values()
         if len(figure.own_runs(tables.runs) if figure.table == "runs" else shown[figure.table])
     ]
-    for table in dict.fromkeys(figure.table for figure in figures):
+    for table in {figure.table for figure in figures}:
         _check(table, tables)
     for figure in figures:
         try:
@@ -165,10 +148,9 @@ def _save(figure: PaperFigure, tables: Tables, out: Path) -> None:
     if figure.table == "runs":
         if missing := [column for column in NEEDED_BY[figure.task] if column not in tables.runs]:
             raise NothingToDrawError(f"the runs table has no column {', '.join(missing)}")
-        runs = figure.own_runs(tables.runs)
+        runs = with_arm_columns(figure.own_runs(tables.runs))
         if runs.empty:
             raise NothingToDrawError(f"the runs table has no runs of the experiment {' or '.join(figure.experiments)}")
-        runs = with_arm_columns(runs)
         tables = replace(tables, runs=runs, curves=curves_of(tables.curves, runs))
     drawn, plotted = figure.draw(tables)
     for kind in ("svg", "png"):

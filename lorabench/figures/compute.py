@@ -71,12 +71,11 @@ def draw(tables: Tables) -> style.Drawn:
             ticks = sorted({int(rank) for rank in rows["rank"]})
             axes.set(xlim=(ticks[0] / 1.3, ticks[-1] * 1.3), xticks=ticks)
             axes.set_ylim(0, 1.08 * max(1.0, plotted["ratio"].max()))
-        first = rows.iloc[0]
+        first = rows.iloc[0].astype(object).dropna()
         flops.set_title(name, pad=18, parse_math=False)
-        style.note(flops, "" if pd.isna(first["effective_width"]) else f"N = {first['effective_width']:.4g}")
-        known = not pd.isna(first["batch_size"]) and not pd.isna(first["sequence_length"])
-        tokens = f"{first['batch_size']} x {first['sequence_length']} tokens" if known else ""
-        style.note(measured, tokens, "" if pd.isna(first["device"]) else str(first["device"]))
+        style.note(flops, f"N = {first['effective_width']:.4g}" if "effective_width" in first else "")
+        sizes = [str(first[name]) for name in ("batch_size", "sequence_length") if name in first]
+        style.note(measured, f"{' x '.join(sizes)} tokens" if len(sizes) == 2 else "", str(first.get("device", "")))
     plotted = pd.concat(drawn, ignore_index=True)
     shown = set(plotted["element"])
     looks = [*(look for element, look in _LOOKS.items() if element in shown), *_REFERENCES.values()]

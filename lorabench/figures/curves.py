@@ -74,7 +74,7 @@ def draw_by_step(tables: Tables) -> style.Drawn:
         "departure": style.mark("a rank leaves the highest rank's curve", "o", mfc="white", mew=1.4),
         "noise_band": style.shade(f"lowest envelope ± 2{style.SIGMA} of seeds"),
     }
-    return grid.legends(figure, styles, plotted, marks.items())
+    return style.legends(figure, styles, plotted, marks.items())
 
 
 _BY_FLOPS = [*ARM_COLUMNS, "element", "flops", "step", "tokens", "nll", "lr", "run_id"]
@@ -101,7 +101,7 @@ def draw_by_flops(tables: Tables) -> style.Drawn:
         axes.set(xscale="log", xlabel="training FLOPs (linear layers)", ylabel=_LOSS)
         sigma = float(rows_of(noise, rows.iloc[0], PANEL)["sigma"].iloc[0])
         style.note(axes, grid.sigma_text(sigma), *grid.diverged_facts(rows, curves, "no curve"))
-    return grid.legends(figure, styles, plotted)
+    return style.legends(figure, styles, plotted)
 
 
 _BY_BATCH_SIZE = [*ARM_COLUMNS, "element", "step", "examples", "lr", "nll", "gap", "low", "high"]
@@ -149,7 +149,7 @@ def draw_by_batch_size(tables: Tables) -> style.Drawn:
         place.suptitle(f"{model} · {dataset}", x=0.01, ha="left", fontsize=9, weight="bold", parse_math=False)
         _draw_block(place, block, styles, count)
     open_mark = style.mark("best LR at the edge of its grid", "o", mfc="white", mew=1.4)
-    return grid.legends(figure, styles, plotted, [(plotted["at_edge"].eq(True).any(), open_mark)])
+    return style.legends(figure, styles, plotted, [(plotted["at_edge"].eq(True).any(), open_mark)])
 
 
 def _draw_block(place: SubFigure, block: pd.DataFrame, styles: Styles, rows: int) -> None:
@@ -173,15 +173,12 @@ def _draw_block(place: SubFigure, block: pd.DataFrame, styles: Styles, rows: int
     if len(late):
         pad = 0.05 * (late.max() - late.min()) or 0.05 * abs(late.max())
         panels[0, 0].set_ylim(late.min() - pad, late.max() + pad)
-    # Of runs of several lengths at one batch size, only the longest are compared.
-    steps = block["steps"].astype("Int64")
-    longest = block[steps.isna() | steps.eq(steps.groupby(block["batch_size"]).transform("max")).fillna(False)]
     losses, differences = below.subplots(1, 2)
     for axes, element, value, label in (
         (losses, "final", "nll", "final test NLL (nats / token)"),
         (differences, "gap", "gap", "LoRA - FullFT (nats / token)"),
     ):
-        shown = only(longest, element).rename(columns={"low": f"{value}_low", "high": f"{value}_high"})
+        shown = only(block, element).rename(columns={"low": f"{value}_low", "high": f"{value}_high"})
         arms = [label for label in styles if label in set(shown["arm"])]
         for number, arm in enumerate(arms):
             # The marks of one batch size are side by side.
@@ -231,7 +228,7 @@ def draw_early(tables: Tables) -> style.Drawn:
         (plotted["half_width"].notna().any(), style.line("half width of its 95% interval", color="0.6", lw=1.1)),
         ("sigma", style.line(f"2{style.SIGMA} of batches", color="black", ls="--", lw=1.1)),
     ]
-    return grid.legends(figure, styles, plotted, marks)
+    return style.legends(figure, styles, plotted, marks)
 
 
 def _early_rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:

@@ -1,9 +1,12 @@
-"""What several sources measured: a forest plot with a random-effects summary, and answers by the size of the model."""
+"""The evidence of all sources: tables of what the runs of others say beside published presets, and two pictures: a
+forest plot with a random-effects summary, and answers by the size of the model.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +19,47 @@ from lorabench.analysis.finding import BORDERLINE, SEVERITY
 from lorabench.analysis.optima import PAPER_RATIO
 from lorabench.analysis.rules import DECIDED
 from lorabench.figures import style
-from lorabench.sources.measurements import MEASURES, Z, holds_again
+from lorabench.sources.lr_optima import known_optima, optima_table
+from lorabench.sources.measurements import MEASURES, Z, holds_again, matrix, measurement_table, summary_table
+from lorabench.sources.studies import judge, read_studies, source_folders
+from lorabench.store.io import write_csv
+from lorabench.store.published import NOT_PUBLISHED
 from lorabench.utils import formats
+
+
+def evidence_tables(
+    more: Sequence[Path] = (), own: Sequence[pd.DataFrame] = (), presets: Sequence[Path] = ()
+) -> dict[str, pd.DataFrame]:
+    """Judge the shipped sources and those in more folders, and set own presets, as from `read_own`, next to them.
+
+    The optimal learning rates of published `presets`, given as folders, are pooled with those of the sources.
+
+    Returns:
+        By the names of their files: all verdicts (`claims`), their `matrix`, `measurements` with their `summary`, and
+        the known optimal learning rates (`lr_optima`).
+
+    Raises:
+        UserError: a source is refused; then nothing is judged.
+    """
+    studies = read_studies(source_folders(*more))
+    claims = pd.concat([judge(study) for study in studies], ignore_index=True)
+    measurements = measurement_table(studies, claims, own)
+    return {
+        "claims": claims.drop(columns=list(NOT_PUBLISHED)),
+        "matrix": matrix(claims, own),
+        "measurements": measurements,
+        "summary": summary_table(measurements),
+        "lr_optima": optima_table(known_optima(studies, presets)),
+    }
+
+
+def write_evidence(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
+    """Write the tables of the evidence, as from `evidence_tables`, and its pictures into a folder."""
+    for name, rows in tables.items():
+        write_csv(rows, out / f"{name}.csv")
+    style.write_figure(draw_matrix(tables["matrix"]), out / "matrix.svg")
+    style.write_figure(draw_forest(tables["measurements"], tables["summary"]), out / "forest.svg")
+
 
 _WIDTH, _ROW, _NAMES, _NUMBERS = 9.2, 0.21, 3.55, 1.85  # inches
 _PANEL_WIDTH = _WIDTH - _NAMES - _NUMBERS

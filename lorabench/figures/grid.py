@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -129,9 +128,11 @@ def judged_departures(comparison: Comparison) -> dict[int, tuple[PairedCurves, D
     Each departure comes after the curves that it was found in. Ranks are left out where something speaks against a
     verdict on them, such as too few seeds or training losses.
     """
-    highest, departures = comparison.highest, {}
-    for rank, arm in comparison.lora.items() if highest and not comparison.margin.problem else ():
-        if highest and rank != highest["rank"] and not comparison.problems([arm, highest]):
+    highest, departures = comparison.highest, dict[int, tuple[PairedCurves, Departure]]()
+    if highest is None or comparison.margin.problem:
+        return departures
+    for rank, arm in comparison.lora.items():
+        if rank != highest["rank"] and not comparison.problems([arm, highest]):
             curves = pair_at_optimum(comparison, arm, highest)
             # Without training losses of both ranks nothing is known of it.
             if curves.n_seeds:
@@ -154,18 +155,15 @@ def departure_rows(parts: Sequence[Comparison], envelope: pd.DataFrame, columns:
 
 
 def titled(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Return a title and the rows of each panel; the title names what distinguishes the panel from the others.
-
-    Of a model's id on the hub it has the part after the owner, unless that is the same for two models.
-    """
-    short = {model: str(model).rpartition("/")[2] for model in frame["model"].unique()}
-    if len({*short.values()}) < len(short):
-        short = {model: str(model) for model in short}
+    """Return a title and the rows of each panel; the title names what distinguishes the panel from the others."""
     several_batch_sizes = frame["batch_size"].nunique() > 1
     several_lengths = (frame.groupby(PANEL[:-1], dropna=False)["steps"].nunique() > 1).any()
     titles = []
     for (model, dataset, batch_size, steps), rows in frame.groupby(PANEL, dropna=False):
-        title = f"{short[model]} · {dataset}" + (f" · batch {batch_size}" if several_batch_sizes else "")
+        # Of a model's id on the hub it has the part after the owner.
+        title = f"{str(model).rpartition('/')[2]} · {dataset}" + (
+            f" · batch {batch_size}" if several_batch_sizes else ""
+        )
         titles.append((title + (f" · {steps} steps" if several_lengths else ""), rows))
     return titles
 
@@ -196,19 +194,6 @@ def panels(
         drawn.append((group, axes))
     # What others published is grey.
     return figure, style.arm_styles(plotted[plotted["element"] != "published"]), drawn
-
-
-def legends(
-    figure: Figure, styles: Styles, plotted: pd.DataFrame, marks: Iterable[tuple[Any, Artist]] = ()
-) -> style.Drawn:
-    """Draw the legends of a figure, and return it with what it plots.
-
-    Each of the marks comes after whether it occurs, or after the element that it stands for.
-    """
-    elements = set(plotted["element"])
-    entries = [(occurs in elements if isinstance(occurs, str) else occurs, mark) for occurs, mark in marks]
-    style.legends(figure, styles, entries)
-    return figure, plotted
 
 
 def lines(axes: Axes, rows: pd.DataFrame, x: str, y: str, styles: Styles, **look: Any) -> None:

@@ -43,35 +43,27 @@ def draw(tables: Tables) -> style.Drawn:
     documents; the standard errors of `forgotten` are of the run's own score, without the base's.
 
     Raises:
-        UserError: there is no table evals, it has no trained run, or it has two scores of one kind for a run.
+        UserError: there is no table evals, or it has no trained run.
     """
     evals = tables.evals
-    if evals.empty:
-        raise UserError("there is no table evals")
-    score = ["model", "run_id", "task", "metric", "filter"]
-    if (twice := evals.duplicated(score)).any():
-        repeated = evals.loc[twice, score].dropna(axis="columns").iloc[0]
-        raise UserError(f"the evals table has the score {' '.join(map(str, repeated))} more than once")
     trained = evals[evals["method"].notna()]
     if trained.empty:
-        raise UserError("the evals table has no trained run")
+        raise UserError("there is no table evals, or it has no trained run")
     trained = trained.assign(arm=arm_labels(trained))
     base = evals[evals["method"].isna()]
-    panels = [
-        (title, _panel_rows(runs, base[base["model"] == runs["model"].iloc[0]])) for title, runs in titled(trained)
-    ]
-    plotted = pd.concat([rows for _, rows in panels], ignore_index=True)
+    titles, groups = zip(*titled(trained), strict=True)
+    parts = [_panel_rows(runs, base[base["model"] == runs["model"].iloc[0]]) for runs in groups]
+    plotted = pd.concat(parts, ignore_index=True)
     measures = [name for name in _MEASURES if (plotted["measure"] == name).any()] or [_BITS]
-    figure = style.new_figure((style.PANEL_HEIGHT + 0.4) * len(panels))
-    axes = figure.subplots(len(panels), len(measures) + 1, squeeze=False)
+    figure = style.new_figure((style.PANEL_HEIGHT + 0.4) * len(parts))
+    axes = figure.subplots(len(parts), len(measures) + 1, squeeze=False)
     styles = style.arm_styles(plotted[plotted["arm"] != _BASE])
-    for (title, rows), row_of_panels in zip(panels, axes, strict=True):
+    for title, rows, row_of_panels in zip(titles, parts, axes, strict=True):
         row_of_panels[0].set_title(title, pad=18, parse_math=False)
         _draw_row(row_of_panels, rows, measures, styles)
     marks = [(True, style.mark(look.label, look.marker, color=look.colour)) for look in styles.values()]
     before = bool((plotted["arm"] == _BASE).any()), style.mark("before training", "x", mew=1.8)
-    style.legends(figure, {}, [*marks, before])
-    return figure, plotted
+    return style.legends(figure, {}, plotted, [*marks, before])
 
 
 def _panel_rows(runs: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
@@ -102,7 +94,7 @@ def _panel_rows(runs: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
 def _accuracies(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the accuracies of each task by one metric and filter, the same for all runs."""
     kept = [scores.iloc[:0]]
-    for _, task_scores in scores[scores["higher_is_better"].fillna(False).astype(bool)].groupby("task"):
+    for _, task_scores in scores[scores["higher_is_better"].eq(True)].groupby("task"):
         metrics = list(task_scores["metric"].unique())
         metric = next((name for name in _ACCURACIES if name in metrics), metrics[0])
         by_metric = task_scores[task_scores["metric"] == metric]
@@ -118,7 +110,7 @@ def _mean(scores: pd.DataFrame, own: bool = False) -> tuple[pd.Series[float], pd
 
     The standard error takes documents as independent. With `own`, tasks on the training data count, if there are any.
     """
-    on_own_data = scores["source"].eq(scores["dataset"]).fillna(False).astype(bool)
+    on_own_data = scores["source"].eq(scores["dataset"])
     scores = scores[on_own_data] if own and on_own_data.any() else scores
     values = scores.pivot(index="key", columns="task", values="value").dropna()
     stderrs = scores.pivot(index="key", columns="task", values="stderr").reindex(values.index)
@@ -139,51 +131,46 @@ def _draw_row(panels: Sequence[Axes], rows: pd.DataFrame, measures: Sequence[str
         shown = rows.drop_duplicates("run_id") if measure == _NLL else rows[rows["measure"] == measure]
         if measure == _NLL and not rows[_NLL].notna().any():
             style.say(axes, "There is no test NLL\nafter reinforcement learning.")
-        elif shown.empty:
+            continue
+        if shown.empty:
             style.say(axes, "Forgetting is measured against the base,\nwhich has no score on these tasks.")
-        else:
-            label, across = "test NLL\nnats per scored token", _NLL
-            if measure != _NLL:
-                # The base is where the two grey lines cross.
-                axes.axvline(0, **_REFERENCE)
-                label, across = _named(f"{_MEASURES[measure]}:\n", shown["forgotten_tasks"].iloc[0]), "forgotten"
-            _draw_points(axes, shown, across, styles, up)
-            axes.set_xlabel(f"{label}\n(lower is better)", parse_math=False)
-            drawn[up].append(axes)
+            continue
+        label, across = "test NLL\nnats per scored token", _NLL
+        if measure != _NLL:
+            # The base is where the two grey lines cross.
+            axes.axvline(0, **_REFERENCE)
+            label, across = f"{_MEASURES[measure]}:\n{_named(shown['forgotten_tasks'])}", "forgotten"
+        for score in shown.loc[shown["arm"] == _BASE, up].dropna():
+            axes.axhline(score, **_REFERENCE)
+        placed = shown.dropna(subset=[up, across])
+        for row in placed.to_dict("records"):
+            point: dict[str, Any] = {"color": style.MUTED, "fmt": "x", "markeredgewidth": 1.8, "zorder": 1.5}
+            if look := styles.get(row["arm"]):
+                point = {"color": look.colour, "fmt": look.marker, "zorder": look.zorder}
+            errors = row["learned_stderr"] if up == "learned" else None, row.get(f"{across}_stderr")
+            axes.errorbar(row[across], row[up], *errors, markersize=6, elinewidth=0.9, **point)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        # The range is not empty even where all accuracies are 0.
+        if up == "learned" and placed[up].max() == 0:
+            axes.set_ylim(-0.002, 0.05)
+        # The base was trained on no dataset of its own, so it has no test NLL.
+        unplaced = (shown["arm"] != _BASE).sum() - (placed["arm"] != _BASE).sum()
+        style.note(axes, f"{unplaced} without a score" if unplaced else "")
+        axes.set_xlabel(f"{label}\n(lower is better)", parse_math=False)
+        drawn[up].append(axes)
     # Panels with the same height share their y-axis, which has its label at the first of them.
-    labels = {"learned_bits": "bits per byte of right answers\nbelow the base: ", "learned": "accuracy: "}
+    labels = {"learned_bits": "bits per byte of right answers\nbelow the base", "learned": "accuracy"}
     for up, alike in drawn.items():
         for axes in alike[1:]:
             axes.sharey(alike[0])
             axes.tick_params(labelleft=False)
         for first in alike[:1]:
-            tasks = _named(labels[up], rows[f"{up}_tasks"].iloc[0])
-            first.set_ylabel(f"{tasks}\n(higher is better)", parse_math=False)
+            label = f"{labels[up]}: {_named(rows[f'{up}_tasks'])}\n(higher is better)"
+            first.set_ylabel(label, parse_math=False)
             first.autoscale_view()
 
 
-def _draw_points(axes: Axes, rows: pd.DataFrame, across: str, styles: Styles, up: str) -> None:
-    """Draw runs with their standard errors, and the base's score as a line; count the runs that lack a number."""
-    for score in rows.loc[rows["arm"] == _BASE, up].dropna():
-        axes.axhline(score, **_REFERENCE)
-    placed = rows.dropna(subset=[up, across])
-    for row in placed.to_dict("records"):
-        point: dict[str, Any] = {"color": style.MUTED, "fmt": "x", "markeredgewidth": 1.8, "zorder": 1.5}
-        if look := styles.get(row["arm"]):
-            point = {"color": look.colour, "fmt": look.marker, "zorder": look.zorder}
-        error = row["learned_stderr"] if up == "learned" else None
-        across_error = row["forgotten_stderr"] if across == "forgotten" else None
-        axes.errorbar(row[across], row[up], error, across_error, markersize=6, elinewidth=0.9, **point)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    # The range is not empty even where all accuracies are 0.
-    if up == "learned" and placed[up].max() == 0:
-        axes.set_ylim(-0.002, 0.05)
-    # The base was trained on no dataset of its own, so it has no test NLL.
-    unplaced = (rows["arm"] != _BASE).sum() - (placed["arm"] != _BASE).sum()
-    style.note(axes, f"{unplaced} without a score" if unplaced else "")
-
-
-def _named(what: str, tasks: str) -> str:
+def _named(tasks: pd.Series[str]) -> str:
     """Name a score by its task, or by the number of tasks that it is the mean of."""
-    names = tasks.split("; ")
-    return f"{what}{names[0].split(' ')[0]}" if len(names) == 1 else f"{what}mean of {len(names)} tasks"
+    names = tasks.iloc[0].split("; ")
+    return names[0].split(" ")[0] if len(names) == 1 else f"mean of {len(names)} tasks"

@@ -83,11 +83,10 @@ def draw(tables: Tables) -> style.Drawn:
     ]
     entries += [
         (not measured["resolved"].astype(bool).all(), style.mark("not resolved", "o", mfc="white", mew=1.2)),
-        (len(only(plotted, "published")), style.mark("published optima", "o", color=_GREY, ms=4)),
-        (len(only(plotted, "published_law")), style.mark("published law", "", color=_GREY, ls="-")),
+        ("published", style.mark("published optima", "o", color=_GREY, ms=4)),
+        ("published_law", style.mark("published law", "", color=_GREY, ls="-")),
     ]
-    style.legends(figure, styles, entries)
-    return figure, plotted
+    return style.legends(figure, styles, plotted, entries)
 
 
 def _rows(models: list[SweptModel], law: LrLaw | None) -> pd.DataFrame:

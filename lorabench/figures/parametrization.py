@@ -65,7 +65,7 @@ def draw(tables: Tables) -> style.Drawn:
         _draw_differences(panels[1], only(rows, "equivalent"), only(rows, "not_equivalent"))
         _draw_move_times(panels[2], only(rows, "a_moved"), only(rows, "a_not_moved"), styles)
         _draw_update_norms(panels[3], rows, styles)
-    return grid.legends(figure, styles, plotted)
+    return style.legends(figure, styles, plotted)
 
 
 def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
@@ -242,13 +242,12 @@ def draw_variants(tables: Tables) -> style.Drawn:
     white = {"mfc": "white", "mew": 1.1, "ms": 5}
     marks = [
         (True, style.mark("standard", "s", color="black", ls="-", lw=1.4, ms=5)),
-        (len(only(plotted, "margin_band")), style.shade("within the margin of the standard", "0.88")),
+        ("margin_band", style.shade("within the margin of the standard", "0.88")),
         (variants["at_edge"].astype(bool).any(), style.mark("best LR at the edge", "o", **white)),
         (resolved.any(), style.mark("optimum, interval", "D", ls="-", lw=1.4, ms=5)),
         ((~resolved).any(), style.mark("optimum, not resolved", "D", **white)),
     ]
-    style.legends(figure, {}, marks)
-    return figure, plotted
+    return style.legends(figure, {}, plotted, marks)
 
 
 def _variant_rows(tables: Tables, runs: pd.DataFrame) -> pd.DataFrame:

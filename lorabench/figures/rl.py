@@ -48,7 +48,7 @@ def draw_accuracy(tables: Tables) -> style.Drawn:
             axes.set_ylabel("test accuracy at the best LR")
             style.note(axes, seeds_text(curve["n_seeds"]), strip=STRIP)
         draw_lr_panel(right, rows, styles)
-    return grid.legends(figure, styles, plotted, lr_marks(plotted))
+    return style.legends(figure, styles, plotted, lr_marks(plotted))
 
 
 def _curve_rows(tables: Tables, split: str, metric: str, *further: str) -> pd.DataFrame:
@@ -131,7 +131,7 @@ def draw_responses(tables: Tables) -> style.Drawn:
             _draw_curves(axes, rows, styles)
             axes.set_ylabel(ylabel, parse_math=False)
             style.note(axes, seeds_text(rows["n_seeds"]), fact)
-    return grid.legends(figure, styles, plotted)
+    return style.legends(figure, styles, plotted)
 
 
 def _panels(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame, str, str]]:

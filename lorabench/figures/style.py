@@ -135,17 +135,24 @@ def note(axes: Axes, *facts: str, strip: float = 0.0) -> None:
     axes.annotate(" · ".join(filter(None, facts)), (0, 1), (0, strip + 5), "axes fraction", "offset points", **look)
 
 
-def legends(figure: Figure, styles: Mapping[str, ArmStyle], entries: Iterable[tuple[Any, Artist]] = ()) -> None:
-    """Draw two legends: of the arms above the panels, and below them of the other marks that occur, as entries say."""
+def legends(
+    figure: Figure, styles: Mapping[str, ArmStyle], plotted: pd.DataFrame, marks: Iterable[tuple[Any, Artist]] = ()
+) -> Drawn:
+    """Draw two legends, of the arms above the panels and of other marks below; return the figure and what it plots.
+
+    Each of the marks comes after whether it occurs, or after the element that it stands for.
+    """
     lines = [line(look.label, **look.line) for look in styles.values()]
-    marks = [entry for occurs, entry in entries if occurs]
+    elements = set(plotted.get("element", ()))
+    occurring = [mark for occurs, mark in marks if (occurs in elements if isinstance(occurs, str) else occurs)]
     gaps = {"handlelength": 1.6, "handletextpad": 0.6, "columnspacing": 1.3}
-    for handles, place in ((lines, "upper"), (marks, "lower")):
-        # The widest entry in inches: a handle with its gaps, and letters of average width.
-        widest = 0.5 + 0.065 * max((len(str(handle.get_label())) for handle in handles), default=0)
+    for handles, place in ((lines, "upper"), (occurring, "lower")):
         if handles:
+            # The widest entry in inches: a handle with its gaps, and letters of average width.
+            widest = 0.5 + 0.065 * max(len(str(handle.get_label())) for handle in handles)
             columns = min(int(WIDTH / widest), len(handles))
             figure.legend(handles=handles, loc=f"outside {place} left", ncols=columns, **gaps)
+    return figure, plotted
 
 
 def line(label: str, **look: Any) -> Line2D:
@@ -160,8 +167,7 @@ def shade(label: str, colour: str = "0.85") -> Patch:
 
 def mark(label: str, marker: str, **properties: Any) -> Line2D:
     """Make the legend entry of a mark that means the same in the colour of every arm."""
-    look: dict[str, Any] = {"color": MUTED, "linestyle": "none", "markersize": 6, **properties}
-    return line(label, marker=marker, **look)
+    return line(label, marker=marker, **{"color": MUTED, "ls": "none", "ms": 6, **properties})
 
 
 def write_figure(figure: Figure, path: Path) -> None:

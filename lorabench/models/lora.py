@@ -5,17 +5,14 @@ both (the paper, "Setting LoRA hyperparameters"). The unembedding may carry LoRA
 imply.
 
 In a mixture of experts each expert has a LoRA of its own, whose rank is the total rank divided by the number of active
-experts, at least 1 (the paper, "Layers where LoRA is applied"), and whose scaling is alpha over that rank. The router
-has none. Where experts are fused in one parameter (gate and up as one matrix, experts stacked), gate and up share an A.
+experts, at least 1 (the paper, "Layers where LoRA is applied"). The router has none. Where experts are fused in one
+parameter (gate and up as one matrix, experts stacked), gate and up share an A.
 
-Variants of LoRA differ from it by what PEFT is told (`_OPTIONS`). PiSSA and OLoRA take a part of each weight out of the
-base and start the adapter with it. QLoRA rounds the base to 4 bits (NF4), but holds it as other weights, so that no
-memory is saved; in fp32, bitsandbytes trains with the same results.
+PiSSA and OLoRA take a part of each weight out of the base and start the adapter with it. QLoRA rounds the base to 4
+bits (NF4), but holds it as other weights; in fp32, bitsandbytes trains with the same results.
 
 PEFT adds the adapter and saves it; `use_fast_products` replaces the forward pass of its linear layers, but of no fused
-experts or sharded models. The products with A and B are added to the base's result in place, and no product of the size
-of the activations is kept or scaled. Where the rank is large for the layer, merging A and B into the weights takes
-fewer FLOPs. With autocast the frozen weights are cast once. DoRA's norms are computed in fp32 from merged weights.
+experts or sharded models. Where the rank is large for the layer, merging A and B into the weights takes fewer FLOPs.
 """
 
 from __future__ import annotations
@@ -69,8 +66,8 @@ def targets(model: PreTrainedModel, placement: Placement, include_unembedding: b
     ends = tuple(f".{name}" for name in known)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     modules = [name for name in linear if name.endswith(ends)]
-    weights = {name: p for name, p in model.named_parameters() if not name.endswith("bias")}
-    stacks = [n for n, p in weights.items() if p.ndim == 3 and in_expert(n) and n.rpartition(".")[2] in known]
+    parameters = model.named_parameters()
+    stacks = [n for n, p in parameters if p.ndim == 3 and in_expert(n) and n.rpartition(".")[2] in known]
     if not modules and not stacks:
         names = ", ".join(known)
         raise UserError(f"{type(model).__name__} has no layer for placement {placement!r}; known names: {names}")
@@ -82,11 +79,6 @@ def targets(model: PreTrainedModel, placement: Placement, include_unembedding: b
             f"{type(model).__name__} has layers that would get no LoRA, since placement {placement!r} does not know "
             f"their names: {names}"
         )
-    if placement != "attn":
-        covered = {*stacks, *(f"{name}.weight" for name in modules)}
-        uncovered = [name for name, p in weights.items() if p.ndim > 1 and in_expert(name) and name not in covered]
-        if uncovered:
-            raise UserError(f"{type(model).__name__} has expert weights that would get no LoRA, such as {uncovered[0]}")
     if include_unembedding:
         modules += [name for name, module in model.named_modules() if module is head]
     return modules, stacks
@@ -105,13 +97,8 @@ def add_lora(
     """Put LoRA on a base model, which is then frozen; `.unload()` removes LoRA again.
 
     PiSSA, OLoRA and QLoRA change the base's weights, which `.unload()` leaves changed, and the former two give a tied
-    unembedding weights of its own. UserError says that the model has no such layers, or PEFT put LoRA on others.
-
-    Args:
-        rank: the rank; in a mixture of experts the total rank of the active experts.
-        alpha: the numerator of the scaling alpha/r.
-        seed: from which A is drawn.
-        init_a: bound of A's initial entries in units of 1/sqrt(d_in).
+    unembedding weights of its own. A is drawn from the seed, within `init_a` in units of 1/sqrt(d_in). UserError says
+    that the model has no such layers, or PEFT put LoRA on others.
     """
     from peft import LoraConfig, get_peft_model
     from tqdm import tqdm
@@ -129,12 +116,8 @@ def add_lora(
         head.weight = nn.Parameter(head.weight.detach().clone())
     ranks = {}
     if any(map(in_expert, names)):
-        active = getattr(model.config, "num_experts_per_tok", None)
-        if not active:
-            name = type(model).__name__
-            raise UserError(f"the config of {name} lacks num_experts_per_tok, by which the rank is divided")
         # The pattern is that of layers inside a module named `experts`; shared experts, always active, do not match.
-        ranks[r"experts\..+"] = max(1, rank // int(active))
+        ranks[r"experts\..+"] = max(1, rank // int(model.config.num_experts_per_tok))
     config = LoraConfig(
         r=rank,
         rank_pattern=ranks,

@@ -54,20 +54,12 @@ def computing_only(model: nn.Module, tokens: Tensor) -> Iterator[None]:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """Return the name of the argument of a model's `forward` that takes the cache of keys and values.
-
-    It has changed within the versions of transformers that this project runs with, 5.19 and later.
-    """
-    parameters = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
+    """Return the name of the argument of `forward` for the cache, which changed after version 5.19 of transformers."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def recompute_activations(model: Any, keeping: int = 0) -> None:
-    """Keep only the inputs of each layer; the backward pass computes the layer again, with the same result.
-
-    The last `keeping` layers keep their activations, in models whose decoder has `layers`. They have given them back
-    when those of the first are computed again.
-    """
+    """Keep only the inputs of all layers but the last `keeping`; the backward pass computes them again, bit for bit."""
     # There is no random state to restore: models have no dropout.
     options = {"use_reentrant": False, "preserve_rng_state": False}
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -235,7 +235,6 @@ def architectures() -> dict[str, ModelConfig]:
 
 def dimensions_of_config(config: ModelConfig) -> Dimensions:
     """Return the sizes in a Hugging Face configuration; KeyError names what one of an unknown family lacks."""
-
     experts = config.num_experts or config.num_local_experts or 0
     keys = ["hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size"]
     sizes = {key: getattr(config, key) for key in [*keys, *(["num_experts_per_tok"] if experts else [])]}

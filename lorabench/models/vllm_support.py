@@ -6,10 +6,6 @@ vLLM is imported nowhere here: its import takes seconds.
 from __future__ import annotations
 
 import os
-import platform
-import shutil
-import tempfile
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,29 +16,21 @@ from lorabench.config.inputs import ModelSpec
 from lorabench.errors import UserError
 from lorabench.models.base import load_config, model_location
 from lorabench.models.specs import Dimensions, ModelConfig, dimensions_of_config
-from lorabench.utils.gpus import compute_modes
 
 if TYPE_CHECKING:
     import torch
 
-# vLLM's lists; tests/evaluation/test_vllm.py compares them with the installed version.
-CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""The sizes of an attention head that vLLM computes on a CPU."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM takes for the largest rank of its adapters."""
+"""The values that vLLM takes for the largest rank of its adapters (tests/evaluation/test_vllm.py compares them)."""
 
 
 def check_vllm(
-    spec: ModelSpec,
-    device: torch.device,
-    rank: int | None = None,
-    placement: Placement | None = None,
-    trains: bool = False,
+    spec: ModelSpec, rank: int | None = None, placement: Placement | None = None, trains: bool = False
 ) -> None:
-    """Raise UserError if vLLM cannot compute a model here, by the model's configuration, or is not installed.
+    """Raise UserError if vLLM cannot compute a model, by the model's configuration, or is not installed.
 
     Rank and placement are those of an adapter. With `trains`, weights are handed over in training: the adapter's, or
-    all. A GPU that takes one process only then refuses vLLM beside the trainer.
+    all.
     """
     name, sizes = model_location(spec), _sizes(spec)
     if rank is not None:
@@ -52,20 +40,6 @@ def check_vllm(
             f"model {name} is a mixture of experts, whose trained weights are not handed over to vLLM; "
             "set execution.sampler to own"
         )
-    if device.type == "cpu" and sizes.head_dim not in CPU_HEAD_SIZES:
-        allowed = ", ".join(map(str, CPU_HEAD_SIZES))
-        raise UserError(
-            f"model {name} has attention heads of size {sizes.head_dim}, which vLLM does not compute on a CPU "
-            f"(allowed: {allowed}); set execution.sampler to own"
-        )
-    if trains and device.type == "cuda":
-        alone = [mode for mode in compute_modes() if mode.startswith("Exclusive")]
-        # NVIDIA's server for several processes is the one process then.
-        if alone and not Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")).exists():
-            raise UserError(
-                f"a GPU of this job is in compute mode {alone[0]}, in which it takes one process, and refuses vLLM "
-                "beside the trainer; ask for the mode Default (nvidia-smi -c 0), or set execution.sampler to own"
-            )
     if sizes.experts and placement in ("mlp", "all"):
         raise UserError(
             f"placement {placement!r} puts LoRA on the {sizes.experts} experts of model {name}, which is not "
@@ -123,19 +97,3 @@ def vllm_environment(on_cpu: bool, caches: Path) -> dict[str, str]:
     names = ["VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE"]
     names.append("CUDA_CACHE_PATH")
     return settings | {name: str(caches / name.lower()) for name in names if name not in os.environ}
-
-
-def machine_folder(parent: Path) -> Path:
-    """Return a new folder in `parent` for this process, after removing those that killed processes left behind."""
-    prefix = f"lorabench-vllm-{platform.node()}"
-    for old in parent.glob(f"{prefix}-*"):
-        name, owner, _ = old.name.rsplit("-", 2)
-        # The host of a longer name, or another user's process, may be alive.
-        if name != prefix:
-            continue
-        with suppress(PermissionError):
-            try:
-                os.kill(int(owner), 0)
-            except ProcessLookupError:
-                shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{prefix}-{os.getpid()}-", dir=parent))

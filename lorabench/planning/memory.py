@@ -108,7 +108,7 @@ def cache_bytes(preset: Preset, sizes: Dimensions) -> int:
 
 
 def handover_bytes(preset: Preset, condition: Condition) -> int:
-    """Return the bytes of shared memory in which a job hands its weights to all of its engines in each step.
+    """Return the bytes of the files in which a job hands its weights to all of its engines in each step.
 
     They are the whole model in the type of its products in full fine-tuning, and in LoRA the adapter in fp32.
     """

@@ -211,12 +211,8 @@ def _short(value: float, claim: Claim) -> str:
 def facts(claims: pd.DataFrame) -> pd.DataFrame:
     """Return the facts that claims state, in the order of their first claims.
 
-    Args:
-        claims: columns claim_id, kind, fact, verdict.
-
-    Returns:
-        `group` (what the headline counts apart), `fact`, `verdict` (the worst of its claims by SEVERITY) and
-        `claim_ids`, a tuple.
+    Columns are `group` (what the headline counts apart), `fact`, `verdict` (the worst of its claims by SEVERITY) and
+    `claim_ids`, a tuple.
     """
     stated = _grouped(claims).groupby(["group", "fact"], sort=False, as_index=False)
     return stated.agg(verdict=("verdict", partial(max, key=SEVERITY.index)), claim_ids=("claim_id", tuple))

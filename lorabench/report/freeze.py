@@ -32,12 +32,10 @@ from lorabench.utils.yaml_files import read_yaml
 
 
 class FrozenData(Strict):
-    """A dataset or problem set of the runs."""
+    """A dataset or problem set of the runs: the hash of its examples, and whether those of its test are other ones."""
 
     id: str
-    """Hash of everything that determines its examples."""
     test: str
-    """Whether its test examples are other ones than the explored."""
 
 
 class Expected(Strict):
@@ -55,16 +53,14 @@ class Expected(Strict):
 
 
 class Frozen(Strict):
-    """What was fixed before the runs."""
+    """What was fixed before the runs of a preset, which is named with its first seed, such as `long_runs@100`."""
 
     preset: str
-    """The preset with its first seed, such as `long_runs@100`."""
     date: str
     protocol_version: int
     preset_sha256: str
     rules_sha256: str
     seeds: list[int]
-    """Every seed that the runs may have."""
     data: dict[str, FrozenData]
     expected: dict[str, Expected]
     """By claim; claims that the explored runs are not about, derivations and counts are left out. Empty where nothing
@@ -87,15 +83,10 @@ def preset_sha256(preset: Preset) -> str:
 
 
 def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None = None) -> Frozen:
-    """Return what is fixed of a preset, whose first seed is above those that were explored.
+    """Return what is fixed of a preset, named with a first seed above those that were explored.
 
-    Args:
-        preset: the preset with its first seed, as `load_preset` takes it.
-        claims: the table `claims` of the explored runs, judged by the rules of today; None if the preset never ran.
-        power: the table of `python -m benchmarks.calibration --preset`; None if it was not computed.
-
-    Raises:
-        UserError: the first seed is 0, or the claims were judged by other rules.
+    `claims` is the table of the explored runs, judged by the rules of today (else UserError), or None if the preset
+    never ran; `power` is that of `python -m benchmarks.calibration --preset`, or None.
     """
     stated = Layout.of(preset).preset
     if not stated.first_seed:
@@ -103,10 +94,8 @@ def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None 
     rules = rules_sha256(stated.margins, stated.predictions or {})
     explored = pd.DataFrame(columns=["claim_id", "verdict", "kind", "rules"]) if claims is None else claims
     if judged_by := _other_rules(explored, rules):
-        raise UserError(
-            f"the explored claims were judged by {judged_by} and the rules of today are {rules[:12]}: judge them again "
-            "with `lorabench claims`"
-        )
+        again = f"and the rules of today are {rules[:12]}: judge them again with `lorabench claims`"
+        raise UserError(f"the explored claims were judged by {judged_by} {again}")
     powers: dict[Any, float] = {}
     if power is not None:
         powers = power.filter(like="power_at_").min(axis="columns").groupby(power["claim_id"]).min().to_dict()
@@ -156,9 +145,7 @@ def _number(value: Any) -> float | None:
 
 def write_frozen(frozen: Frozen, path: Path) -> None:
     """Write what was fixed as YAML, whole or not at all."""
-    about = (
-        "# What was fixed before the runs on held-out seeds. `lorabench freeze` wrote it; commit it before the runs."
-    )
+    about = "# What was fixed before the runs on held-out seeds; `lorabench freeze` wrote it. Commit it before them."
     stated = yaml.safe_dump(frozen.model_dump(), sort_keys=False, default_flow_style=None, width=120)
     with atomic_path(path) as partial:
         partial.write_text(f"{about}\n{stated}", encoding="utf-8")
@@ -175,20 +162,13 @@ def read_frozen(path: Path) -> Frozen:
     try:
         return Frozen.model_validate(read_yaml(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
-        raise UserError(f"{path} is not as `lorabench freeze` writes it: {reason}") from error
+        raise UserError(f"{path} is not as `lorabench freeze` writes it: {error.errors()[0]}") from error
 
 
 def check_kept(frozen: Frozen, path: Path, layout: Layout, runs: pd.DataFrame, claims: pd.DataFrame) -> str:
-    """Check that runs kept to what was frozen; return the commit of the frozen file.
+    """Check that the tables `runs` and `claims` kept to what was frozen in a file; return the commit of this file.
 
-    Args:
-        frozen: the content of the file.
-        path: the file, in a git repository that has the commits of the runs.
-        layout: the preset that was run.
-        runs: the table `runs`: columns run_id, seed, git_sha, git_dirty_patch and the final validation losses.
-        claims: the table `claims`: column rules.
+    The file is in a git repository that has the commits of the runs.
 
     Raises:
         UserError: the file is not committed; a run was made before its commit, with changed code or with another seed,
@@ -205,7 +185,18 @@ def check_kept(frozen: Frozen, path: Path, layout: Layout, runs: pd.DataFrame, c
         raise UserError(f"the claims were judged by {judged_by}, and {frozen.rules_sha256[:12]} is frozen in {path}")
     if wrong := sorted(set(runs["seed"]) - set(frozen.seeds)):
         raise UserError(f"runs have the seeds {_some(wrong)}, which are not among those frozen in {path}")
-    _check_complete(layout.preset, runs, frozen.preset)
+    names = ["final_valid_nll", "final_valid_reward"]
+    final = runs.set_index("run_id").reindex(columns=names).astype(object)
+    outcomes = final.where(final.notna(), None).to_dict("index")
+    others = set(outcomes)
+    for sweep in make_plan(layout.preset).sweeps:
+        mine = [run for run in set(sweep.possible_runs()) if run.run_id in outcomes]
+        losses = {(run.lr, run.seed): validation_loss({"outcome": outcomes[run.run_id]}) for run in mine}
+        if missing := next_runs(sweep, losses):
+            raise UserError(f"preset {frozen.preset} lacks runs of its plan: {_some([run.run_id for run in missing])}")
+        others -= {run.run_id for run in mine}
+    if others:
+        raise UserError(f"runs are not of the preset {frozen.preset}: {_some(sorted(others))}")
     if dirty := runs.loc[runs["git_dirty_patch"].notna(), "run_id"].tolist():
         raise UserError(f"runs were made with uncommitted changes to the code: {_some(dirty)}")
     # The file must be as it is in the commit that last changed it.
@@ -213,32 +204,10 @@ def check_kept(frozen: Frozen, path: Path, layout: Layout, runs: pd.DataFrame, c
     commit = (_git(path.parent, "log", "-1", "--format=%H", "--", path.name) or "").strip()
     if changes is None or changes.strip() or not commit:
         raise UserError(f"{path} is not committed as it is; it has to be, before the runs")
-    for sha in runs["git_sha"].unique():
-        if formats.missing(sha):
-            raise UserError(
-                "runs have no commit of the code, so that it is not known whether they came after the freeze"
-            )
-        if _git(path.parent, "merge-base", "--is-ancestor", commit, str(sha)) is None:
-            raise UserError(
-                f"runs were made at commit {sha[:12]}, which does not contain {path} (commit {commit[:12]})"
-            )
+    for sha in map(str, runs["git_sha"].unique()):
+        if _git(path.parent, "merge-base", "--is-ancestor", commit, sha) is None:
+            raise UserError(f"runs of the commit {sha[:12]}, which does not contain {path} (commit {commit[:12]})")
     return commit
-
-
-def _check_complete(preset: Preset, runs: pd.DataFrame, name: str) -> None:
-    """Raise UserError if a run of the preset is not in the table `runs`, or a run of the table is not of the preset."""
-    names = ["final_valid_nll", "final_valid_reward"]
-    final = runs.set_index("run_id").reindex(columns=names).astype(object)
-    outcomes = final.where(final.notna(), None).to_dict("index")
-    others = set(outcomes)
-    for sweep in make_plan(preset).sweeps:
-        mine = [run for run in set(sweep.possible_runs()) if run.run_id in outcomes]
-        losses = {(run.lr, run.seed): validation_loss({"outcome": outcomes[run.run_id]}) for run in mine}
-        if missing := next_runs(sweep, losses):
-            raise UserError(f"preset {name} lacks runs of its plan: {_some([run.run_id for run in missing])}")
-        others -= {run.run_id for run in mine}
-    if others:
-        raise UserError(f"runs are not of the preset {name}: {_some(sorted(others))}")
 
 
 def _some(values: list[Any]) -> str:
@@ -256,11 +225,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def came_out_again(frozen: Frozen, claims: pd.DataFrame) -> pd.DataFrame:
-    """Set the verdicts of the explored runs beside those of the held-out ones.
-
-    Args:
-        frozen: the verdicts that were expected.
-        claims: the table `claims` of the held-out runs.
+    """Set the verdicts of the explored runs beside those of the held-out ones, whose table `claims` is given.
 
     Returns:
         One row per expected claim: `claim_id`, `statement`, the verdicts `explored` and `held_out`, `again` (yes or no,

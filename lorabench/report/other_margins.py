@@ -21,15 +21,6 @@ UNTESTED = ("not tested", "setting not met")
 """The verdicts that follow from what the runs are like, and from no margin."""
 
 
-def scaled(margins: Margins, factor: float) -> Margins | None:
-    """Return margins that are a number of times as large; None if a share of a loss or an accuracy would be 1 or more.
-
-    A factor of learning rates is as many times as large on a logarithmic scale.
-    """
-    shares = {name: getattr(margins, name) * factor for name in ("loss", "final_loss", "reward")}
-    return Margins(**shares, lr_factor=margins.lr_factor**factor) if max(shares.values()) < 1 else None
-
-
 def verdicts_by_margin(
     tables: Tables, judged: pd.DataFrame, margins: Margins, predictions: Predictions | None = None
 ) -> pd.DataFrame:
@@ -42,7 +33,10 @@ def verdicts_by_margin(
     claims = [claim for claim in CLAIMS if claim.id in set(tested["claim_id"])]
     parts = [tested.assign(factor=1.0)]
     for factor in FACTORS:
-        if (other := scaled(margins, factor)) is not None:
+        shares = {name: getattr(margins, name) * factor for name in ("loss", "final_loss", "reward")}
+        # A share of a loss or an accuracy is below 1. A factor of learning rates grows on a logarithmic scale.
+        if max(shares.values()) < 1:
+            other = Margins(**shares, lr_factor=margins.lr_factor**factor)
             parts.append(judge_claims(tables, claims, other, predictions=predictions).assign(factor=factor))
     rows = pd.concat(parts).sort_values("factor").set_index("claim_id").loc[tested["claim_id"]]
     return rows.reset_index().reindex(columns=VERDICTS_BY_MARGIN.names)
@@ -62,13 +56,13 @@ def turned(by_margin: pd.DataFrame, judged: pd.DataFrame) -> dict[str, Any] | No
     own = by_margin[by_margin["factor"] == 1].set_index("claim_id")["verdict"]
     if not own.equals(about["verdict"].reindex(own.index)):
         return None
-    rows: list[dict[str, Any]] = []
-    stay = []
+    rows: list[dict[Any, Any]] = []
+    stay: list[Any] = []
     for claim_id, at in by_margin.groupby("claim_id", sort=False):
         claim = about.loc[claim_id]
-        by_factor = at.sort_values("factor").assign(unit=claim["unit"]).to_dict("records")
         if at["verdict"].nunique() == 1:
-            stay.append(str(claim_id))
+            stay.append(claim_id)
         else:
+            by_factor = at.sort_values("factor").assign(unit=claim["unit"]).to_dict("records")
             rows.append({"claim_id": claim_id, "at": by_factor, **claim[["statement", "verdict"]]})
     return {"factors": sorted(by_margin["factor"].unique()), "rows": rows, "stay": stay}

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page, made from the tables and figures of a preset."""
+"""The report: one self-contained HTML page, made from the tables and figures of a preset; and the index of reports."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import os
 import re
 import shlex
 from collections.abc import Collection, Sequence
+from html import unescape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import numpy as np
@@ -22,6 +24,8 @@ from markupsafe import Markup
 
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.estimate import ExampleLosses
+from lorabench.analysis.rules import DECIDED
+from lorabench.claims.judge import CORE
 from lorabench.claims.recipe import measured_recipe
 from lorabench.config.experiments import Block
 from lorabench.config.loading import is_shipped
@@ -32,8 +36,9 @@ from lorabench.figures.style import arm_styles
 from lorabench.planning.plan import Plan
 from lorabench.report import claim_text, summary
 from lorabench.report.other_margins import turned
-from lorabench.store.io import list_of_words, read_claims, read_table
+from lorabench.store.io import list_of_words, read_claims, read_rows, read_table
 from lorabench.store.layout import Layout
+from lorabench.store.published import NOT_PUBLISHED
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
 from lorabench.utils.studies import studies
@@ -48,11 +53,8 @@ SECTIONS += [study.texts["section"] for study in studies()]
 def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = True) -> None:
     """Write the report of a preset from its figures and its tables runs, curves, claims and, if it exists, evals.
 
-    Args:
-        source: the preset as the user named it: the name of a shipped preset, or the path of its file.
-        out: the HTML file; it appears only when it is complete.
-        evaluated: whether to show the scores of lm-eval. Without them the page needs neither their table nor their
-            figures.
+    `source` is the preset as the user named it: the name of a shipped preset, or the path of its file. The file `out`
+    appears only when it is complete. Without `evaluated`, the page needs neither scores of lm-eval nor their figures.
 
     Raises:
         UserError: a figure or a table is missing, or the table claims is from another version.
@@ -143,13 +145,13 @@ def inline(name: str) -> dict[str, str]:
 
 def _figure(figure: PaperFigure, layout: Layout, source: str) -> dict[str, Any]:
     """Return what the page shows of a figure, with its picture and its CSV file as data: URIs."""
-    kinds = {"svg": "image/svg+xml", "csv": "text/csv"}
     path = layout.figures / figure.name
     command = _command(source, path.with_suffix(".svg"))
     try:
-        files = {kind: _data_uri(path.with_suffix(f".{kind}").read_bytes(), mime) for kind, mime in kinds.items()}
+        svg, csv = (path.with_suffix(suffix).read_bytes() for suffix in (".svg", ".csv"))
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} does not exist; draw the figure with `{command}`") from error
+    files = {"svg": _data_uri(svg, "image/svg+xml"), "csv": _data_uri(csv, "text/csv")}
     return {"name": figure.name, "title": figure.title, "caption": figure.caption, "command": command, **files}
 
 
@@ -183,11 +185,9 @@ def arrange(figures: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]])
 _POINTS = 60
 """The largest number of points of one curve; they are log-spaced in steps."""
 
-MAX_PLAIN, MAX_EMBEDDED = 150_000, 2_200_000
-"""The largest sizes in bytes of a table that is embedded uncompressed, and of all embedded tables together."""
-
-MAX_READ = 20 * MAX_EMBEDDED
-"""The largest size in bytes of a CSV file that is read for the page; a larger one is too large even when compressed."""
+MAX_PLAIN, MAX_EMBEDDED, MAX_READ = 150_000, 2_200_000, 44_000_000
+"""The largest sizes in bytes of a CSV file that is embedded uncompressed, of all embedded tables together, and of a
+file that is read for the page, since a larger one is too large even when compressed."""
 
 _DASHES = {"-": "", "--": "6 3", ":": "2 3"}
 
@@ -224,14 +224,10 @@ def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
 def table_downloads(folder: Path, page: Path, without: Collection[str] = ()) -> list[dict[str, Any]]:
     """Return the tables of a folder as data: URIs of their CSV files, compressed with gzip if they are large.
 
-    Args:
-        page: the folder of the page.
-        without: names of tables to leave out.
-
     Returns:
-        For each table: `file` (its name), `bytes` (the size of the file), `embedded` (whether it is in the page) and
-        `uri` (a data: URI, or the path of the file from the page). A table that is too large to embed even when
-        compressed is linked, as the parquet file where it is too large for CSV.
+        For each table but those `without`: `file` (its name), `bytes` (the size of the file), `embedded` (whether it is
+        in the page) and `uri` (a data: URI, or the path of the file from the folder of the page). A table that is too
+        large to embed even when compressed is linked, as the parquet file where it is too large for CSV.
     """
     downloads, left = [], MAX_EMBEDDED
     for name in ("runs", "curves", "claims", "evals", "compute", "counts"):
@@ -239,15 +235,15 @@ def table_downloads(folder: Path, page: Path, without: Collection[str] = ()) -> 
         if name in without or not paths:
             continue
         path, size = paths[0], paths[0].stat().st_size
-        file, mime, content = path.name, "text/csv", b""
-        if path.suffix == ".csv" and size <= MAX_PLAIN:
-            content = path.read_bytes()
-        elif path.suffix == ".csv" and size <= MAX_READ:
-            file, mime, content = f"{path.name}.gz", "application/gzip", gzip.compress(path.read_bytes(), 6, mtime=0)
-        embedded = 0 < len(content) <= left
-        left -= len(content) if embedded else 0
-        uri = _data_uri(content, mime) if embedded else Path(os.path.relpath(path, page)).as_posix()
-        downloads.append({"file": file if embedded else path.name, "bytes": size, "embedded": embedded, "uri": uri})
+        content = path.read_bytes() if path.suffix == ".csv" and size <= MAX_READ else b""
+        content = gzip.compress(content, 6, mtime=0) if size > MAX_PLAIN and content else content
+        row: dict[str, Any] = {"file": path.name, "bytes": size, "embedded": 0 < len(content) <= left}
+        row["uri"] = Path(os.path.relpath(path, page)).as_posix()
+        if row["embedded"]:
+            left -= len(content)
+            row["uri"] = _data_uri(content, "application/gzip" if size > MAX_PLAIN else "text/csv")
+            row["file"] += ".gz" if size > MAX_PLAIN else ""
+        downloads.append(row)
     return downloads
 
 
@@ -260,16 +256,14 @@ def text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
-        return ", ".join(text(part) for part in value) or formats.DASH
+        return ", ".join(map(text, value)) or formats.DASH
     return formats.DASH if formats.missing(value) or value == "" else str(value)
 
 
 def parametrization(block: Block) -> str:
     """Describe how the LoRA of a block of an experiment differs from the paper's parametrization."""
-    alphas, inits, ratios, *transforms = (
-        ", ".join(f"{value:g}" for value in values)
-        for values in (block.alphas or [], block.inits_a, block.lr_ratios, *block.transforms)
-    )
+    listed = (block.alphas or [], block.inits_a, block.lr_ratios, *block.transforms)
+    alphas, inits, ratios, *transforms = (", ".join(f"{value:g}" for value in values) for values in listed)
     parts = {
         f"variants {', '.join(block.variants)}": block.variants != ["lora"],
         f"alpha {alphas}": block.alphas,
@@ -298,3 +292,65 @@ FILTERS = {
     )
 }
 """The functions that the templates use as filters, by name."""
+
+
+LINES = 3
+"""The most claims that an entry of the index shows; the report has all."""
+
+
+def write_index(results: Path) -> Path:
+    """Write the index of a folder of results from what lies there, and return its path.
+
+    `last` of an entry is the time at which the last run was started, as text in ISO 8601; `note` says why there are no
+    verdicts.
+    """
+    own: list[dict[str, Any]] = []
+    shipped: list[dict[str, Any]] = []
+    # Of a preset with two reports, the one with scores of lm-eval is listed.
+    names = ("without_evaluation.html", "index.html")
+    reports = {path.parent: path for name in names for path in sorted(results.glob(f"*/report/{name}"))}
+    for report in reports.values():
+        name = report.parents[1].name
+        ours = is_shipped(name)
+        with report.open("rb") as file:
+            head = file.read(2**15).decode(errors="replace")
+        texts = re.findall(r'<(?:title>|meta name="(\w+)" content=")(.*?)(?:</title>|">)', head, re.DOTALL)
+        stated = {field or "title": unescape(text) for field, text in texts}
+        entry: dict[str, Any] = {"title": name if ours else stated.get("title", name)}
+        entry |= {"about": stated.get("description", ""), "answer": stated.get("abstract", "")}
+        entry["report"] = quote(report.relative_to(results).as_posix())
+        # What is damaged of one preset keeps no other from being listed.
+        try:
+            entry |= _told(results / name / "tables")
+        except UserError as error:
+            nothing = dict.fromkeys(("size", "verdicts", "claims"), ())
+            entry |= nothing | {"last": "", "note": f"Its tables can't be read: {error}."}
+        (shipped if ours else own).append(entry)
+    for entries in (own, shipped):
+        entries.sort(key=lambda entry: entry["last"], reverse=True)
+    groups = {"Your own models and data": own, "Presets of the paper, run here": shipped}
+    styles = {"style": inline("page.css"), "own_style": inline("index.css")}
+    page = environment().get_template("index.html.j2").render(groups=groups, lines=LINES, **styles)
+    with atomic_path(results / "index.html") as partial:
+        partial.write_text(page, encoding="utf-8")
+    return results / "index.html"
+
+
+def _told(tables: Path) -> dict[str, Any]:
+    """Return what the index shows of a preset's runs and claims."""
+    claims, runs = read_claims(tables, NOT_PUBLISHED), read_rows(tables, "runs", ["model", "started"])
+    # Of each fact one core claim is shown: those that are decided come first, then those that are inconclusive.
+    core = claims[claims["claim_id"].isin(CORE) & claims["verdict"].isin((*DECIDED, "inconclusive"))]
+    core = core.assign(open=core["verdict"] == "inconclusive", place=core["claim_id"].map(CORE.index))
+    core = core.sort_values(["open", "place"], kind="stable").drop_duplicates("fact").head(LINES)
+    started = sorted(row["started"] for row in runs if row["started"])
+    days = dict.fromkeys(time[:10] for time in (*started[:1], *started[-1:]))
+    models = ", ".join(sorted({row["model"] for row in runs}))
+    counts = claims["verdict"].value_counts()
+    return {
+        "last": max(started, default=""),
+        "size": [f"{len(runs):,} run{'' if len(runs) == 1 else 's'}", models, " to ".join(days)],
+        "verdicts": [(verdict, int(counts[verdict])) for verdict in claim_text.VERDICTS if verdict in counts],
+        "claims": core.to_dict("records"),
+        "note": "",
+    }

@@ -17,7 +17,6 @@ from lorabench.analysis.rewards import is_sick, sampler_mismatch, with_error_rat
 from lorabench.claims.recipe import RankRecommendation
 from lorabench.data.sft import about
 from lorabench.data.tokens import count_left_out
-from lorabench.errors import UserError
 from lorabench.figures.grid import optimum
 from lorabench.figures.verdicts import END, LINEAR, in_margins
 from lorabench.planning.costs import combined, job_cost
@@ -128,9 +127,8 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
 def sampler(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
     """Return how far the sampler's distribution is from the learner's in each arm of RL.
 
-    Returns:
-        `arms`, the rows of `sampler_mismatch` with their `label` and the name of their `sampler` (a list, empty
-        for runs that are not in the plan); `names` of all samplers; `n_above`, the number of runs above the KL `limit`.
+    There are `arms`, the rows of `sampler_mismatch` with their `label` and the name of their `sampler` (a list, empty
+    for runs that are not in the plan), `names` of all samplers, and `n_above`, the number of runs above the KL `limit`.
     """
     rollouts = {run_id: sweep.condition.rollouts for sweep in plan.sweeps for run_id in sweep.run_ids}
     arms: Records = sampler_mismatch(runs, curves).to_dict("records")
@@ -152,8 +150,7 @@ def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
     evals = with_all_columns(evals, "evals")
     # Perplexities of tasks that have bits per byte are the same on another scale.
     bits = evals.loc[evals["metric"] == "bits_per_byte", "task"]
-    perplexity = evals["metric"].isin(["word_perplexity", "byte_perplexity"])
-    evals = evals[~(evals["task"].isin(bits) & perplexity)]
+    evals = evals[~(evals["task"].isin(bits) & evals["metric"].isin(["word_perplexity", "byte_perplexity"]))]
     base, trained = evals[evals["method"].isna()], labelled(evals[evals["method"].notna()])
     tables = []
     for place, setting in trained.groupby(_PLACE, dropna=False):
@@ -173,8 +170,8 @@ def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
 def _settings(scores: pd.DataFrame) -> dict[str, list[Any]]:
     """Return the settings of scores; each list has a single value if all scores were measured alike."""
     names = ("higher_is_better", "n_samples", "num_fewshot", "task_version", "sampler", "eval_batch_size")
-    versions = [packages.get("lm_eval") for packages in _versions(scores)]
-    return {name: _distinct(scores[name]) for name in names} | {"lm_eval": sorted({name for name in versions if name})}
+    versions = {packages["lm_eval"] for packages in _versions(scores) if "lm_eval" in packages}
+    return {name: _distinct(scores[name]) for name in names} | {"lm_eval": sorted(versions)}
 
 
 def environment(runs: pd.DataFrame) -> dict[str, Any]:
@@ -192,11 +189,7 @@ def environment(runs: pd.DataFrame) -> dict[str, Any]:
 
 def _versions(table: pd.DataFrame) -> list[dict[str, str]]:
     """Return the versions of packages, by name, that occur in the column `versions`."""
-    texts = _distinct(table["versions"])
-    try:
-        return [dict(json.loads(text)) for text in texts]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the column versions has something else than objects of JSON ({error}): {texts}") from error
+    return [json.loads(text) for text in _distinct(table["versions"])]
 
 
 def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
@@ -235,10 +228,8 @@ def example(path: Path) -> tuple[str, str] | None:
 def dataset_origins(layout: Layout) -> list[dict[str, Any]]:
     """Describe each dataset that comes from a file or the hub, and each other one from which something was left out.
 
-    Returns:
-        For each dataset: `name`; `source`, as text; `rows` and `usable`, the numbers of all and of usable rows (null
-        for a generated dataset, of which only the examples too long for a model are counted); and `left_out`, a list
-        of texts that say how many examples were left out and why.
+    Each has `name`, `source`, the numbers of all `rows` and of `usable` ones (null if the dataset is generated), and
+    `left_out`, texts that say how many examples were left out and why.
     """
     described = []
     for name in layout.preset.sources:
@@ -248,7 +239,7 @@ def dataset_origins(layout: Layout) -> list[dict[str, Any]]:
             read = json.loads(tally.read_text())
             row |= {"source": f"file, {read['format']}", "rows": read["rows"], "usable": read["usable"]}
             for bad in read["bad"]:
-                row["left_out"].append(f"{bad['rows']} {bad['reason']} (first: {read['unit']} {bad['first']})")
+                row["left_out"].append(f"{bad['rows']} {bad['reason']} (first: row {bad['first']})")
         elif path.is_file() and (note := about(path)):
             row |= {"source": note["id"], "rows": note["rows"], "usable": note["usable"]}
             row["left_out"] = [f"{count} {reason}" for reason, count in note["left_out"].items() if count]

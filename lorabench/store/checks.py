@@ -50,9 +50,49 @@ def check_table(runs: pd.DataFrame) -> None:
         twice = runs.loc[runs["run_id"].duplicated(), "run_id"]
         if len(twice):
             raise UserError(f"the runs table has these run_ids more than once: {listed(twice)}")
-    for name, right, allowed in _rules(runs):
+
+    def require(name: str, right: pd.Series[bool], allowed: str) -> None:
         if name in runs:
             refuse_rows(runs, ~right, "run_id", name, allowed)
+
+    up_to = f"up to {MAX_NUMBER:g}"
+    counts = ["batch_size", "steps", "n_seeds", "trainable_params", "base_params", "hidden_size", "train_tokens"]
+    ranges = {
+        **dict.fromkeys(counts, (1, f"whole numbers from 1 {up_to}")),
+        **dict.fromkeys(["alpha", "init_a", "lr_ratio"], (SMALLEST, f"numbers above 0, {up_to}")),
+        **dict.fromkeys(["final_test_nll_sd", "final_train_nll", "eps"], (0, f"numbers from 0 {up_to}")),
+    }
+    losses = ["final_valid_nll", "final_test_nll"]
+    rewards = ["base_reward", "final_valid_reward", "final_reward", "best_reward"]
+    # A column that is lacking is null in what the rules of the others say of it.
+    numbers = ["rank", "lr", *ranges, *losses, *rewards]
+    table = runs.reindex(columns=["model", "dataset", "task", "method", "status", "seed", *numbers])
+    known = table.notna()
+    number = pd.DataFrame({name: table[name].to_numpy(float, na_value=np.nan) for name in numbers}, index=runs.index)
+    adapters = [method for method in METHOD_NAMES if method != "fullft"]
+    lora, fullft, rl = table["method"].isin(adapters), table["method"].isin(["fullft"]), is_rl(table)
+    done, stopped = table["status"].isin(["done"]), rl & table["status"].isin(["unrewarded", "collapsed"])
+    ranked = (lora & number["rank"].ge(1)) | (fullft & ~known["rank"]) | ("method" not in runs)
+    ended = done | stopped | table["status"].isin(["diverged"])
+    require("task", ~known["task"] | table["task"].isin(["sft", "rl"]), "sft, rl")
+    require("method", lora | fullft, ", ".join(METHOD_NAMES))
+    require("status", ended, "done, diverged, and in RL unrewarded and collapsed")
+    require("rank", ranked, "whole numbers from 1 up for lora, none for fullft")
+    require("lr", number["lr"].between(SMALLEST, MAX_LR), f"numbers above 0, from {SMALLEST:g} to {MAX_LR:g}")
+    require("seed", known["seed"], "whole numbers")
+    for name in ("model", "dataset"):
+        require(name, known[name] & table[name].ne(""), "a name")
+    for name, (low, allowed) in ranges.items():
+        require(name, ~known[name] | number[name].between(low, MAX_NUMBER), allowed)
+    for name in losses:
+        allowed = f"a finite number where status is done, from 0 {up_to}"
+        require(name, rl | ~done | number[name].between(0, MAX_NUMBER), allowed)
+    for name in rewards:
+        share, needed = number[name].between(0, 1), (rl & done) | stopped
+        if name.startswith("final"):
+            require(name, share | (~known[name] & ~needed), "a share of 0 to 1 where RL finished")
+        else:
+            require(name, share | ~known[name], "a share of 0 to 1")
     check_comparable(runs, "runs")
 
 
@@ -71,49 +111,6 @@ def check_comparable(table: pd.DataFrame, rows: Literal["runs", "scores"]) -> No
                 raise UserError(
                     f"{rows} of {'/'.join(map(str, names))} have different {what}, {listed(values)}: not comparable"
                 )
-
-
-def _rules(runs: pd.DataFrame) -> list[tuple[str, pd.Series[bool], str]]:
-    """Return the rules for values: the column, which of its values are right, and what is allowed."""
-    counts = ["batch_size", "steps", "n_seeds", "trainable_params", "base_params", "hidden_size", "train_tokens"]
-    scales, from_0 = ["alpha", "init_a", "lr_ratio"], ["final_test_nll_sd", "final_train_nll", "eps"]
-    losses, rewards = ["final_valid_nll", "final_test_nll"], ["base_reward", "final_valid_reward", "final_reward"]
-    rewards.append("best_reward")
-    names = ["rank", "lr", *counts, *scales, *from_0, *losses, *rewards]
-    # A column that is lacking is null in what the other rules say of it.
-    whole = "method" in runs
-    runs = runs.reindex(columns=["model", "dataset", "task", "method", "status", "seed", *names])
-    known = runs.notna()
-    number = pd.DataFrame({name: runs[name].to_numpy(float, na_value=np.nan) for name in names}, index=runs.index)
-    up_to = f"up to {MAX_NUMBER:g}"
-    adapters = [method for method in METHOD_NAMES if method != "fullft"]
-    lora, fullft, rl = runs["method"].isin(adapters), runs["method"].isin(["fullft"]), is_rl(runs)
-    done, stopped = runs["status"].isin(["done"]), rl & runs["status"].isin(["unrewarded", "collapsed"])
-    ranked = (lora & number["rank"].ge(1)) | (fullft & ~known["rank"]) | (not whole)
-    ended = done | stopped | runs["status"].isin(["diverged"])
-    rules = [
-        ("task", ~known["task"] | runs["task"].isin(["sft", "rl"]), "sft, rl"),
-        ("method", lora | fullft, ", ".join(METHOD_NAMES)),
-        ("status", ended, "done, diverged, and in RL unrewarded and collapsed"),
-        ("rank", ranked, "whole numbers from 1 up for lora, none for fullft"),
-        ("lr", number["lr"].between(SMALLEST, MAX_LR), f"numbers above 0, from {SMALLEST:g} to {MAX_LR:g}"),
-        ("seed", known["seed"], "whole numbers"),
-    ]
-    rules += [(name, known[name] & runs[name].ne(""), "a name") for name in ("model", "dataset")]
-    for columns, low, allowed in (
-        (counts, 1, f"whole numbers from 1 {up_to}"),
-        (scales, SMALLEST, f"numbers above 0, {up_to}"),
-        (from_0, 0, f"numbers from 0 {up_to}"),
-    ):
-        rules += [(name, ~known[name] | number[name].between(low, MAX_NUMBER), allowed) for name in columns]
-    unfinished, allowed = rl | ~done, f"a finite number where status is done, from 0 {up_to}"
-    rules += [(name, unfinished | number[name].between(0, MAX_NUMBER), allowed) for name in losses]
-    for name in rewards:
-        final = name.startswith("final")
-        needed = (rl & done) | stopped if final else pd.Series(False, index=runs.index)
-        allowed = "a share of 0 to 1" + (" where RL finished" if final else "")
-        rules.append((name, number[name].between(0, 1) | (~known[name] & ~needed), allowed))
-    return rules
 
 
 def refuse_rows(table: pd.DataFrame, wrong: pd.Series[bool], named_by: str, column: str, allowed: str) -> None:

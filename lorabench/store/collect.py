@@ -18,20 +18,10 @@ from lorabench.data.identity import has_groups
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
-from lorabench.store.io import write_csv, write_frame, write_table, write_tables
+from lorabench.store.io import write_csv, write_frame, write_table
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
-from lorabench.store.schemas import (
-    CURVES,
-    EVALS,
-    JOB,
-    RUN_TEST_LOSSES,
-    RUNS,
-    TEST_LOSSES,
-    WHERE_ABSENT,
-    CurvePoint,
-    ExampleLoss,
-)
+from lorabench.store.schemas import CURVES, EVALS, JOB, RUN_TEST_LOSSES, RUNS, TEST_LOSSES, CurvePoint, ExampleLoss
 from lorabench.utils.files import read_parquet
 
 
@@ -99,10 +89,10 @@ def collect(jobs: list[Path], out: Path, plan: Plan, layout: Layout) -> None:
 
     write_table(runs, out / "runs.parquet")
     write_csv(runs.to_pandas(), out / "runs.csv")
-    curves_of_jobs = (entries(read_parquet(path, curves), "curve", CURVES) for path in jobs)
-    write_tables(curves_of_jobs, CURVES, out / "curves.parquet")
-    write_csv(read_parquet(out / "curves.parquet").to_pandas(), out / "curves.csv")
-    write_tables(map(losses_of, jobs), TEST_LOSSES, out / "test_losses.parquet")
+    points = pa.concat_tables(entries(read_parquet(path, curves), "curve", CURVES) for path in jobs)
+    write_table(points, out / "curves.parquet")
+    write_csv(points.to_pandas(), out / "curves.csv")
+    write_table(pa.concat_tables(map(losses_of, jobs)).cast(TEST_LOSSES), out / "test_losses.parquet")
 
 
 def entries(table: pa.Table, column: str, schema: pa.Schema) -> pa.Table:
@@ -167,16 +157,9 @@ def base_kind(spec: ModelSpec) -> str | None:
 def collect_evals(files: list[Path], out: Path) -> None:
     """Merge the scores of evaluations into the table `evals` (parquet and CSV), a base before its fine-tuned runs.
 
-    Raises:
-        UserError: a file is damaged, or was not written by `lorabench step evaluate`.
+    UserError says that a file is damaged.
     """
     order = ["model", "dataset", "batch_size", "steps", "method", "rank", "placement", "lr", "seed", "run_id"]
-    frames = []
-    for path in files:
-        frame = read_parquet(path).to_pandas()
-        frame = frame.assign(**{name: value for name, value in WHERE_ABSENT["evals"].items() if name not in frame})
-        if missing := [name for name in EVALS.names if name not in frame]:
-            raise UserError(f"{path} is no evaluation: it has no column {', '.join(missing)}")
-        frames.append(frame)
+    scores = pd.concat([read_parquet(path, EVALS).to_pandas() for path in files])
     # The stable sort keeps the rows of one model in the order of its tasks.
-    write_frame(pd.concat(frames).sort_values(order, na_position="first", kind="stable"), "evals", out)
+    write_frame(scores.sort_values(order, na_position="first", kind="stable"), "evals", out)

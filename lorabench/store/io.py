@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from decimal import Decimal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
-from lorabench.store.schemas import CLAIMS, PARQUET_ONLY, SCHEMAS, WHERE_ABSENT
+from lorabench.store.schemas import CLAIMS, PARQUET_ONLY, SCHEMAS
 from lorabench.utils.files import add_checksum, atomic_path, check_parquet
-
-ROWS_AT_ONCE = 2**20
-"""Rows that are held in memory while a large table is written; they become a row group of the parquet file."""
 
 
 def write_table(table: pa.Table, path: Path, **options: Any) -> None:
-    """Write a parquet file with a checksum, whole or not at all; NoSpaceError says that the disk is full."""
+    """Write a parquet file with a checksum, whole or not at all; UserError says that the disk is full."""
     with atomic_path(path) as partial:
         pq.write_table(table, partial, **options)
-        add_checksum(partial)
-
-
-def write_tables(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
-    """Write the rows of several tables into one file as `write_table` does, and hold few of them at a time."""
-    with atomic_path(path) as partial:
-        with pq.ParquetWriter(partial, schema) as writer:
-            held = schema.empty_table()
-            for table in tables:
-                held = pa.concat_tables([held, table])
-                if len(held) >= ROWS_AT_ONCE:
-                    writer.write_table(held)
-                    held = schema.empty_table()
-            writer.write_table(held)
         add_checksum(partial)
 
 
@@ -93,36 +74,18 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
             # The metadata of pandas would turn a column into the index.
             frame: pd.DataFrame = pq.read_table(path).to_pandas(ignore_metadata=True)
         else:
-            # Pandas renames the second of two columns of one name.
-            header = pd.read_csv(path, header=None, nrows=1, dtype=str, index_col=False).iloc[0].tolist()
-            refuse_columns(header, path)
             # Text columns are not parsed: a run_id may consist of digits.
             text = {column.name: str for column in SCHEMAS[name] if pa.types.is_string(column.type)}
             with warnings.catch_warnings():
                 # It would leave out the ends of rows that are longer than the header.
                 warnings.simplefilter("error", pd.errors.ParserWarning)
                 frame = pd.read_csv(path, dtype=text, index_col=False)
+            if len(frame.columns) == 1 and ";" in frame.columns[0]:
+                raise UserError(f"{path} has its columns separated by semicolons; allowed: commas")
     except (pa.ArrowException, ValueError, OSError, pd.errors.ParserWarning) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} can't be read as a table: {reason}") from error
-    return typed_frame(frame, name, path)
-
-
-def refuse_columns(names: Sequence[object], path: Path) -> None:
-    """Raise UserError if a column appears twice, or if the columns of a CSV file are not separated by commas."""
-    if len(set(names)) < len(names):
-        twice = Counter(names).most_common(1)[0][0]
-        raise UserError(f"{path} has several columns with the name {twice!r}; allowed: each name once")
-    for mark, word in ((";", "semicolons"), ("\t", "tabs")):
-        if len(names) == 1 and mark in str(names[0]):
-            raise UserError(f"{path} has its columns separated by {word}; allowed: commas")
-
-
-def typed_frame(frame: pd.DataFrame, name: str, path: Path) -> pd.DataFrame:
-    """Return the table `name` as `read_table` returns that of a file; `path` is for error messages."""
-    refuse_columns(frame.columns.tolist(), path)
-    older = {column: value for column, value in WHERE_ABSENT.get(name, {}).items() if column not in frame}
-    return typed_columns(frame.assign(**older), name, path)
+    return typed_columns(frame, name, path)
 
 
 def read_claims(folder: Path, without: tuple[str, ...] = ()) -> pd.DataFrame:
@@ -175,10 +138,10 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
     else:
         if not pd.api.types.is_any_real_numeric_dtype(column):
             # No list, date or truth value is a number, and no integer beyond 64 bits can be one.
-            kinds = (str, int, float, np.number, Decimal)
-            real = column.map(lambda value: isinstance(value, kinds) and not isinstance(value, bool))
-            large = column.map(lambda value: isinstance(value, int) and abs(value) >= 2**63)
-            numbers = column.astype(object).where(real & ~large)
+            real = column.map(
+                lambda value: isinstance(value, (str, float, np.number)) or (type(value) is int and abs(value) < 2**63)
+            )
+            numbers = column.astype(object).where(real)
         numbers = pd.to_numeric(numbers, errors="coerce")
         what, valid, typed = "number", numbers.notna(), numbers.astype("float64")
         if pa.types.is_int64(kind):

@@ -42,7 +42,7 @@ class Layout:
         """Return the layout of a preset, given by a shipped preset's name or the path of a YAML file.
 
         A first seed that is given with it (see `load_preset`) is a part of the name, so that the runs with other seeds
-        have folders of their own: `results/laptop@100`. PresetError says that there is no such valid preset.
+        have folders of their own: `results/laptop@100`. UserError says that there is no such valid preset.
         """
         _, first_seed = split_name(preset)
         name = preset_path(preset).stem
@@ -75,7 +75,7 @@ class Layout:
     def fetched_data(self, dataset: str) -> Path | None:
         """Return the file on what was fetched of a dataset or problem set of the hub; None if other data are read."""
         spec = self.preset.sources[dataset]
-        if not isinstance(spec, HubDataset | HubProblems) or spec.path is not None:
+        if not isinstance(spec, HubDataset | HubProblems):
             return None
         return self.root / "hub" / "data" / f"{dataset}.{dataset_id(spec)}.json"
 
@@ -119,10 +119,6 @@ class Layout:
     def samples(self, job: EvalJob) -> Path:
         """Return the file of the model's responses to an evaluation's documents."""
         return self.root / "evals" / f"{job.eval_id}.samples.parquet"
-
-    def result_files(self, job: EvalJob) -> Path:
-        """Return the folder of the files that lm-eval itself would write of an evaluation."""
-        return self.root / "evals" / job.eval_id
 
     @property
     def eval_tasks(self) -> Path:

@@ -5,24 +5,20 @@ The time of a progress file shows when its job last gave a sign of life.
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
 import time
 from contextlib import suppress
 from typing import Any
 
+from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Run, Sweep
 from lorabench.store.layout import Layout
-from lorabench.store.run_folder import RunFolder
-from lorabench.utils.exhaustion import NoSpaceError
-from lorabench.utils.files import read_json, write_json
+from lorabench.utils.files import write_json
 
 INTERVAL = float(os.environ.get("LORABENCH_PROGRESS_SECONDS", "2"))
 """Seconds between two updates of a progress file; the profile of a cluster asks for fewer."""
-
-_STATE = dict.fromkeys(("run", "runs", "seed", "step", "steps"), int) | {"label": str, "sweep": str, "lr": int | float}
-"""The entries of a progress file."""
 
 
 class Progress:
@@ -45,35 +41,24 @@ class Progress:
         state = {"label": condition.label, "run": number, "runs": max(number, self._sweep.n_runs)}
         state |= {"lr": run.lr, "seed": run.seed, "step": step, "steps": condition.steps}
         # A full disk must end the job where it loses something, not here.
-        with suppress(NoSpaceError):
+        with suppress(UserError):
             write_json(state | {"sweep": self._sweep.sweep_id}, self._layout.progress(run))
 
 
 def finished_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
-    """Return the numbers of finished runs, of planned runs (as far as they are known) and of finished jobs.
+    """Return the numbers of finished runs, of planned runs and of finished jobs.
 
     A run's folder and a job's file have their names only when they are whole, so two lists of names tell what is
-    finished. The runs of a finished job may be deleted.
+    finished. A finished job counts with the runs that were expected, whose folders may be deleted.
     """
     files, folders = ({path.name for path in folder.glob("*")} for folder in (layout.jobs, layout.runs))
     done = planned = jobs_done = 0
     for job in plan.jobs:
-        expected = job.n_runs
+        planned += job.n_runs
         if layout.job(job).name in files:
-            # A sweep that finds its LRs has another number of runs than expected.
-            if any(sweep.lattice is not None for sweep in job.sweeps):
-                # Imported only here, because `lorabench status` shall answer at once.
-                import pyarrow as pa
-                import pyarrow.parquet as pq
-
-                # A damaged file counts as expected; the step that reads it names it.
-                with suppress(pa.ArrowException, OSError):
-                    expected = pq.read_metadata(layout.job(job)).num_rows
-            done, jobs_done = done + expected, jobs_done + 1
+            done, jobs_done = done + job.n_runs, jobs_done + 1
         else:
-            names = [run_id for sweep in job.sweeps for run_id in sweep.run_ids & folders]
-            done += sum(RunFolder(layout.runs, run_id).done() for run_id in names)
-        planned += expected
+            done += sum(len(sweep.run_ids & folders) for sweep in job.sweeps)
     return done, planned, jobs_done
 
 
@@ -85,14 +70,9 @@ def runs_at_work(plan: Plan, layout: Layout) -> list[dict[str, Any]]:
     at_work: list[dict[str, Any]] = []
     unfinished = {sweep.sweep_id for job in plan.jobs if not layout.job(job).exists() for sweep in job.sweeps}
     for path in sorted((layout.root / "progress").glob("*.json")):
-        # A job removes the file at the end of a run, which may be now.
-        with suppress(FileNotFoundError):
-            state = read_json(path, _STATE, "delete it; a run in training writes it again")
-            written = path.stat().st_mtime
-            # The clocks of nodes may differ by hours; without the right to write here this process's own has to do.
-            now = time.time()
-            with suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as probe:
-                now = os.fstat(probe.fileno()).st_mtime
+        # A job removes the file at the end of a run, which may be now; a damaged file says nothing.
+        with suppress(FileNotFoundError, ValueError):
+            state = json.loads(path.read_text())
             if state["sweep"] in unfinished:
-                at_work.append({**state, "age_s": now - written})
+                at_work.append({**state, "age_s": time.time() - path.stat().st_mtime})
     return sorted(at_work, key=lambda run: (run["label"], run["run"]))

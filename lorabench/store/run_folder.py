@@ -146,7 +146,7 @@ class RunFolder:
     def finishing(self, record: Mapping[str, Any]) -> Iterator[Path]:
         """Yield a temporary folder for the finished run's files but its record; it becomes the run's folder on success.
 
-        NoSpaceError says that the disk is full.
+        UserError says that the disk is full.
         """
         self.tidy()
         try:
@@ -154,7 +154,7 @@ class RunFolder:
                 self._finishing.mkdir(parents=True)
                 yield self._finishing
                 files = [path for path in self._finishing.rglob("*") if path.is_file()]
-                # A model card may be edited, since no program reads it.
+                # The page that PEFT writes beside an adapter may be edited.
                 checked = sorted(path for path in files if path.suffix != ".md")
                 sums = {str(path.relative_to(self._finishing)): file_sha256(path) for path in checked}
                 written = self._finishing / RECORD

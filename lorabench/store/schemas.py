@@ -32,13 +32,9 @@ class ExampleLoss:
     tokens: int
 
 
-# The key in the metadata of a field, which the parquet files of the tables hold too.
-_DESCRIPTION = b"description"
-
-
 def description(column: pa.Field) -> str:
-    """Return what a column means; its links are those of the pages in docs/."""
-    return str(column.metadata[_DESCRIPTION].decode())
+    """Return what a column means, as its parquet file says too; its links are those of the pages in docs/."""
+    return str(column.metadata[b"description"].decode())
 
 
 def _schema(lines: str, like: pa.Schema | None = None) -> pa.Schema:
@@ -52,7 +48,7 @@ def _schema(lines: str, like: pa.Schema | None = None) -> pa.Schema:
         kind, *names = columns.split()
         values = pa.list_(pa.string()) if kind == "words" else pa.type_for_alias(kind)
         for name in names:
-            described = {_DESCRIPTION: meaning.encode()} if meaning or like is None else like.field(name).metadata
+            described = {b"description": meaning.encode()} if meaning or like is None else like.field(name).metadata
             fields.append(pa.field(name, values, metadata=described))
     return pa.schema(fields)
 
@@ -140,41 +136,34 @@ RUNS = _schema(
     """
 )
 
-_RUN_ID = RUNS.field("run_id")
-_CURVE = _schema(
+CURVES = _schema(
     """
+    string run_id
     int64 step: optimizer steps so far
     int64 examples: examples trained on so far; in RL responses
     int64 tokens: tokens trained on so far; in RL those of responses
     string split: the examples that were measured: `train`, `validation`, `test`, or the name of a held-out problem set
     string metric: what was measured, such as `nll`, the loss in nats per scored token
     float64 value: the value of the metric; null if it is not finite
-    """
+    """,
+    like=RUNS,
 )
-CURVES = pa.schema([_RUN_ID, *_CURVE])
 
-_TEST_LOSS = _schema(
+TEST_LOSSES = _schema(
     """
+    string run_id
+    int32 example: number of the example in the test split, from 0; the same example has the same number in all runs of
+        a dataset
     float32 loss: NLL of the example after the last step, in nats, summed over its scored tokens; in RL 0 for a right
         greedy answer and 1 for a wrong one
     int32 tokens: scored tokens of the example; in RL 1
-    """
-)
-_EXAMPLE = _schema(
-    """
-    int32 example: number of the example in the test split, from 0; the same example has the same number in all runs of
-        a dataset
-    """
-)
-RUN_TEST_LOSSES = pa.schema([_RUN_ID, *_EXAMPLE, *_TEST_LOSS])
-"""The columns of a run's own file of losses; the groups of examples are those of the data."""
-_GROUP = _schema(
-    """
     string group: what the example shares with others, such as its package: the error from test examples is that of
         groups. Null where each example is its own group, and in older tables
-    """
+    """,
+    like=RUNS,
 )
-TEST_LOSSES = pa.schema([*RUN_TEST_LOSSES, *_GROUP])
+RUN_TEST_LOSSES = pa.schema(list(TEST_LOSSES)[:4])
+"""The columns of a run's own file of losses; the groups of examples are those of the data."""
 
 COMPUTE = _schema(
     """
@@ -311,7 +300,7 @@ JOB = pa.schema(
     [(column.name, column.type) for column in RUNS]
     + [
         (name, pa.list_(pa.struct([(column.name, column.type) for column in columns])))
-        for name, columns in (("curve", _CURVE), ("test_losses", _TEST_LOSS))
+        for name, columns in (("curve", list(CURVES)[1:]), ("test_losses", list(TEST_LOSSES)[2:4]))
     ]
 )
 """The columns of the file of a job: its runs with curves and test losses nested, since a job has one output."""
@@ -327,15 +316,6 @@ SCHEMAS = {
     "verdicts_by_margin": VERDICTS_BY_MARGIN,
 }
 """The columns of each tidy table, by its name."""
-
-WHERE_ABSENT: dict[str, dict[str, str | None]] = {
-    "evals": {"sampler": "own"},
-    "claims": dict.fromkeys(
-        ("p_again", "n_hold", "n_parts", "part_low", "part_high", "n_seeds", "lr_chosen_on", "rules")
-    ),
-    "test_losses": {"group": None},
-}
-"""The value of a column in tables that were written before the column was; there is no other in them."""
 
 PARQUET_ONLY = ("test_losses",)
 """The tables that are not written as CSV as well, since they are large."""

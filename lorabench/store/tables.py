@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from lorabench.errors import UserError
 from lorabench.store.checks import check_comparable, check_curves, check_table, is_rl
-from lorabench.store.io import list_of_words, read_table, table_path, typed_frame, write_frame
-from lorabench.store.schemas import SCHEMAS, WHERE_ABSENT
+from lorabench.store.io import list_of_words, read_table, table_path, typed_columns, write_frame
+from lorabench.store.schemas import SCHEMAS
 
 _SCORE = "run_id model dataset task metric filter num_fewshot n_samples sampler eval_batch_size task_version"
 KEYS = {
@@ -81,7 +82,7 @@ class Tables:
             if name not in KEYS or not isinstance(frame, pd.DataFrame):
                 what = f"of the type {type(frame).__name__}" if name in KEYS else "not known"
                 raise UserError(f"table {name!r} is {what}; allowed: data frames of {', '.join(KEYS)}")
-        typed = {name: typed_frame(frame.reset_index(drop=True), name, Path(name)) for name, frame in frames.items()}
+        typed = {name: typed_columns(frame.reset_index(drop=True), name, Path(name)) for name, frame in frames.items()}
         tables = {"runs": pd.DataFrame(), "curves": pd.DataFrame()} | typed
         return cls(**tables | {"runs": _usable(tables["runs"])})
 
@@ -142,15 +143,14 @@ def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
     for folder, frame in frames.items():
         if missing := [key for key in keys if key not in frame]:
             raise UserError(f"the table {name} in {folder} has no column {', '.join(missing)}")
-    all_keys = pd.concat({str(folder): frame for folder, frame in frames.items()}, names=["folder", None])[keys]
-    row_of = all_keys.groupby(keys, dropna=False, sort=False).ngroup()
+    whole = pd.concat(list(frames.values()), ignore_index=True)
+    folders = np.repeat([str(folder) for folder in frames], [len(frame) for frame in frames.values()])
+    number = whole.groupby(keys, dropna=False, sort=False).ngroup()
     merged = {}
     for column in columns:
-        # A table that lacks the column does not contradict the others; `read_table` fills some with nulls.
-        values = pd.concat({str(folder): frame[column] for folder, frame in frames.items() if column in frame})
-        if WHERE_ABSENT.get(name, {}).get(column, "") is None and values.notna().any():
-            values = values.dropna()
-        row = row_of[values.index]
+        # A table that lacks the column does not contradict the others.
+        known = np.isin(folders, [str(folder) for folder, frame in frames.items() if column in frame])
+        values, row = whole.loc[known, column], number[known]
         first = values[~row.duplicated()].set_axis(row[~row.duplicated()])
         if column == "experiments":
             first = values.groupby(row.to_numpy()).agg(lambda lists: list(dict.fromkeys(chain(*lists))))
@@ -159,10 +159,11 @@ def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
             other = values[~((values == expected).fillna(False) | (values.isna() & expected.isna())).astype(bool)]
             if len(other):
                 place = other.index[0]
-                key = " ".join(f"{name} {value}" for name, value in all_keys.loc[place].items() if not pd.isna(value))
-                contradicting = values[row.eq(row.to_dict()[place])]
-                pairs = zip(contradicting.index.get_level_values(0), contradicting.tolist(), strict=True)
-                values_in = " and ".join(f"{value!r} in {folder}" for folder, value in pairs)
+                named = whole.loc[place, keys].dropna()
+                key = " ".join(f"{key_column} {value}" for key_column, value in named.items())
+                alike = values[row == row[place]]
+                pairs = zip(alike.tolist(), folders[alike.index], strict=True)
+                values_in = " and ".join(f"{value!r} in {folder}" for value, folder in pairs)
                 raise UserError(f"{name}: {key} has {column} = {values_in}")
         merged[column] = first
     table = pd.DataFrame(merged, columns=columns)

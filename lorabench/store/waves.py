@@ -44,7 +44,6 @@ def next_wave(plan: Plan, sweep: Sweep, layout: Layout, number: int) -> list[Run
     It is empty after the last wave; but first it is the best run, which is deleted, if it must be trained again for its
     weights. UserError says that a run of an earlier wave is not finished.
     """
-    check_trained(sweep, layout)
     known = list(islice(waves(sweep, layout), number))
     if len(known) == number:
         return known[-1]
@@ -53,23 +52,6 @@ def next_wave(plan: Plan, sweep: Sweep, layout: Layout, number: int) -> list[Run
         return []
     RunFolder(layout.runs, run.run_id).discard()
     return [run]
-
-
-def check_trained(sweep: Sweep, layout: Layout) -> None:
-    """Raise UserError if a run that is marked as trained was deleted since.
-
-    The mark is removed, and with it the list of each wave, since Snakemake makes the marks that such a list needs.
-    """
-    folder = layout.wave(sweep.sweep_id, 2).parent
-    # Reading the folder shows what other nodes wrote; a look at a single name might be answered from before.
-    finished = {".json", *(f".{path.name}" for path in layout.runs.glob("*"))}
-    deleted = [path for path in folder.glob("[0-9]*.*") if path.suffix not in finished]
-    if not deleted:
-        return
-    for path in (*deleted, *folder.glob("*.json")):
-        path.unlink(missing_ok=True)
-    names = ", ".join(mark.suffix.removeprefix(".") for mark in deleted)
-    raise UserError(f"runs were trained and then deleted, and the same command trains them again: {names}")
 
 
 def run_without_weights(plan: Plan, sweep: Sweep, layout: Layout) -> Run | None:
@@ -102,5 +84,8 @@ def end_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], Non
 def _loss(run: Run, layout: Layout) -> float:
     folder = RunFolder(layout.runs, run.run_id)
     if not folder.done():
-        raise UserError(f"run {run.run_id} is not finished, and which runs come after it depends on its loss")
+        raise UserError(
+            f"run {run.run_id} is not finished, and which runs come after it depends on its loss; if it was deleted, "
+            f"delete {layout.root}/waves too"
+        )
     return validation_loss(folder.read_record())

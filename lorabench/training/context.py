@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -31,7 +30,6 @@ from lorabench.store.collect import write_entries
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import CURVES, RUN_TEST_LOSSES
-from lorabench.training.card import model_card
 from lorabench.training.checkpoint import Checkpoint
 from lorabench.training.distributed import full_tensor
 from lorabench.training.loss import check_plain_head
@@ -53,13 +51,9 @@ class SweepContext:
     layout: Layout
     machine: Machine
 
-    def folder(self, run: Run) -> RunFolder:
-        """Return the folder of a run."""
-        return RunFolder(self.layout.runs, run.run_id)
-
     def checkpoint(self, run: Run) -> Checkpoint:
         """Return the checkpoint of a run."""
-        path, machine = self.folder(run).checkpoint, self.machine
+        path, machine = RunFolder(self.layout.runs, run.run_id).checkpoint, self.machine
         return Checkpoint(path, run.run_id, machine.checkpoint_seconds, machine.processes)
 
     @cached_property
@@ -119,7 +113,7 @@ class SweepContext:
             whole = ((name, full_tensor(weight.detach())) for name, weight in trained_parameters(model).items())
             state = {name: weight.cpu() for name, weight in whole if processes.first}
         if processes.first:
-            with self.folder(run).finishing(record) as staging:
+            with RunFolder(self.layout.runs, run.run_id).finishing(record) as staging:
                 staged = RunFolder(staging.parent, staging.name)
                 write_entries(run.run_id, outcome.curve, CURVES, staged.curves)
                 write_entries(run.run_id, outcome.test_losses, RUN_TEST_LOSSES, staged.test_losses)
@@ -128,8 +122,6 @@ class SweepContext:
                         model.save_pretrained(staged.weights, state_dict=state)
                     else:
                         save_adapter(model, staged.weights, state)
-                    card = model_card(record, self.layout.model(condition.model))
-                    (staged.weights / "README.md").write_text(card, encoding="utf-8")
         processes.wait()
 
 
@@ -210,9 +202,9 @@ def code_state(patches: Path) -> dict[str, str | None]:
         return subprocess.run(command, capture_output=True, check=True, timeout=30).stdout
 
     unknown: dict[str, str | None] = {"git_sha": None, "git_dirty_patch": None}
+    if not (_REPOSITORY / ".git").exists():
+        return unknown
     try:
-        if Path(os.fsdecode(git("rev-parse", "--show-toplevel").strip())).resolve() != _REPOSITORY.resolve():
-            return unknown
         sha = git("rev-parse", "HEAD").decode().strip()
         # Other tracked files, such as figures, do not affect a run.
         diff = git("diff", "HEAD", "--", "lorabench", "workflow")

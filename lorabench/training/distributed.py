@@ -31,20 +31,12 @@ from torch.distributed.tensor import DTensor
 
 from lorabench.errors import UserError
 from lorabench.models.lora import tie_beneath
-from lorabench.utils.exhaustion import NoMemoryError
 from lorabench.utils.signals import GRACE, Stopped
 
 T = TypeVar("T")
 M = TypeVar("M", bound=torch.nn.Module)
 
 _CPU = torch.device("cpu")
-
-NONDETERMINISTIC = "LORABENCH_NONDETERMINISTIC"
-"""The environment variable with which training does without deterministic kernels, since an operation has none."""
-
-
-class NoKernelError(UserError):
-    """An operation of a sharded model has no deterministic kernel."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +126,8 @@ def launch(count: int, arguments: Sequence[str]) -> None:
     """Run `python ARGUMENTS` in `count` processes and wait for their end.
 
     After a signal the processes get SIGTERM and have an hour to save their state, however many signals follow; then
-    this raises Stopped. Where an operation of a sharded model has no deterministic kernel, they start again and do
-    without.
-
-    UserError says that there are fewer GPUs, or what a process raised; SystemExit that a process failed otherwise.
+    this raises Stopped. UserError says that there are fewer GPUs, or what a process raised; SystemExit that a process
+    failed otherwise.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -172,12 +162,7 @@ def launch(count: int, arguments: Sequence[str]) -> None:
         if message is None:
             _, failure = error.get_first_failure()
             sys.exit(f"lorabench: process {failure.local_rank} of {count} ended with exit code {failure.exitcode}")
-        name, _, text = message.partition(": ")
-        if name != NoKernelError.__name__:
-            raise (NoMemoryError if name == NoMemoryError.__name__ else UserError)(text) from error
-        logging.warning("the processes start again with %s=1: %s", NONDETERMINISTIC, text)
-        os.environ[NONDETERMINISTIC] = "1"
-        launch(count, arguments)
+        raise UserError(message.partition(": ")[2]) from error
     except SignalException as error:
         raise Stopped(error.sigval) from error
 

@@ -20,6 +20,7 @@ from lorabench.runs import Job, Run, Sweep
 from lorabench.store.io import write_table
 from lorabench.store.layout import Layout
 from lorabench.store.progress import Progress
+from lorabench.store.run_folder import RunFolder
 from lorabench.store.waves import end_sweep, run_without_weights, waves
 from lorabench.training.context import SweepContext
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
@@ -40,18 +41,11 @@ def run_job(
     processes: Processes = SINGLE_PROCESS,
     run_id: str | None = None,
 ) -> None:
-    """Train all runs of a job and write its parquet file, or train one run of its sweep and write no such file.
+    """Train all runs of a job and write its parquet file, or train the run with an id and write no such file.
 
-    After a signal it raises Stopped; finished runs and checkpoints are kept.
-
-    Args:
-        say: reports one line of progress; called in the first process only.
-        processes: the processes that train the job together; each calls this function.
-        run_id: the run to train, after whose earlier waves all runs are finished; None for all runs.
-
-    Raises:
-        UserError: memory or disk space ran out, the run is not in the sweep's next wave, or a finished run was made
-            with another commit of a Hugging Face repository than is fetched now.
+    Every process calls this; `say` reports a line of progress in the first one. After a signal it raises Stopped, and
+    finished runs and checkpoints are kept. UserError says that memory or disk space ran out, that the run is not in the
+    sweep's next wave, or that a finished run was made with another commit of a Hugging Face repository.
     """
     # The trainer keeps the model, data and graders of the job's sweeps until the end. It is imported here since each
     # trainer imports libraries that the other does not need.
@@ -84,7 +78,7 @@ def train_sweep(
     layout: Layout,
     train: Trainer,
     say: Callable[[str], None],
-    processes: Processes,
+    processes: Processes = SINGLE_PROCESS,
     run_id: str | None = None,
 ) -> None:
     """Train all runs of a sweep, or the run with an id; a run is locked while it is trained."""
@@ -94,7 +88,7 @@ def train_sweep(
 
     def finish(number: int, run: Run, for_weights: bool = False) -> None:
         """Train a run unless it is finished, with `for_weights` unless its weights are there, and say how it ended."""
-        folder = context.folder(run)
+        folder = RunFolder(layout.runs, run.run_id)
         of = f"/{sweep.n_runs}" if sweep.lattice is None else f" of at most {sweep.most_runs}"
         title = f"{label} run {number}{of}: lr {run.lr:g}, seed {run.seed}"
         with locked(layout.lock(run), title, say) if processes.first else nullcontext():
@@ -123,9 +117,7 @@ def train_sweep(
             if outcome["status"] == "diverged":
                 result = f"diverged at step {outcome['diverged_at']}"
             elif "final_reward" in outcome:
-                result = f"accuracy {outcome['base_reward']:.3f} -> {outcome['final_reward']:.3f}"
-                if when := {"unrewarded": "ever right", "collapsed": "right any more"}.get(outcome["status"]):
-                    result += f"; stopped, no response was {when}"
+                result = f"accuracy {outcome['base_reward']:.3f} -> {outcome['final_reward']:.3f} ({outcome['status']})"
             else:
                 result = f"test {outcome['final_test_nll']:.4f} nats"
             say(f"{title}: {result}")

@@ -19,7 +19,7 @@ from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
 from lorabench.models.passes import computing_only, without_peft
 from lorabench.training.distributed import call_as_forward
-from lorabench.training.run import Machine, deterministically
+from lorabench.training.run import Machine, deterministic
 
 IGNORED = -100
 """Target of a position whose next token is not scored."""
@@ -106,12 +106,8 @@ def backward_in_pieces(
 ) -> tuple[Tensor, Tensor]:
     """Add the gradient of a loss that is a sum over tokens; return it, and the numbers of all tokens.
 
-    Args:
-        inputs: arguments of the decoder.
-        tokens: indices into (rows x length) of the positions whose logits are computed, (tokens,).
-        compute: what is computed from the logits of some tokens, at most `at_once`.
-        loss: the part of the loss, a scalar, that follows from these numbers.
-        autocast: the type of autocast; None for fp32.
+    `tokens` are indices into (rows x length) of the positions whose logits are computed, (tokens,). From the logits of
+    `at_once` tokens at most follow the numbers that `compute` returns, and from these a part of the loss, a scalar.
     """
     cast = torch.autocast(tokens.device.type, dtype=autocast, enabled=autocast is not None)
     if len(tokens) <= at_once or isinstance(model, FSDPModule):
@@ -170,11 +166,7 @@ def of_tokens(
 def add_gradient(
     model: nn.Module, batch: Batch, divisor: int, autocast: torch.dtype | None, max_logits: int | None
 ) -> Tensor:
-    """Add the gradient of a batch's NLL divided by `divisor`, and return this quotient, a scalar on the device.
-
-    The divisor is usually the scored tokens of the whole batch, of which `batch` is a part; `max_logits` (see
-    `MAX_LOGITS`) may be None for no limit.
-    """
+    """Add the gradient of a batch's NLL divided by `divisor`, and return this quotient, a scalar on the device."""
     inputs, (tokens, targets) = {"input_ids": batch.inputs}, _scored(batch)
     at_once = len(tokens) if max_logits is None else max(1, max_logits // without_peft(model).config.vocab_size)
     # The context includes the backward pass, since recomputed layers read the tokens again.
@@ -197,15 +189,11 @@ def batch_gradient(
     batches = [collate(split, part, device) for part in processes.even((share[part] for part in parts), share[:0])]
     counts = [lengths[share].sum(), sum(batch.scored for batch in batches)]
     tokens, scored = processes.gather(counts).sum(0).astype(int).tolist()
-
-    def add() -> float:
-        nll = torch.zeros((), dtype=torch.float64, device=device)
+    nll = torch.zeros((), dtype=torch.float64, device=device)
+    with deterministic(device):
         for batch in batches:
             nll += add_gradient(model, batch, scored, machine.autocast, MAX_LOGITS[device.type])
-        return nll.item()
-
-    nll = deterministically(add, model.zero_grad, machine)
-    return float(processes.gather([nll]).sum()), tokens, scored
+    return float(processes.gather([nll.item()]).sum()), tokens, scored
 
 
 @torch.no_grad()

@@ -31,13 +31,7 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def load(folder: str | Path, rank: int | None, alpha: float, seed: int) -> Any:
     """Load a base model, and put LoRA on it unless the rank is None.
 
-    W' = W + (alpha/r) B A, where A is uniform in +-1/sqrt(d_in) and B is zero.
-
-    Args:
-        folder: a Hugging Face model.
-        rank: the rank r of LoRA; None for full fine-tuning.
-        alpha: the numerator of LoRA's scale.
-        seed: from which A is drawn.
+    W' = W + (alpha/r) B A, where A is uniform in +-1/sqrt(d_in), drawn from the seed, and B is zero.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     if rank is None:
@@ -88,21 +82,14 @@ def train_sft(
     seed: int = 0,
     eps: float = 1e-8,
 ) -> tuple[list[float], Any]:
-    """Fine-tune a model on examples.
+    """Fine-tune a model on examples; return each step's loss before its update, in nats per token, and the model.
 
     Args:
         folder: the base model.
-        examples: the training examples.
-        steps: the number of optimizer steps.
-        batch_size: examples per step.
         lr: the constant learning rate, about ten times as high for LoRA as for full fine-tuning.
         rank: LoRA's rank; None for full fine-tuning.
         alpha: the numerator of LoRA's scale.
         seed: for the order of examples and LoRA's A.
-        eps: Adam's epsilon.
-
-    Returns:
-        The loss of each step before its update, in nats per scored token, and the trained model.
     """
     model = load(folder, rank, alpha, seed)
     optimizer = adam(model, lr, eps)
@@ -122,9 +109,7 @@ def policy_loss(model: Any, groups: Sequence[tuple[Sequence[int], Sequence[Drawn
     It is minus the mean over responses of the sum over tokens of p_learner / p_sampler times the advantage, which is
     the reward minus the mean reward of the group. There is no KL term, no clipping and no entropy bonus.
 
-    Args:
-        model: the learner.
-        groups: for each problem its prompt, some responses to it, and their rewards.
+    A group has a problem's prompt, some responses to it, and their rewards.
     """
     total, count = torch.zeros(()), 0
     for prompt, responses, rewards in groups:
@@ -138,11 +123,7 @@ def policy_loss(model: Any, groups: Sequence[tuple[Sequence[int], Sequence[Drawn
 
 
 def generate(model: Any, prompt: Sequence[int], group_size: int, max_new_tokens: int, end: int) -> list[Drawn]:
-    """Draw responses to a prompt by transformers, at temperature 1 from the whole vocabulary.
-
-    Args:
-        end: the token that ends a response.
-    """
+    """Draw responses by transformers, at temperature 1 from the whole vocabulary, up to the token `end`."""
     ids = torch.tensor([list(prompt)]).expand(group_size, -1)
     drawn = model.generate(
         input_ids=ids,
@@ -176,24 +157,14 @@ def train_rl(
     seed: int = 0,
     eps: float = 1e-8,
 ) -> tuple[list[float], list[float], Any]:
-    """Train a model by RL on problems.
+    """Train a model by RL on problems; return each step's loss and mean reward before its update, and the model.
 
     Args:
-        folder: the base model.
         prompts: the tokens of each problem's prompt.
         reward: the reward of a response to a problem, given the problem's index and the response's tokens.
         draw: draws a group of responses, given the model, the step and the problem's index, for instance
             `lambda model, step, problem: generate(model, prompts[problem], 16, 256, end)`.
-        steps: the number of optimizer steps.
         problems_per_step: problems per step, each with a group of responses.
-        lr: the constant learning rate.
-        rank: LoRA's rank; None for full fine-tuning.
-        alpha: the numerator of LoRA's scale.
-        seed: for the order of problems and LoRA's A.
-        eps: Adam's epsilon.
-
-    Returns:
-        The loss and the mean reward of each step before its update, and the trained model.
     """
     model = load(folder, rank, alpha, seed)
     optimizer = adam(model, lr, eps)

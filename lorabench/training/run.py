@@ -7,13 +7,13 @@ order. It has to be strict, since with `warn_only` fused attention keeps its def
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,11 +27,12 @@ from lorabench.models.bf16_products import Products, choose_faster
 from lorabench.planning.plan import Plan
 from lorabench.runs import Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss
-from lorabench.training.distributed import NONDETERMINISTIC, SINGLE_PROCESS, NoKernelError, Processes, full_tensor
+from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor
 from lorabench.utils.exhaustion import keep_freed_memory
-from lorabench.utils.gpus import ON_CPU, difference_from, none_seen, processor
+from lorabench.utils.gpus import ON_CPU, none_seen, processor
 
-T = TypeVar("T")
+NONDETERMINISTIC = "LORABENCH_NONDETERMINISTIC"
+"""The environment variable with which training on a GPU does without deterministic kernels."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,6 @@ def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
         keep_freed_memory()
         products = choose_faster() if bf16 else None
     else:
-        if execution.gpu is not None and processes.first:
-            memory = torch.cuda.get_device_properties(device).total_memory
-            if difference := difference_from(execution.gpu, torch.cuda.get_device_name(device), memory):
-                logging.warning(difference)
         # cuBLAS gets workspaces of a fixed size, unless the user has chosen some, before the first product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Autocast passes over the products of experts, which would otherwise be computed in fp32 without tensor cores.
@@ -193,35 +190,30 @@ def clip_gradient(parameters: Iterable[torch.nn.Parameter], max_norm: float | No
     return float(full_tensor(norm))
 
 
-def deterministically(compute: Callable[[], T], undo: Callable[[], None], machine: Machine) -> T:
-    """Return the result of `compute`, which computes a gradient, on a GPU with deterministic kernels.
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Within the context, in which a gradient is computed, a GPU uses deterministic kernels.
 
-    If an operation has none, a warning names it, and this call, after `undo`, and all later ones do without. A sharded
-    model needs new processes for that (see `lorabench.training.distributed.launch`), since FSDP does not recover from a
-    pass that was broken off; then this raises NoKernelError.
+    UserError names an operation that has none, and the environment variable with which training does without them.
     """
-    if machine.device.type != "cuda" or NONDETERMINISTIC in os.environ:
-        return compute()
+    if device.type != "cuda" or NONDETERMINISTIC in os.environ:
+        yield
+        return
     setting: Any = torch.utils.deterministic
     fill, lacks = setting.fill_uninitialized_memory, "does not have a deterministic implementation"
     torch.use_deterministic_algorithms(True)
     # It would write into each new tensor, to show errors in programs.
     setting.fill_uninitialized_memory = False
     try:
-        return compute()
+        yield
     except RuntimeError as error:
         if lacks not in str(error):
             raise
         operation = str(error).split(lacks, maxsplit=1)[0].strip()
-        if machine.processes.count > 1:
-            raise NoKernelError(
-                f"{operation} has no deterministic kernel on this GPU, so a model that is sharded over "
-                f"{machine.processes.count} processes can only be trained with {NONDETERMINISTIC}=1 in the environment"
-            ) from error
-        logging.warning("training on this GPU is not deterministic: %s has no such kernel", operation)
-        os.environ[NONDETERMINISTIC] = "1"
+        raise UserError(
+            f"{operation} has no deterministic kernel on this GPU; with {NONDETERMINISTIC}=1 in the environment runs "
+            "are trained without such kernels, and do not come out again bit for bit"
+        ) from error
     finally:
         torch.use_deterministic_algorithms(False)
         setting.fill_uninitialized_memory = fill
-    undo()
-    return compute()

@@ -96,21 +96,12 @@ def train_sft(
     validation: ValidationCurve,
     tick: Callable[[int], None] = lambda step: None,
 ) -> SftOutcome:
-    """Train and evaluate one run.
+    """Train a base model, or one with a new adapter, in place, and return the outcome.
 
-    The run goes on from its checkpoint if there is one, and then ends with the same numbers as an uninterrupted run.
-
-    Args:
-        model: the base model, or the base model with a new adapter; it is trained in place.
-        validation: measures the points of the curve from step 0 on, and the final loss.
-        tick: called after each step with the number of finished steps.
-
-    Returns:
-        The outcome. It is `diverged` if a loss or a gradient norm is not finite, or if the loss exceeds that of a
-        uniform guess by `EXPLODED_ABOVE_UNIFORM`.
-
-    Raises:
-        UserError: the gradient of the first step is 0, or a later step has none.
+    The run goes on from its checkpoint if there is one, and then ends with the same numbers as an uninterrupted run. It
+    is `diverged` if a loss or a gradient norm is not finite, or if the loss exceeds that of a uniform guess by
+    `EXPLODED_ABOVE_UNIFORM`. `tick` is called after each step with the number of finished steps. UserError says that
+    the gradient of the first step is 0, or a later step has none.
     """
     condition, train = run.condition, data["train"]
     parameters = trained_parameters(model)

@@ -54,15 +54,12 @@ def measure_compute(
     The rows of the table `compute` that this returns, FullFT first, have in the columns
 
     - `linear_flops` the products of the linear layers, with 2 FLOPs per multiply-add, and in `total_flops` those of
-      attention too, without the saving of a causal mask. They are counted while PEFT computes LoRA; time and memory are
-      measured with the layers that runs are trained with.
-    - `step_s` the median of the seconds of forward pass, backward pass and AdamW update. Arms take turns, so that
-      changes of the machine's speed affect all arms alike.
+      attention too, without the saving of a causal mask. They are counted while PEFT computes LoRA.
+    - `step_s` the median of the seconds of forward pass, backward pass and AdamW update, for which arms take turns.
     - `peak_mem_bytes` the size of parameters, buffers and optimizer state, plus the most that other tensors take at any
       time in a step, without the memory of libraries.
 
-    UserError says that the model cannot be read, has experts (to which the formula does not apply), changes its logits,
-    or takes fewer tokens.
+    UserError says that the model has experts, changes its logits, or takes fewer tokens.
     """
     bf16, cuda = protocol.precision == "bf16", device.type == "cuda"
     torch.set_num_threads(threads)

@@ -16,8 +16,7 @@ from lorabench.errors import UserError
 # A full file system, a full quota, and a file larger than the process may write.
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Paths and permissions are the user's; a file that is missing may be a mistake of this project's.
-_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
-_WRONG_PATH = {errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR}
 # safetensors gives the error number in its message only.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # Messages of torch's allocators, cuBLAS, C++ and the system; on a CPU torch raises a plain RuntimeError. A thread that
@@ -26,30 +25,20 @@ _NO_MEMORY = (
     *("not enough memory", "allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc"),
     *("start new thread", "[enforce fail a"),
 )
-_SIZE = re.compile(r"allocate ([\d.]+ \w+)")
-
-
-class NoSpaceError(UserError):
-    """A file could not be written for lack of space."""
-
-
-class NoMemoryError(UserError):
-    """The memory of the machine was exhausted; that of a GPU raises a plain UserError, which more memory of the machine
-    does not help."""
 
 
 @contextmanager
 def space_for(path: Path | str) -> Iterator[None]:
-    """Turn the error of a full file system or quota into a NoSpaceError that names `path`, and that of a file that this
-    user may not read or write, or of an impossible path, into a UserError that names the file."""
+    """Turn the error of a full file system or quota into a UserError that names `path`, and that of a file that this
+    user may not read or write, or of an impossible path, into one that names the file."""
     try:
         yield
     except Exception as error:
         number = _number(error)
-        if isinstance(error, UserError) or number not in _NO_SPACE | _NO_ACCESS | _WRONG_PATH:
+        if isinstance(error, UserError) or number not in _NO_SPACE | _NO_ACCESS:
             raise
         if number in _NO_SPACE:
-            raise NoSpaceError(
+            raise UserError(
                 f"no space left to write {path}; make room and give the same command again: "
                 "finished runs and the last checkpoints are kept"
             ) from error
@@ -64,9 +53,9 @@ def space_for(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def memory_for(what: str, advice: str) -> Iterator[None]:
-    """Turn the error of a machine without free memory into a NoMemoryError, and that of a GPU into a UserError.
+    """Turn the error of a full memory, of a machine or a GPU, into a UserError.
 
-    The message says `what` was computed, and gives `advice` how to need less memory.
+    It says `what` was computed, and gives `advice` how to need less memory.
     """
     try:
         yield
@@ -76,10 +65,8 @@ def memory_for(what: str, advice: str) -> Iterator[None]:
         reported = isinstance(error, RuntimeError) and any(message in text for message in _NO_MEMORY)
         if not (on_gpu or reported or isinstance(error, MemoryError) or _number(error) == errno.ENOMEM):
             raise
-        size = _SIZE.search(text)
-        more = f" (no {size[1]} more)" if size else ""
-        kind, where = (UserError, " on the GPU") if on_gpu or "CUDA" in text else (NoMemoryError, "")
-        raise kind(f"{what} is out of memory{where}{more}: {advice}; what is finished is kept") from error
+        where = " on the GPU" if on_gpu or "CUDA" in text else ""
+        raise UserError(f"{what} is out of memory{where}: {advice}; what is finished is kept") from error
 
 
 def _number(error: Exception) -> int | None:
@@ -93,15 +80,14 @@ def _number(error: Exception) -> int | None:
 def keep_freed_memory() -> bool:
     """Make this process reuse freed memory, and return whether it does; False with another C library than glibc.
 
-    It reuses blocks up to 1 GiB, and up to 2 GiB at the end of its heap. By default glibc returns free memory there to
-    the system, and each block above 32 MiB; the system then maps and clears the same pages in every training step.
+    By default glibc returns free memory at the end of the heap to the system, and each block above 32 MiB; the system
+    then maps and clears the same pages in every training step.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     # Other C libraries have no `mallopt`, or number its parameters differently.
     if libc is None or not hasattr(libc, "gnu_get_libc_version"):
         return False
-    # Parameters of `mallopt`, as numbered in glibc's malloc.h.
+    # Parameters of `mallopt`, as numbered in glibc's malloc.h; older versions accept blocks of 32 MiB at most.
     trim_threshold, mmap_threshold = -1, -3
-    # Older versions accept 32 MiB at most; the bytes at the heap's end are the largest number that `mallopt` takes.
     kept = any(libc.mallopt(mmap_threshold, size) for size in (1 << 30, 32 << 20))
     return bool(kept and libc.mallopt(trim_threshold, (1 << 31) - 1))

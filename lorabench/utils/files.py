@@ -15,10 +15,9 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import UnionType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lorabench.errors import UserError
@@ -44,7 +43,7 @@ each million rows."""
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it replaces `path` on success and is removed on failure.
 
-    NoSpaceError says that the disk is full, UserError that `path` can't be written, or is no regular file.
+    UserError says that the disk is full, or that `path` can't be written or is no regular file.
     """
     # A name may have 255 bytes.
     name = path.name if len(os.fsencode(path.name)) <= 150 else digest(path.name)
@@ -75,22 +74,6 @@ def write_json(value: Any, path: Path) -> None:
     text = json.dumps(value, indent=2, allow_nan=False)
     with atomic_path(path) as partial:
         partial.write_text(text + "\n")
-
-
-def read_json(path: Path, entries: Mapping[str, type | UnionType], mend: str) -> dict[str, Any]:
-    """Read a JSON object that has these entries, each of its type.
-
-    UserError says that the file is damaged, and ends with `mend`, what to do about it.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds {type(value).__name__} in the place of an object")
-        if wrong := [key for key, kind in entries.items() if not isinstance(value.get(key), kind)]:
-            raise ValueError(f"{wrong[0]} is {value.get(wrong[0])!r}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); {mend}") from error
-    return value
 
 
 def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:

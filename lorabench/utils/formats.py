@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 DASH = "\N{EN DASH}"
@@ -20,20 +21,13 @@ _SPANS = ((86_400, "d"), (3_600, "h"), (60, "min"))
 
 def missing(value: Any) -> bool:
     """Return whether a value of a table is null: None, NaN, NaT or NA."""
-    if value is None:
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
-    if isinstance(value, (int, float, str, list, tuple, dict)):
-        return isinstance(value, float) and math.isnan(value)
-    # Only tables hold other types, and who reads tables has imported pandas.
-    import pandas as pd
-
-    return bool(pd.api.types.is_scalar(value) and pd.isna(value))
+    return isinstance(value, Real) and math.isnan(value)
 
 
 def printable(text: str) -> str:
     """Return foreign text on one line, for a terminal: what is not printable is escaped."""
-    if text.isprintable():
-        return text
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
@@ -142,9 +136,9 @@ def print_table(
     notes: Iterable[str] = (),
     total: bool = False,
 ) -> None:
-    """Print a table of text, with a line above it and sentences below it.
+    """Print a table of text, with a title and notes; `numbers` are the columns to align to the right.
 
-    The columns of `numbers` are aligned to the right; with `total` a line sets the last row apart.
+    With `total` a line sets the last row apart.
     """
     from rich import box
     from rich.console import Console

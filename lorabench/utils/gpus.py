@@ -66,10 +66,6 @@ GPUS = {
 }
 
 
-LEAST_MEMORY = 0.98
-"""Least memory of a GPU as a share of the planned; versions of the driver keep parts that differ a little."""
-
-
 def is_called(gpu: str, device: str) -> bool:
     """Return whether torch's name of a device is that of a GPU in `GPUS`: `NVIDIA H100 80GB HBM3` is an H100-80GB."""
     return set(gpu.split("-")) <= set(re.split(r"[ -]", device))
@@ -81,7 +77,8 @@ def difference_from(gpu: str, device: str, memory: float) -> str | None:
     Given are the name in `GPUS`, torch's name of the device, and its bytes without those that the driver keeps.
     """
     planned = GPUS[gpu].memory
-    if is_called(gpu, device) and memory >= LEAST_MEMORY * planned:
+    # Versions of the driver keep parts of the memory that differ a little.
+    if is_called(gpu, device) and memory >= 0.98 * planned:
         return None
     return (
         f"this is an {device} of {memory / GB:.0f} GB, but execution.gpu is {gpu} of {planned / GB:.0f} GB: the plan's "
@@ -91,14 +88,10 @@ def difference_from(gpu: str, device: str, memory: float) -> str | None:
 
 def none_seen(gpu: str, torch: str, cuda: str | None) -> str:
     """Return a sentence about a machine on which torch, built for a version of CUDA or none, sees no GPU of `GPUS`."""
-    driver = next(iter(_nvidia_smi("--query-gpu=driver_version")), None)
-    there = "nvidia-smi names no GPU" if driver is None else f"the driver is {driver}"
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        there += f", CUDA_VISIBLE_DEVICES is {visible!r}"
     built = f"for CUDA {cuda}" if cuda else "built without CUDA"
     return (
-        f"execution.gpu is {gpu}, and torch {torch}, {built}, sees no GPU on this machine ({processor()}; {there}); to "
-        "compute on a CPU, set gpu to null and gflops to its speed in the preset's execution"
+        f"execution.gpu is {gpu}, and torch {torch}, {built}, sees no GPU on this machine ({processor()}); to compute "
+        "on a CPU, set gpu to null and gflops to its speed in the preset's execution"
     )
 
 
@@ -118,12 +111,6 @@ def visible_devices() -> list[str]:
         return _nvidia_smi("--query-gpu=index")
     # CUDA ignores all names after one that is not valid; users write -1 for no GPU.
     return list(takewhile(lambda name: name and name[0] != "-", (name.strip() for name in chosen.split(","))))
-
-
-def compute_modes() -> list[str]:
-    """Return the compute mode of each visible GPU; only in `Default` may several processes use a GPU at once."""
-    devices = visible_devices()
-    return _nvidia_smi("--query-gpu=compute_mode", f"--id={','.join(devices)}") if devices else []
 
 
 def _nvidia_smi(*options: str) -> list[str]:

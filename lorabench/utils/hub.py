@@ -11,16 +11,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from threading import Thread
 from typing import Any, Literal
 
 from lorabench.errors import UserError
@@ -28,9 +25,7 @@ from lorabench.utils.files import write_json
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# Bytes that must stay free on the disk after a download.
-_SPARE_BYTES = 1 << 30
-# Seconds in which a request that a user waits for must be answered, the look-up of the server's name included.
+# Seconds in which a request that a user waits for must be answered.
 _LOOK_UP_SECONDS = 2.0
 
 
@@ -56,10 +51,7 @@ class FetchedRepository:
 
     kind: Literal["model", "dataset"]
     id: str
-    revision: str
     commit: str
-    files: dict[str, int]
-    """The size in bytes of each file, by its name."""
     parts: dict[str, list[str]]
     """The names of a dataset's files by part, `configuration/split` or `split`."""
 
@@ -84,16 +76,20 @@ def read_fetched(path: Path) -> dict[str, FetchedRepository]:
         raise UserError(
             f"not fetched from the hub yet: no {path}; run `lorabench step fetch-model` or `lorabench step fetch-data`"
         )
-    return {entry["id"]: FetchedRepository(**entry) for entry in json.loads(path.read_text())}
+    made = [
+        FetchedRepository(entry["kind"], entry["id"], entry["commit"], entry["parts"])
+        for entry in json.loads(path.read_text())
+    ]
+    return {repository.id: repository for repository in made}
 
 
 def fetch_repositories(wanted: list[WantedRepository], pins: Path, out: Path) -> None:
     """Download repositories into the hub's cache and describe them in the JSON file `out` for `read_fetched`.
 
-    The folder `pins` has the files that pin revisions to commits. UserError says that a repository can't be downloaded,
-    lacks a .safetensors file or a wanted part, or does not fit on the disk.
+    The folder `pins` has the files that pin revisions to commits. UserError says that a repository can't be downloaded
+    or lacks a .safetensors file or a wanted part.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
 
     fetched = []
     for repository in wanted:
@@ -107,21 +103,14 @@ def fetch_repositories(wanted: list[WantedRepository], pins: Path, out: Path) ->
                 download["allow_patterns"] = [*_MODEL_FILES, *(["*.py"] if repository.code else [])]
                 # Some repositories hold the same weights in other formats in folders.
                 download["ignore_patterns"] = ["*/*"]
-            files = sorted(snapshot_download(**download, dry_run=True), key=lambda file: file.filename)
-            if repository.kind == "model" and not any(file.filename.endswith(".safetensors") for file in files):
-                raise UserError(f"{repository} has no .safetensors file at {commit}; pickled weights are not loaded")
-            needed = sum(file.file_size or 0 for file in files if file.will_download)
-            folder = Path(constants.HF_HUB_CACHE).absolute()
-            free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-            if needed and needed + _SPARE_BYTES > free:
-                raise UserError(
-                    f"{repository} needs {needed:,} bytes and {_SPARE_BYTES:,} to spare in {folder}, where {free:,} "
-                    "are free; make room, or set HF_HOME to a folder on a larger disk"
-                )
+                files = snapshot_download(**download, dry_run=True)
+                if not any(file.filename.endswith(".safetensors") for file in files):
+                    raise UserError(
+                        f"{repository} has no .safetensors file at {commit}; pickled weights are not loaded"
+                    )
             snapshot_download(**download)
-        sizes = {file.filename: file.file_size or 0 for file in files}
-        fetched.append(FetchedRepository(repository.kind, repository.id, repository.revision, commit, sizes, parts))
-    write_json([asdict(repository) for repository in fetched], out)
+        fetched.append(asdict(FetchedRepository(repository.kind, repository.id, commit, parts)))
+    write_json(fetched, out)
     read_fetched.cache_clear()
 
 
@@ -139,24 +128,10 @@ def look_up(wanted: WantedRepository, file: str | None = None) -> str:
         if isinstance(cached, str):
             return Path(cached).read_text(encoding="utf-8")
         url = hf_hub_url(wanted.id, file, revision=wanted.revision, repo_type=wanted.kind)
-
-    text: Future[str] = Future()
-
-    def request() -> None:
-        try:
-            response = get_session().get(url, headers=build_hf_headers(), timeout=_LOOK_UP_SECONDS)
-            hf_raise_for_status(response)
-            text.set_result(response.text)
-        except Exception as error:
-            text.set_exception(error)
-
     with _explained(wanted):
-        # A name server that does not answer blocks for longer than the request's own time-out.
-        Thread(target=request, daemon=True).start()
-        try:
-            return text.result(_LOOK_UP_SECONDS)
-        except TimeoutError:
-            raise TimeoutError(f"no answer within {_LOOK_UP_SECONDS:g} seconds") from None
+        response = get_session().get(url, headers=build_hf_headers(), timeout=_LOOK_UP_SECONDS)
+        hf_raise_for_status(response)
+        return response.text
 
 
 def _pinned(wanted: WantedRepository, pins: Path) -> str:
@@ -223,7 +198,6 @@ def _explained(wanted: WantedRepository) -> Iterator[None]:
         reasons: list[tuple[Any, str]] = [
             (errors.GatedRepoError, f"{wanted} {gated}"),
             (errors.RevisionNotFoundError, f"{wanted} has no revision {wanted.revision!r}"),
-            (errors.RemoteEntryNotFoundError, f"{wanted} lacks a file that is needed: {lines[-1]}"),
             (errors.RepositoryNotFoundError, f"{wanted} {unknown}"),
             (errors.OfflineModeIsEnabled, f"{failed}: HF_HUB_OFFLINE is set"),
             (errors.HfHubHTTPError, f"{failed}: {lines[0]}"),

@@ -3,17 +3,14 @@
 The lock is filelock's, on Unix `flock`, which the kernel releases when the process dies, and over NFS the server when
 the lease of a dead node ends. Where the file system has no `flock`, filelock takes the file's existence for the lock.
 A lock covers a run and not a sweep, because several jobs may train runs of one sweep, and a job of an earlier plan may
-still be training runs that a new plan wants too: a second process waits, says once for whom, and then finds the run
-finished.
+still be training runs that a new plan wants too: a second process waits, says so once, and then finds the run finished.
 """
 
 from __future__ import annotations
 
 import errno
-import os
-import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from lorabench.errors import UserError
@@ -40,11 +37,7 @@ def locked(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
         """Announce the wait once and end at a signal; false, since filelock shall go on trying."""
         nonlocal announced
         if not announced:
-            holder = ""
-            with suppress(FileNotFoundError):
-                holder = path.read_text()
-            holder = holder if holder.startswith("process ") else "another process"
-            say(f"waits for {holder}, which is at work on {what}")
+            say(f"waits for another process, which is at work on {what}")
             announced = True
         signals.check()
         return False
@@ -57,9 +50,6 @@ def locked(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
             raise
         raise UserError(f"the file system of {path} grants no locks ({error.strerror}); work on another one") from error
     try:
-        if isinstance(lock, UnixFileLock):
-            with space_for(path):
-                path.write_text(f"process {os.getpid()} on {platform.node()}")
         yield
     finally:
         # Before the lock is released: a process that waits for this file then makes a new one.

@@ -27,8 +27,6 @@ HANDLED = tuple(_IGNORED)
 _received: tuple[int, float] | None = None
 """The first signal since the outermost context began, and its time."""
 
-_Handlers = dict[signal.Signals, Any]
-
 
 # Like KeyboardInterrupt this is no Exception: code that continues after any error must not continue after a signal.
 class Stopped(BaseException):
@@ -70,10 +68,7 @@ def stop_immediately() -> Iterator[None]:
 
 @contextmanager
 def stop_after_step() -> Iterator[None]:
-    """Within the context, the first signal is kept for `requested` and `check`, and repetitions are ignored.
-
-    A later signal has its usual effect.
-    """
+    """Within the context, the first signal is kept for `requested`; a later one that is no repetition acts as usual."""
 
     def remember(number: int, frame: FrameType | None) -> None:
         first = _received is None
@@ -96,7 +91,7 @@ def _is_repetition(number: int) -> bool:
 
 
 @contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[_Handlers]:
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[dict[signal.Signals, Any]]:
     global _received
     # A shell starts background jobs with SIGINT ignored, which must stay so.
     before = {number: old for number in _IGNORED if (old := signal.getsignal(number)) not in (signal.SIG_IGN, None)}
@@ -117,6 +112,6 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[_Hand
             _received = None
 
 
-def _restore(handlers: _Handlers) -> None:
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -40,7 +40,6 @@ from lorabench.runs import Condition, Run, Seeds, Sweep
 from lorabench.store.io import write_csv
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
-from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.job import train_sweep
 from lorabench.training.rl.trainer import RlTrainer
 from lorabench.training.sft import SftTrainer
@@ -73,7 +72,7 @@ def train_at(lrs: Sequence[float], seeds: int, plan: Plan, sweep: Sweep, layout:
     seeds_of = Seeds(seeds, given=given, first=layout.preset.first_seed)
     with RlTrainer() if sweep.condition.task == "rl" else nullcontext(SftTrainer()) as train:
         changed = replace(sweep, lrs=tuple(lrs), seeds=seeds_of, lattice=None)
-        train_sweep(plan, changed, layout, train, print, SINGLE_PROCESS)
+        train_sweep(plan, changed, layout, train, print)
 
 
 def results(layout: Layout, runs: Path, condition: Condition, weights: str) -> list[dict[str, Any]]:

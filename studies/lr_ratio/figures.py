@@ -72,8 +72,7 @@ def draw(tables: Tables) -> style.Drawn:
         (True, style.mark("published, SFT", "d", color="#CC79A7")),
         (True, style.mark("published, RL", "v", color="#CC79A7")),
     ]
-    style.legends(figure, {}, entries)
-    return figure, plotted
+    return style.legends(figure, {}, plotted, entries)
 
 
 def _kind(row: Mapping[Any, Any]) -> str:

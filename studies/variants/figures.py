@@ -92,8 +92,8 @@ def draw(tables: Tables) -> style.Drawn:
         (known["lr_ratio_predicted"].notna().any(), style.line("predicted ratio", **_PREDICTED)),
         (not known[["comparable", "resolved"]].all(axis=None), style.mark("no verdict", "o", mfc="white", mew=1.2)),
     ]
-    style.legends(figure, {name: _look(name) for name in _NAMES if name in variants.values()}, marks)
-    return figure, plotted
+    shown = {name: _look(name) for name in _NAMES if name in variants.values()}
+    return style.legends(figure, shown, plotted, marks)
 
 
 def _variant(arm: Arm) -> str | None:

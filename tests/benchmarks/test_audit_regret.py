@@ -1,4 +1,4 @@
-"""The curvatures that are shipped, and predicted regrets held to measured ones."""
+"""What is shipped and published of learning rates follows from the sources; predicted regrets hold."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from lora_advice.audit.regret import LrEvidence, Place
 from lora_advice.theory import FACTS
 
 from advice.benchmarks.audit_regret import alarms, curvatures, evidence, held_to, inside, measured_runs, rounded
+from advice.benchmarks.lr_left_out import by_source, compared, left_out
 from lorabench.sources.lr_optima import known_optima
 from lorabench.sources.studies import read_studies, source_folders
 from lorabench.store.published import evidence_folders
@@ -28,11 +29,17 @@ def runs(published):
     return measured_runs(*published)
 
 
-def test_what_is_shipped_follows_from_the_sources(published, runs):
+@pytest.fixture(scope="module")
+def optima(published):
+    return known_optima(*published)
+
+
+@pytest.mark.slow
+def test_what_is_shipped_follows_from_the_sources(optima, runs):
     table = curvatures(runs)
     committed = pd.read_csv(EVIDENCE / "lr_curvatures.csv")
     pd.testing.assert_frame_equal(rounded(table), committed, rtol=1e-3)
-    made, shipped = evidence(known_optima(*published), table), json.loads((FACTS / "lr_evidence.json").read_text())
+    made, shipped = evidence(optima, table), json.loads((FACTS / "lr_evidence.json").read_text())
     assert made.keys() == shipped.keys()
     pools = {"optima", "curvatures"}
     assert [made[name] for name in made.keys() - pools] == [shipped[name] for name in made.keys() - pools]
@@ -43,6 +50,7 @@ def test_what_is_shipped_follows_from_the_sources(published, runs):
             assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_measured_regrets_of_one_arm_by_hand(runs):
     # Full fine-tuning at batch size 128 of one source: the lowest of five losses, and the base's loss of 0.5518.
     arm = runs[(runs["source"] == "nhckdvrl") & (runs["method"] == "fullft") & (runs["batch_size"] == 128)]
@@ -54,11 +62,23 @@ def test_measured_regrets_of_one_arm_by_hand(runs):
 
 
 @pytest.mark.slow
-def test_the_committed_calibration_follows_from_the_sources(published, runs):
-    rows = held_to(runs, known_optima(*published))
+def test_the_committed_calibration_follows_from_the_sources(optima, runs):
+    rows = held_to(runs, optima)
     for name, table in (("inside", inside(rows)), ("alarms", alarms(rows))):
         committed = pd.read_csv(EVIDENCE / f"lr_regret_{name}.csv")
         pd.testing.assert_frame_equal(rounded(table), committed, rtol=1e-3, check_dtype=False)
+
+
+@pytest.mark.slow
+def test_the_committed_errors_of_rules_follow_from_the_sources(optima):
+    committed = pd.read_csv(EVIDENCE / "lr_left_out_summary.csv")
+    pd.testing.assert_frame_equal(compared(by_source(left_out(optima))), committed, rtol=1e-3)
+    # LoRA stands for high ranks with a trained A.
+    own = [
+        optimum for optimum in optima if (optimum.source, optimum.method, optimum.rl) == ("lorabench", "lora", False)
+    ]
+    assert own
+    assert all(optimum.rank >= 16 and 1e-4 < optimum.lr < 1e-2 for optimum in own)
 
 
 def test_intervals_hold_and_errors_are_no_false_alarms():

@@ -7,9 +7,7 @@ import pandas as pd
 import pytest
 
 from advice.benchmarks.lr_left_out import by_source, compared, left_out
-from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima
-from lorabench.sources.studies import read_studies, source_folders
-from lorabench.store.published import evidence_folders
+from lorabench.sources.lr_optima import AUTHORS, LrOptimum
 from studies.lr_ratio.predictions import DEFAULT
 
 from ..conftest import REPOSITORY
@@ -72,11 +70,8 @@ def test_lora_is_predicted_from_the_full_fine_tuning_of_its_own_source():
     assert table.loc[(AUTHORS, "movement_own"), "off"] == pytest.approx(math.exp(0.7 / 3))
 
 
-def test_the_committed_errors_follow_from_the_sources():
-    known = known_optima(read_studies(source_folders()), evidence_folders(REPOSITORY))
+def test_the_rule_that_recommends_is_no_further_off_than_the_law_and_none_is_closer():
     committed = pd.read_csv(REPOSITORY / "paper_figures/published/evidence/lr_left_out_summary.csv")
-    pd.testing.assert_frame_equal(compared(by_source(left_out(known))), committed, rtol=1e-3)
-    # The rule that recommends is no further off than the law, and its loss is no higher.
     by_rule = committed[committed["without"] == AUTHORS].set_index(["task", "method", "rule"])
     by_rule = by_rule[["off", "rms", "loss_above_best"]]
     closer = by_rule.xs("pooled", level="rule") <= by_rule.xs("law", level="rule")
@@ -87,7 +82,3 @@ def test_the_committed_errors_follow_from_the_sources():
         assert (committed.loc[committed["rule"] == rule, "against_pooled_high"] > 1).all()
     lora = by_rule.xs("lora", level="method")["rms"].unstack("rule")
     assert (lora["movement"] > lora["pooled"]).all()
-    # LoRA stands for high ranks with a trained A.
-    own = [optimum for optimum in known if (optimum.source, optimum.method, optimum.rl) == ("lorabench", "lora", False)]
-    assert own
-    assert all(optimum.rank >= 16 and 1e-4 < optimum.lr < 1e-2 for optimum in own)

@@ -21,27 +21,17 @@ from lorabench.training.loss import IGNORED
 
 from ..conftest import REPOSITORY
 
-SHARED = {
-    "date": "2026-01-02",
-    "commit": "abc",
-    "device": "a CPU",
-    "load": 0.1,
-    "turns": 3,
-    **dict.fromkeys(("torch", "transformers", "peft", "trl"), "1.0"),
-}
 ROWS = [
     Row("sweep", "7 LRs", "ours", 2, 7, 14.0, 13.0, 1.5, 1.75),
     Row("sweep", "7 LRs", "theirs", 2, 7, 70.0, 69.0, 1.5, 1.75),
-    Row("peak", "matmul", "torch", 2, 1, 0.1, gflops=141.0),
     Row("step", "tiny", "PEFT", 2, 1, 0.25, gflops=20.0, share_of_peak=0.125),
     Row("step", "tiny", "LoRA, 8 lanes", 2, 8, 0.5, gflops=70.5, share_of_peak=0.5),
     Row("step", "small", "PEFT", 2, 1, 0.125, gflops=2.0, share_of_peak=0.01),
-    Row("rl", "gcd", "ours", 2, 5, 10.0, reward=0.25),
 ]
 
 
 def test_ratios_are_per_run_and_to_the_first_of_a_case():
-    assert [row.ratio for row in table.with_ratios(ROWS)] == [1, 5, 1, 1, 0.25, 1, 1]
+    assert [row.ratio for row in table.with_ratios(ROWS)] == [1, 5, 1, 0.25, 1]
 
 
 def found(train: float = 1.0, test: float = 2.0) -> dict[float, sweep.Losses]:
@@ -78,19 +68,12 @@ def test_rows_for_other_trainers_are_the_tokens_of_the_cache():
     assert sweep.rows(split, [1, 0]) == {"input_ids": [[8, 9], [5, 6, 7]], "labels": [[IGNORED, 9], [IGNORED, 6, 7]]}
 
 
-def test_a_command_that_fails_is_told(tmp_path):
-    process = sweep.start([sys.executable, "-c", "print('what it said'); exit(3)"], tmp_path, 1)
-    with pytest.raises(SystemExit, match="failed:\nwhat it said"):
-        sweep.finish(process)
-
-
-def test_a_model_that_is_not_here_is_left_out(tmp_path, monkeypatch):
+def test_a_model_that_is_not_here_is_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    said: list[str] = []
     settings = [replace(steps.QUICK[0], model="smollm2-135m")]
-    parts = [row.part for row in steps.measure(settings, 1, 1, say=said.append)]
+    parts = [row.part for row in steps.measure(settings, 1, 1)]
     assert parts == ["peak", "peak"]
-    assert "smollm2-135m is not here" in said[-1]
+    assert "smollm2-135m is not here" in capsys.readouterr().out
 
 
 @pytest.mark.long

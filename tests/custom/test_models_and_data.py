@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 
-import numpy as np
 import pytest
-from gguf import GGUFWriter
 from lora_advice.models import facts
 
-from lorabench.config.inputs import GgufModel, HubModel, PathModel, TinyModel
+from lorabench.config.inputs import HubModel, PathModel, TinyModel
 from lorabench.custom.data import examine, load_tokenizer
 from lorabench.custom.model import find_model
 from lorabench.data.files import TOO_LONG
@@ -33,73 +31,46 @@ def test_a_shipped_base_a_folder_and_a_known_model_of_the_hub_need_no_connection
     assert llama.lora_parameters(1) == 2_753_792
 
 
-def test_a_gguf_file(tmp_path):
-    path = tmp_path / "own.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_embedding_length(64)
-    writer.add_context_length(256)
-    writer.add_tensor("token_embd.weight", np.zeros((100, 64), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    model = find_model(str(path))
-    assert isinstance(model.spec, GgufModel)
-    assert (model.family, model.parameters, model.spec.hidden_size, model.max_length) == ("llama", 6400, 64, 256)
-
-
 MODELS = (
     ("config.json", b"\0", "config.json: invalid JSON: "),
     ("config.json", b'{"model_type": "gpt2"}', "has no hidden_size; a causal LM for text is needed"),
-    ("config.json", b"null", "config.json: input should be an object"),
-    ("config.json", b"{}", "has no model_type"),
     ("config.json", None, "has no config.json"),
-    ("model.safetensors", None, "has no .safetensors file"),
+    ("model.safetensors", None, "has no weights in .safetensors files"),
     ("model.safetensors", b"\xff" * 8, "model.safetensors is not a safetensors file"),
-    ("model.safetensors", b"\2\0\0\0\0\0\0\0[]", "model.safetensors is not a safetensors file"),
 )
 
 
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        *(
-            ("hidden_size", value, "hidden_size: input should be ")
-            for value in ('"64"', "0", "1.5", "1e400", "9" * 400)
-        ),
+        ("hidden_size", '"64"', "hidden_size: input should be "),
+        ("hidden_size", "9" * 400, "hidden_size: input should be "),
         ("num_hidden_layers", "1" + "0" * 18, "num_hidden_layers: input should be less than"),
-        ("model_type", "5", "model_type: input should be a valid string"),
         ("model_type", '"\\ud800"', "invalid JSON"),
         ("text_config", "[" * 5000 + "]" * 5000, "invalid JSON: recursion limit exceeded"),
     ],
 )
-def test_nonsense_in_a_configuration_is_one_sentence(base, tmp_path, key, value, words):
-    folder = shutil.copytree(base, tmp_path / "model")
-    path = folder / "config.json"
+def test_nonsense_in_a_configuration_is_one_sentence(base, key, value, words):
+    path = base / "config.json"
     entries = {name: json.dumps(entry) for name, entry in json.loads(path.read_text()).items()} | {key: value}
     path.write_text("{" + ", ".join(f'"{name}": {entry}' for name, entry in entries.items()) + "}")
-    spec = PathModel(kind="path", path=str(folder), parameters=828_288, hidden_size=128)
-    for read in (lambda: find_model(str(folder)), lambda: dimensions(spec), lambda: load_config(spec)):
+    spec = PathModel(kind="path", path=str(base), parameters=828_288, hidden_size=128)
+    for read in (lambda: find_model(str(base)), lambda: dimensions(spec), lambda: load_config(spec)):
         with pytest.raises(UserError, match=words) as caught:
             read()
         assert str(caught.value).startswith(str(path))
         assert "\n" not in str(caught.value)
-    # Beside another file it may be the configuration of something else.
-    # lora-advice reads no positions.
-    if key != "rope_scaling":
-        assert facts(None, folder) is None
-        assert facts(str(folder)) is None
+    # lora-advice takes it for no model.
+    assert facts(None, base) is None
+    assert facts(str(base)) is None
 
 
-def test_what_transformers_does_not_foresee_is_one_sentence(base, tmp_path):
-    folder = shutil.copytree(base, tmp_path / "model")
-    path, config = folder / "config.json", json.loads((folder / "config.json").read_text())
-    for key, value in (("rms_norm_eps", "x"), ("bos_token_id", {"a": None}), ("attention_bias", 7)):
+def test_what_transformers_does_not_foresee_is_one_sentence(base):
+    path, config = base / "config.json", json.loads((base / "config.json").read_text())
+    for key, value in (("rms_norm_eps", "x"), ("attention_bias", 7)):
         path.write_text(json.dumps(config | {key: value}))
-        model = find_model(str(folder))
-        with pytest.raises(UserError, match=r"^model .*model can't be loaded: \S"):
-            load_model(model.spec)
-    assert load_tokenizer(find_model("tiny"))[0] is not None
+        with pytest.raises(UserError, match=r"^model .*base can't be loaded: \S"):
+            load_model(find_model(str(base)).spec)
 
 
 def test_what_is_no_model_or_no_data_is_one_sentence(base, tmp_path):
@@ -110,12 +81,8 @@ def test_what_is_no_model_or_no_data_is_one_sentence(base, tmp_path):
             (folder / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             find_model(str(folder))
-    for name in ("nothing", "x" * 5000):
-        with pytest.raises(UserError, match="is no folder, no .gguf file, no hub id .owner/name. and none of tiny"):
-            find_model(name)
-    (tmp_path / "own.gguf").write_bytes(b"GGUF" + b"\0" * 100)
-    with pytest.raises(UserError, match="can't be read as GGUF"):
-        find_model(str(tmp_path / "own.gguf"))
+    with pytest.raises(UserError, match="is no folder, no hub id .owner/name. and none of tiny"):
+        find_model("x" * 5000)
     with pytest.raises(UserError, match="data 'nothing' is no file and no hub id"):
         examine(find_model("tiny"), "nothing", None)
 
@@ -128,13 +95,14 @@ def test_tokens_are_counted_and_a_base_without_a_template_gets_one(tmp_path, bas
     totals = [sum(map(len, tokenizer(part)["input_ids"])) for part in (texts, scored)]
     data, template = examine(find_model("tiny"), str(path), None)
     assert template is None
-    assert [data.mean_tokens, data.mean_completion_tokens] == [total / 20 for total in totals]
-    assert data.max_chars == max(len(row["prompt"]) + len(row["completion"]) for row in rows(20))
+    assert data.mean_completion_tokens == totals[1] / 20
+    assert data.source["mean_tokens"] == round(totals[0] / 20)
+    assert data.source["max_chars"] == max(len(row["prompt"]) + len(row["completion"]) for row in rows(20))
     plain, template = examine(find_model(str(base)), str(path), None)
     assert template == "plain"
     # The scored tokens are the same: the answer and the end token. The plain template adds a heading to each turn.
     assert plain.mean_completion_tokens == data.mean_completion_tokens
-    assert plain.mean_tokens > data.mean_tokens
+    assert plain.source["mean_tokens"] > data.source["mean_tokens"]
 
 
 def test_examples_that_do_not_fit_the_model_are_counted(tmp_path):
@@ -144,7 +112,7 @@ def test_examples_that_do_not_fit_the_model_are_counted(tmp_path):
     data, _ = examine(find_model("tiny"), str(path), None)
     assert data.usable == 16
     assert data.tally.bad == {TOO_LONG: (4, 1)}
-    assert max(len(text) for text in texts if len(text) < 1000) <= data.max_chars < 10_000
+    assert data.source["max_chars"] == max(len(text) for text in texts if len(text) < 1000)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts if len(text) > 1000))
     with pytest.raises(UserError, match="no example fits the 512 tokens that the model takes"):
         examine(find_model("tiny"), str(path), None)
@@ -160,7 +128,7 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
     chats = [[{"role": role, "content": row[name]} for name, role in roles.items()] for row in rows(25)]
     (folder / "train.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     data, _ = examine(find_model("tiny"), "owner/name", None)
-    assert data.source == {"kind": "hub", "id": "owner/name"}
+    assert data.source.items() >= {"kind": "hub", "id": "owner/name"}.items()
     assert (data.usable, data.tally.bad) == (25, {})
     (folder / "train.jsonl").write_text('{"q": "1", "a": "2"}\n')
     with pytest.raises(UserError, match="has the columns q, a; messages or conversations is needed, or a file"):

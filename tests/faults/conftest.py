@@ -6,15 +6,15 @@ Tests that run jobs are marked slow.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
-import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,38 +31,19 @@ from lorabench.store.layout import Layout
 from ..conftest import MARGINS
 from ..forks import FORKS, redirect_output
 
+BLOCK: dict[str, Any] = {"models": ["tiny"], "ranks": {"all": [2]}, "lrs": {"fullft": [], "lora": [1e-3, 3e-3]}}
+SIZES = {"train": 32, "validation": 8, "test": 8}
 PRESET: dict[str, Any] = {
     "description": "faults",
     "models": {"tiny": {"kind": "tiny"}},
-    "datasets": {"instruct": {"kind": "instruct", "train": 32, "validation": 8, "test": 8, "max_chars": 200}},
-    "problems": {
-        "gcd": {"kind": "arithmetic", "tasks": ["gcd"], "max_value": 50, "train": 32, "validation": 8, "test": 8}
-    },
+    "datasets": {"instruct": SIZES | {"kind": "instruct", "max_chars": 200}},
+    "problems": {"gcd": SIZES | {"kind": "arithmetic", "tasks": ["gcd"], "max_value": 50}},
     "experiments": {
-        "rank": [
-            {
-                "models": ["tiny"],
-                "datasets": ["instruct"],
-                "ranks": {"all": [2]},
-                "batch_sizes": [16],
-                "epochs": 4.0,
-                "lrs": {"fullft": [], "lora": [1e-3, 3e-3]},
-                "seeds": 2,
-            }
-        ],
+        "rank": [BLOCK | {"datasets": ["instruct"], "batch_sizes": [16], "epochs": 4.0, "seeds": 2}],
         "rl_arithmetic": [
-            {
-                "models": ["tiny"],
-                "problems": ["gcd"],
-                "ranks": {"all": [2]},
-                "problems_per_step": 4,
-                "group_size": 4,
-                "steps": 8,
-                "max_new_tokens": 4,
-                "mean_response_tokens": 2,
-                "evaluations": 2,
-                "lrs": {"fullft": [], "lora": [1e-3, 3e-3]},
-            }
+            BLOCK
+            | {"problems": ["gcd"], "problems_per_step": 4, "group_size": 4, "steps": 8, "evaluations": 2}
+            | {"max_new_tokens": 4, "mean_response_tokens": 2}
         ],
     },
     "margins": MARGINS,
@@ -119,14 +100,8 @@ class Place:
         return final.with_name(f"{final.name}.partial") / "checkpoint.safetensors"
 
     def start(self, *arguments: str, memory: int | None = None, file_size: int | None = None) -> JobProcess:
-        """Start a command of lorabench.
-
-        Args:
-            memory: bytes that the process may take beyond what it has at its start, see `limit_memory`.
-            file_size: bytes that a file of the process may have.
-        """
+        """Start a command of lorabench; `memory` are the bytes that it may take (see `limit_memory`)."""
         with_preset = [*arguments, "--preset", "mine.yaml"]
-        # The file is next to the folder, which may be on a full disk.
         output = self.folder.with_name(f"{self.folder.name}.output-{time.monotonic_ns()}")
         process = FORKS.Process(target=_command, args=(with_preset, self.folder, output, memory, file_size))
         process.start()
@@ -147,13 +122,9 @@ class Place:
 
 
 def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of runs without the columns and metrics that depend on the machine."""
+    """Return rows of runs without the columns that depend on the machine."""
     names = ("run_id", "status", "final_valid_nll", "final_test_nll", "final_reward", "best_reward", "train_tokens")
-    return [
-        {name: row[name] for name in names}
-        | {"curve": [point for point in row["curve"] if not point["metric"].endswith("tokens_per_s")]}
-        for row in rows
-    ]
+    return [{name: row[name] for name in (*names, "curve")} for row in rows]
 
 
 @dataclass(frozen=True)
@@ -162,10 +133,6 @@ class JobProcess:
 
     process: Any
     output: Path
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
 
     @property
     def text(self) -> str:
@@ -187,13 +154,8 @@ class JobProcess:
             raise AssertionError(self.text)
         return self.process.exitcode
 
-    def catches(self, number: int) -> bool:
-        """Return whether the process has a handler for a signal."""
-        [caught] = re.findall(r"SigCgt:\t(\w+)", Path(f"/proc/{self.pid}/status").read_text())
-        return bool(int(caught, 16) >> (number - 1) & 1)
-
     def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        os.kill(self.process.pid, number)
 
 
 def _command(arguments: list[str], folder: Path, output: Path, memory: int | None, file_size: int | None) -> None:
@@ -227,16 +189,12 @@ def limit_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + more, hard))
 
 
-def write_preset(folder: Path) -> Place:
-    """Write the preset into a folder."""
-    (folder / "mine.yaml").write_text(yaml.safe_dump(PRESET, sort_keys=False))
-    return Place(folder)
-
-
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory) -> Place:
     """The preset with its data and nothing trained; to be copied."""
-    place = write_preset(tmp_path_factory.mktemp("fresh"))
+    place = Place(tmp_path_factory.mktemp("fresh"))
+    # As JSON, which is YAML too, so that blocks share nothing.
+    (place.folder / "mine.yaml").write_text(json.dumps(PRESET))
     for name in ("instruct", "gcd"):
         # This command restarts itself with fixed hashes, so it cannot be forked.
         command = [sys.executable, "-m", "lorabench.cli", "step", "dataset", name, "--preset", "mine.yaml"]
@@ -274,15 +232,3 @@ def killed(fresh, tmp_path_factory) -> Place:
 @pytest.fixture
 def half(killed, tmp_path) -> Place:
     return killed.copy(tmp_path)
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Callable[[Place], Place]]:
-    """A function that copies a place to a disk of 64 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("cannot mount a small disk here; the limit on file sizes is tested anyway")
-    yield lambda place: place.copy(disk)
-    subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -19,13 +19,12 @@ from ..handmade.training import shared, trained
 from .layout import draw, lines, only, texts
 
 ENTROPY, TOKENS = 40_000.0, 13_000
-RANKS = (None, 1, 4, 16, 64)
 EPOCH = {"first_epoch_nats": 9e4, "first_epoch_scored_tokens": 120_000, "dataset": "long"}
 LEAVES = {1: 10, 4: 47, 16: 218}
 """The first steps of three of the windows in which a departure is sought, by the rank that leaves there."""
 
 
-def learning(ranks=RANKS, **settings) -> Tables:
+def learning(ranks=(None, 1, 4, 16, 64), **settings) -> Tables:
     """Make training and validation curves of ranks that leave the shared curve as LEAVES says; rank 64 stays on it."""
 
     def shape(rank):
@@ -44,22 +43,18 @@ def learning(ranks=RANKS, **settings) -> Tables:
     return Tables(runs, pd.concat([kept, validation], ignore_index=True))
 
 
-def facts(stored, **changes) -> Tables:
+def facts(stored) -> Tables:
     """Make arms that store the given bits in their run with the lowest loss."""
     rows = []
     for rank, bits in stored.items():
-        sweep = make_sweep(rank, dataset="facts", entropy_bits=ENTROPY, test_scored_tokens=TOKENS, **changes)
+        sweep = make_sweep(rank, dataset="facts", entropy_bits=ENTROPY, test_scored_tokens=TOKENS)
         finished = [row for row in sweep if row["status"] == "done"]
-        lowest = min((row["final_test_nll"] for row in finished), default=math.nan)
+        lowest = min(row["final_test_nll"] for row in finished)
         for row in finished:
             excess = row["final_test_nll"] - lowest
             row["final_test_nll"] = row["final_valid_nll"] = (ENTROPY - bits) * math.log(2) / TOKENS + excess
         rows += sweep
     return Tables(runs_table(rows), pd.DataFrame())
-
-
-def both(first: Tables, second: Tables) -> Tables:
-    return Tables(pd.concat([first.runs, second.runs], ignore_index=True), pd.concat([first.curves, second.curves]))
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +69,8 @@ def test_departures_and_thresholds_are_those_of_the_verdicts(drawn):
     assert set(only(plotted, "noise_band")["excess"]) == {2 * comparison.fit.sigma}
     threshold = only(plotted, "threshold").set_index("rank")
     assert threshold["trainable_params"].to_dict() == {rank: 1000 * rank for rank in LEAVES}
-    assert (threshold["tokens_low"] <= threshold["tokens"]).all()
-    assert (threshold["tokens"] <= threshold["tokens_high"]).all()
-    circles = lines(figure.axes[1], marker="o")
-    marks = {(line.get_xdata()[0], line.get_ydata()[0]) for line in circles}
+    assert threshold["tokens"].between(threshold["tokens_low"], threshold["tokens_high"]).all()
+    marks = {(line.get_xdata()[0], line.get_ydata()[0]) for line in lines(figure.axes[1], marker="o")}
     assert marks == set(zip(threshold["trainable_params"], threshold["tokens"], strict=True))
     _, first = draw("fig1_envelopes", learning())
     assert only(first, "departure").set_index("rank")["step"].to_dict() == LEAVES
@@ -88,8 +81,7 @@ def test_a_rank_that_never_leaves_is_a_triangle():
     stays = only(plotted, "stays")
     assert stays["rank"].tolist() == [32]
     assert stays["tokens"].tolist() == [learning((64,)).curves["tokens"].max()]
-    triangles = lines(figure.axes[1], marker="^")
-    assert [line.get_xdata()[0] for line in triangles] == [32_000]
+    assert [line.get_xdata()[0] for line in lines(figure.axes[1], marker="^")] == [32_000]
 
 
 def test_the_fitted_line_and_the_description_length(drawn):
@@ -99,25 +91,21 @@ def test_the_fitted_line_and_the_description_length(drawn):
     assert slope["slope"].tolist() == pytest.approx([fit.slope] * 3)
     fitted = 10 ** (fit.intercept + fit.slope * np.log10(slope["trainable_params"].astype(float)))
     np.testing.assert_allclose(slope["tokens"].astype(float), fitted, rtol=1e-3)
-    ends = only(plotted, "proportional")
-    ratio = (ends["tokens"] / ends["trainable_params"].astype(float)).tolist()
-    assert ratio == pytest.approx([ratio[0]] * 3, rel=1e-3)
     row = slope.iloc[0]
     assert f"slope {row['slope']:.2f} [{row['slope_low']:.2f}, {row['slope_high']:.2f}]" in texts(figure)
     # The description length is where two bits per parameter hold it.
     [held] = only(plotted, "description_length").to_dict("records")
     assert held["bits"] == pytest.approx(9e4 / math.log(2))
     assert held["trainable_params"] == round(9e4 / math.log(2) / 2)
-    vertical = lines(figure.axes[1], linestyle="--")
-    assert [line.get_xdata()[0] for line in vertical] == [held["trainable_params"]]
-    assert "130 kbit" in texts(figure)
 
 
 def test_facts_and_other_parametrizations_are_not_in_the_capacity_figure(drawn):
-    other = learning((16,), alpha=8.0)
+    other, more = learning((16,), alpha=8.0), facts({1: 2_000.0})
     other.runs["run_id"] += "-alpha8"
     other.curves["run_id"] += "-alpha8"
-    _, plotted = draw("capacity", both(both(learning(), facts({1: 2_000.0})), other))
+    parts = [learning(), more, other]
+    runs, curves = (pd.concat([getattr(part, name) for part in parts]) for name in ("runs", "curves"))
+    _, plotted = draw("capacity", Tables(runs.reset_index(drop=True), curves))
     assert set(plotted["dataset"]) == {"long"}
     assert set(plotted["arm"].dropna()) == set(drawn[1]["arm"].dropna())
 
@@ -134,17 +122,13 @@ def test_bits_stored_are_those_of_the_tables():
     assert only(plotted, "entropy")["bits"].tolist() == [ENTROPY]
     ends = only(plotted, "per_parameter")
     assert sorted(ends["bits"] / ends["trainable_params"]) == [1, 1, 2, 2]
-    assert len(only(plotted, "diverged")) == 3
     assert "3 diverged" in texts(figure)
-    levels = [line.get_ydata()[0] for line in figure.axes[0].get_lines() if list(line.get_xdata()) == [0, 1]]
-    assert levels == [ENTROPY]
-    squares = lines(figure.axes[0], marker="s")
-    assert [line.get_xdata()[0] for line in squares] == [828_288]
+    [square] = lines(figure.axes[0], marker="s")
+    assert square.get_xdata()[0] == 828_288
 
 
 def test_what_cannot_be_shown_is_said():
-    figure, plotted = draw("memorisation", facts({1: -30_000.0, 4: 20_000.0}))
-    assert (only(plotted, "stored").set_index("rank")["bits"] < 0).to_dict() == {1: True, 4: False}
+    figure, _ = draw("memorisation", facts({1: -30_000.0, 4: 20_000.0}))
     assert "stored nothing: LoRA r1" in texts(figure)
     for name, tables, sentence in (
         ("memorisation", learning((None, 1)), "no runs on a dataset of random facts"),

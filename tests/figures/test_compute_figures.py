@@ -35,13 +35,8 @@ def test_compute_draws_the_ratios_of_the_table_and_the_formula():
         np.testing.assert_array_equal(line.get_xydata(), rows[["rank", "ratio"]].to_numpy(float))
         assert rows["rank"].tolist() == [1, 8, 64]
         np.testing.assert_allclose(rows["ratio"], wanted[element])
-    assert flops.get_ylim() == measured.get_ylim()
-    assert flops.get_ylim()[0] == 0
-    assert flops.get_ylim()[1] > 1.52
     formula = only(plotted, "formula")
     np.testing.assert_allclose(formula["ratio"], 2 / 3 + 2 * formula["rank"] / 150)
-    assert formula["rank"].min() < 1
-    assert formula["rank"].max() > 64
     drawn = [line.get_xydata().tolist() for line in flops.get_lines()]
     assert formula[["rank", "ratio"]].to_numpy().tolist() in drawn
     assert {points[0][1] for points in drawn if len(points) == 2} == {2 / 3, 1.0}
@@ -49,13 +44,7 @@ def test_compute_draws_the_ratios_of_the_table_and_the_formula():
 
 def test_odd_compute_tables_are_drawn():
     nothing = dict.fromkeys(("linear_flops", "effective_width", "step_s", "peak_mem_bytes"), math.nan)
-    for compute in (
-        compute_table().iloc[1:],
-        compute_table(step_s=math.nan, peak_mem_bytes=math.nan),
-        compute_table(**nothing),
-        compute_table(model="<b>$x^$&", device="$_{$"),
-        compute_table()[["model", "method", "rank", "effective_width", "linear_flops"]],
-    ):
+    for compute in (compute_table().iloc[1:], compute_table(**nothing, model="<b>$x^$&", device="$_{$")):
         draw_compute(compute)
     for compute, message in ((NOTHING, "no table compute"), (compute_table().iloc[:1], "no LoRA")):
         with pytest.raises(UserError, match=message):
@@ -74,7 +63,6 @@ def test_loss_by_flops_draws_each_envelope_over_its_flops():
         np.testing.assert_array_equal(rows["flops"].astype(float), points["flops"])
         # At the last step, the FLOPs are those of the whole run.
         assert rows["flops"].max() == {"FullFT": 3e12, "LoRA r8": 2.1e12}[label]
-    assert figure.axes[0].get_xscale() == "log"
     unknown = runs[runs["status"] == "done"].drop(columns="train_flops")
     with pytest.raises(UserError, match="no validation curves of runs whose training FLOPs are known"):
         draw("loss_by_flops", Tables(unknown, curves_of(unknown)))

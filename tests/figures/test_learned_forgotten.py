@@ -68,14 +68,11 @@ def test_what_is_plotted_is_the_strict_accuracy_and_the_bits_above_the_base():
     assert by_arm(plotted, "forgotten") == pytest.approx({"base": 0, "FullFT": 0.12, "LoRA r8": 0.03})
     assert set(plotted["learned_tasks"]) == {"lorabench_instruct exact_match strict-match"}
     assert set(plotted["measure"]) == {"bits_per_byte"}
-    assert plotted["learned_stderr"].eq(0.02).all()
-    assert plotted["forgotten_stderr"].eq(0.02).all()
-    for text in ("accuracy: lorabench_instruct", "bits per byte above the base:\npretraining", "higher is better"):
+    assert plotted[["learned_stderr", "forgotten_stderr"]].eq(0.02).all(axis=None)
+    for text in ("accuracy: lorabench_instruct", "bits per byte above the base:\npretraining"):
         assert text in words(figure)
-    assert words(figure).count("lower is better") == 2
     for axes, across in zip(figure.axes, ("forgotten", "final_test_nll"), strict=True):
         assert marks(axes) == places(plotted, across, "learned")
-        assert [line.get_ydata() for line in axes.lines if line.get_color() == "0.7"][-1] == [0.05, 0.05]
     # The base was not trained on the dataset, so it has no loss there.
     assert [len(axes.containers) for axes in figure.axes] == [3, 2]
 
@@ -100,20 +97,15 @@ def test_the_likelihood_of_right_answers_is_what_was_learned_where_a_task_tells_
     other = [make_eval(rank, 9.0, **(ANSWERS | {"task": "other", "source": "worked"})) for rank in ("base", None, 8)]
     figure, plotted = draw(ROWS + ANSWERED + other)
     assert by_arm(plotted, "learned_bits") == pytest.approx({"base": 0, "FullFT": 1.8, "LoRA r8": 1.75})
-    assert set(plotted["learned_bits_tasks"]) == {"lorabench_instruct_bits bits_per_byte none"}
-    assert by_arm(plotted, "learned") == {"base": 0.05, "FullFT": 0.60, "LoRA r8": 0.55}
     left, right = figure.axes
     assert marks(left) == places(plotted, "forgotten", "learned_bits")
     assert marks(right) == places(plotted, "final_test_nll", "learned")
-    assert left.get_ylabel().splitlines()[1:] == ["below the base: lorabench_instruct_bits", "(higher is better)"]
-    assert right.get_ylabel() == "accuracy: lorabench_instruct\n(higher is better)"
     # Without any accuracy, the last panel shows the likelihood, too.
     bits = [row for row in ROWS if row["metric"] == "bits_per_byte"]
     figure, plotted = draw(bits + ANSWERED)
     assert plotted["learned"].isna().all()
     left, right = figure.axes
     assert marks(right) == {(row["final_test_nll"], value) for row, value in zip(bits[1:], (1.8, 1.75), strict=True)}
-    assert [bool(axes.get_ylabel()) for axes in (left, right)] == [True, False]
     assert left.get_ylim() == right.get_ylim()
 
 
@@ -130,8 +122,7 @@ def test_accuracy_lost_is_the_mean_over_the_tasks_by_their_customary_metric():
 
 def test_each_dataset_is_set_against_the_base_of_its_model():
     rows = ROWS + scores(8, 0.3, 2.0, dataset="worked") + scores("base", 0.1, 3.0, model="big")
-    rows += scores(8, 0.2, 3.5, model="big")
-    _, plotted = draw(rows)
+    _, plotted = draw(rows + scores(8, 0.2, 3.5, model="big"))
     lora = plotted[plotted["arm"] == "LoRA r8"].set_index(["model", "dataset"])["forgotten"].to_dict()
     assert lora == pytest.approx({("tiny", "instruct"): 0.03, ("tiny", "worked"): 0.5, ("big", "instruct"): 0.5})
 
@@ -144,9 +135,7 @@ def test_a_run_without_one_of_the_tasks_is_counted_not_averaged():
     assert words(figure).count("1 without a score") == 2
 
 
-def test_a_table_that_says_nothing_is_refused():
-    twice = "the score tiny .* pretraining byte_perplexity none more than once"
-    refused = {"there is no table evals": [], "no trained run": scores("base", 0.1, 1.5), twice: ROWS + ROWS[-1:]}
-    for message, rows in refused.items():
-        with pytest.raises(UserError, match=message):
+def test_a_table_without_a_trained_run_is_refused():
+    for rows in ([], scores("base", 0.1, 1.5)):
+        with pytest.raises(UserError, match="no table evals, or it has no trained run"):
             draw(rows)

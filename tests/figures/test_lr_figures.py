@@ -19,30 +19,25 @@ MODELS = {"l64": ("llama", 64), "l128": ("llama", 128), "q64": ("qwen3", 64), "q
 LENGTHS = {"step": [25, 50, 100, 400], "ratio": [20.0, 16.0, 14.0, 10.0]}
 
 
-def models(chosen=MODELS, ranks=(None, 16), **settings):
+def models(chosen=MODELS):
     arms = []
     for name, (family, hidden_size) in chosen.items():
-        for rank in ranks:
+        for rank in (None, 16):
             optimum = predict_lr(LAW, family, hidden_size, "fullft" if rank is None else "lora")
             lrs = [optimum * factor for factor in (1 / 9, 1 / 3, 1, 3, 9)]
             about = {"model": name, "family": family, "hidden_size": hidden_size, "lrs": lrs}
-            arms.append(arm(rank, optimum=optimum, **(about | settings)))
+            arms.append(arm(rank, optimum=optimum, **about))
     return tables(arms)
 
 
-def lengths(offsets=OFFSETS, ranks=(None, 16), steps=400, **settings):
+def lengths():
     """Make runs whose LR ratio at each step is that of LENGTHS."""
-    runs, _ = tables(
-        arm(rank, optimum=3e-4 if rank is None else 3e-3, steps=steps, offsets=offsets, **settings) for rank in ranks
-    )
+    runs, _ = tables(arm(rank, optimum=optimum, steps=400) for rank, optimum in ((None, 3e-4), (16, 3e-3)))
     points = runs[["run_id", "method", "lr", "seed"]].merge(pd.DataFrame(LENGTHS), "cross")
     optimum = 3e-4 * points["ratio"].where(points["method"] == "lora", 1)
-    luck = points["seed"].map(dict(enumerate(offsets)))
+    luck = points["seed"].map(dict(enumerate(OFFSETS)))
     points["value"] = 2.1 + CURVATURE * np.log(points["lr"] / optimum) ** 2 + luck
     return runs, points[["run_id", "step", "value"]].assign(split="validation", metric="nll")
-
-
-# The LR law.
 
 
 def test_law_draws_the_optima_and_ratios_of_the_tables():
@@ -55,8 +50,6 @@ def test_law_draws_the_optima_and_ratios_of_the_tables():
         np.testing.assert_allclose(shown[name].astype(float), expected[name].reindex(shown.index).astype(float))
     ratio = only(plotted, "ratio").set_index("model")
     assert ratio["ratio"].to_dict() == pytest.approx(dict.fromkeys(MODELS, 8.0))
-    assert ((ratio["ratio_low"] < 8) & (ratio["ratio_high"] > 8)).all()
-    assert ratio["hidden_size"].to_dict() == {name: size for name, (_, size) in MODELS.items()}
     # Lines are those of the fit and of the published constants.
     [group] = swept_models(comparisons(runs.assign(eps=None, alpha=None, init_a=None, lr_ratio=None), curves))
     for element, law in (("law", fitted_law(group)), ("published_law", PUBLISHED)):
@@ -69,7 +62,6 @@ def test_law_draws_the_optima_and_ratios_of_the_tables():
 
 
 ODD_MODELS = {
-    "one model": lambda: models({"l64": MODELS["l64"]})[0],
     "all diverged": lambda: models()[0].assign(**DIVERGED),
     "no sizes": lambda: models()[0].drop(columns=["family", "hidden_size"]),
     "a family without a published law": lambda: models({"g": ("gemma3", 64), "l": ("llama", 64)})[0],
@@ -88,9 +80,6 @@ def test_law_of_odd_tables():
     assert "not drawn: q96" in texts(figure, 0)
 
 
-# Short and long runs.
-
-
 def test_short_run_draws_losses_as_of_each_length():
     runs, curves = lengths()
     figure, plotted = draw("short_run", runs, curves)
@@ -101,20 +90,11 @@ def test_short_run_draws_losses_as_of_each_length():
     assert shown.to_dict() == pytest.approx(measured.mean().loc[[50, 100, 400]].to_dict())
     ratio = only(plotted, "ratio").set_index("steps")
     assert ratio["ratio"].to_dict() == pytest.approx(dict(zip(*LENGTHS.values(), strict=True)))
-    assert (ratio["ratio_low"] < ratio["ratio"]).all()
-    assert (ratio["ratio_high"] > ratio["ratio"]).all()
-    assert sorted(only(plotted, "reference")["ratio"]) == [10.0, 15.0]
-    levels = {line.get_ydata()[0] for line in lines(figure.axes[-1], linestyle="--")}
-    assert levels == {10.0, 15.0}
-
-
-# Published losses in figure 2.
+    assert {line.get_ydata()[0] for line in lines(figure.axes[-1], linestyle="--")} == {10.0, 15.0}
 
 
 PUBLISHED_ARMS = {
-    ("Qwen3-4B", "no_robots"): ["FullFT", "LoRA r1", "LoRA r16", "LoRA r256"],
     ("Llama-3.1-8B", "no_robots"): [],
-    ("tiny", "tulu3"): [],
     ("Llama-3.1-8B", "tulu3"): ["LoRA r128", "LoRA r16", "LoRA r4", "LoRA r64"],
 }
 
@@ -128,13 +108,10 @@ def test_fig2_overlays_published_losses_of_the_same_model_and_data_only():
         assert any(text.startswith("published") for text in words) == bool(arms)
         # Only the arms of our own runs have a colour.
         assert [text for text in words if text.startswith(("FullFT", "LoRA"))] == ["FullFT", "LoRA r8"]
-    # The last are those of the file, and within the panel.
+    # The last are those of the file.
     shown = only(plotted, "published").set_index(["rank", "lr"])["nll"]
     sweep = pd.read_csv(published.REFERENCE / "tinker_sft_sweep.csv")
     sweep = sweep[sweep["model"] == "meta-llama/Llama-3.1-8B"].groupby(["rank", "lr"])["test_nll"].mean()
     assert shown.to_dict() == pytest.approx(sweep.to_dict())
-    low, high = figure.axes[0].get_ylim()
-    assert low < shown.min()
-    assert shown.max() < high
     drawn = {tuple(line.get_ydata()) for line in figure.axes[0].get_lines()}
     assert drawn >= {tuple(sweep) for _, sweep in shown.groupby("rank")}

@@ -9,59 +9,47 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.curves import early_difference
-from lorabench.figures.style import arm_styles
 
 from ..handmade.lora import a_moved, lora_run, lora_tables, nll, update_norm
 from ..handmade.sft import arm, tables
-from .layout import DIVERGED, draw, lines, only, texts
+from .layout import DIVERGED, draw, lay_out, lines, only
 
 SEEDS = range(3)
-NAMES = ("early", "parametrization", "variants")
 
 
-def grid(*configurations, seeds=SEEDS, **columns):
-    return [lora_run(**(columns | config), seed=seed) for config in configurations for seed in seeds]
-
-
-# Early curves
+def grid(*configurations, **columns):
+    return [lora_run(**(columns | config), seed=seed) for config in configurations for seed in SEEDS]
 
 
 def sign(step):
     return -1 if step < 10 else 1
 
 
-def early_tables(ranks=(1, 4, 64), **columns):
+def early_tables():
     def loss(run, step):
         return nll(run, step) + (0.001 * sign(step) * step * (1 + 0.1 * run["seed"]) if run["rank"] == 4 else 0.0)
 
-    return lora_tables(grid(*({"rank": rank} for rank in ranks), steps=32, **columns), nll=loss)
+    return lora_tables(grid(*({"rank": rank} for rank in (1, 4, 64)), steps=32), nll=loss)
 
 
 def test_early_curves_are_means_over_seeds_and_differences_show_their_sign():
     figure, plotted = draw("early", *early_tables())
-    left, right = figure.axes
+    right = figure.axes[1]
     curve = only(plotted, "curve", arm="LoRA r64").sort_values("step")
     run = lora_run(64, lr=1e-3)
     expected = [np.mean([nll(run | {"seed": seed}, step) for seed in SEEDS]) for step in range(1, 33)]
     np.testing.assert_allclose(curve["nll"].astype(float), expected)
-    colour = arm_styles(plotted.dropna(subset=["arm"]))["LoRA r64"].colour
-    [line] = lines(left, color=colour)
-    np.testing.assert_allclose(line.get_ydata(), expected)
     rows = only(plotted, "difference").set_index("step")
     # The lowest rank is 1, which the paper's figure does not have.
-    assert set(rows["rank"]) == {4}
-    assert set(rows["other_rank"]) == {64}
+    assert rows[["rank", "other_rank"]].drop_duplicates().to_numpy().tolist() == [[4, 64]]
     for step in (2, 9, 10, 32):
         assert rows.loc[step, "difference"] == pytest.approx(0.001 * sign(step) * step * 1.1)
     [below] = lines(right, markerfacecolor="white")
     assert list(below.get_xdata()) == list(range(1, 10))
     assert (below.get_ydata() > 0).all()
-    assert right.get_yscale() == "log"
     sigma = early_difference(*early_tables()).sigma_batch
     assert only(plotted, "sigma")["difference"].item() == pytest.approx(2 * sigma)
 
-
-# Parametrization
 
 CONFIGURATIONS = [
     {"rank": 1},
@@ -85,13 +73,10 @@ def parametrization():
 
 
 def test_first_descents_by_rule(parametrization):
-    figure, plotted = parametrization
-    rows = only(plotted, "first_descent").set_index(["rule", "rank"])["value"]
+    rows = only(parametrization[1], "first_descent").set_index(["rule", "rank"])["value"]
     assert rows["alpha / r", 1] == pytest.approx(1.0, abs=0.05)
     assert rows["alpha / sqrt(r)", 1] == pytest.approx(1 / 4, rel=0.05)
     assert rows["constant factor", 1] == pytest.approx(1 / 16, rel=0.05)
-    dotted = [line.get_ydata() for line in lines(figure.axes[0], linestyle=":")]
-    assert any(np.allclose(values, [rows["constant factor", 1], 1.0]) for values in dotted if len(values) == 2)
 
 
 def test_equivalent_pairs_and_others(parametrization):
@@ -103,11 +88,7 @@ def test_equivalent_pairs_and_others(parametrization):
     # The four configurations of the setting have five other pairs.
     assert others["n"].item() == 5 * len(SEEDS)
     assert 1e-5 < others["value"].item() == others["low"].item() < others["high"].item()
-    levels = [line.get_ydata()[0] for line in lines(figure.axes[1], linestyle=":")]
-    assert levels == [1e-5]
-    assert plotted["step"].min() >= 1
-    figure, _ = draw("parametrization", *lora_tables(grid(*CONFIGURATIONS), nll=lambda run, step: 3.0 + run["seed"]))
-    assert "equal to the last bit" in texts(figure, 1)
+    assert [line.get_ydata()[0] for line in lines(figure.axes[1], linestyle=":")] == [1e-5]
 
 
 def test_times_until_a_moves_and_sizes_of_updates(parametrization):
@@ -119,7 +100,6 @@ def test_times_until_a_moves_and_sizes_of_updates(parametrization):
     triangles = lines(figure.axes[2], marker="^")
     assert [line.get_xdata()[0] for line in triangles] == [pytest.approx(1e5)]
     sizes = only(plotted, "update_norm", arm="LoRA r16").set_index("step")
-    assert set(sizes.index) == {1, 2, 4, 8, 16, 32, 64}
     assert sizes.loc[1, "value"] == pytest.approx(1.0)
 
 
@@ -130,9 +110,6 @@ def test_sizes_of_updates_beside_runs_in_which_a_is_still():
     assert still.loc[16, "value"] == pytest.approx(np.mean(norms))
     [line] = lines(figure.axes[3], linestyle="--")
     np.testing.assert_allclose(line.get_ydata(), still.sort_index()["value"].astype(float))
-
-
-# Variants
 
 
 def variant_tables(*configurations, **columns):
@@ -156,19 +133,12 @@ def test_variants_are_those_of_the_tables():
     assert band["nll_high"].item() == pytest.approx(rows.loc["LoRA r16", "nll"])
     # 2% of the gain from 5 nats, that of the base.
     assert band["nll_high"].item() - band["nll_low"].item() == pytest.approx(0.02 * (5 - 2.1), rel=0.01)
-    left, right = figure.axes
-    marks = {line.get_xdata()[0] for line in left.get_lines() if line.get_marker() in "so"}
-    assert marks >= set(rows["nll"])
-    assert {line.get_xdata()[0] for line in right.get_lines()} == set(rows["lr"])
-
-
-# Odd tables
+    assert {line.get_xdata()[0] for line in figure.axes[1].get_lines()} == set(rows["lr"])
 
 
 ODD = {
     "no curve table": lambda runs, curves: (runs, pd.DataFrame()),
     "one run": lambda runs, curves: (runs.iloc[:1], curves),
-    "one rank": lambda runs, curves: (runs[runs["rank"] == 4], curves),
     "NaN": lambda runs, curves: (runs, curves.assign(value=math.nan)),
     "every run diverged": lambda runs, curves: (runs.assign(**DIVERGED), curves),
     "no parametrization": lambda runs, curves: (runs.drop(columns=["alpha", "init_a", "lr_ratio", "eps"]), curves),
@@ -179,6 +149,5 @@ ODD = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ODD)
 def test_odd_tables_are_drawn(case):
-    for name in NAMES:
-        figure, _ = draw(name, *ODD[case](*early_tables()))
-        assert figure.axes
+    for name in ("early", "parametrization", "variants"):
+        lay_out(name, *ODD[case](*early_tables()))

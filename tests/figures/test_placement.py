@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.comparison import comparisons
-from lorabench.figures.style import arm_styles
 
 from ..handmade import curves_of, make_sweep, runs_table
 from .layout import draw, lines, only, texts, titles
@@ -15,13 +14,10 @@ from .layout import draw, lines, only, texts, titles
 PER_RANK = {"attn": 5_500, "mlp": 9_000, "all": 14_000}
 
 
-# Figure 3, by batch size.
-
-
-def by_size(ranks=(None, 8), sizes=(4, 16, 64), **changes):
+def by_size(sizes=(4, 16, 64), **changes):
     rows = []
     for size in sizes:
-        for rank in ranks:
+        for rank in (None, 8):
             sweep = make_sweep(rank, batch_size=size, steps=640 // size, **changes)
             rows += [row | {"run_id": f"{row['run_id']}-b{size}"} for row in sweep]
     return rows
@@ -48,7 +44,6 @@ def test_losses_and_gaps_by_batch_size_are_those_of_the_fits():
             numbers = final.loc[(size, label), ["nll", "low", "high"]].astype(float)
             np.testing.assert_allclose(numbers, [minimum.value, *minimum.interval()])
     [line] = lines(figure.axes[4], linestyle="--")
-    assert line.get_color() == arm_styles(plotted.dropna(subset=["arm"]))["LoRA r8"].colour
     np.testing.assert_allclose(line.get_ydata(), gaps["gap"].astype(float))
     # Curves are envelopes, solid of FullFT and dashed of LoRA.
     for arm, linestyle, size, axes in (("FullFT", "-", 4, 0), ("LoRA r8", "--", 64, 2)):
@@ -57,36 +52,22 @@ def test_losses_and_gaps_by_batch_size_are_those_of_the_fits():
         np.testing.assert_allclose(line.get_xydata(), points[["examples", "nll"]].to_numpy(float))
 
 
-def test_each_model_and_dataset_has_its_block_and_of_several_lengths_the_longest_is_compared():
-    short = [row | {"steps": 20, "run_id": row["run_id"] + "s"} for row in by_size(sizes=(64,))]
-    figure, _ = drawn_by_size(by_size() + short + by_size(sizes=(4,), dataset="$worked$"))
+def test_each_model_and_dataset_has_its_block():
+    figure, _ = drawn_by_size(by_size(sizes=(4, 16)) + by_size(sizes=(4,), dataset="$worked$"))
     assert [place.get_suptitle() for place in figure.subfigs] == ["tiny · $worked$", "tiny · instruct"]
-    assert titles(figure) == ["batch 4", "", "", "batch 4", "batch 16", "batch 64", "batch 64", "", ""]
-    [line] = lines(figure.axes[-1], linestyle="--")
-    assert len(line.get_xdata()) == 3
-
-
-# Figures 4 and 5, by placement.
-
-
-def placed(arms=(("attn", 16), ("attn", 27), ("mlp", 16), ("all", 16)), **changes):
-    rows = make_sweep(None, **changes)
-    for placement, rank in arms:
-        sweep = make_sweep(rank, placement=placement, trainable_params=PER_RANK[placement] * rank, **changes)
-        rows += [row | {"run_id": f"{row['run_id']}-{placement}"} for row in sweep]
-    return rows
+    assert titles(figure) == ["batch 4", "", "", "batch 4", "batch 16", "", ""]
 
 
 def test_losses_by_parameters_are_those_of_the_fit():
-    rows = placed()
+    rows = make_sweep(None)
+    for placement, rank in (("attn", 16), ("attn", 27), ("mlp", 16), ("all", 16)):
+        sweep = make_sweep(rank, placement=placement, trainable_params=PER_RANK[placement] * rank)
+        rows += [row | {"run_id": f"{row['run_id']}-{placement}"} for row in sweep]
     figure, plotted = draw("fig4_placement", runs_table(rows))
     [comparison] = comparisons(runs_table(rows), pd.DataFrame())
     best = only(plotted, "best")
     expected = [[minimum.value, *minimum.interval()] for minimum in map(comparison.fit.minima.get, best["arm"])]
     np.testing.assert_allclose(best[["nll", "nll_low", "nll_high"]].astype(float), expected)
-    counts = {"FullFT": "0.83M", "LoRA r16": "0.22M", "LoRA r16 attn": "88.0K"}
-    counts |= {"LoRA r16 mlp": "0.14M", "LoRA r27 attn": "0.15M"}
-    assert best.set_index("arm")["parameters"].to_dict() == counts
     band = only(plotted, "margin_band").iloc[0]
     assert band["nll_low"] == pytest.approx(best["nll"].min())
     assert band["nll_high"] - band["nll_low"] == pytest.approx(comparison.margin.value)

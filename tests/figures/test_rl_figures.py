@@ -9,17 +9,15 @@ import pytest
 from lorabench.analysis.rewards import reward_curves, with_error_rates
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.grid import compared, optima
-from lorabench.figures.style import arm_styles
 from lorabench.store.tables import Tables
 
-from ..handmade import curves_of, make_sweep, runs_table
-from ..handmade.rl import AIME, BASE, OFFSETS, SAMPLES, STEPS, arm, grown
+from ..handmade import make_sweep, runs_table
+from ..handmade.rl import AIME, BASE, OFFSETS, STEPS, arm, grown
 from ..handmade.sft import tables
 from .layout import draw as drawn
-from .layout import legend, lines, only, texts, titles
+from .layout import lay_out, legend, lines, only, texts, titles
 
 RL_FIGURES = [name for name, figure in FIGURES.items() if figure.task == "rl"]
-RESPONSE_LABELS = ["response length (tokens)", "KL (nats per token)", "share with reflection"]
 SD = float(np.std(OFFSETS, ddof=1))
 
 
@@ -46,28 +44,8 @@ def changed(arms, status, reward=None):
     return [([run | rewards | {"status": status} for run in runs], curves) for runs, curves in arms]
 
 
-def out_of_reach(arms):
-    """Make the same arms on problems of which none is ever solved."""
-    solved = {("test", "accuracy"), ("train", "reward")}
-    return [
-        (runs, [point | ({"value": 0.0} if (point["split"], point["metric"]) in solved else {}) for point in curves])
-        for runs, curves in changed(arms, "unrewarded", 0.0)
-    ]
-
-
-def placements():
-    chosen = {"attn": (0.6, 88_000), "mlp": (0.8, 144_000), "all": (0.8, 224_000)}
-    return arms((None,)) + [
-        arm(16, optimum=1e-3, placement=placement, peak=peak, trainable_params=count)
-        for placement, (peak, count) in chosen.items()
-    ]
-
-
 def draw(name, arms):
     return drawn(name, read(arms))
-
-
-# Accuracy against learning rate.
 
 
 def test_accuracies_are_means_over_seeds_and_optima_those_of_the_fits():
@@ -79,14 +57,11 @@ def test_accuracies_are_means_over_seeds_and_optima_those_of_the_fits():
     np.testing.assert_allclose(rows["accuracy"].sort_values(), expected.sort_values())
     best = rows.loc[("LoRA r16", 1e-3)]
     assert best[["accuracy", "accuracy_sd", "n_seeds"]].tolist() == pytest.approx([0.8, SD, 3])
-    assert rows["accuracy_sd"].notna().sum() == 3
-    assert not any("nll" in column for column in plotted)
     expected = optima(compared(rl_tables, with_error_rates(rl_tables.runs))).assign(accuracy=lambda row: 1 - row["nll"])
     shown = only(plotted, "optimum")
     for column in ("lr", "lr_low", "lr_high", "accuracy"):
         np.testing.assert_allclose(shown[column].astype(float), expected[column].astype(float))
     assert shown["lr"].tolist() == pytest.approx([1e-4, 1e-3, 1e-3], rel=0.05)
-    assert shown["resolved"].tolist() == expected["resolved"].tolist() == [True] * 3
 
 
 def test_what_has_not_learned_is_marked_and_counted():
@@ -98,7 +73,6 @@ def test_what_has_not_learned_is_marked_and_counted():
     assert "2 diverged · 2 unrewarded" in texts(figure)
     marks = [line.get_marker() for line in figure.axes[0].get_lines()]
     assert marks.count("x") == marks.count("$0$") == 2
-    assert {"diverged", "never rewarded"} <= set(legend(figure))
 
 
 def test_the_base_and_controls_are_lines_with_an_entry():
@@ -109,16 +83,16 @@ def test_the_base_and_controls_are_lines_with_an_entry():
     for axes in figure.axes[:2]:
         for look, height in zip(("-", ":", "--"), heights.values(), strict=True):
             assert height in [line.get_ydata()[0] for line in lines(axes, linestyle=look)]
-        low, high = axes.get_ylim()
-        assert low < BASE < high
     assert {"best constant answer", "best cheap rule", "before training"} <= set(legend(figure))
 
 
-# Placement.
-
-
 def test_placement_shows_best_accuracies_by_parameters():
-    rl_tables = read(placements())
+    chosen = {"attn": (0.6, 88_000), "mlp": (0.8, 144_000), "all": (0.8, 224_000)}
+    adapters = [
+        arm(16, optimum=1e-3, placement=placement, peak=peak, trainable_params=count)
+        for placement, (peak, count) in chosen.items()
+    ]
+    rl_tables = read(arms((None,)) + adapters)
     figure, plotted = drawn("fig5_placement_rl", rl_tables)
     best = only(plotted, "best")
     [comparison] = compared(rl_tables, with_error_rates(rl_tables.runs))
@@ -130,13 +104,7 @@ def test_placement_shows_best_accuracies_by_parameters():
     # 10% of the gain of full fine-tuning over the base.
     fullft = best.set_index("arm")["accuracy"]["FullFT"]
     assert band["accuracy_high"] - band["accuracy_low"] == pytest.approx(0.1 * (fullft - BASE))
-    listed = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
-    assert listed == ["attn r16  88.0K", "mlp r16  0.14M", "all r16  0.22M", "FullFT  0.83M"]
     assert [axes.get_ylabel() for axes in figure.axes] == ["final test accuracy", "accuracy at the best LR"]
-    assert "within the margin of the best" in legend(figure)
-
-
-# Curves.
 
 
 def test_fig7_curves_are_test_accuracies_at_the_best_lr():
@@ -145,12 +113,7 @@ def test_fig7_curves_are_test_accuracies_at_the_best_lr():
     curves, expected = only(plotted, "curve"), reward_curves(rl_tables.runs, rl_tables.curves, "test", "accuracy")
     for ours, theirs in (("accuracy", "mean"), ("accuracy_sd", "sd"), ("step", "step"), ("lr", "lr")):
         np.testing.assert_allclose(curves[ours].astype(float), expected[theirs].astype(float))
-    assert set(curves["step"]) == {0, STEPS // 2, STEPS}
     assert curves.loc[curves["step"] == STEPS, "accuracy"].tolist() == pytest.approx([0.8] * 3)
-    styles = arm_styles(plotted.dropna(subset=["arm"]))
-    for label, points in curves.groupby("arm"):
-        [line] = lines(figure.axes[0], color=styles[str(label)].colour)
-        np.testing.assert_allclose(line.get_ydata(), points["accuracy"])
     assert "3 seeds" in texts(figure, 0)
 
 
@@ -160,9 +123,8 @@ def test_fig8_shows_each_further_set():
     assert set(accuracy["split"]) == set(AIME)
     at_end = accuracy[accuracy["step"] == STEPS].set_index(["split", "arm"])["mean"]
     assert {split for (split, _), mean in at_end.items() if mean == pytest.approx(AIME[split])} == set(AIME)
-    assert set(accuracy["n_samples"]) == {SAMPLES}
-    labels = ["accuracy on aime24", "accuracy on aime25", *RESPONSE_LABELS]
-    assert [axes.get_ylabel() for axes in figure.axes] == labels
+    labels = ["response length (tokens)", "KL (nats per token)", "share with reflection"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy on aime24", "accuracy on aime25", *labels]
     assert titles(figure) == ["tiny · problems", "", "", "", ""]
     assert texts(figure, 0) == "3 seeds · 480 answers"
 
@@ -188,22 +150,16 @@ def test_fig8_draws_kl_without_its_sign_and_counts_runs_above_the_limit_at_any_l
     assert kl["mean"].tolist() == pytest.approx([0.004 * step / STEPS for step in range(1, STEPS + 1)])
     assert only(plotted, "above_max_kl")["lr"].tolist() == [1e-5]
     assert texts(figure, 3) == "3 seeds · 1 run above 0.01"
-    assert axes.get_yscale() == "log"
     assert [line.get_ydata()[0] for line in lines(axes, linestyle="--")] == [0.01]
 
 
-# Tables of every kind.
-
 ODD = {
     "every run diverged": lambda: changed(arms((None, 16)), "diverged"),
-    "one learning rate and seed": lambda: arms((None, 16), lrs=(1e-3,), offsets=(0.0,)),
-    "out of reach": lambda: out_of_reach(arms((None, 16), base_reward=0.0)),
-    "all right everywhere": lambda: arms((None, 16), peak=1.0, curvature=0.0),
-    "base not measured": lambda: arms((None, 16), base_reward=None),
+    "out of reach": lambda: changed(arms((None, 16), base_reward=0.0), "unrewarded", 0.0),
+    "base not measured": lambda: arms((None, 16), base_reward=None, peak=1.0, curvature=0.0),
     "one set of two further": lambda: (
         arms((None, 16), dataset="a", sets={}) + arms((None, 16), model="$y", dataset="<b>$x^$&", sets={"x^$": 0.2})
     ),
-    "sampler and learner equal": lambda: arms((None, 16), train={"kl": grown(0, 0)}),
     "hardly any curves": lambda: [(runs, points[:1]) for runs, points in arms((None, 16))],
 }
 
@@ -213,16 +169,12 @@ ODD = {
 @pytest.mark.filterwarnings("error")
 def test_odd_tables_are_drawn(case):
     for name in RL_FIGURES:
-        draw(name, ODD[case]())
+        lay_out(name, read(ODD[case]()))
 
 
 def test_supervised_and_rl_runs_are_never_drawn_together():
     supervised, rl_tables = runs_table(make_sweep(None) + make_sweep(8)), read(arms())
     runs = pd.concat([supervised.assign(experiments=None), rl_tables.runs], ignore_index=True)
-    curves = pd.concat([curves_of(supervised), rl_tables.curves], ignore_index=True)
     for name, figure in FIGURES.items():
-        own = figure.own_runs(runs)
         if figure.table == "runs":
-            assert (own["dataset"] == "problems").eq(figure.task == "rl").all(), name
-        if name in ("fig1_envelopes", "fig4_placement", "fig8_aime_and_length"):
-            assert set(drawn(name, Tables(own, curves))[1]["dataset"]) == set(own["dataset"])
+            assert (figure.own_runs(runs)["dataset"] == "problems").eq(figure.task == "rl").all(), name

@@ -1,1 +1,1 @@
-"""A hub on this machine: `server` answers its client, `repositories` and `evaluation` write what it serves."""
+"""A hub on this machine: `server` answers its client, `repositories` writes what it serves."""

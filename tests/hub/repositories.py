@@ -8,16 +8,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lorabench.utils.hub import FetchedRepository
+
 Row = Mapping[str, Any]
 TEXT = pa.string()
 SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory")
 SUBJECTS += ("prealgebra", "precalculus")
+
+
+@dataclass(frozen=True)
+class Copy(FetchedRepository):
+    """A repository as if it had been fetched, whose files are in the folder `root/owner/name`."""
+
+    root: Path = Path()
+
+    def data_files(self, config: str | None, split: str) -> list[Path]:
+        files = (self.root / self.id / (config or "")).rglob(f"{split}*")
+        return sorted(file for file in files if file.suffix in (".parquet", ".jsonl"))
+
+
+def copies(root: Path) -> dict[str, FetchedRepository]:
+    """Return all repositories in a folder as if they had been fetched."""
+    names = ["/".join(folder.parts[-2:]) for folder in root.glob("*/*")]
+    return {name: Copy("dataset", name, "main", "0" * 40, {}, {}, root) for name in names}
 
 
 def write_card(folder: Path, configs: Mapping[str, Mapping[str, str]]) -> None:

@@ -173,7 +173,6 @@ def test_variants_of_lora_are_arms(raw_preset):
 @pytest.mark.parametrize(
     ("names", "preset", "changes", "message"),
     [
-        (["rslora"], {}, {"alpha_power": 0.5}, "'rslora', which sets alpha_power itself"),
         (["dora"], {}, {"ranks": {}, "lrs": {"fullft": [1e-3], "lora": []}}, "variants .'dora'. need ranks"),
         (["pissa"], {}, {"ranks": {"all": [129]}}, "PiSSA of tiny: rank 129 is more than the smallest .* layer, 128"),
         (["dora"], {"models": {"tiny": {"kind": "tiny", "name": "moe-128"}}}, {}, "a mixture of experts can only"),

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from lorabench.claims.judge import judge_claims
+from lorabench.doctor.record import Check, write_record
 from lorabench.figures.catalog import FIGURES
 from lorabench.planning.plan import make_plan
 from lorabench.report import page
@@ -24,7 +25,9 @@ from lorabench.store.io import write_frame
 from lorabench.store.layout import Layout
 from lorabench.store.schemas import CLAIMS, CURVES, EVALS, RUNS
 from lorabench.store.tables import Tables
+from lorabench.utils.gpus import processor
 
+from ..cli.test_speeds import record
 from ..handmade import curves_of, evals_table, make_eval, make_sweep, runs_table
 
 Change = Callable[[pd.DataFrame], pd.DataFrame]
@@ -80,31 +83,18 @@ class Page(HTMLParser):
         return Page(self.source.split(f'<section aria-labelledby="{heading}"')[1].split("</section>")[0])
 
 
-_JUDGED: dict[str, tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]] = {}
-
-
-def _judged(rows: list[dict[str, Any]], curves: Change | None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Return runs, curves and the claims judged on them; equal runs are judged once, since most pages share them."""
-    key = repr((rows, curves))
-    if key not in _JUDGED:
-        runs = runs_table(rows)
-        points = curves(curves_of(runs)) if curves else curves_of(runs)
-        _JUDGED[key] = runs, points, judge_claims(Tables(runs, points))
-    return _JUDGED[key]
-
-
-@pytest.fixture(scope="module")
-def built() -> dict[str, Path]:
-    """Return the folders of the reports that were built in this module, by the data that they were made of."""
+@pytest.fixture(scope="session")
+def built() -> dict[str, Any]:
+    """Return the folders of the reports that were built, by the data that they were made of; and claims, by runs."""
     return {}
 
 
 @pytest.fixture
-def report(tmp_path_factory, built: dict[str, Path], raw_preset: dict[str, Any], monkeypatch):
+def report(tmp_path_factory, built: dict[str, Any], raw_preset: dict[str, Any], monkeypatch):
     """Return a function that builds the report of runs in a folder and enters it; equal runs are built once.
 
     Texts of claims and curves are changed by functions of these tables. With `shipped` the page is that of a preset
-    that is shipped, which reruns the paper.
+    that is shipped, which reruns the paper. `before` is called in the folder before the page is built.
     """
 
     def make(
@@ -114,15 +104,21 @@ def report(tmp_path_factory, built: dict[str, Path], raw_preset: dict[str, Any],
         curves: Change | None = None,
         by_margin: Change | None = None,
         shipped: bool = False,
+        before: Callable[[], object] | None = None,
         **changes: Any,
     ) -> Page:
-        key = repr((rows, evals, claims, curves, by_margin, shipped, changes))
+        key, of_runs = repr((rows, evals, claims, curves, by_margin, shipped, changes)), repr((rows, curves))
+        if of_runs not in built:
+            # Equal runs are judged once, since most pages share them.
+            runs = runs_table(rows)
+            points = curves(curves_of(runs)) if curves else curves_of(runs)
+            built[of_runs] = runs, points, judge_claims(Tables(runs, points))
         if key not in built:
             built[key] = tmp_path_factory.mktemp("report")
             monkeypatch.chdir(built[key])
             Path("mine.yaml").write_text(yaml.safe_dump(raw_preset | changes))
             layout = Layout.of("mine.yaml")
-            runs, points, judged = _judged(rows, curves)
+            runs, points, judged = built[of_runs]
             written = {"runs": runs, "curves": points, "claims": claims(judged) if claims else judged}
             written |= {} if evals is None else {"evals": evals_table(evals)}
             written |= {} if by_margin is None else {"verdicts_by_margin": by_margin(written["claims"])}
@@ -134,6 +130,8 @@ def report(tmp_path_factory, built: dict[str, Path], raw_preset: dict[str, Any],
                 picture = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 5"><title>{name}</title></svg>'
                 (layout.figures / f"{name}.svg").write_text(picture)
                 (layout.figures / f"{name}.csv").write_text(f"figure\n{name}\n")
+            if before:
+                before()
             with monkeypatch.context() as patched:
                 patched.setattr(page, "is_shipped", lambda _: shipped)
                 build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
@@ -164,6 +162,13 @@ _KEPT = {
     "evals": {"run_id", "method", "about", "source", "template_sha256", "task_config", "placement"},
     "claims": {"kind", "verdict", "rules"},
 }
+
+
+def checked_machine() -> None:
+    """Write the checks of this machine, whose texts try to break out, too."""
+    texts = {"name": f"name{HOSTILE}", "sentence": f"found{HOSTILE}", "unit": f"unit{HOSTILE}"}
+    check = Check(status="fail", value=0.5, planned=1.0, **texts)
+    write_record(record(processor(), host=f"host{HOSTILE}", checks=[check]))
 
 
 def at_twice_the_margins(claims: pd.DataFrame) -> pd.DataFrame:
@@ -207,6 +212,7 @@ def hostile_report(report: Any) -> Any:
         claims=spoilt("claims"),
         curves=spoilt("curves"),
         by_margin=at_twice_the_margins,
+        before=checked_machine,
         evaluation=EVALUATION,
         description=f"description{HOSTILE}",
         limits=[f"limit{HOSTILE}"],

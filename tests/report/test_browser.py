@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorabench.report.index import write_index
 from lorabench.store.layout import Layout
 
 from ..handmade import make_eval, make_run, make_sweep
@@ -18,27 +16,24 @@ from .conftest import EVALUATION, at_twice_the_margins, hostile_report
 
 pytestmark = pytest.mark.slow
 
-BINARIES = {"chromium": "chromium", "chromedriver": "chromium-driver"}
 WIDE, PHONE, A4 = 1280, 390, 794
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -e '.[test]'")
-    binaries = {name: shutil.which(name) for name in BINARIES}
-    if missing := [f"{name} (Debian: {BINARIES[name]})" for name, path in binaries.items() if path is None]:
-        pytest.skip(f"needs {' and '.join(missing)}")
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and chromedriver):
+        pytest.skip("needs chromium and chromedriver (Debian: chromium-driver)")
     options = webdriver.ChromeOptions()
-    options.binary_location = binaries["chromium"]
-    for flag in ("headless", "disable-gpu", "no-first-run", "disable-sync", "disable-dev-shm-usage"):
+    options.binary_location = chromium
+    flags = ["headless", "disable-gpu", "disable-dev-shm-usage", "force-prefers-reduced-motion"]
+    # The sandbox does not work for root.
+    for flag in (*flags, "disable-background-networking", *(["no-sandbox"] if os.geteuid() == 0 else [])):
         options.add_argument(f"--{flag}")
-    for flag in ("disable-background-networking", "disable-component-update", "force-prefers-reduced-motion"):
-        options.add_argument(f"--{flag}")
-    if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     # The driver makes a profile of its own, and removes it.
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(binaries["chromedriver"]))
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
     yield driver
     driver.quit()
 
@@ -64,18 +59,15 @@ def show(
     browser: Any,
     width: int = WIDE,
     fragment: str = "",
-    scheme: str = "light",
     media: str = "screen",
     opened: bool = True,
-    preset: str = "mine.yaml",
 ) -> None:
     """Open the page, and all that is closed on it."""
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width == PHONE}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media})
     browser.get("about:blank")
-    browser.get(Layout.of(preset).report.absolute().as_uri() + fragment)
+    browser.get(Layout.of("mine.yaml").report.absolute().as_uri() + fragment)
     if opened:
         browser.execute_script("for (const part of document.querySelectorAll('details')) part.open = true")
 
@@ -96,11 +88,7 @@ def curves(browser: Any) -> int:
     return len(browser.find_elements("css selector", "#chart .curve"))
 
 
-def matching(browser: Any) -> str:
-    return browser.find_element("id", "matching").text
-
-
-@pytest.mark.parametrize(("width", "media"), [(PHONE, "screen"), (WIDE, "screen"), (A4, "print")])
+@pytest.mark.parametrize(("width", "media"), [(PHONE, "screen"), (A4, "print")])
 def test_the_page_does_not_scroll_sideways(browser, page, width, media):
     page(width=width, media=media)
     across, shown = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
@@ -108,43 +96,12 @@ def test_the_page_does_not_scroll_sideways(browser, page, width, media):
     assert across <= width
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_to_complain_about(browser, page, scheme):
-    page(scheme=scheme)
+def test_nothing_to_complain_about(browser, page):
+    page()
     assert browser.get_log("browser") == []
     images = browser.execute_script("return [...document.images].map((e) => e.complete && e.naturalWidth > 0)")
     assert images
     assert all(images)
-    dead = "return [...document.links].filter((e) => e.hash && !document.getElementById(e.hash.slice(1))).length"
-    assert browser.execute_script(dead) == 0
-    # Every text has a contrast of 4.5 to 1 (WCAG AA) with its background.
-    assert browser.execute_script(CONTRAST) == []
-
-
-CONTRAST = """
-const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
-const light = (colour) => {
-  const [r, g, b] = parse(colour).slice(0, 3).map((part) => part / 255)
-    .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-};
-const behind = (element) => {
-  for (let parent = element; parent; parent = parent.parentElement) {
-    const colour = getComputedStyle(parent).backgroundColor;
-    if ((parse(colour)[3] ?? 1) > 0) return colour;
-  }
-  return "rgb(255, 255, 255)";
-};
-const low = new Set();
-for (const element of document.body.querySelectorAll("*")) {
-  const own = [...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
-  if (!own || element.closest("script, svg, option") || !element.checkVisibility()) continue;
-  const [a, b] = [light(getComputedStyle(element).color), light(behind(element))];
-  const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  if (ratio < 4.5) low.add(`${element.tagName}.${element.className}: ${ratio.toFixed(2)}`);
-}
-return [...low];
-"""
 
 
 def test_text_from_tables_runs_nothing(browser, report):
@@ -179,15 +136,13 @@ def test_explorer_filters_by_each_field(browser, page, rows):
     wanted |= {"status": "diverged"}
     left = rows
     fields = {"lr": lambda row: f"{row['lr']:.0e}".replace("e-0", "e-"), "rank": lambda row: str(row["rank"])}
+    fields["experiments"] = lambda row: "batch_size" if "batch_size" in row["experiments"] else "rank"
     browser.find_element("id", "clear").click()
     assert len(visible(browser)) == len(rows)
-    assert "can't be compared" in matching(browser)
+    assert "can't be compared" in browser.find_element("id", "matching").text
     for name, value in wanted.items():
         choose(browser, name, value)
-        if name == "experiments":
-            left = [row for row in left if value in row["experiments"]]
-        else:
-            left = [row for row in left if fields.get(name, lambda row, name=name: row[name])(row) == value]
+        left = [row for row in left if fields.get(name, lambda row, name=name: row[name])(row) == value]
         assert sorted(visible(browser)) == sorted(row["run_id"] for row in left)
     assert len(left) == 1
 
@@ -220,19 +175,6 @@ def test_a_link_opens_its_claim_and_paper_has_all_that_is_closed(browser, page):
     assert browser.execute_script(closed) == []
 
 
-def test_keyboard_reaches_the_results_first_and_then_everything(browser, page):
-    from selenium.webdriver.common.keys import Keys
-
-    page()
-    browser.find_element("tag name", "body").send_keys(Keys.TAB)
-    assert browser.switch_to.active_element.text == "Skip to the results"
-    # All that takes a click can be reached by keyboard too; the run of a curve is reached by its row.
-    out_of_reach = (
-        "return [...document.querySelectorAll('button, a, select, input, summary')].filter((e) => e.tabIndex < 0)"
-    )
-    assert browser.execute_script(out_of_reach) == []
-
-
 def test_the_margin_is_moved(browser, report, rows):
     report(rows, by_margin=at_twice_the_margins)
     show(browser, width=PHONE)
@@ -245,16 +187,4 @@ def test_the_margin_is_moved(browser, report, rows):
     assert said.text.startswith("2 ")
     assert said.text.endswith(f": {turned} would be confirmed")
     assert browser.execute_script("return document.documentElement.scrollWidth") == PHONE
-    assert browser.get_log("browser") == []
-
-
-def test_the_index_fits_a_phone_and_leads_to_the_claims_of_a_report(browser, report, rows):
-    report(rows)
-    show(browser, width=PHONE)
-    index = write_index(Path("results")).absolute().as_uri()
-    browser.get(index)
-    assert browser.execute_script("return document.documentElement.scrollWidth") == PHONE
-    browser.find_element("css selector", ".entry .id a").click()
-    claim = browser.find_element("id", browser.current_url.partition("#")[2])
-    assert claim.get_attribute("open")
     assert browser.get_log("browser") == []

@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from lorabench.report import claim_text, page
+from lorabench.report import claim_text
 from lorabench.utils.formats import DASH
 
 from ..handmade import claims_table, make_claim
@@ -43,7 +43,6 @@ def test_power():
 def test_verdicts_that_lack_something_have_a_remark_and_borderline_ones_say_so():
     assert claim_text.remark(make_claim("B1", would_decide="x", missing="y")) == ""
     assert claim_text.remark(make_claim("B1", "inconclusive")) == "to decide: 6 seeds (now 3)"
-    assert claim_text.remark(make_claim("B1", "inconclusive", would_decide=None)) == ""
     assert claim_text.remark(make_claim("B1", "setting not met", missing="natural text")) == "needs natural text"
     assert claim_text.verdict(make_claim("B1", p_again=0.7)) == "confirmed, borderline"
     assert claim_text.verdict_again(make_claim("B1", p_again=0.7)) == "confirmed, 70% again"
@@ -62,12 +61,7 @@ def test_a_sentence_says_what_was_measured_and_what_was_asked_for():
     assert claim_text.sentence(make_claim("B1", "inconclusive")) == "These runs cannot say. To decide: 6 seeds (now 3)."
     found = "It does not hold for models this small: 0.0300 nats was measured, and at least 0.01 was asked for."
     assert claim_text.sentence(make_claim("B1", "not seen here", **at_least)) == found
-    assert (
-        claim_text.sentence(make_claim("B1", margin_low=None, margin_high=None))
-        == "It holds: 0.00200 nats was measured."
-    )
     assert claim_text.sentence(make_claim("B1", "inconclusive", would_decide=None)) == "These runs cannot say."
-    # Which presets have the setting is for the reader who opens the claim.
     missing = "runs of 1,000 steps or more (here at most 50 steps; the preset core or paper meets it)"
     about = "These runs cannot say: the claim is about runs of 1,000 steps or more (here at most 50 steps)."
     assert claim_text.sentence(make_claim("B1", "setting not met", missing=missing)) == about
@@ -85,12 +79,6 @@ def test_numbers_have_units_that_a_reader_knows_and_exact_ones_no_interval():
         assert claim_text.measured(claim) == text
     ratio = make_claim("B3", unit="ratio", estimate=1.14, margin_low=0.673, margin_high=1.49)
     assert "a ratio of 1.14 was measured, and 0.673 to 1.49 was asked for" in claim_text.sentence(ratio)
-
-
-def test_texts_of_the_page():
-    assert [page.text(null) for null in (None, math.nan, pd.NA, pd.NaT, "", [])] == [DASH] * 6
-    assert page.text([0.9, 0.95]) == "0.9, 0.95"
-    assert page.text(True) == "yes"
 
 
 def test_a_fact_counts_once_with_its_worst_verdict_and_the_headline_counts_kinds_apart():

@@ -17,14 +17,7 @@ from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.report import freeze as freezing
-from lorabench.report.freeze import (
-    came_out_again,
-    check_kept,
-    freeze,
-    read_frozen,
-    summary_of,
-    write_frozen,
-)
+from lorabench.report.freeze import came_out_again, check_kept, freeze, read_frozen, summary_of, write_frozen
 from lorabench.runs import finished_losses
 from lorabench.store.io import write_frame
 from lorabench.store.layout import Layout
@@ -63,19 +56,13 @@ def kept(tmp_path: Path, monkeypatch, raw_preset, write_preset) -> SimpleNamespa
     git("init", "-q")
     before = commit("before the freeze")
     rules = rules_sha256(load_preset(preset).margins, load_preset(preset).predictions or {})
-    claims = claims_table(
-        [
-            *(make_claim("B1", rules=rules), make_claim("B2", "inconclusive", rules=rules)),
-            *(make_claim("E6", kind="count", rules=rules), make_claim("A1", "not tested", rules=rules)),
-        ]
-    )
+    named = [make_claim("B1"), make_claim("B2", "inconclusive"), make_claim("E6", kind="count")]
+    claims = claims_table([*named, make_claim("A1", "not tested")]).assign(rules=rules)
     path = tmp_path / "workflow/frozen/mine.yaml"
     write_frozen(freeze(f"{preset}@100", claims), path)
-    frozen_in = commit("freeze")
+    commit("freeze")
     runs = runs_of(f"{preset}@100", commit("an empty commit"))
-    return SimpleNamespace(
-        path=path, preset=preset, claims=claims, runs=runs, before=before, frozen_in=frozen_in, rules=rules
-    )
+    return SimpleNamespace(path=path, preset=preset, claims=claims, runs=runs, before=before, rules=rules)
 
 
 def checked(kept: SimpleNamespace, preset: str | None = None) -> str:
@@ -89,7 +76,6 @@ def test_what_is_frozen_says_seeds_data_and_expected_verdicts(kept: SimpleNamesp
     assert frozen.seeds == sorted(kept.runs["seed"].unique()) == [100, 101]
     assert frozen.data["instruct"].test == "other examples than the explored"
     assert {name: claim.verdict for name, claim in frozen.expected.items()} == {"B1": "confirmed", "B2": "inconclusive"}
-    assert frozen.expected["B1"].power is None
     assert frozen.notes == ["The power was not computed."]
     power = pd.DataFrame({"claim_id": ["B1", "B1"], "power_at_0": [0.9, 0.8], "power_at_2": [0.7, 1.0]})
     expected = freeze(f"{kept.preset}@100", kept.claims, power).expected
@@ -99,7 +85,7 @@ def test_what_is_frozen_says_seeds_data_and_expected_verdicts(kept: SimpleNamesp
     with pytest.raises(UserError, match="the explored claims were judged by abc and the rules of today are"):
         freeze(f"{kept.preset}@100", kept.claims.assign(rules="abc"))
     kept.path.write_text("preset: mine\nmargin: 1\n")
-    with pytest.raises(UserError, match="mine.yaml is not as `lorabench freeze` writes it: date: field required"):
+    with pytest.raises(UserError, match="mine.yaml is not as `lorabench freeze` writes it: .*'date'"):
         read_frozen(kept.path)
 
 
@@ -114,7 +100,6 @@ def test_the_command_takes_the_explored_verdicts_of_the_runs_here(kept: SimpleNa
     assert "mine has verdicts in results/mine/tables" in command(kept.preset, "--unexplored")
     assert f"run: lorabench run {kept.preset}@200" in command(f"{kept.preset}@200")
     assert read_frozen(kept.path).seeds == [200, 201]
-    assert "has the first seed 0, which was explored" in command(f"{kept.preset}@0")
     # Published verdicts of an earlier design do not count as explored.
     explored = Layout.of(kept.preset)
     shutil.rmtree(explored.tables())
@@ -123,32 +108,22 @@ def test_the_command_takes_the_explored_verdicts_of_the_runs_here(kept: SimpleNa
     assert f"run: lorabench run {kept.preset}@100" in command(kept.preset, "--unexplored", "--redesigned")
 
 
-REFUSED = {
-    r"runs were made at commit \w{12}, which does not contain .*mine.yaml": lambda kept: kept.runs.assign(
-        git_sha=kept.before
-    ),
-    "runs have no commit of the code": lambda kept: kept.runs.assign(git_sha=None),
-    "runs were made with uncommitted changes to the code: ": lambda kept: kept.runs.assign(
-        git_dirty_patch=["abc"] + [None] * (len(kept.runs) - 1)
-    ),
-    "runs have the seeds 0, which are not among those frozen": lambda kept: kept.runs.assign(
-        seed=[0, *kept.runs["seed"][1:]]
-    ),
-    "lacks runs of its plan: ": lambda kept: kept.runs[1:],
-    "runs are not of the preset .*: other": lambda kept: pd.concat(
-        [kept.runs, kept.runs[:1].assign(run_id="other")], ignore_index=True
-    ),
-}
+def test_other_runs_are_refused(kept: SimpleNamespace):
+    own = kept.runs
+    refused = {
+        r"runs of the commit \w{12}, which does not contain .*mine.yaml": own.assign(git_sha=kept.before),
+        "runs of the commit None, which does not contain": own.assign(git_sha=None),
+        "runs were made with uncommitted changes to the code: ": own.assign(git_dirty_patch="abc"),
+        "runs have the seeds 0, which are not among those frozen": own.assign(seed=[0, *own["seed"][1:]]),
+        "lacks runs of its plan: ": own[1:],
+        "runs are not of the preset .*: other": pd.concat([own, own[:1].assign(run_id="other")], ignore_index=True),
+    }
+    for message, kept.runs in refused.items():
+        with pytest.raises(UserError, match=message):
+            checked(kept)
 
 
-@pytest.mark.parametrize("message", REFUSED)
-def test_other_runs_are_refused(kept: SimpleNamespace, message: str):
-    kept.runs = REFUSED[message](kept)
-    with pytest.raises(UserError, match=message):
-        checked(kept)
-
-
-def test_other_rules_data_or_presets_are_refused(kept: SimpleNamespace, raw_preset, write_preset, monkeypatch):
+def test_other_rules_data_or_presets_are_refused(kept: SimpleNamespace, monkeypatch):
     with pytest.raises(UserError, match="preset .* was changed after it was frozen"):
         checked(kept, f"{kept.preset}@200")
     monkeypatch.setattr(freezing, "dataset_id", lambda spec: "another")
@@ -158,11 +133,6 @@ def test_other_rules_data_or_presets_are_refused(kept: SimpleNamespace, raw_pres
     monkeypatch.chdir(kept.path.parents[2])
     kept.claims = kept.claims.assign(rules=["abc", *[kept.rules] * 3])
     with pytest.raises(UserError, match="the claims were judged by abc, and"):
-        checked(kept)
-    kept.claims = kept.claims.assign(rules=kept.rules)
-    raw_preset["margins"]["loss"] *= 2
-    write_preset(raw_preset)
-    with pytest.raises(UserError, match="preset .* was changed after it was frozen"):
         checked(kept)
 
 
@@ -174,10 +144,6 @@ def test_a_freeze_that_is_changed_or_committed_after_the_runs_is_refused(kept: S
     commit("other expectations")
     with pytest.raises(UserError, match="which does not contain .*mine.yaml"):
         checked(kept)
-    kept.path = kept.path.with_name("later.yaml")
-    kept.path.write_text(text)
-    with pytest.raises(UserError, match="later.yaml is not committed as it is"):
-        checked(kept)
 
 
 def test_verdicts_that_come_out_again_are_counted_among_the_decided_ones(kept: SimpleNamespace):
@@ -187,13 +153,10 @@ def test_verdicts_that_come_out_again_are_counted_among_the_decided_ones(kept: S
     assert same["within"].tolist() == ["yes", "yes"]
     assert summary_of(same).startswith("1 of 1 decided verdicts came out again on held-out seeds, and 2 of 2 estimates")
     other = claims_table([make_claim("B1", "contradicted", estimate=0.02), make_claim("B2", "not tested")])
-    turned = came_out_again(frozen, other)
-    assert turned[["explored", "held_out", "again"]].fillna("").to_numpy().tolist() == [
-        ["confirmed", "contradicted", "no"],
-        ["inconclusive", "not tested", ""],
-    ]
-    assert turned["within"].fillna("").tolist() == ["no", ""]
-    assert summary_of(turned).startswith("0 of 1 decided verdicts came out again")
+    turned = came_out_again(frozen, other)[["explored", "held_out", "again", "within"]].fillna("")
+    first, second = turned.to_numpy().tolist()
+    assert first == ["confirmed", "contradicted", "no", "no"]
+    assert second == ["inconclusive", "not tested", "", ""]
 
 
 def test_of_a_preset_that_was_never_run_nothing_is_expected_and_all_verdicts_are_told(kept: SimpleNamespace):

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
 
 import pytest
 
-from lorabench.report.index import write_index
+from lorabench.report.page import write_index
 from lorabench.store.io import write_frame
 
 from ..handmade import claims_table, make_claim, make_sweep, runs_table
 from .conftest import HOSTILE, Page
 
-CLAIMS = [
-    make_claim("A7", verdict="contradicted"),
-    make_claim("B2", verdict="inconclusive"),
-    make_claim("F1", verdict="confirmed", fact="rank 1"),
-    make_claim("C1", verdict="confirmed"),
-    make_claim("B1", verdict="not tested"),
-    make_claim("D1", verdict="contradicted"),
-]
+VERDICTS = {"A7": "contradicted", "B2": "inconclusive", "F1": "confirmed", "C1": "confirmed", "B1": "not tested"}
+CLAIMS = [make_claim(*named) for named in (VERDICTS | {"D1": "contradicted"}).items()]
 
 
 def finish(name: str, day: int = 1, claims=CLAIMS, about: str = "About it &amp; more") -> Path:
@@ -66,7 +59,6 @@ def test_reports_are_listed_with_runs_verdicts_and_core_claims(folder):
         f"mine/report/index.html#claim-{claim_id}" for claim_id in ("C1", "D1", "F1")
     ]
     assert "laptop%40100/report/index.html" in shown["laptop@100"].all("a", "href")
-    assert not Path("results/index.lock").exists()
 
 
 def test_a_damaged_table_keeps_no_other_report_from_being_listed():
@@ -75,18 +67,6 @@ def test_a_damaged_table_keeps_no_other_report_from_being_listed():
     shown = entries(write_index(Path("results")).read_text())
     assert "C1" in shown["Question mine"].text
     assert "can't be read as a table" in shown["Question other"].text
-
-
-def test_reports_that_are_finished_at_the_same_time_do_not_lose_one_another():
-    names = [f"preset-{place}" for place in range(3)]
-
-    def make(name: str) -> None:
-        finish(name)
-        write_index(Path("results"))
-
-    with ThreadPoolExecutor(len(names)) as pool:
-        list(pool.map(make, names))
-    assert len(entries(Path("results/index.html").read_text())) == len(names)
 
 
 def test_text_from_outside_stays_text_and_nothing_is_fetched_or_run():

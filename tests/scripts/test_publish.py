@@ -8,7 +8,6 @@ import shutil
 from itertools import cycle
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -18,14 +17,13 @@ from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.claims.rules_hash import rules_sha256
 from lorabench.errors import UserError
+from lorabench.figures.evidence import evidence_tables
 from lorabench.report.claim_text import VERDICTS, headline
-from lorabench.report.evidence import evidence_tables
 from lorabench.report.freeze import freeze, write_frozen
 from lorabench.sources.measurements import read_own
 from lorabench.store.io import write_frame
 from lorabench.store.layout import Layout
-from lorabench.store.published import PUBLISHED, evidence_folders, published_folders, read_provenance
-from lorabench.utils.markdown import table
+from lorabench.store.published import PUBLISHED, evidence_folders
 from pages import SOURCES, pages, results_part
 from publish import publish, publish_held_out
 
@@ -84,11 +82,8 @@ def test_figures_claims_and_provenance_are_copied_and_parts_take_the_place_of_ol
     publish(finished, Path())
     assert {path.name for path in finished.published.iterdir()} == {"verdicts.svg", "claims.csv", "provenance.json"}
     assert list(pd.read_csv(finished.published / "claims.csv")["verdict"]) == list(judged["verdict"])
-    provenance, runs = json.loads((finished.published / "provenance.json").read_text()), laptop_like()
-    assert provenance["runs"] == len(runs)
-    assert provenance["runs_by_status"] == runs["status"].value_counts().to_dict()
-    assert provenance["devices"] == ["AMD EPYC 7B13"]
-    assert provenance["commits"] == ["0123456789abcdef0123456789abcdef01234567"]
+    provenance = json.loads((finished.published / "provenance.json").read_text())
+    assert provenance["runs_by_status"] == laptop_like()["status"].value_counts().to_dict()
     written = {page: (root / page).read_text() for page in PAGES}
     for page, names in PAGES.items():
         for name in names:
@@ -109,22 +104,11 @@ def test_a_part_has_the_core_claims_and_the_decided_ones_with_margin_and_what_is
         decided = claim["verdict"] in DECIDED and claim["kind"] != "count"
         shown = decided or (claim["claim_id"] in CORE and claim["verdict"] != "not tested")
         assert (f"\n| {claim['claim_id']} | {claim['statement']} | {claim['verdict']}" in part) == shown
-    claims = [
-        make_claim("B1"),
-        make_claim("B3", "inconclusive"),
-        make_claim("B2", p_again=0.7),
-        make_claim("D1", "setting not met", missing="natural text"),
-    ]
+    claims = [make_claim("B2", p_again=0.7), make_claim("D1", "setting not met", missing="natural text")]
     claims_table(claims).drop(columns="run_ids").to_csv(finished.published / "claims.csv", index=False)
     part = results_part(Path(), "laptop")
-    for verdict in (
-        "confirmed",
-        "inconclusive; to decide: 6 seeds (now 3)",
-        "confirmed, borderline",
-        "setting not met; needs natural text",
-    ):
+    for verdict in ("confirmed, borderline", "setting not met; needs natural text"):
         assert f"| {verdict} | ±0.01 nats | 0.00200 nats [-0.00400, 0.00800] |" in part
-    assert table(["a"], [["a|b <script>\nc & d"]])[-1] == "| a\\|b &lt;script> c &amp; d |"
 
 
 def test_held_out_verdicts_stand_beside_the_explored_ones(
@@ -135,9 +119,9 @@ def test_held_out_verdicts_stand_beside_the_explored_ones(
     explored = judged.assign(rules=rules_sha256(preset.margins, preset.predictions or {}))
     frozen = root / "frozen.yaml"
     write_frozen(freeze("laptop@100", explored), frozen)
-    held_out, runs = Layout.of("laptop@100"), laptop_like()
+    held_out = Layout.of("laptop@100")
     turned = explored.assign(verdict=explored["verdict"].where(explored["claim_id"] != "B1", "inconclusive"))
-    for name, frame in (("runs", runs), ("claims", turned)):
+    for name, frame in (("runs", laptop_like()), ("claims", turned)):
         write_frame(frame, name, held_out.tables())
     with pytest.raises(UserError, match="preset laptop@100 has other seeds than the explored ones"):
         publish(held_out, Path())
@@ -157,10 +141,9 @@ def test_held_out_verdicts_stand_beside_the_explored_ones(
     assert "|  | claim | explored | held out | margin |" in part
     verdict = explored.set_index("claim_id").loc["B1", "verdict"]
     assert re.search(rf"\| B1 \|[^|]*\| {verdict}[^|]*\| inconclusive \|", part)
-    # Publishing what was explored leaves the held-out results, and is still no preset of its own.
+    # Publishing what was explored leaves the held-out results.
     publish(finished, Path())
     assert (folder / "came_out_again.csv").is_file()
-    assert [path.name for path in published_folders(root)] == ["laptop"]
 
 
 def test_a_preset_that_was_never_explored_is_published_with_its_verdicts_as_held_out(
@@ -180,8 +163,6 @@ def test_a_preset_that_was_never_explored_is_published_with_its_verdicts_as_held
     assert (finished.published / "verdicts.svg").is_file()
     own = read_own(finished.published, "laptop")
     assert own["held_out"].tolist() == judged["verdict"].tolist()
-    assert not own["explored"].any()
-    assert read_own(held_out.tables(), "laptop")["held_out"].isna().all()
 
 
 def test_what_cannot_be_published_is_refused_before_anything_is_written(
@@ -192,9 +173,6 @@ def test_what_cannot_be_published_is_refused_before_anything_is_written(
     shutil.copytree(finished.figures, other.figures)
     with pytest.raises(UserError, match=r"docs/results.md has no place for its generated part: .*<!-- long_runs: "):
         publish(other, Path())
-    (root / "README.md").write_text("nothing")
-    with pytest.raises(UserError, match=r"README.md has no place for its generated part"):
-        publish(finished, Path())
     (finished.figures / "verdicts.svg").unlink()
     with pytest.raises(UserError, match=r"verdicts\.svg does not exist; run the preset laptop first"):
         publish(finished, Path())
@@ -210,14 +188,10 @@ def test_the_committed_pages_say_what_the_committed_files_say():
         assert text == (REPOSITORY / page).read_text(encoding="utf-8"), page
 
 
-@pytest.fixture(scope="module")
-def evidence() -> dict[str, pd.DataFrame]:
-    folders = evidence_folders(REPOSITORY)
-    return evidence_tables(own=[read_own(folder, folder.name) for folder in folders], presets=folders)
-
-
 @pytest.mark.slow
-def test_evidence_is_published_with_its_pages(evidence, root: Path):
+def test_evidence_is_published_with_its_pages(root: Path):
+    folders = evidence_folders(REPOSITORY)
+    evidence = evidence_tables(own=[read_own(folder, folder.name) for folder in folders], presets=folders)
     shutil.rmtree(root / PUBLISHED / "evidence")
     shutil.copytree(REPOSITORY / SOURCES, root / SOURCES)
     shutil.copytree(REPOSITORY / PUBLISHED / "laptop", root / PUBLISHED / "laptop")
@@ -227,6 +201,8 @@ def test_evidence_is_published_with_its_pages(evidence, root: Path):
     others = ("lr_left_out", "lr_curvatures", "lr_evidence", "lr_regret", "lr_ratio_regret", "framework_")
     committed = {path.name for path in EVIDENCE.iterdir() if not path.name.startswith(others)}
     assert {path.name for path in written.iterdir()} == committed
+    before, after = (pd.read_csv(folder / "lr_optima.csv").drop(columns="rank") for folder in (EVIDENCE, written))
+    pd.testing.assert_frame_equal(after, before, check_dtype=False, rtol=1e-6)
     assert (
         "[inconclusive](other-runs.md#nayyirahsan); 0 of 4 hold; 35.5 to 58.0; 3 seeds"
         in (root / "docs/results.md").read_text()
@@ -238,24 +214,5 @@ def test_evidence_is_published_with_its_pages(evidence, root: Path):
         assert f"]({link})" in readme
         assert f"]({link.removeprefix('docs/') if link.startswith('docs/') else f'../{link}'})" in index
     page = (root / "docs/other-runs.md").read_text()
-    for _, first in evidence["claims"].groupby("source").first().reset_index().iterrows():
-        assert f"\n#### {first['source']}\n" in page
-        assert first["doubts"] in page
-
-
-@pytest.mark.slow
-def test_the_committed_learning_rates_follow_from_the_sources(evidence):
-    optima = pd.read_csv(EVIDENCE / "lr_optima.csv")
-    columns = [name for name in optima if name != "rank"]
-    pd.testing.assert_frame_equal(
-        evidence["lr_optima"][columns].replace("", np.nan), optima[columns], check_dtype=False, rtol=1e-6
-    )
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"inputs": [1]}', "no model"])
-def test_a_damaged_provenance_is_refused_in_a_sentence(text: str, tmp_path: Path):
-    whole = json.loads((REPOSITORY / PUBLISHED / "laptop/provenance.json").read_text())
-    path = tmp_path / "provenance.json"
-    path.write_text(json.dumps(whole | {"inputs": [{}]}) if text == "no model" else text)
-    with pytest.raises(UserError, match="provenance.json"):
-        read_provenance(tmp_path)
+    for source in evidence["claims"]["source"].unique():
+        assert f"\n#### {source}\n" in page

@@ -7,8 +7,7 @@ import json
 import pyarrow as pa
 import pytest
 
-from lorabench.analysis.estimate import ExampleLosses
-from lorabench.config.inputs import GgufModel, HubModel, TinyModel
+from lorabench.config.inputs import HubModel, TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.data.sft import build_dataset, read_dataset
 from lorabench.errors import UserError
@@ -25,11 +24,10 @@ def write_job(rows, path):
     write_table(pa.Table.from_pylist(rows, schema=JOB), path)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear"])
-def test_runs_have_the_columns_in_which_sources_differ(tmp_path, schedule):
+def test_runs_have_the_columns_in_which_sources_differ(tmp_path):
     plan = make_plan(load_preset("smoke"))
     job = next(job for job in plan.jobs if job.sweeps[0].condition.dataset == "instruct")
-    protocol = json.dumps(plan.preset.protocol.model_dump() | {"schedule": schedule})
+    protocol = json.dumps(plan.preset.protocol.model_dump() | {"schedule": "linear"})
     rows = [dict.fromkeys(RUNS.names) | make_run(rank, 1e-3, protocol=protocol) for rank in (None, 8)]
     path = tmp_path / f"{job.job_id}.parquet"
     point = {"step": 1, "examples": 4, "tokens": 10, "split": "train", "metric": "nll", "value": None}
@@ -37,8 +35,8 @@ def test_runs_have_the_columns_in_which_sources_differ(tmp_path, schedule):
     collect([path], tmp_path / "tables", plan, Layout.of("smoke"))
     runs = read_table(tmp_path / "tables", "runs").set_index("method")
     names = ["data_kind", "base_kind", "precision", "schedule", "alpha_convention", "unembedding"]
-    assert runs.loc["lora", names].tolist() == ["instruct", "base", "fp32", schedule, "alpha/r", True]
-    assert runs.loc["fullft", names[:5]].tolist() == ["instruct", "base", "fp32", schedule, None]
+    assert runs.loc["lora", names].tolist() == ["instruct", "base", "fp32", "linear", "alpha/r", True]
+    assert runs.loc["fullft", names[:5]].tolist() == ["instruct", "base", "fp32", "linear", None]
     assert read_table(tmp_path / "tables", "test_losses")["loss"].tolist() == [2.5, 2.5]
     lines = [f"{row['run_id']},1,4,10,train,nll," for row in rows]
     assert (tmp_path / "tables/curves.csv").read_text().splitlines()[1:] == lines
@@ -68,9 +66,6 @@ def test_test_losses_have_the_groups_of_the_data(tmp_path, monkeypatch):
     packages = [row["source"] for row in read_dataset(layout.dataset("docstrings")) if row["split"] == "test"]
     assert table.loc["docstrings", "group"].tolist() == packages
     assert table.loc["docstrings", "loss"].tolist() == list(range(192))
-    assert ExampleLosses.of(table.reset_index()).influences(["docstrings"]).shape == (1, len(set(packages)))
-    assert len(set(packages)) >= 28
-    assert ExampleLosses.of(table.reset_index()).influences(["sums"]).shape == (1, 400)
 
 
 def test_a_models_name_says_whether_it_is_a_base():
@@ -80,5 +75,3 @@ def test_a_models_name_says_whether_it_is_a_base():
         assert base_kind(HubModel(kind="hub", id=name, **sizes)) == kind
     assert base_kind(HubModel(kind="hub", id="a/Llama-3.1-8B", chat_template="plain", **sizes)) == "base"
     assert base_kind(TinyModel(kind="tiny")) == "base"
-    file = {"path": "SmolLM2-135M-Instruct.gguf", "wheel": "w==1", "sha256": "0" * 64}
-    assert base_kind(GgufModel(kind="gguf", **file, **sizes)) == "instruct"

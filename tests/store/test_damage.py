@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +17,7 @@ import yaml
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.store import collect
-from lorabench.store.io import ROWS_AT_ONCE, read_rows, read_table, write_frame, write_table, write_tables
+from lorabench.store.io import read_rows, read_table, write_frame, write_table
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import CURVES, EVALS, RUN_TEST_LOSSES, CurvePoint, ExampleLoss
@@ -101,27 +100,18 @@ def test_a_flipped_bit_is_named_in_all_of_200_places(finished):
         read_rows(tables, "runs", ["model"])
 
 
-def with_another(folder: RunFolder, other: RunFolder, name: str) -> None:
-    shutil.copy(other.final / name, folder.final / name)
-
-
-def edit(folder: RunFolder, block: str, **changes: object) -> None:
-    """Change entries of a record, with the checksums that it has."""
+def edit(folder: RunFolder) -> None:
+    """Change a result in a record, which keeps its checksums."""
     record = json.loads(folder.record.read_text())
-    record[block] |= changes
+    record["outcome"]["final_test_nll"] = 0.123
     folder.record.write_text(json.dumps(record, indent=2) + "\n")
 
 
 FAULTS: dict[str, Callable[[RunFolder, RunFolder], object]] = {
-    "the checksum of record.json": lambda own, other: edit(own, "outcome", final_test_nll=0.123),
-    "the checksum of record.json is": lambda own, other: edit(own, "spec", lr=0.5),
-    "record.json is of another run": lambda own, other: with_another(own, other, "record.json"),
-    "curves.parquet is not the file": lambda own, other: with_another(own, other, "curves.parquet"),
-    "test_losses.parquet is not the file": lambda own, other: with_another(own, other, "test_losses.parquet"),
+    "the checksum of record.json": lambda own, other: edit(own),
+    "record.json is of another run": lambda own, other: shutil.copy(other.record, own.record),
+    "curves.parquet is not the file": lambda own, other: shutil.copy(other.curves, own.curves),
     "test_losses.parquet is": lambda own, other: own.test_losses.unlink(),
-    "weights/adapter_model.safetensors is": lambda own, other: with_another(
-        own, other, "weights/adapter_model.safetensors"
-    ),
     "weights/adapter_model.safetensors": lambda own, other: (own.weights / "adapter_model.safetensors").unlink(),
 }
 
@@ -134,7 +124,7 @@ def test_what_is_edited_or_of_another_run_is_named(finished, reason):
         [folder.read_record(), folder.read_nested(), folder.check_files(folder.weights)]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "\xff", "[" * 100_000, '{"run_id": 1}'])
+@pytest.mark.parametrize("text", ["[]", "\xff", "[" * 100_000])
 def test_a_file_that_is_no_record_is_named(finished, text):
     _, _, (folder, *_) = finished
     folder.record.write_text(text, encoding="latin-1")
@@ -142,11 +132,7 @@ def test_a_file_that_is_no_record_is_named(finished, text):
         folder.read_record()
 
 
-CHANGES = [{"outcome": {}}, {"spec": []}, {"more": 1}, {"lr": 0.5}, {"rollouts": {"a": 1}}]
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_record_of_an_earlier_version_has_no_checksums_and_must_be_of_its_run(finished, change):
+def test_a_record_of_an_earlier_version_has_no_checksums_and_must_be_of_its_run(finished):
     _, _, (folder, *_) = finished
     record = folder.read_record()
     assert record.keys() == {"run_id", "spec", "outcome", "environment"}
@@ -155,10 +141,10 @@ def test_a_record_of_an_earlier_version_has_no_checksums_and_must_be_of_its_run(
     folder.test_losses.unlink()
     assert folder.read_record() == record
     assert folder.read_nested()["curve"] == before["curve"]
-    changed = record | ({"spec": record["spec"] | change} if {"lr", "rollouts"} & set(change) else change)
-    write_json(changed, folder.record)
-    with pytest.raises(UserError, match=f"^run {folder.run_id} is damaged .*; delete {folder.final} to"):
-        folder.read_record()
+    for change in ({"outcome": {}}, {"spec": []}, {"more": 1}, {"spec": record["spec"] | {"lr": 0.5}}):
+        write_json(record | change, folder.record)
+        with pytest.raises(UserError, match=f"^run {folder.run_id} is damaged .*; delete {folder.final} to"):
+            folder.read_record()
 
 
 def test_the_file_of_a_damaged_runs_job_is_deleted_with_it(finished):
@@ -183,14 +169,10 @@ def test_a_restored_run_and_one_with_an_edited_card_are_whole(finished):
     assert set(json.loads(folder.record.read_text())["files"]) == {"curves.parquet", "test_losses.parquet", "restored"}
 
 
-def test_a_file_with_a_checksum_is_a_plain_parquet_file_and_has_the_same_bytes_each_time(tmp_path):
-    table = pa.table({"a": np.arange(ROWS_AT_ONCE + 5)}).cast(pa.schema([("a", pa.int64())]))
-    paths = [tmp_path / f"{number}.parquet" for number in range(2)]
-    for path in paths:
-        write_tables([table.slice(0, 7), table.slice(7)], table.schema, path)
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-    assert pq.read_table(paths[0]) == table
-    assert pd.read_parquet(paths[0])["a"].sum() == sum(range(ROWS_AT_ONCE + 5))
+def test_a_file_with_a_checksum_is_a_plain_parquet_file(tmp_path):
+    table = pa.table({"step": np.arange(5)})
+    write_table(table, tmp_path / "a.parquet")
+    assert pq.read_table(tmp_path / "a.parquet") == table
     # What others make of it has no checksum that could be wrong.
-    pq.write_table(pq.read_table(paths[0]).slice(0, 3), tmp_path / "runs.parquet")
-    assert len(read_table(tmp_path, "runs")) == 3
+    pq.write_table(pq.read_table(tmp_path / "a.parquet").slice(0, 3), tmp_path / "curves.parquet")
+    assert len(read_table(tmp_path, "curves")) == 3

@@ -11,13 +11,10 @@ from lorabench.analysis.finding import Finding
 from lorabench.analysis.loss_fit import BORROWED_DOF, Noise
 from lorabench.analysis.optima import pooled_noise
 from lorabench.claims.claim import Claim
-from lorabench.claims.judge import judge_claims, scope_text
+from lorabench.claims.judge import judge_claims
 from lorabench.claims.scope import every_dataset
-from lorabench.config.fields import PresetError
-from lorabench.config.loading import PRESETS, read_margins
-from lorabench.config.margins import DEFAULT_MARGINS, Margins
+from lorabench.config.loading import read_margins
 from lorabench.errors import UserError
-from lorabench.store.checks import check_table
 from lorabench.store.tables import Tables, with_stand_ins
 
 from ..handmade import sft
@@ -71,27 +68,16 @@ def test_a_row_says_whose_margins_it_was_judged_by(tmp_path):
     assert own["margin_high"] == pytest.approx(by_default["margin_high"] / 20)
 
 
-def test_without_the_base_a_share_of_the_loss_is_the_margin():
-    runs, _ = world()
-    row = judged(runs, pd.DataFrame(columns=["run_id", "step", "split", "metric", "value"]))
-    assert row["margin_rule"].startswith("default margins: 1% of the loss (2.00")
-    assert row["margin_high"] == pytest.approx(0.02, rel=0.01)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("loss: 0.02\nreward: 0.1\n", r"m\.yaml: margins\.lr_factor: missing; for example `lr_factor: 1\.6`"),
-        (
-            "loss: 0.02\nreward: 0.1\nlr_factor: 1.6\nlr: 2\n",
-            r"margins: unknown key 'lr'; allowed: final_loss, loss, lr_factor",
-        ),
+        ("loss: 0.02\nreward: 0.1\n", r"m\.yaml: margins\.lr_factor: missing$"),
         ("- 0.02\n", r"margins are a mapping of loss, final_loss, reward, lr_factor, not \[0\.02\]"),
     ],
 )
 def test_wrong_margins_are_refused(text, message, tmp_path):
     (tmp_path / "m.yaml").write_text(text)
-    with pytest.raises(PresetError, match=message):
+    with pytest.raises(UserError, match=message):
         read_margins(tmp_path / "m.yaml")
 
 
@@ -122,8 +108,6 @@ def test_noise_of_other_tables_is_pooled_over_their_comparisons():
     assert pooled_noise(pd.concat([runs.assign(entropy_bits=None), facts]), "there") == noise
     with pytest.raises(UserError, match="there: no comparison has repeated seeds"):
         pooled_noise(world(seeds=1)[0], "there")
-    with pytest.raises(UserError, match="there: the runs table has no column final_test_nll"):
-        pooled_noise(runs.drop(columns="final_test_nll"), "there")
 
 
 def test_means_of_seeds_are_judged_with_their_own_deviation():
@@ -137,8 +121,6 @@ def test_means_of_seeds_are_judged_with_their_own_deviation():
     assert "means of several seeds need final_test_nll_sd" in without["reason"]
     with pytest.raises(UserError, match="final_test_nll_sd = -1.0; allowed: numbers from 0 up"):
         judged(runs.assign(n_seeds=5, final_test_nll_sd=-1.0), curves)
-    with pytest.raises(UserError, match="n_seeds = 0; allowed: whole numbers from 1 up"):
-        judged(runs.assign(n_seeds=0), curves)
 
 
 ONE_SET = "one evaluation set: the LR was picked on the loss that is reported"
@@ -163,43 +145,9 @@ def test_another_loss_stands_in_for_one_that_a_table_lacks(change, remarks):
     assert ONE_SET not in whole["reason"]
 
 
-def test_where_only_some_runs_lack_a_loss_nothing_stands_in():
-    runs, _ = world()
-    runs["final_train_nll"] = runs["final_test_nll"]
-    runs.loc[0, "final_test_nll"] = None
-    with pytest.raises(UserError, match="final_test_nll = missing; allowed: a finite number where status is done"):
-        check_table(with_stand_ins(runs))
-
-
 def test_sources_that_differ_are_named():
     runs, curves = world()
     fullft = runs["method"] == "fullft"
     mixed = runs.assign(precision=["bf16" if is_fullft else "fp32" for is_fullft in fullft], schedule="constant")
     assert judged(mixed, curves)["reason"].endswith("; its runs differ in precision: bf16, fp32")
     assert "differ" not in judged(mixed.assign(precision="bf16"), curves)["reason"]
-
-
-def test_the_default_margins_are_those_of_the_shipped_presets():
-    assert (
-        read_margins(PRESETS / "suites/margins.yaml")
-        == DEFAULT_MARGINS
-        == Margins(loss=0.02, reward=0.1, lr_factor=1.6)
-    )
-
-
-@pytest.mark.parametrize(
-    ("columns", "absent", "scope"),
-    [
-        (
-            {"base_params": [828_288, 1_700_000] * 3, "steps": [50, 1000] * 3},
-            [],
-            "0.83M to 1.70M parameters, 50 to 1,000 steps",
-        ),
-        ({}, ["steps"], "tiny, instruct"),
-        ({"task": "rl", "dataset": "gcd"}, ["steps", "model"], "RL on gcd"),
-    ],
-)
-def test_the_scope_of_a_verdict_is_what_was_measured(columns, absent, scope):
-    runs = world(seeds=1)[0].assign(**columns).drop(columns=absent)
-    assert scope_text(runs).startswith(scope)
-    assert scope_text(runs.iloc[:0]) is None

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pytest
-
-from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
-from lorabench.store.progress import finished_runs, runs_at_work
+from lorabench.store.progress import finished_runs
 from lorabench.store.run_folder import RunFolder
-
-
-@pytest.fixture
-def planned(request, tmp_path, monkeypatch):
-    """The plan of a preset with fixed LRs, or of the one that a test names, and its layout in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    layout = Layout.of(getattr(request, "param", "lr_noise"))
-    return make_plan(layout.preset), layout
 
 
 def finish(layout, *runs):
@@ -31,15 +17,16 @@ def finish(layout, *runs):
             pass
 
 
-def test_runs_are_counted_as_they_come_and_go(planned):
-    plan, layout = planned
+def test_runs_are_counted_as_they_come_and_go(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layout = Layout.of("lr_noise")
+    plan = make_plan(layout.preset)
     number = sum(job.n_runs for job in plan.jobs)
     first, second = ([run for sweep in job.sweeps for run in sweep.grid()] for job in plan.jobs[:2])
     assert finished_runs(plan, layout) == (0, number, 0)
     (layout.runs / f"{first[0].run_id}.partial").mkdir(parents=True)
-    (layout.runs / first[1].run_id).mkdir()
     (layout.runs / "another").mkdir()
-    # A run in progress, a folder without a record, and a run of another plan are none of its finished runs.
+    # A run in progress and a run of another plan are none of its finished runs.
     assert finished_runs(plan, layout) == (0, number, 0)
     finish(layout, *first, *second[:3])
     assert finished_runs(plan, layout) == (len(first) + 3, number, 0)
@@ -50,32 +37,3 @@ def test_runs_are_counted_as_they_come_and_go(planned):
     shutil.rmtree(layout.runs / first[0].run_id)
     RunFolder(layout.runs, second[1].run_id).discard()
     assert finished_runs(plan, layout) == (plan.jobs[0].n_runs + 2, number, 1)
-
-
-@pytest.mark.parametrize("planned", ["laptop"], indirect=True)
-def test_a_job_that_finds_its_lrs_has_the_runs_that_its_file_has(planned):
-    plan, layout = planned
-    done, expected, _ = finished_runs(plan, layout)
-    job = next(job for job in plan.jobs if job.sweeps[0].lattice)
-    layout.jobs.mkdir(parents=True)
-    rows = job.n_runs + 3
-    pq.write_table(pa.table({"run_id": ["a"] * rows}), layout.job(job))
-    assert finished_runs(plan, layout) == (done + rows, expected + 3, 1)
-    # A damaged file counts with the runs that were expected.
-    layout.job(job).write_bytes(b"PAR1")
-    assert finished_runs(plan, layout) == (job.n_runs, expected, 1)
-
-
-STATE = {"label": "a", "run": 1, "runs": 3, "lr": 0.01, "seed": 0, "step": 5, "steps": 9, "sweep": "b"}
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps(STATE | {"step": None})])
-def test_a_damaged_progress_file_is_named(planned, text):
-    plan, layout = planned
-    path = layout.root / "progress" / "abc.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(STATE))
-    assert runs_at_work(plan, layout) == []
-    path.write_text(text)
-    with pytest.raises(UserError, match=f"^{path} is damaged .*; delete it; a run in training writes it again"):
-        runs_at_work(plan, layout)

@@ -48,9 +48,6 @@ def train_all(plan, sweep, layout) -> list[list[str]]:
     while wave:
         listed.append([run.run_id for run in wave])
         for run in reversed(wave):
-            mark = layout.trained(sweep.sweep_id, len(listed), run.run_id)
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
             finish(run, layout)
         wave = next_wave(plan, sweep, layout, len(listed) + 1)
     return listed
@@ -64,9 +61,6 @@ def test_the_waves_have_the_runs_of_one_job_in_its_order(sweep_layout):
         Run(sweep.condition, lr, seed).run_id for lr, seed in losses
     ]
     assert len(listed) > 3
-    # A list that is made again is the same.
-    for number, run_ids in enumerate(listed[1:], 2):
-        assert [run.run_id for run in next_wave(plan, sweep, layout, number)] == run_ids
 
 
 def test_a_wave_follows_finished_runs_only(sweep_layout):
@@ -88,18 +82,3 @@ def test_the_best_run_is_trained_again_if_its_weights_are_gone(sweep_layout):
     assert not folder.done()
     finish(best, layout)
     assert next_wave(plan, sweep, layout, len(listed) + 2) == []
-
-
-def test_marks_of_deleted_runs_and_all_lists_are_removed(sweep_layout):
-    plan, sweep, layout = sweep_layout
-    listed = train_all(plan, sweep, layout)
-    folder = layout.wave(sweep.sweep_id, 2).parent
-    layout.wave(sweep.sweep_id, 2).touch()
-    deleted = listed[0][1]
-    shutil.rmtree(layout.runs / deleted)
-    with pytest.raises(UserError, match=f"trained and then deleted, .* trains them again: {deleted}"):
-        next_wave(plan, sweep, layout, 3)
-    marks = {path.name for path in folder.iterdir()}
-    assert marks == {f"{number}.{run_id}" for number, wave in enumerate(listed, 1) for run_id in wave} - {
-        f"1.{deleted}"
-    }

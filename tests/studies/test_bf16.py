@@ -35,7 +35,7 @@ def test_weights_are_numbers_of_bf16_after_a_step():
     assert torch.equal(weight.data, weight.data.bfloat16().float())
 
 
-@pytest.mark.parametrize("lr", [1e-6, 1e-5, 3e-5, 1e-4])
+@pytest.mark.parametrize("lr", [1e-6, 1e-4])
 def test_the_audit_computes_what_pytorch_keeps_of_normal_weights(lr: float):
     weights = 0.02 * torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
     assert kept_in_bf16(lr) == pytest.approx(kept([weights], lr), rel=0.1)

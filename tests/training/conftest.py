@@ -36,10 +36,8 @@ from lorabench.training.run import Machine
 from lorabench.training.sft import ValidationCurve, train_sft
 
 TINY, CPU = TinyModel(kind="tiny"), torch.device("cpu")
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
-]
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
+INSTRUCT = {"kind": "instruct", "train": 40, "validation": 8, "test": 8, "max_chars": 120}
 
 # Families without a shipped base, with random weights: grouped heads, biases, tied and scaled embeddings.
 FAMILIES: dict[str, Any] = {
@@ -67,18 +65,13 @@ def base_of(name: str) -> Any:
     return model.train()
 
 
-def make_data(folder: Path, max_chars: int) -> Path:
-    """Write a small instruction mixture (80 train, 8 validation, 8 test examples) and its tokens."""
-    spec = ChatDataset(kind="instruct", train=80, validation=8, test=8, max_chars=max_chars)
-    build_dataset(spec, folder / "data.parquet")
-    write_tokens(folder / "data.parquet", load_tokenizer(TINY), folder / "tokens", 512)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory):
-    """The folder of the splits of `data`."""
-    return make_data(tmp_path_factory.mktemp("data"), max_chars=240)
+    """A folder with a small instruction mixture and its tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    build_dataset(ChatDataset(**INSTRUCT), folder / "data.parquet")
+    write_tokens(folder / "data.parquet", load_tokenizer(TINY), folder / "tokens", 512)
+    return folder
 
 
 def splits_of(folder: Path):
@@ -88,14 +81,8 @@ def splits_of(folder: Path):
 
 @pytest.fixture(scope="session")
 def data(data_folder):
-    """Splits with examples of 35 to 149 tokens."""
+    """Splits with examples of 30 to 70 tokens."""
     return splits_of(data_folder)
-
-
-@pytest.fixture(scope="session")
-def short_data(tmp_path_factory):
-    """Splits with examples of 30 to 70 tokens, for many runs of many steps."""
-    return splits_of(make_data(tmp_path_factory.mktemp("short"), max_chars=120))
 
 
 def condition_of(method: str, rank: int | None, steps: int, batch_size: int) -> Condition:
@@ -150,22 +137,17 @@ def series(outcome, metric: str, split: str = "train") -> list[float]:
     return [point.value for point in outcome.curve if (point.split, point.metric) == (split, metric)]
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """The dataset and the tokens of `raw_preset`, built once for all tests that use `ready`."""
-    folder = tmp_path_factory.mktemp("built")
+@pytest.fixture
+def built(data_folder):
+    """Return a function that puts the dataset and its tokens where a layout expects them."""
 
-    def build(layout: Layout) -> None:
-        dataset, tokens = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
-        if not (folder / "dataset").exists():
-            build_dataset(layout.preset.datasets["instruct"], folder / "dataset")
-            write_tokens(folder / "dataset", load_tokenizer(TINY), folder / "tokens", 512)
-        dataset.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "dataset", dataset)
-        tokens.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "tokens", tokens)
+    def put(layout: Layout) -> None:
+        places = {"data.parquet": layout.dataset("instruct"), "tokens": layout.tokens("tiny", "instruct")}
+        for name, place in places.items():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(data_folder / name, place)
 
-    return build
+    return put
 
 
 @pytest.fixture
@@ -176,8 +158,9 @@ def ready(tmp_path, raw_preset, monkeypatch, built):
         raw_preset["experiments"]["rank"][0] |= {
             "ranks": {"all": list(ranks)},
             "lrs": {"fullft": [1e-3], "lora": [1e-3]} | lrs,
+            "steps": 5,
         }
-        raw_preset["datasets"]["instruct"]["train"] = 32
+        raw_preset["datasets"]["instruct"] = INSTRUCT
         raw_preset["execution"] |= execution or {}
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -191,6 +174,16 @@ def ready(tmp_path, raw_preset, monkeypatch, built):
 
 class BrokenError(Exception):
     """Interrupts a run."""
+
+
+def breaking_at(last: int | None) -> Callable[[int], None]:
+    """Return a `tick` that interrupts a run in a step, before its checkpoint is written."""
+
+    def tick(step: int) -> None:
+        if step == last:
+            raise BrokenError
+
+    return tick
 
 
 def write_tied(folder: Path) -> None:
@@ -234,6 +227,14 @@ def command(job_id: str, *options: str) -> list[str]:
     return [sys.executable, "-m", "lorabench.cli", "step", "train", job_id, "--preset", "mine.yaml", *options]
 
 
-def children(pid: int) -> list[int]:
-    """Return the ids of a process's children."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def in_two_processes(module: str, *arguments: object) -> None:
+    """Run a module of the tests by torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", module, *map(str, arguments)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

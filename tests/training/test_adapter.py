@@ -9,8 +9,6 @@ from peft import LoraConfig, get_peft_model
 from lorabench.models.lora import adapter_pairs
 from lorabench.training.sft import measured_step
 
-RANK, ALPHA, LR = 3, 32.0, 1e-2
-
 
 class Net(torch.nn.Module):
     def __init__(self):
@@ -23,18 +21,16 @@ class Net(torch.nn.Module):
 
 def adapted():
     torch.manual_seed(0)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["wide", "tall"], lora_dropout=0.0)
+    config = LoraConfig(r=3, lora_alpha=32.0, target_modules=["wide", "tall"], lora_dropout=0.0)
     model = get_peft_model(Net(), config)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
-    return model, optimizer
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
 
 
 def backward(model, seed):
     generator = torch.Generator().manual_seed(seed)
     inputs, targets = torch.randn(12, 20, generator=generator), torch.randint(16, (12,), generator=generator)
-    loss = torch.nn.functional.cross_entropy(model(inputs), targets)
-    loss.backward()
-    return loss
+    model.zero_grad()
+    torch.nn.functional.cross_entropy(model(inputs), targets).backward()
 
 
 def dense(model):
@@ -42,8 +38,8 @@ def dense(model):
     return {name: scaling * (b @ a).detach().double() for name, (a, b, scaling) in adapter_pairs(model).items()}
 
 
-def parameters(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+def trained(model, of=lambda parameter: parameter.detach()):
+    return {name: of(p).clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_measures_agree_with_dense_matrices_and_change_no_training():
@@ -51,13 +47,11 @@ def test_measures_agree_with_dense_matrices_and_change_no_training():
     pairs = adapter_pairs(model)
     assert len(pairs) == 2
     initial = {name: a.detach().clone() for name, (a, _, _) in pairs.items()}
-    for step in range(6):
-        optimizer.zero_grad()
+    for step in range(3):
         backward(model, step)
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-        before, old = dense(model), parameters(model)
+        gradients, before, old = trained(model, lambda parameter: parameter.grad), dense(model), trained(model)
         measured = measured_step(pairs, initial, optimizer)
-        after, new = dense(model), parameters(model)
+        after, new = dense(model), trained(model)
         update = sum((after[name] - before[name]).square().sum() for name in pairs) ** 0.5
         moved = [((a - initial[name]).norm() / initial[name].norm()).item() for name, (a, _, _) in pairs.items()]
         larger = [torch.linalg.matrix_norm(b, 2) > torch.linalg.matrix_norm(a, 2) for a, b, _ in pairs.values()]
@@ -66,8 +60,7 @@ def test_measures_agree_with_dense_matrices_and_change_no_training():
         assert measured["a_moved"] == pytest.approx(sum(moved) / 2, rel=1e-5)
         assert measured["b_over_a"] == sum(map(float, larger)) / 2
         assert measured["descent"] == pytest.approx(descent.item(), rel=1e-5)
-        other_optimizer.zero_grad()
         backward(unprobed, step)
         other_optimizer.step()
-        assert all(torch.equal(value, new[name]) for name, value in parameters(unprobed).items())
+        assert all(torch.equal(value, new[name]) for name, value in trained(unprobed).items())
     assert all(value > 0 for name, value in measured.items() if name != "b_over_a")

@@ -41,11 +41,11 @@ CPU = torch.device("cpu")
 VOCABULARY = 96
 
 
-def tiny(method, tied, vocabulary=VOCABULARY, family=LlamaConfig):
+def tiny(method, tied, vocabulary=VOCABULARY):
     """Return a model of one layer; B of LoRA is not zero, so that LoRA on the unembedding has an effect."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
-    config = family(vocab_size=vocabulary, tie_word_embeddings=tied, num_key_value_heads=1, head_dim=8, **sizes)
+    config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tied, num_key_value_heads=1, head_dim=8, **sizes)
     model = AutoModelForCausalLM.from_config(config).train()
     if method == "lora":
         model = add_lora(model, 4, "all", 32.0, True, seed=0)
@@ -57,23 +57,21 @@ def tiny(method, tied, vocabulary=VOCABULARY, family=LlamaConfig):
 
 
 def batch_of(rows, width, share, seed=0, vocabulary=VOCABULARY):
-    """Return random tokens, of which about `share` are scored, at least one."""
+    """Return random tokens, of which about `share` are scored."""
     generator = torch.Generator().manual_seed(seed)
     inputs, targets = (torch.randint(vocabulary, (rows, width), generator=generator) for _ in range(2))
-    ignored = torch.rand((rows, width), generator=generator) > share
-    ignored[0, seed % width] = False
-    return Batch(inputs, targets.masked_fill(ignored, IGNORED))
+    return Batch(inputs, targets.masked_fill(torch.rand((rows, width), generator=generator) > share, IGNORED))
 
 
-def gradients(model, batch, max_logits, autocast=None):
+def gradients(model, batch, max_logits):
     """Return the loss, and the gradient of each weight."""
-    nll = add_gradient(model, batch, batch.scored, autocast, max_logits)
+    nll = add_gradient(model, batch, max(1, batch.scored), None, max_logits)
     by_name = {name: parameter.grad.clone() for name, parameter in trained_parameters(model).items()}
     model.zero_grad()
     return nll, by_name
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(
     method=st.sampled_from(["lora", "fullft"]),
     tied=st.booleans(),
@@ -128,7 +126,6 @@ def test_nll_is_token_weighted_and_equals_transformers(data, monkeypatch):
     # Few logits and few tokens at a time.
     monkeypatch.setitem(MAX_LOGITS, "cpu", 7 * 1024)
     assert example_nlls(model, split, Machine(CPU, 64)) == pytest.approx(nats, rel=1e-4)
-    # A model that changes its logits is refused.
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(UserError, match="final_logit_softcapping"):
         check_plain_head(model)
@@ -177,15 +174,8 @@ def test_curve_steps_by_hand_and_protocol_defaults_that_are_the_papers():
     assert (protocol.betas, protocol.eps, protocol.weight_decay, protocol.clip_norm) == ([0.9, 0.95], 1e-8, 0.0, None)
 
 
-def test_the_movement_of_weights_may_be_recorded_at_more_steps_than_the_validation_loss(data, tmp_path):
-    protocol = Protocol(curve_points=2, probe_points=3)
-    outcome, _ = train(condition_of("lora", 4, steps=4, batch_size=4), data, tmp_path, 1e-2, protocol=protocol)
-    assert [point.step for point in outcome.curve if point.metric == "a_moved"] == [1, 2, 4]
-    assert len(series(outcome, "nll", "validation")) == 3
-
-
 def test_a_curve_on_few_examples_falls_as_these_do_from_the_loss_of_all_and_ends_with_that_of_all(data, tmp_path):
-    condition, protocol = condition_of("lora", 4, steps=3, batch_size=4), Protocol(curve_points=4)
+    condition, protocol = condition_of("lora", 4, steps=4, batch_size=4), Protocol(curve_points=2, probe_points=3)
     split, machine = data["validation"], Machine(CPU, 16_384)
     trained_on = [
         train(condition, data, tmp_path / str(number), 1e-2, protocol=protocol, curve_examples=number)
@@ -193,6 +183,9 @@ def test_a_curve_on_few_examples_falls_as_these_do_from_the_loss_of_all_and_ends
     ]
     outcomes, models = zip(*trained_on, strict=True)
     curves = [series(outcome, "nll", "validation") for outcome in outcomes]
+    # The movement of weights may be recorded at more steps.
+    assert [point.step for point in outcomes[0].curve if point.metric == "a_moved"] == [1, 2, 4]
+    assert list(map(len, curves)) == [3, 3, 3]
     assert curves[2] == curves[0] != curves[1]
     assert len({curve[0] for curve in curves}) == len({outcome.final_valid_nll for outcome in outcomes}) == 1
     assert outcomes[0].final_valid_nll == curves[0][-1]
@@ -202,6 +195,5 @@ def test_a_curve_on_few_examples_falls_as_these_do_from_the_loss_of_all_and_ends
     base, trained = (example_nlls(model, split, machine)[few] for model in (load_model(TINY), models[1]))
     fall = (base.sum() - trained.sum()) / scored_by_example(split)[few].sum()
     assert curves[1][0] - curves[1][-1] == pytest.approx(fall, abs=1e-6)
-    # Points before the last are measured on these examples only.
     measure = ValidationCurve(split, 3, example_nlls(load_model(TINY), split, machine))
     assert measure.point(models[1], machine) == pytest.approx(curves[1][-1], abs=1e-6)

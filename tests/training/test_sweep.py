@@ -1,7 +1,8 @@
-"""A sweep and its job: a diverged run affects no other, finished runs are kept, repeats are at the best LR."""
+"""A sweep and its job: diverged runs are results, sweeps share base and data; finished runs that were saved go on."""
 
 from __future__ import annotations
 
+import shutil
 from unittest.mock import create_autospec
 
 import pandas as pd
@@ -10,36 +11,24 @@ import pytest
 import torch
 from pandas.testing import assert_frame_equal
 
+import saved_runs
 from lorabench.errors import UserError
+from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
+from lorabench.store.progress import finished_runs
+from lorabench.store.run_folder import RunFolder
 from lorabench.training import context, sft
 from lorabench.training.context import Base
 from lorabench.training.job import run_job
+from saved_runs import restore_runs, save_runs
 
-from .conftest import trained
+from .conftest import BrokenError, sweep_of, trained
 
 
 def rows_of(plan, layout, *sweeps):
     """Train sweeps as one job and return its rows."""
     run_job(plan, Job(sweeps), layout, lambda line: None)
     return pq.read_table(layout.job(Job(sweeps))).to_pylist()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "fullft"])
-def test_a_diverged_run_is_a_result_and_touches_no_other(method, ready):
-    sound, _ = trained(*ready("sound", **{method: [1e-3, 3e-3]}), method)
-    mixed, lines = trained(*ready("mixed", **{method: [1e-3, 3e-3, 1e3]}), method)
-    lost = mixed[mixed.lr == 1e3]
-    assert list(lost.status) == ["diverged"]
-    assert lost[["final_valid_nll", "final_test_nll"]].isna().all(axis=None)
-    assert lost.diverged_at.item() > 1
-    assert any("lr 1000, seed 0: diverged at step" in line for line in lines)
-    # Runs before it in the same process, and the repeat after it, are as without it.
-    columns = ["run_id", "lr", "seed", "status", "final_valid_nll", "final_test_nll"]
-    rest = mixed[mixed.lr < 1e3][columns].reset_index(drop=True)
-    assert_frame_equal(rest, sound[columns].reset_index(drop=True), check_exact=True)
-    assert list(rest.seed) == [0, 0, 1]
 
 
 def test_a_sweep_of_diverged_runs_only_has_no_repeats_and_a_second_call_trains_nothing(ready, monkeypatch):
@@ -88,3 +77,39 @@ def test_sweeps_of_a_job_share_base_and_data_and_learn_what_each_does_by_itself(
     columns = ["run_id", "lr", "seed", "status", "final_valid_nll", "final_test_nll", "dataset_sha256", "model_sha256"]
     assert_frame_equal(pd.DataFrame(together)[columns], pd.DataFrame(apart)[columns], check_exact=True)
     assert len(together) == 3 * 2
+
+
+def test_an_unfinished_sweep_is_restored_and_runs_of_another_version_or_settings_are_refused(ready, monkeypatch):
+    plan, layout = ready("part", lora=[1e-3, 3e-3])
+    train_sft, started = sft.train_sft, []
+
+    def second_breaks(run, *rest):
+        started.append(run)
+        if len(started) == 2:
+            raise BrokenError
+        return train_sft(run, *rest)
+
+    monkeypatch.setattr(sft, "train_sft", second_breaks)
+    with pytest.raises(BrokenError):
+        trained(plan, layout, "lora")
+    monkeypatch.setattr(sft, "train_sft", train_sft)
+    assert save_runs(plan, layout)[0] == 1
+    folder = RunFolder(layout.runs, started[0].run_id)
+    outcome = folder.read_record()["outcome"]
+    shutil.rmtree(layout.runs)
+    # To save again, where no run is left, keeps what was saved.
+    assert save_runs(plan, layout)[0] == 1
+    protocol = plan.preset.protocol.model_copy(update={"clip_norm": 0.5})
+    other = make_plan(plan.preset.model_copy(update={"protocol": protocol}))
+    with pytest.raises(UserError, match="none of the 1 runs in .* is in the plan of preset mine: its models"):
+        restore_runs(other, layout)
+    with monkeypatch.context() as patch:
+        patch.setattr(saved_runs, "PROTOCOL_VERSION", 99)
+        with pytest.raises(UserError, match=r"holds runs of protocol version \d+, but this code computes version 99"):
+            restore_runs(plan, layout)
+    assert not layout.runs.exists()
+    assert restore_runs(plan, layout) == (1, 0, 0)
+    assert restore_runs(plan, layout) == (0, 1, 0)
+    assert folder.read_record()["outcome"] == outcome
+    assert finished_runs(plan, layout)[0] == 1
+    assert started[0] in sweep_of(plan, "lora").grid()

@@ -9,8 +9,8 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,9 +19,6 @@ import yaml
 from typer.testing import CliRunner
 
 from lorabench.cli.commands import app
-from lorabench.config.inputs import HubProblems
-from lorabench.custom.model import find_model
-from lorabench.data.problems import make_problems, repositories
 from lorabench.data.sft import about, read_dataset
 from lorabench.errors import UserError
 from lorabench.models.specs import shipped_folder
@@ -35,14 +32,6 @@ from ..conftest import MARGINS, REPOSITORY
 from ..hub import repositories as hub_repositories
 from ..hub.server import serving
 
-COUNTS = {"train": 30, "validation": 5, "test": 10}
-PARTS = {
-    "gsm8k": [hub_repositories.write_gsm8k],
-    "math": [hub_repositories.write_hendrycks_math, hub_repositories.write_math500],
-    "deepmath": [hub_repositories.write_deepmath],
-    "aime24": [hub_repositories.write_aime24],
-    "aime25": [hub_repositories.write_aime25],
-}
 TULU3 = "allenai/tulu-3-sft-mixture"
 
 
@@ -108,16 +97,18 @@ MODEL = WantedRepository("model", "owner/tiny", "main")
 DATA = WantedRepository("dataset", TULU3, "main", ((None, "train"),))
 
 
-def test_of_a_model_only_what_is_read_comes(hub):
+def test_of_a_model_only_what_is_read_comes(hub, tmp_path):
     add_model(hub)
+
+    def files():
+        return {path.name for path in tmp_path.glob("home/hub/models--*/snapshots/*/*")}
+
     (model,) = fetched(MODEL).values()
-    assert (model.commit, model.revision) == (hub.commit("models", "owner/tiny"), "main")
-    names = "chat_template.jinja config.json generation_config.json model.safetensors recipe.json tokenizer.json"
-    assert sorted(model.files) == [*names.split(), "tokenizer_config.json"]
-    assert model.files["model.safetensors"] == (shipped_folder("llama-64") / "model.safetensors").stat().st_size
-    assert not [request for request in hub.requests if "pytorch_model" in request]
-    code = WantedRepository("model", "owner/tiny", model.commit, code=True)
-    assert "code.py" in fetched(code)["owner/tiny"].files
+    assert model.commit == hub.commit("models", "owner/tiny")
+    names = {path.name for path in shipped_folder("llama-64").iterdir()} - {"README.md"}
+    assert files() == names
+    fetched(replace(MODEL, revision=model.commit, code=True))
+    assert files() == names | {"code.py"}
 
 
 def test_a_moving_revision_stays_what_it_was_when_it_was_first_fetched(hub):
@@ -132,21 +123,6 @@ def test_a_moving_revision_stays_what_it_was_when_it_was_first_fetched(hub):
     ]
     pins[0].unlink()
     assert fetched(MODEL)["owner/tiny"].commit == hub.commit("models", "owner/tiny") != before["owner/tiny"].commit
-
-
-def test_problem_sets_are_those_of_local_copies(hub):
-    for kind in PARTS:
-        for write in PARTS[kind]:
-            write(hub.root / "datasets")
-        counts = COUNTS if kind not in ("aime24", "aime25") else {"train": 0, "validation": 0, "test": 30}
-        spec = HubProblems(kind=kind, **counts)
-        wanted = repositories(spec)
-        assert tuple(repository.id for repository in wanted) == spec.ids
-        rows = make_problems(spec, fetched(*wanted))
-        assert Counter(row["split"] for row in rows) == Counter(counts)
-        assert rows == make_problems(spec.model_copy(update={"path": str(hub.root / "datasets")}))
-        requests = " ".join(hub.requests)
-        assert "socratic/train-00000" not in requests.replace("HEAD", "GET")
 
 
 def preset(hub):
@@ -200,11 +176,8 @@ def test_fetched_once_the_rest_needs_no_connection(hub, fixed_hashes, monkeypatc
     assert not lorabench("fetch-model", "tiny")
     assert not lorabench("fetch-data", "tulu3")
     assert not lorabench("fetch-data", "gsm8k")
-    commits = {
-        "owner/tiny": hub.commit("models", "owner/tiny"),
-        TULU3: hub.commit("datasets", TULU3),
-        "openai/gsm8k": hub.commit("datasets", "openai/gsm8k"),
-    }
+    commits = {name: hub.commit("datasets", name) for name in (TULU3, "openai/gsm8k")}
+    commits["owner/tiny"] = hub.commit("models", "owner/tiny")
     # A new commit of the base on the hub must not matter.
     (hub.folder("models", "owner/tiny") / "model.safetensors").write_bytes(b"other weights")
     # No server answers any more, and the client is in offline mode.
@@ -258,30 +231,20 @@ def test_a_gated_repository_without_a_token(hub):
     assert f"dataset {TULU3} is gated: ask for access on {hub.endpoint}/datasets/{TULU3}" in refused(DATA)
 
 
-def test_a_repository_or_a_revision_that_is_not_there(hub):
+def test_a_repository_a_revision_or_a_file_that_is_not_there(hub):
     assert refused(MODEL).startswith("model owner/tiny is not on the hub, or is private and needs a token")
-    add_model(hub)
-    for revision in ("v2", "f" * 40):
-        wanted = WantedRepository("model", "owner/tiny", revision)
-        assert refused(wanted) == f"model owner/tiny has no revision {revision!r}"
-
-
-def test_a_model_without_safetensors(hub):
-    (add_model(hub) / "model.safetensors").unlink()
+    folder = add_model(hub)
+    assert refused(replace(MODEL, revision="v2")) == "model owner/tiny has no revision 'v2'"
+    (folder / "model.safetensors").unlink()
     expected = "model owner/tiny has no .safetensors file at [0-9a-f]{40}; pickled weights are not loaded"
     assert re.fullmatch(expected, refused(MODEL))
 
 
 def test_a_split_or_a_configuration_that_is_not_there(hub):
     hub_repositories.write_gsm8k(hub.root / "datasets")
-    split, config = (
-        WantedRepository("dataset", "openai/gsm8k", "main", (part,))
-        for part in (("main", "validation"), ("algebra", "train"))
-    )
+    split, config = (replace(DATA, id="openai/gsm8k", parts=((name, "validation"),)) for name in ("main", "algebra"))
     assert refused(split) == "dataset openai/gsm8k has no split 'validation'; allowed: train, test"
-    said = refused(config)
-    assert "dataset openai/gsm8k has no configuration 'algebra'" in said
-    assert "socratic" in said
+    assert "dataset openai/gsm8k has no configuration 'algebra'" in refused(config)
 
 
 def test_a_hub_that_does_not_answer(hub, monkeypatch, tmp_path):
@@ -332,41 +295,18 @@ def commands(*words):
     return done.exit_code, done.stdout, done.stderr
 
 
-NO_CONNECTION = "can't be fetched at main: no connection to http://127.0.0.1:"
+def test_what_the_hub_does_not_have_is_one_sentence_of_init_at_once(hub, monkeypatch, tmp_path, capfd):
+    def refused_by(*words, error):
+        status, _, said = commands("init", "mine.yaml", *words)
+        assert (status, said.count("\n")) == (2, 1)
+        assert said.startswith(f"lorabench: {error}"), said
+        assert "; the path of a local f" in said
 
-
-INIT = "init mine.yaml --model nosuch/model --data own.jsonl"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("answer", "words", "reason"),
-    [
-        ("none", "--model nosuch/model --data own.jsonl", NO_CONNECTION),
-        ("refused", "--model nosuch/model --data own.jsonl", NO_CONNECTION),
-        ("broken", "--model tiny --data nosuch/data", "can't be fetched at main: Server error '503 Service"),
-        ("unknown", "--model nosuch/model --data own.jsonl", "is not on the hub, or is private and needs a token"),
-    ],
-)
-def test_what_the_hub_does_not_have_is_one_sentence_at_once(answer, words, reason, hub, monkeypatch, tmp_path, capfd):
-    with socket.socket() as silent:
-        if answer == "refused":
-            at(monkeypatch, unused_endpoint(), tmp_path / "home")
-        if answer == "none":
-            # Connections are taken, and nothing is ever sent.
-            silent.bind(("127.0.0.1", 0))
-            silent.listen()
-            at(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path / "home")
-        hub.broken = answer == "broken"
-        started = time.monotonic()
-        with pytest.raises(UserError):
-            find_model("nosuch/model")
-        assert time.monotonic() - started < 3
-        status, _, said = commands("init", "mine.yaml", *words.split())
-    what, works = ("dataset nosuch/data", "file") if "nosuch/data" in words else ("model nosuch/model", "folder")
-    assert status == 2
-    assert said.startswith(f"lorabench: {what} {reason}")
-    assert f"; the path of a local {works}" in said
-    assert len(said.splitlines()) == 1
+    of_model, of_data = ("--model", "nosuch/model", "--data", "own.jsonl"), ("--model", "tiny", "--data", "nosuch/data")
+    refused_by(*of_model, error="model nosuch/model is not on the hub, or is private and needs a token")
+    hub.broken = True
+    refused_by(*of_data, error="dataset nosuch/data can't be fetched at main: Server error '503 Service")
     assert sum(hub.requests.values()) <= 2
+    at(monkeypatch, unused_endpoint(), tmp_path / "home")
+    refused_by(*of_model, error="model nosuch/model can't be fetched at main: no connection to http://127.0.0.1:")
     assert capfd.readouterr().err == ""

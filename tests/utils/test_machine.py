@@ -12,12 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.utils.gpus import (
-    none_seen,
-    own_devices,
-    processor,
-    visible_devices,
-)
+from lorabench.utils.gpus import own_devices, visible_devices
 from lorabench.utils.slurm import partition_minutes
 
 # Each line is written at once: a job says which devices it takes and that it gives them back.
@@ -60,8 +55,7 @@ def machine(tmp_path, monkeypatch, program) -> Path:
 def test_no_two_jobs_hold_a_device_at_once(machine):
     jobs = [subprocess.Popen([sys.executable, "-c", JOB, count]) for count in "1211213"]
     assert [job.wait(60) for job in jobs] == [0] * len(jobs)
-    held: set[str] = set()
-    sizes = []
+    held, sizes = set(), []
     for line in (machine / "log").read_text().splitlines():
         word, names = line.split()
         devices = set(names.split(","))
@@ -102,21 +96,6 @@ def test_the_devices_that_slurm_assigned_stay_and_none_is_assigned_where_there_i
         assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
 
 
-def test_a_gpu_that_torch_does_not_see_is_told_with_the_driver(program, monkeypatch):
-    program("nvidia-smi", "printf '550.54.15\n550.54.15\n'")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert none_seen("H100-80GB", "2.13.0", "13.0") == (
-        "execution.gpu is H100-80GB, and torch 2.13.0, for CUDA 13.0, sees no GPU on this machine "
-        f"({processor()}; the driver is 550.54.15, CUDA_VISIBLE_DEVICES is ''); to compute on a CPU, set gpu to null "
-        "and gflops to its speed in the preset's execution"
-    )
-    program("nvidia-smi", "exit 9")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert f"built without CUDA, sees no GPU on this machine ({processor()}; nvidia-smi names no GPU)" in none_seen(
-        "A10", "2.13.0+cpu", None
-    )
-
-
 def test_the_limit_of_a_partition(program, monkeypatch):
     limits = {"cpu*": "12:30:00", "gpu": "2-00:00:00", "short": "30:00", "long": "infinite", "odd": "n/a"}
     program("sinfo", "; ".join(f"echo '{name}|{limit}'" for name, limit in limits.items()))
@@ -130,11 +109,10 @@ def test_the_limit_of_a_partition(program, monkeypatch):
 
 # Counts page faults of a loop that, as a training step does, holds many blocks at once (8 MiB) and frees them together.
 FAULTS = """
-import resource, sys
+import resource
 import numpy as np
 from lorabench.utils.exhaustion import keep_freed_memory
-if "keep" in sys.argv:
-    assert keep_freed_memory()
+assert keep_freed_memory()
 def step():
     return [np.ones(1 << 15) for _ in range(32)]
 step()
@@ -149,10 +127,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs glibc"
 )
 def test_freed_blocks_are_used_again_without_new_pages():
-    def faults(*arguments: str) -> int:
-        command = [sys.executable, "-c", FAULTS, *arguments]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-    # 2,048 pages in each of 20 steps.
-    assert faults() > 20_000
-    assert faults("keep") < 4_000
+    faults = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
+    # By default 2,048 pages in each of 20 steps.
+    assert int(faults) < 4_000

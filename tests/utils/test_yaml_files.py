@@ -9,32 +9,22 @@ import pytest
 from lorabench.errors import UserError
 from lorabench.utils.yaml_files import read_yaml
 
-
-def bomb(form):
-    """Return nine aliases of nine aliases, and so on, 30 times: 9^30 values in 2 kB."""
-    return "a0: &a0 {x: 1}\n" + "".join(
-        f"a{level}: &a{level} {form.format(', '.join([f'*a{level - 1}'] * 9))}\n" for level in range(1, 31)
-    )
-
-
+# Nine aliases of nine aliases, and so on, 30 times: 9^30 values in 2 kB.
+BOMB = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 31)
+)
 REFUSED = {
-    "aliases of aliases": (bomb("[{}]"), "line 5: there are more than 20,000 keys and values"),
-    "merged aliases": (bomb("{{<<: [{}]}}"), "line 5: there are more than 20,000 keys and values"),
+    "aliases of aliases": (BOMB, "line 5: there are more than 20,000 keys and values"),
     "a list in itself": ("&a [*a]", "line 1: *a is an alias of what contains it"),
-    "a mapping in itself": ("x: &a\n  y: *a", "line 2: *a is an alias of what contains it"),
     "very deep lists": ("[" * 500_000, "not valid YAML: .*(nesting|expected)|more than 50 levels"),
     "deep blocks": ("- " * 400_000, "line 1: there are more than 50 levels"),
-    "many values": ("[" + "1," * 30_000 + "]", "line 1: there are more than 20,000 keys and values"),
     "too large": (" " * 1_000_001, "a YAML file has at most 1 MB here"),
     "a repeated key": ("a: 1\nb:\n  c: 2\n  'c': 3\n", "line 4: the key 'c' is there twice"),
     "a long number": ("x: " + "9" * 5_000, "the number 99999999999999999999... has more than 20 digits (line 1)"),
     "a long fraction to base 60": ("x: " + "1:" * 400_000 + "1.0", "not valid YAML: int too large to convert to float"),
     "no number": ("x: 0x_", "not valid YAML: invalid literal for int"),
-    "a tag": ("x: !!set {a}", "line 1: the tag 'tag:yaml.org,2002:set' can't be used here"),
     "a tag that makes objects": ("!!python/object/apply:os.getpid []", "can't be used here"),
     "a key that is a list": ("{[1]: 2}", "not valid YAML: while constructing a mapping, found unhashable key (line 1)"),
-    "two documents": ("a\n---\nb", "but found another document (line 2)"),
-    "no alias": ("*b", "not valid YAML: found undefined alias (line 1)"),
     "a control character": ("a: \x1b[31m", "unacceptable character #x001b"),
     "Latin-1": ("größe: 1".encode("latin-1"), "not valid YAML: it is not UTF-8"),
 }

@@ -122,21 +122,6 @@ def test_runs_as_jobs_give_the_tables_of_whole_jobs_although_they_were_killed(ch
     assert "Nothing to be done" in make_tables(checkout, "split")
 
 
-def test_a_deleted_run_is_trained_again_by_the_second_call(checkout):
-    layout = Layout.of(str(checkout / "split.yaml"))
-    plan, before = make_plan(layout.preset), contents(checkout, "split")
-    sweep = next(sweep for sweep in plan.sweeps if sweep.lattice)
-    shutil.rmtree(checkout / layout.runs / sweep.grid()[1].run_id)
-    for path in (layout.job(plan.job_of(sweep)), *(layout.tables() / f"{table}.parquet" for table in TABLES)):
-        (checkout / path).unlink()
-    targets = [f"results/split/tables/{table}.parquet" for table in TABLES]
-    output = snakemake(checkout, *targets, "--config", "preset=split.yaml", fails=True)
-    assert "trained and then deleted, and the same command trains them again" in output
-    output = make_tables(checkout, "split")
-    assert len(re.findall(r"rule train_run:", output)) == 1
-    assert contents(checkout, "split") == before
-
-
 def flip(path: Path) -> None:
     """Flip one bit in the middle of a file."""
     content = bytearray(path.read_bytes())

@@ -81,7 +81,7 @@ def test_an_own_preset_runs_to_its_report_in_the_folder_and_nothing_is_written_e
     assert "LoRA against full fine-tuning: tiny on mine.jsonl" in (results / "report/index.html").read_text()
     [tally] = (results / "data").glob("mine.*.rows.json")
     bad = [{"reason": "no text", "rows": 1, "first": 49}, {"reason": "not JSON", "rows": 1, "first": 50}]
-    numbers = {"rows": 50, "usable": 48, "unit": "line", "bad": bad}
+    numbers = {"rows": 50, "usable": 48, "bad": bad}
     assert json.loads(tally.read_text()) == {"format": "prompt/completion"} | numbers
     assert list((folder / "paper_figures/my").glob("*.svg"))
     assert {path for path in package.rglob("*") if "__pycache__" not in path.parts} == before

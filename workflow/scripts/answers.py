@@ -76,10 +76,8 @@ def _remark(question: Question, cell: Mapping[Any, Any]) -> str:
             measured = question.measured.format(estimate[0])
             measured += f" [{', '.join(interval)}]" if len(interval) == 2 else ""
     again, same = "", holds_again(cell) and cell["explored"]
-    if same:
-        again = "the same on held-out seeds"
-    elif holds_again(cell):
-        again = "all seeds held out"
+    if holds_again(cell):
+        again = "the same on held-out seeds" if same else "all seeds held out"
     elif not formats.missing(cell["held_out"]):
         again = f"{ANSWERS.get(cell['held_out'], 'not tested')} on held-out seeds"
     if borderline(cell):
@@ -102,8 +100,6 @@ def count_of_core(cells: pd.DataFrame) -> str:
         counts += [f"{slight} {'holds' if slight == 1 else 'hold'} by less than matters"] if slight else []
         counts += [f"{no} {'does' if no == 1 else 'do'} not"] if no else []
         counted.append(f"{_listed(counts)} {at_size(str(scale))}")
-    if not counted:
-        return f"None of the {len(CORE)} claims that carry the paper is decided at any size."
     rest = f", and **none is decided {at_size(above[0])} or above**" if above else ""
     said = f"Of the {len(CORE)} claims that carry the paper {'; '.join(counted)}."
     return f"{said} The others are undecided or not tested{rest}."

@@ -13,7 +13,7 @@ import typer
 
 from facts import write_facts
 from lorabench.cli.common import in_one_sentence
-from lorabench.report.evidence import evidence_tables, write_evidence
+from lorabench.figures.evidence import evidence_tables, write_evidence
 from lorabench.sources.measurements import read_own
 from lorabench.store.published import PUBLISHED, evidence_folders
 from pages import check_places, make_smaller, write_pages
@@ -31,10 +31,9 @@ def main() -> None:
 def publish_evidence(tables: Mapping[str, pd.DataFrame], root: Path) -> None:
     """Write the evidence to where a repository shows it, and the parts of its pages, if all have their place."""
     check_places(root)
-    folder = root / PUBLISHED / "evidence"
-    write_evidence(tables, folder)
-    for path in (folder / "matrix.svg", folder / "forest.svg"):
-        make_smaller(path)
+    write_evidence(tables, root / PUBLISHED / "evidence")
+    for name in ("matrix.svg", "forest.svg"):
+        make_smaller(root / PUBLISHED / "evidence" / name)
     write_pages(root)
 
 

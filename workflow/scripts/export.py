@@ -1,10 +1,7 @@
 """Exporting presets as a dataset: parquet files, and a card that data hubs read.
 
-Run it from the root of the repository: `python workflow/scripts/export.py FOLDER`, perhaps with `--preset laptop`.
-
-The folder of a preset that was run here holds its tidy tables, which start with a column that names the preset. Of
-others the repository itself has what is kept: saved runs in paper_figures/partial, and verdicts in
-paper_figures/published.
+Run it from the root of the repository: `python workflow/scripts/export.py FOLDER`, perhaps with `--preset laptop`. The
+folder of each preset holds its tidy tables, which start with a column that names the preset.
 """
 
 from __future__ import annotations
@@ -48,6 +45,7 @@ MEANINGS = {
 """A sentence on each tidy table, by its name."""
 
 _TITLE = "Runs that compare LoRA with full fine-tuning"
+_SCHEMAS = {name: pa.schema([*PRESET, *schema]) for name, schema in SCHEMAS.items()}
 
 
 def main(
@@ -59,37 +57,29 @@ def main(
 ) -> None:
     """Write the tables of finished presets as a dataset: parquet, and a card for data hubs."""
     with in_one_sentence():
-        for name, rows in export(preset or exportable(), out).items():
+        for name, rows in export(preset or [], out).items():
             print(f"{name}: {', '.join(f'{count:,} {table}' for table, count in rows.items())}")
         print(f"wrote {out}; its page is {out / 'README.md'}")
 
 
-def exportable() -> list[str]:
-    """Return the shipped presets that were run here, with those on held-out seeds."""
-    runs = {path.parent.parent.name for path in Path("results").glob("*/tables/runs.*")}
-    return sorted(name for name in runs if split_name(name)[0] in shipped("*"))
-
-
 def export(presets: Sequence[str], out: Path) -> dict[str, dict[str, int]]:
-    """Write the tables of presets into a folder that is empty or does not exist, with a card.
+    """Write the tables of presets, or of all shipped ones that were run here, into a new folder, with a card.
 
-    Returns:
-        By preset, the number of rows of each of its tables.
+    Returns by preset the number of rows of each of its tables.
 
     Raises:
-        UserError: there is nothing of a preset, the folder is not empty, or a table is damaged; only in the last case
-            something may be written.
+        UserError: there is nothing of a preset, or the folder is not empty; then nothing is written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; export into a new folder, so that no older table is among the new ones")
+    here = {path.parent.parent.name for path in Path("results").glob("*/tables/runs.*")}
+    presets = presets or sorted(name for name in here if split_name(name)[0] in shipped("*"))
     if not presets:
         raise UserError("no shipped preset has tables in results; run one, or name yours with --preset")
     layouts = [Layout.of(name) for name in presets]
     for layout in layouts:
         if table_path(layout.tables(), "runs") is None:
-            raise UserError(
-                f"preset {layout.name} has no tables in {layout.tables()}, where a finished preset has them"
-            )
+            raise UserError(f"preset {layout.name} has no tables in {layout.tables()}; finish it first")
     rows: dict[str, dict[str, int]] = {}
     for layout in layouts:
         # On hubs, an `@` in a path would begin the name of a revision.
@@ -108,18 +98,14 @@ def export(presets: Sequence[str], out: Path) -> dict[str, dict[str, int]]:
 
 def _exported(frame: pd.DataFrame, name: str, preset: str) -> pa.Table:
     """Return a table in the exported columns; the names of machines are left out, since they are private."""
-    schema = _schema(name)
+    schema = _SCHEMAS[name]
     unknown = [column for column in schema.names if column not in frame or column == "host"]
     frame = frame.assign(**dict.fromkeys(unknown) | {"preset": preset})
     return pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
 
 
-def _schema(name: str) -> pa.Schema:
-    return pa.schema([*PRESET, *SCHEMAS[name]])
-
-
 def _card(rows: Mapping[str, Mapping[str, int]]) -> str:
-    """Return the page of an exported dataset, by its numbers of rows; its head is for data hubs and their libraries."""
+    """Return the page of an exported dataset, by its numbers of rows; its head is for data hubs."""
     names = [name for name in SCHEMAS if any(name in counts for counts in rows.values())]
     configs = [{"config_name": name, "data_files": f"*/{name}.parquet"} for name in names]
     tags = ["lora", "peft", "fine-tuning", "learning-rate", "lorabench"]
@@ -137,10 +123,11 @@ def _card(rows: Mapping[str, Mapping[str, int]]) -> str:
         "The numbers are rows; a dash means that the table is not here. The column `host` is always null.",
     ]
     for name in names:
-        # The pages that descriptions link to are not in the dataset.
-        meanings = [re.sub(r"\[([^]]*)]\([^)]*\)", r"\1", description(column)) for column in _schema(name)]
-        about = zip(_schema(name), meanings, strict=True)
-        columns = [[f"`{column.name}`", type_name(column.type), meaning] for column, meaning in about]
+        columns = []
+        for column in _SCHEMAS[name]:
+            # The pages that descriptions link to are not in the dataset.
+            meaning = re.sub(r"\[([^]]*)]\([^)]*\)", r"\1", description(column))
+            columns.append([f"`{column.name}`", type_name(column.type), meaning])
         lines += ["", f"## {name}", "", MEANINGS[name], "", *table(["column", "type", "meaning"], columns)]
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n{front}---\n\n" + "\n".join(lines) + "\n"

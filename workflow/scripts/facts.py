@@ -8,7 +8,6 @@ Of the learning rates of variants, the rows of this project are those of its pub
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import shutil
@@ -42,11 +41,23 @@ def write_facts(root: Path) -> None:
     folder, published = root / "advice/lora_advice/facts", root / "paper_figures/published"
     for name in _COPIED:
         shutil.copyfile(published / "evidence" / name, folder / name)
-    _write_variants(folder / "variant_lrs.csv", published)
+    # The rows of the published runs, on explored and on held-out seeds, and those of others.
+    figures = {"variants": published / "variants", "variants@100": published / "variants/held_out"}
+    variants, models = pd.read_csv(folder / "variant_lrs.csv", dtype=str), load_preset("variants").models
+    rows = []
+    for source, place in figures.items():
+        figure = pd.read_csv(place / "variants_of_lora.csv")
+        chosen = figure[(figure["element"] == "gap") & (figure["variant"] != "fullft") & figure["lr_ratio_low"].notna()]
+        for row in chosen.to_dict("records"):
+            own = {"variant": row["variant"], "rank": f"{row['rank']:.0f}", "dataset": row["dataset"], "source": source}
+            own["width"], own["lr_ratio"] = str(dimensions(models[row["model"]]).hidden), f"{row['lr_ratio']:.3g}"
+            rows.append(own)
+    variants = pd.concat([pd.DataFrame(rows), variants[~variants["source"].isin(list(figures))]])[variants.columns]
+    variants.to_csv(folder / "variant_lrs.csv", index=False)
     assert DEFAULT.movement
-    exponents = dict(PUBLISHED.exponents)
+    law = {"base": PUBLISHED.base, "multiplier": PUBLISHED.multiplier, "exponents": dict(PUBLISHED.exponents)}
     theory = {
-        "law": {"base": PUBLISHED.base, "multiplier": PUBLISHED.multiplier, "exponents": exponents, "pivot": PIVOT},
+        "law": law | {"pivot": PIVOT},
         "movement": DEFAULT.movement.model_dump(),
         "alpha": ALPHA,
         "lr_factor": DEFAULT_MARGINS.lr_factor,
@@ -66,25 +77,6 @@ def write_facts(root: Path) -> None:
     files = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     (folder / "manifest.json").write_text(json.dumps(hashes, indent=2) + "\n")
-
-
-def _write_variants(path: Path, published: Path) -> None:
-    """Write the rows of the published runs, on explored and on held-out seeds, into the table of variants."""
-    figures = {"variants": published / "variants", "variants@100": published / "variants/held_out"}
-    with path.open(encoding="utf-8", newline="") as file:
-        others = [row for row in csv.DictReader(file) if row["source"] not in figures]
-    models, rows = load_preset("variants").models, []
-    for source, folder in figures.items():
-        figure = pd.read_csv(folder / "variants_of_lora.csv")
-        chosen = figure[(figure["element"] == "gap") & (figure["variant"] != "fullft") & figure["lr_ratio_low"].notna()]
-        for row in chosen.to_dict("records"):
-            width = str(dimensions(models[row["model"]]).hidden)
-            measured = {"dataset": row["dataset"], "lr_ratio": f"{row['lr_ratio']:.3g}", "source": source}
-            rows.append({"variant": row["variant"], "rank": f"{row['rank']:.0f}", "width": width} | measured)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, others[0].keys(), lineterminator="\n")
-        table.writeheader()
-        table.writerows([*rows, *others])
 
 
 if __name__ == "__main__":

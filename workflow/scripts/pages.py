@@ -25,7 +25,6 @@ from lorabench.sources.measurements import MEASURES, holds_again
 from lorabench.store.io import read_claims
 from lorabench.store.published import NOT_PUBLISHED, PUBLISHED, published_folders, read_held_out, read_provenance
 from lorabench.utils import formats
-from lorabench.utils.files import atomic_path
 from lorabench.utils.markdown import table, with_part
 from lorabench.utils.yaml_files import read_yaml
 
@@ -43,16 +42,13 @@ def make_smaller(picture: Path) -> None:
     options = scour.sanitizeOptions()
     options.strip_ids, options.shorten_ids, options.digits = True, True, 5
     options.indent_type, options.newlines, options.strip_comments = "none", False, True
-    text = scour.scourString(picture.read_text(encoding="utf-8"), options)
-    with atomic_path(picture) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    picture.write_text(scour.scourString(picture.read_text(encoding="utf-8"), options), encoding="utf-8")
 
 
 def write_pages(root: Path) -> None:
     """Write the generated parts of all pages; if a page has no place for its part (UserError), nothing is changed."""
     for page, text in pages(root).items():
-        with atomic_path(root / page) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
+        (root / page).write_text(text, encoding="utf-8")
 
 
 def check_places(root: Path, *presets: str) -> None:
@@ -97,8 +93,7 @@ def answers_part(root: Path, page: Path) -> str:
     more = f"{mean} [What the ratio depends on]({_link('studies/lr_ratio/README.md', page)}); `lorabench recommend` "
     more += "estimates a learning rate for your model."
     lines = [f"{count_of_core(cells)} The questions that matter most in use:", ""]
-    for question in QUESTIONS:
-        lines.append(f"- {answer(question, cells)}{more if question.claim_id == 'B1' else ''}")
+    lines += [f"- {answer(question, cells)}{more if question.claim_id == 'B1' else ''}" for question in QUESTIONS]
     picture = _link(PUBLISHED / "evidence/matrix.svg", page)
     return "\n".join([*lines, "", f"![The answers by the size of the model]({picture})", "", reproduced(root, page)])
 
@@ -147,12 +142,13 @@ def reproduced(root: Path, page: Path) -> str:
         if (again := read_held_out(folder)) is not None:
             decided = _as_stated_now(again.dropna(subset="again"))
             failed = decided.loc[decided["again"] != "yes", "statement"]
-            held, yes, every = len(decided) - len(failed), yes + len(decided) - len(failed), every + len(decided)
+            held = len(decided) - len(failed)
+            yes, every = yes + held, every + len(decided)
             without = f" (not: {'; '.join(failed)})" if len(failed) else ""
             link = f"[{folder.name}]({_link(_RESULTS, page)}#{folder.name})"
             each.append(f"{link} {held} of {len(decided)}{without}")
     sentence = f"**Of {every} answers of yes or no, on these and other claims, {yes} came out again on held-out seeds**"
-    return f"{sentence}: {', '.join(each)}." if each else f"{sentence}."
+    return f"{': '.join(filter(None, [sentence, ', '.join(each)]))}."
 
 
 def _as_stated_now(claims: pd.DataFrame) -> pd.DataFrame:
@@ -168,24 +164,18 @@ def results_part(root: Path, preset: str) -> str:
     made, again = read_provenance(folder), read_held_out(folder)
     decided = judged["verdict"].isin(DECIDED) & judged["kind"].ne("count")
     always = judged["claim_id"].isin(CORE) | judged["kind"].eq("own prediction")
-    shown = judged[judged["verdict"].ne("not tested") & (decided | always)]
     picture = f"../{PUBLISHED}/{preset}/verdicts.svg"
     rows = []
-    for claim in shown.to_dict("records"):
+    for claim in judged[judged["verdict"].ne("not tested") & (decided | always)].to_dict("records"):
         verdict = "; ".join(filter(None, [claim_text.verdict(claim), claim_text.remark(claim)]))
         numbers = [claim_text.margin(claim), claim_text.measured(claim)]
         rows.append([claim["claim_id"], claim["statement"], verdict, *held_out(claim, again), *numbers])
-    lines = [
-        f"![Verdicts of the preset {preset}]({picture})",
-        "",
-        f"{claim_text.headline(judged)}. {made['runs']} runs, {formats.duration(made['run_seconds'])} of one core on "
-        f"{' and '.join(made['devices'])}, from {made['first_started'][:10]}. "
-        f"[All claims](../{PUBLISHED}/{preset}/claims.csv).",
-        *held_out_lines(made, again),
-        "",
-        *table(["", "claim", *verdict_columns(made, again), "margin", "measured, 95% interval"], rows),
-    ]
-    return "\n".join(lines)
+    about = f"{claim_text.headline(judged)}. {made['runs']} runs, {formats.duration(made['run_seconds'])} of one core "
+    about += f"on {' and '.join(made['devices'])}, from {made['first_started'][:10]}. "
+    about += f"[All claims](../{PUBLISHED}/{preset}/claims.csv)."
+    lines = [f"![Verdicts of the preset {preset}]({picture})", "", about, *held_out_lines(made, again), ""]
+    columns = ["", "claim", *verdict_columns(made, again), "margin", "measured, 95% interval"]
+    return "\n".join([*lines, *table(columns, rows)])
 
 
 def held_out_lines(made: Mapping[str, Any], again: pd.DataFrame | None) -> list[str]:

@@ -23,16 +23,18 @@ from lorabench.runs import PROTOCOL_VERSION
 from lorabench.store.io import read_claims, read_table, write_csv
 from lorabench.store.layout import Layout
 from lorabench.store.published import HELD_OUT, NOT_PUBLISHED, PUBLISHED
-from lorabench.utils.files import atomic_path, write_json
+from lorabench.utils.files import write_json
 from pages import check_places, make_smaller, write_pages
-
-_HELD_OUT = "A file that `lorabench freeze` wrote: publish its runs on held-out seeds, if they kept to it."
 
 
 def main(
-    preset: PresetOption = "laptop", held_out: Annotated[Path | None, typer.Option(help=_HELD_OUT)] = None
+    preset: PresetOption = "laptop",
+    held_out: Annotated[Path | None, typer.Option(help="A file that `lorabench freeze` wrote.")] = None,
 ) -> None:
-    """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs."""
+    """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs.
+
+    With a frozen file, publish its runs on held-out seeds, if they kept to it.
+    """
     with in_one_sentence():
         if held_out is None:
             publish(Layout.of(preset), Path())
@@ -43,14 +45,11 @@ def main(
 def publish(layout: Layout, root: Path) -> None:
     """Copy the figures, claims and provenance of a finished preset to where the repository shows them; write its pages.
 
-    Nothing is changed if the preset has held-out seeds, a page has no place for its part, the figure of the verdicts
-    has not been drawn, or the table claims is from another version (UserError).
+    UserError says what is missing, before anything is changed.
     """
     if layout.preset.first_seed:
-        raise UserError(
-            f"preset {layout.name} has other seeds than the explored ones; publish it with --held-out and the file "
-            "that `lorabench freeze` wrote"
-        )
+        how = "publish it with --held-out and the file that `lorabench freeze` wrote"
+        raise UserError(f"preset {layout.name} has other seeds than the explored ones; {how}")
     runs, claims = read_table(layout.tables(), "runs"), read_claims(layout.tables())
     drawn = _drawn(layout)
     # Nothing is written before every part is known to have its place.
@@ -69,14 +68,13 @@ def _drawn(layout: Layout) -> list[Path]:
 
 def _copy(figures: Iterable[Path], claims: pd.DataFrame, made: Mapping[str, Any], folder: Path) -> None:
     """Make a folder's files those of a preset: its figures, claims and provenance."""
-    kept = {folder / path.name for path in figures}
+    for path in set(folder.glob("*.*")):
+        path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
     for path in figures:
-        with atomic_path(folder / path.name) as unfinished:
-            shutil.copyfile(path, unfinished)
+        shutil.copyfile(path, folder / path.name)
         if path.suffix == ".svg":
             make_smaller(folder / path.name)
-    for path in set(folder.glob("*.*")) - kept:
-        path.unlink()
     write_csv(claims.drop(columns=list(NOT_PUBLISHED)), folder / "claims.csv")
     write_json(made, folder / "provenance.json")
 
@@ -86,11 +84,8 @@ def publish_held_out(path: Path, root: Path) -> str:
 
     They lie in the folder `held_out` of the published preset, with the table `came_out_again`. A preset that was never
     explored is published itself, with its pictures. The pages are written; `path` is what `lorabench freeze` wrote.
-    Nothing is changed if the runs did not keep to the frozen rules (see `check_kept`), a table is missing, or a page
-    has no place for its part (UserError).
-
-    Returns:
-        A sentence that counts the verdicts that came out again.
+    Nothing is changed if the runs did not keep to the frozen rules (see `check_kept`). Returns a sentence that counts
+    the verdicts that came out again.
     """
     frozen = read_frozen(path)
     layout = Layout.of(frozen.preset)

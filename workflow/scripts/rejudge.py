@@ -2,14 +2,11 @@
 
     python workflow/scripts/rejudge.py FOLDER [--against OTHER | --write]
 
-The saved runs of each preset in `paper_figures/partial` are judged by the rules of this code, and so are all sources
-in `paper_figures/reference`. The tables are written into FOLDER and compared with the committed ones, or with a folder
-that the same command wrote at another commit: all columns but the hash of the rules, and numbers to nine digits. Run it
-before and after a change that must not change an answer. After a change of the rules, `--write` replaces the
-committed answers on saved runs.
-
-Presets of which no runs are kept (laptop, long_runs, and overnight on its explored seeds) are run anew instead. The
-published tables of a preset were judged by the rules of their time, so they are not what is compared here.
+The saved runs in `paper_figures/partial` are judged by the rules of this code, and so are all sources in
+`paper_figures/reference`. The tables are written into FOLDER and compared with the committed ones, or with a folder
+that the same command wrote at another commit: all columns but the hash of the rules, and numbers to nine digits. After
+a change of the rules, `--write` replaces the committed answers on saved runs. Presets of which no runs are kept
+(laptop, long_runs, and overnight on its explored seeds) are run anew instead.
 """
 
 from __future__ import annotations
@@ -23,14 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
 from lorabench.claims.judge import judge_claims
 from lorabench.data.identity import has_groups
 from lorabench.data.sft import build_dataset
+from lorabench.figures.evidence import evidence_tables
 from lorabench.models.counts import counts_table
 from lorabench.planning.plan import make_plan
-from lorabench.report.evidence import evidence_tables
 from lorabench.sources.measurements import read_own
 from lorabench.store.collect import test_groups
 from lorabench.store.io import write_csv
@@ -48,8 +44,8 @@ ANSWER_COLUMNS = ["preset", "claim_id", "verdict", "p_again", "estimate", "ci_lo
 def saved_claims(name: str, counts: pd.DataFrame) -> pd.DataFrame:
     """Return the table `claims` of a preset's saved runs, with the preset's name."""
     layout = Layout.of(name)
-    preset, parts = layout.preset, list(saved_tables(make_plan(layout.preset), layout))
-    frames = {table: pa.concat_tables([part[table] for part in parts]).to_pandas() for table in parts[0]}
+    preset, saved = layout.preset, saved_tables(make_plan(layout.preset), layout)
+    frames = {table: rows.to_pandas() for table, rows in saved.items()}
     losses = frames["test_losses"].merge(frames["runs"][["run_id", "model", "dataset"]], on="run_id")
     # The groups of test examples are in the data, which are made here.
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
@@ -78,8 +74,7 @@ def differences(new_file: Path, old_file: Path) -> list[str]:
             continue
         for row in old.index[new[column].ne(old[column])]:
             now, before = new.loc[row, column], old.loc[row, column]
-            numbers = pd.to_numeric(pd.Series([now, before]), errors="coerce")
-            if not math.isclose(*numbers, rel_tol=1e-9):
+            if not math.isclose(*pd.to_numeric(pd.Series([now, before]), errors="coerce"), rel_tol=1e-9):
                 place = " ".join(filter(None, old.loc[row, keys]))
                 lines.append(f"{new_file.name}, row {row}, {place}: {column} was {before!r}, is {now!r}")
     return lines

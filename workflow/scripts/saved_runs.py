@@ -1,15 +1,13 @@
 """Finished runs of an unfinished preset, saved as small tables that the repository can hold, and restored from them.
 
 Run it from the root of the repository: `python workflow/scripts/saved_runs.py save --preset overnight`, or `restore`.
-
-There is one file per condition. It holds each run's record, its curves and its test losses, without weights and
-checkpoints, and the protocol version that they were computed with. All numbers are exact.
+A file holds the records, curves and test losses of a condition's runs, without weights, and the protocol version that
+they were computed with. All numbers are exact.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,11 +65,7 @@ def restore(preset: PresetOption = "laptop") -> None:
 
 
 def save_runs(plan: Plan, layout: Layout) -> tuple[int, int]:
-    """Save the finished runs of a plan, whether or not their sweep is finished; runs saved earlier are kept.
-
-    Returns:
-        The number of saved runs, and the bytes of all files.
-    """
+    """Save the finished runs of a plan; those saved earlier are kept. Return their number, and the bytes of files."""
     run_ids: dict[Path, set[str]] = {}
     for sweep in plan.sweeps:
         condition = sweep.condition
@@ -97,18 +91,13 @@ def restore_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
 
     Returns:
         The number of runs that were restored, that were there already, and that the plan does not have.
-
-    Raises:
-        UserError: a file is damaged or was computed with another protocol version, or no saved run is in the plan.
     """
     planned = {run.run_id for sweep in plan.sweeps for run in sweep.possible_runs()}
     rows = [row for path in sorted(layout.saved_runs.glob("*.parquet")) for row in _read(path).items()]
     known = [(run_id, row) for run_id, row in rows if run_id in planned]
     if rows and not known:
-        raise UserError(
-            f"none of the {len(rows)} runs in {layout.saved_runs} is in the plan of preset {layout.name}: its models, "
-            "its data (such as the versions of the packages that they come from) or its settings have changed since"
-        )
+        changed = "its models, its data (such as the packages that they come from) or its settings have changed since"
+        raise UserError(f"no run in {layout.saved_runs} is in the plan of preset {layout.name}: {changed}")
     missing = [(run_id, row) for run_id, row in known if not RunFolder(layout.runs, run_id).done()]
     for run_id, row in missing:
         with RunFolder(layout.runs, run_id).finishing(json.loads(row["record"][0].as_py())) as staging:
@@ -120,24 +109,23 @@ def restore_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
     return len(missing), len(known) - len(missing), len(rows) - len(known)
 
 
-def saved_tables(plan: Plan, layout: Layout) -> Iterator[dict[str, pa.Table]]:
-    """Yield the tables `runs`, `curves` and `test_losses` of saved runs, those of one condition after the other.
+def saved_tables(plan: Plan, layout: Layout) -> dict[str, pa.Table]:
+    """Return the tables `runs`, `curves` and `test_losses` of saved runs.
 
     Runs that the plan does not have (any more) have no experiments. The groups of test examples are null, since
     they are in the data, which are not saved.
     """
     experiments = {run.run_id: sweep.experiments for sweep in plan.sweeps for run in sweep.possible_runs()}
-    for path in sorted(layout.saved_runs.glob("*.parquet")):
-        table = pa.concat_tables(_read(path).values())
-        records = map(json.loads, table["record"].to_pylist())
-        runs = [run_row(record, experiments.get(record["run_id"], ())) for record in records]
-        with_losses = table.filter(pc.is_valid(table["test_losses"]))
-        losses = entries(with_losses, "test_losses", RUN_TEST_LOSSES)
-        yield {
-            "runs": with_unrecorded(pa.Table.from_pylist(runs, schema=RUNS), layout.preset),
-            "curves": entries(table, "curve", CURVES),
-            "test_losses": losses.append_column(TEST_LOSSES.field("group"), pa.nulls(len(losses), pa.string())),
-        }
+    rows = (row for path in sorted(layout.saved_runs.glob("*.parquet")) for row in _read(path).values())
+    saved = pa.concat_tables(rows)
+    records = map(json.loads, saved["record"].to_pylist())
+    runs = [run_row(record, experiments.get(record["run_id"], ())) for record in records]
+    losses = entries(saved.filter(pc.is_valid(saved["test_losses"])), "test_losses", RUN_TEST_LOSSES)
+    return {
+        "runs": with_unrecorded(pa.Table.from_pylist(runs, schema=RUNS), layout.preset),
+        "curves": entries(saved, "curve", CURVES),
+        "test_losses": losses.append_column(TEST_LOSSES.field("group"), pa.nulls(len(losses), pa.string())),
+    }
 
 
 def _read(path: Path) -> dict[str, pa.Table]:
@@ -145,10 +133,8 @@ def _read(path: Path) -> dict[str, pa.Table]:
     table = read_parquet(path)
     version = (table.schema.metadata or {}).get(_VERSION, b"").decode()
     if version != str(PROTOCOL_VERSION):
-        raise UserError(
-            f"{path} holds runs of protocol version {version or 'unknown'}, but this code computes version "
-            f"{PROTOCOL_VERSION}: their numbers can't be mixed; delete the file, or use the code that wrote it"
-        )
+        computed = f"but this code computes version {PROTOCOL_VERSION}; delete the file, or use the code that wrote it"
+        raise UserError(f"{path} holds runs of protocol version {version or 'unknown'}, {computed}")
     return {run_id: table.slice(number, 1) for number, run_id in enumerate(table["run_id"].to_pylist())}
 
 

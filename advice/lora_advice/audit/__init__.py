@@ -22,18 +22,13 @@ from lora_advice.models import facts
 def audit(*paths: str | Path, file_format: str | None = None, hub: bool = False, skip_unknown: bool = False) -> Report:
     """Say what is wrong in the configurations of other trainers and in adapters, from the files alone.
 
-    Args:
-        paths: files and folders.
-        file_format: read the files as this format, such as `axolotl`, in place of recognizing it.
-        hub: whether models that are not known here may be looked up on the hub.
-        skip_unknown: whether to pass over named files that state no training run, as over those in folders.
+    Files are recognized, or read as `file_format`, such as `axolotl`. With `hub`, models that are not known here may be
+    looked up on the hub. With `skip_unknown`, named files that state no training run are passed over, as those in
+    folders are. A path or a format that does not exist raises UserError.
 
     Returns:
         A record with the training runs that were read (`configs`), the `findings`, the files that could not be read
         (`not_read`), and the number of findings by level (`counts`); advice/docs/audit.schema.json describes it.
-
-    Raises:
-        UserError: no path is given, or a path or the format does not exist.
 
     Examples:
         >>> path = Path("sft.yaml")

@@ -54,8 +54,6 @@ class TrainingConfig:
     """Examples (in RL, prompts) per step, of a format that states it in place of micro-batches."""
     steps: float | None = None
     epochs: float | None = None
-    examples: int | None = None
-    """Training examples, where what lies beside the file says so."""
     rank: int | None = None
     alpha: float | None = None
     dropout: float | None = None

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from lora_advice.adapter_config import NAME
 from lora_advice.audit.config import TrainingConfig
-from lora_advice.audit.limits import SECONDS, SECONDS_WITH_HUB, in_limits
-from lora_advice.audit.readers import adapter, axolotl, llamafactory, nemo_rl, torchtune, trl, verl
+from lora_advice.audit.readers import adapter, axolotl, llamafactory, torchtune, trl, verl
+from lora_advice.audit.readers.options import frameworks
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding
+from lora_advice.limits import SECONDS, SECONDS_WITH_HUB, in_limits
 
-READERS: dict[str, ModuleType] = {
-    "peft": adapter,
-    "axolotl": axolotl,
-    "torchtune": torchtune,
-    "llamafactory": llamafactory,
-    "verl": verl,
-    "nemo-rl": nemo_rl,
-    "trl": trl,
+READERS: dict[str, Callable[[Path, str], list[TrainingConfig]]] = {
+    "peft": adapter.read,
+    "axolotl": axolotl.read,
+    "torchtune": torchtune.read,
+    "llamafactory": llamafactory.read,
+    "verl": verl.read,
+    "trl": trl.read,
 }
-"""By format; of those that recognize a file, the first reads it."""
+"""By format; of those whose marks in `frameworks.yaml` a file has, the first reads it."""
 
-SUFFIXES = frozenset({".yaml", ".yml", ".json", ".py", ".ipynb", ".sh", ".bash", ".slurm", ".sbatch"})
+_SUFFIXES = {
+    **dict.fromkeys((".yaml", ".yml", ".json"), "yaml"),
+    **dict.fromkeys((".sh", ".bash", ".slurm", ".sbatch"), "script"),
+    ".py": "python",
+}
+"""The kinds of files."""
 LARGEST = 1_000_000
 """Bytes; what is larger is data, not a configuration."""
 _SKIPPED = frozenset({"node_modules", "__pycache__", "site-packages", "venv"})
@@ -48,17 +54,9 @@ def read_paths(
     skip_unknown: bool = False,
     hub: bool = False,
 ) -> tuple[list[TrainingConfig], list[Finding], list[NotRead]]:
-    """Return the runs that files state, by path and name, what is found of each alone, and the files not read.
+    """Return the runs that files state, by path and name, what `check` finds of each alone, and the files not read.
 
-    Args:
-        paths: files and folders.
-        file_format: read files as this format, and of folders only what looks like it; by default each is recognized.
-        check: what is to be found of a run.
-        skip_unknown: pass over named files that state no training run of a known format too, as over those of folders.
-        hub: whether a check may wait for the hub.
-
-    Raises:
-        UserError: a path or the format is not there.
+    `hub` says whether a check may wait for the hub; the other arguments and errors are those of `audit`.
     """
     if file_format is not None and file_format not in READERS:
         raise UserError(f"--format {file_format}: allowed: {', '.join(READERS)}")
@@ -67,11 +65,8 @@ def read_paths(
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"{path}: there is no such file or folder")
-        try:
-            for file in _files(path, not_read):
-                files.setdefault(os.path.realpath(file), (file, file == path and not skip_unknown))
-        except RecursionError:
-            not_read.append(NotRead(path.as_posix(), "its folders are nested too deeply"))
+        for file in _files(path, not_read):
+            files.setdefault(os.path.realpath(file), (file, file == path and not skip_unknown))
 
     def answer(item: tuple[Path, bool]) -> dict[str, Any]:
         runs = _read(item[0], file_format, named=item[1])
@@ -108,7 +103,7 @@ def _files(path: Path, not_read: list[NotRead]) -> Iterator[Path]:
         for name in sorted(names):
             file = Path(folder, name)
             # A broken link and a pipe are no files.
-            if file.suffix in SUFFIXES and os.path.isfile(file) and os.path.getsize(file) <= LARGEST:
+            if file.suffix in _SUFFIXES and os.path.isfile(file) and os.path.getsize(file) <= LARGEST:
                 yield file
 
 
@@ -119,14 +114,21 @@ def _read(file: Path, file_format: str | None, named: bool) -> list[TrainingConf
         text = file.read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
         raise UserError(f"it cannot be read: {error.strerror}") from error
-    formats = [name for name in READERS if file_format in (None, name) and READERS[name].matches(file, text)]
+    formats = [name for name in READERS if file_format in (None, name) and recognizes(name, file, text)]
     if named and file_format is not None:
         formats = [file_format]
     for name in formats:
-        if configs := READERS[name].read(file, file.as_posix(), text):
-            return list(configs)
-    if named and not formats:
-        raise UserError(f"it is of no format that is known: {', '.join(READERS)}; --format names one")
+        if configs := READERS[name](file, text):
+            return configs
     if named:
-        raise UserError(f"it states no training run of {' or '.join(formats)}")
+        unknown = f"it is of no format that is known: {', '.join(READERS)}; --format names one"
+        raise UserError(f"it states no training run of {' or '.join(formats)}" if formats else unknown)
     return []
+
+
+def recognizes(name: str, file: Path, text: str) -> bool:
+    """Return whether a file has the marks of a format."""
+    is_script = not file.suffix and re.match(r"#!.*\b(ba|z|k|da)?sh\b", text)
+    kind = "adapter" if file.name == NAME else "script" if is_script else _SUFFIXES.get(file.suffix)
+    marks = frameworks()[name]["marks"].get(kind)
+    return marks is not None and all(re.search(mark, text, re.MULTILINE) for mark in marks)

@@ -24,13 +24,7 @@ _ADAM, _NO_ADAM = "adam", ("mini", "schedule", "galore", "apollo", "muon", "adam
 
 
 def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEvidence) -> list[Finding]:
-    """Return what a run's learning rate would cost.
-
-    Args:
-        config: the run.
-        model: what is known of its base model.
-        evidence: the optima and curvatures to judge it by.
-    """
+    """Return what a run's learning rate would cost, by the optima and curvatures that are known."""
     if config.lr is None or not config.lr > 0:
         return []
     line, judged = config.line("lr"), judge(config, model, evidence)
@@ -38,7 +32,25 @@ def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEv
         message = f"nothing is said about the learning rate, since {judged}"
         return [Finding("lr-unknown", "note", message, "the shipped optimal learning rates", "certain", line=line)]
     verdict, place = judged
-    code, message = "lr", _message(config, verdict, math.exp(_variant_factor(config, evidence)[0]))
+    variant_factor = math.exp(_variant_factor(config, evidence)[0])
+    factor = math.exp(abs(verdict.log_factor))
+    size = f"{factor:.0f}" if factor >= 10 else f"{factor:.2g}"
+    distance, comparison = "about", ""
+    if factor > 1.05:
+        distance = f"{size} times {'higher' if verdict.log_factor > 0 else 'lower'} than"
+        comparison = f" (the recommended one {verdict.recommended_share:.0%})"
+    share, loss, more = verdict.share, verdict.loss, " or more" if verdict.may_diverge else ""
+    unit = "of accuracy" if config.task == "rl" else "nats per token"
+    method, best = METHODS[config.method or "lora"], f"{verdict.recommended.mean:.2g}"
+    if config.variants:
+        method = " and ".join(VARIANT_NAMES[variant] for variant in config.variants)
+        best += ", as for LoRA" if variant_factor == 1 else f", which is {variant_factor:.2g} times LoRA's"
+    message = (
+        f"the learning rate {config.lr:g} of {method} is {distance} the recommended {best}; it is expected to "
+        f"lose {share.mean:.0%} [{share.low:.0%}, {share.high:.0%}] of what training gains{comparison}, or "
+        f"{loss.mean:.2g} [{loss.low:.2g}, {loss.high:.2g}{more}] {unit}"
+    )
+    code = "lr"
     if place.rl and verdict.outside_80 and verdict.log_factor > 0:
         sft = place._replace(rl=False, batch_size=math.nan, steps=math.nan)
         if not _verdict(config, sft, evidence).outside_80:
@@ -102,8 +114,6 @@ def _place(config: TrainingConfig, model: ModelFacts | None, devices: int) -> Pl
         batch = float(config.batch_size * (devices if config.per_device else 1))
     if config.steps is not None and config.steps > 0:
         steps = float(config.steps)
-    elif config.epochs and config.examples and group and math.isfinite(batch):
-        steps = max(1.0, config.epochs * config.examples * group / batch)
     place = Place("", math.nan, str(config.method), rl, batch, steps)
     if model is None:
         return place
@@ -132,23 +142,3 @@ def level(verdict: Verdict) -> Level:
     if verdict.outside_95 and (verdict.share.low > verdict.margin or (costs and verdict.may_diverge)):
         return "error"
     return "warning" if verdict.outside_95 or costs else "note"
-
-
-def _message(config: TrainingConfig, verdict: Verdict, variant_factor: float) -> str:
-    factor = math.exp(abs(verdict.log_factor))
-    size = f"{factor:.0f}" if factor >= 10 else f"{factor:.2g}"
-    distance, comparison = "about", ""
-    if factor > 1.05:
-        distance = f"{size} times {'higher' if verdict.log_factor > 0 else 'lower'} than"
-        comparison = f" (the recommended one {verdict.recommended_share:.0%})"
-    share, loss, more = verdict.share, verdict.loss, " or more" if verdict.may_diverge else ""
-    unit = "of accuracy" if config.task == "rl" else "nats per token"
-    method, recommended = METHODS[config.method or "lora"], f"{verdict.recommended.mean:.2g}"
-    if config.variants:
-        method = " and ".join(VARIANT_NAMES[variant] for variant in config.variants)
-        recommended += ", as for LoRA" if variant_factor == 1 else f", which is {variant_factor:.2g} times LoRA's"
-    return (
-        f"the learning rate {config.lr:g} of {method} is {distance} the recommended {recommended}; it is expected to "
-        f"lose {share.mean:.0%} [{share.low:.0%}, {share.high:.0%}] of what training gains{comparison}, or "
-        f"{loss.mean:.2g} [{loss.low:.2g}, {loss.high:.2g}{more}] {unit}"
-    )

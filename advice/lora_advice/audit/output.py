@@ -30,25 +30,22 @@ class Report:
     not_read: list[NotRead]
     counts: dict[Level, int]
     """Number of findings by level."""
-    version: int = 2
+    version: int = 3
     """It is raised when a field changes its meaning or goes."""
 
     def lines(self, show_all: bool) -> Iterator[str]:
-        """Yield the lines of the text: runs with their findings, then files that were not read, and counts.
+        """Yield the text: runs with their findings, files that were not read, and counts; of many runs not all.
 
         What names of files and texts in them could tell a terminal, or GitHub's log, is written as an escape sequence.
-
-        Args:
-            show_all: show also the notes, and the runs without findings, where there are many runs.
         """
         for line in self._lines(show_all or len(self.configs) <= FEW):
             yield re.sub(r"^(\s*):(?=:)|#(?=#\[)", r"\1\\x3a", printable(line))
 
     def _lines(self, full: bool) -> Iterator[str]:
-        shown = [finding for finding in self.findings if full or finding.level != "note"]
         by_run = defaultdict[tuple[str, str], list[Finding]](list)
-        for finding in shown:
-            by_run[finding.path, finding.run].append(finding)
+        for finding in self.findings:
+            if full or finding.level != "note":
+                by_run[finding.path, finding.run].append(finding)
         hidden = 0
         for config in self.configs:
             findings = by_run.pop((config.path, config.name), [])
@@ -62,12 +59,8 @@ class Report:
                 yield f"  {finding.level} {finding.code}: {said}"
         if hidden:
             yield f"{_count(hidden, 'more run')} without an error or a warning (--all shows them)"
-        reasons = defaultdict[str, list[str]](list)
         for missing in self.not_read:
-            reasons[missing.reason].append(missing.path)
-        for reason, paths in reasons.items():
-            others = "" if len(paths) == 1 else f" and {_count(len(paths) - 1, 'other file')}"
-            yield f"{paths[0]}{others}: not read: {reason}"
+            yield f"{missing.path}: not read: {missing.reason}"
         found = ", ".join(_count(number, level) for level, number in self.counts.items())
         unread = f", {_count(len(self.not_read), 'file')} not read" if self.not_read else ""
         yield f"{_count(len(self.configs), 'run')}{unread}: {found}"

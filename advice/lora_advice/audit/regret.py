@@ -1,6 +1,6 @@
 """What a learning rate would cost: how far it is from the optimum by all that is known, and what that loses.
 
-The optimal LR of a run's place is a distribution, pooled from all known optima (`analysis.pooled_lr`): a mixture of
+The optimal LR of a run's place is a distribution, pooled from all known optima (`pooled_lr`): a mixture of
 normal distributions of ln LR. At x e-folds from the optimum, a run loses the share 1 - exp(-c x^2) of what training
 gains: c x^2 near the optimum, and everything far from it. In nats per token, whose limit is not known, it loses c x^2
 up to REACH, and from there on as much more per e-fold as there; in RL the accuracy falls as the share does. There is a
@@ -23,6 +23,8 @@ from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from lora_advice.pooled_lr import Place as PooledPlace
 
 EVIDENCE = Path(__file__).parents[1] / "facts" / "lr_evidence.json"
 
@@ -128,14 +130,7 @@ class LrEvidence:
         return -self.alpha_exponent * math.log(scale * (1 + self._pooled["rank_constant"] / rank if rank else 1.0)), 0.0
 
     def verdict(self, log_lr: float, place: Place, shift: float = 0.0, error: float = 0.0) -> Verdict:
-        """Return what an LR would cost.
-
-        Args:
-            log_lr: its natural logarithm.
-            place: where it is used.
-            shift: what to add to a log LR to state it as the optima are, at their alpha and high ranks.
-            error: the standard error of `shift`.
-        """
+        """Return what an LR would cost, whose log is stated as the optima are by adding a shift, with its error."""
         optima, mean = self.optimum(place, error)
         at = log_lr + shift
         low, low_80, high_80, high = np.interp((0.025, 0.1, 0.9, 0.975), _PROBABILITIES, optima).tolist()
@@ -164,16 +159,13 @@ class LrEvidence:
         """Return values of equal probability of the optimal log LR of a further source, and their mean."""
         if (place, error) not in self._optima:
             pool = self._pooled["optima"][place.task][place.method]
-            reference, unknown = self._pooled["reference"], self._pooled["unknown"]
-            law, law_error = self._law(place)
-            terms, variance = [1.0], law_error**2 + error**2
-            for field in ("batch_size", "steps"):
-                value = getattr(place, field)
-                terms.append(0.0 if math.isnan(value) else math.log(value / reference[field]))
-                variance += unknown[field] if math.isnan(value) else 0.0
+            pooled = PooledPlace.at(
+                place.family, place.width, place.method, place.batch_size, place.steps, place.width_error
+            )
+            terms = pooled.terms
             products = [terms[i] * terms[j] for i in range(3) for j in range(i, 3)]
-            means = law + np.array(pool["means"]) @ terms
-            deviations = np.sqrt(np.array(pool["variances"]) @ products + variance)
+            means = pooled.log_law + np.array(pool["means"]) @ terms
+            deviations = np.sqrt(np.array(pool["variances"]) @ products + pooled.unknown_variance + error**2)
             values, shares = means[:, None] + deviations[:, None] * _NORMAL, np.array(pool["shares"])
             weights = np.broadcast_to(shares[:, None] / len(_NORMAL), values.shape).ravel()
             order = np.argsort(values, axis=None)
@@ -181,18 +173,6 @@ class LrEvidence:
             quantiles = np.interp(_PROBABILITIES, probabilities, values.ravel()[order])
             self._optima[place, error] = quantiles, float(shares @ means)
         return self._optima[place, error]
-
-    def _law(self, place: Place) -> tuple[float, float]:
-        """Return the law's log LR and its error, as `analysis.pooled_lr.Place.at` does, and that of an unsure width."""
-        law = self._pooled["law"]
-        exponents = [e for name, e in law["exponents"].items() if place.family.lower().startswith(name)]
-        exponents = exponents or list(law["exponents"].values())
-        known, error = place.width, place.width_error
-        if math.isnan(known):
-            known, error = law["pivot"], law["unknown_width"]
-        base = math.log(law["base"] * (law["multiplier"] if place.method == "lora" else 1.0))
-        logs = [base + exponent * math.log(law["pivot"] / known) for exponent in exponents]
-        return sum(logs) / len(logs), math.hypot((max(logs) - min(logs)) / 2, error * max(exponents))
 
     def _regrets(self, x: np.ndarray, place: Place, unit: Literal["share", "loss"]) -> np.ndarray:
         """Return equally probable regrets at equally probable distances."""

@@ -14,10 +14,8 @@ import numpy as np
 from lora_advice import formats
 from lora_advice.audit.config import TrainingConfig, say
 from lora_advice.finding import Finding, Level
+from lora_advice.theory import ALPHA
 from lora_advice.variants import VARIANT_NAMES, lr_factor
-
-ALPHA = 32.0
-"""The paper's alpha at every rank."""
 
 ALPHAS = (2.0, 512.0)
 """The optimal learning rate is measured here from alpha 8 to 128; beyond a further factor of 4 nothing is known."""
@@ -47,8 +45,14 @@ def _moved(alpha: float, to: float) -> str:
 
 def check_settings(config: TrainingConfig) -> Iterator[Finding]:
     """Yield what is found of LoRA's scale and variants, of the length and batch of its runs, and of the precision."""
-    if config.method == "fullft":
-        yield from _precision(config)
+    if config.method == "fullft" and config.bits in (4, 8):
+        yield say("quantized", config.line("bits"), bits=config.bits)
+    elif config.method == "fullft" and config.rounded and 0 < (config.lr or 0.0) < _TYPICAL_WEIGHT:
+        kept = kept_in_bf16(config.lr or 0.0)
+        level: Level = "warning" if kept < _FEW else "note"
+        if kept < _MOST:
+            line = config.line("rounded")
+            yield say("rounded", line, level=level, kept=kept, lr=config.lr, size=_TYPICAL_WEIGHT)
     if config.method != "lora":
         return
     alpha, line = config.alpha, config.line("alpha", "rank")
@@ -72,11 +76,8 @@ def check_settings(config: TrainingConfig) -> Iterator[Finding]:
             line = config.line(variant if variant == "dora" else "variant")
             yield say("variant", line, name=VARIANT_NAMES[variant], factor=factor, advice=advice)
     if config.task == "sft":
-        steps = config.steps
-        if steps is None and config.examples and config.epochs and config.batch_size:
-            steps = max(1.0, config.examples * config.epochs // config.batch_size)
-        if steps is not None and 1 < steps < SHORT:
-            yield say("short", config.line("steps", "epochs"), steps=steps)
+        if config.steps is not None and 1 < config.steps < SHORT:
+            yield say("short", config.line("steps"), steps=config.steps)
         if (config.batch_size or 0) >= LARGE_BATCH:
             yield say("batch", config.line("global_batch", "micro_batch", "accumulation"), batch=config.batch_size)
 
@@ -87,18 +88,6 @@ def kept_in_bf16(lr: float) -> float:
     weights = np.array([normal.inv_cdf(0.5 + (place + 0.5) / 1000) for place in range(500)])
     spacing = 2.0 ** (np.floor(np.log2(weights)) - 7)
     return float(np.mean(np.round(lr / spacing) * spacing) / lr)
-
-
-def _precision(config: TrainingConfig) -> Iterator[Finding]:
-    """Yield whether full fine-tuning trains weights that can't be trained, or in which updates are lost."""
-    line = config.line("bits", "rounded")
-    if config.bits in (4, 8):
-        yield say("quantized", line, bits=config.bits)
-    elif config.rounded and config.lr is not None and 0 < config.lr < _TYPICAL_WEIGHT:
-        kept = kept_in_bf16(config.lr)
-        level: Level = "warning" if kept < _FEW else "note"
-        if kept < _MOST:
-            yield say("rounded", line, level=level, kept=kept, lr=config.lr, size=_TYPICAL_WEIGHT)
 
 
 def compare_runs(configs: Sequence[TrainingConfig]) -> list[Finding]:

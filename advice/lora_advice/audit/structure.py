@@ -17,10 +17,10 @@ from pathlib import Path
 
 from lora_advice import formats
 from lora_advice.audit.config import TrainingConfig, say
+from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
-from lora_advice.layers import FUSED, Kind, module_kind
-from lora_advice.models import ModelFacts
-from lora_advice.patterns import PatternError, SlowPatternError, matching
+from lora_advice.limits import matching
+from lora_advice.models import FUSED, Kind, ModelFacts, module_kind
 
 QUERIES_AND_VALUES = (
     *("llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
@@ -41,20 +41,10 @@ _KINDS: dict[Kind, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Family:
-    """How a family of mixtures holds its experts."""
-
-    former_modules: tuple[str, ...] = ()
-    other_mlp: str = "no"
-    fused_before: str = "no"
-
-
 @cache
-def families() -> dict[str, Family]:
-    """Return the families of `experts.csv`."""
-    rows = (dict(row) for row in _rows("experts.csv"))
-    return {row.pop("family"): Family(tuple(row.pop("former_modules").split()), **row) for row in rows}
+def families() -> dict[str, dict[str, str]]:
+    """Return the rows of `experts.csv` by family."""
+    return {row["family"]: row for row in _rows("experts.csv")}
 
 
 @cache
@@ -76,24 +66,27 @@ class Adapted:
     """Whether PEFT chooses them, since the file does not."""
 
 
-def adapted(config: TrainingConfig, model: ModelFacts | None) -> Adapted | SlowPatternError | None:
-    """Return which layers have LoRA, the error of a slow target, or None if there are none or unknown."""
+def adapted(config: TrainingConfig, model: ModelFacts | None) -> Adapted | None:
+    """Return which layers have LoRA; None if there are none or unknown.
+
+    Raises:
+        UserError: a target is a regular expression that is not valid or takes too long.
+    """
     if config.method != "lora":
         return None
     if config.targets is None:
         if config.format == "trl" and model is not None and model.family in QUERIES_AND_VALUES:
             return Adapted(frozenset({"q_proj", "v_proj"}), frozenset({"attention"}), by_default=True)
         return None
-    results = [_modules(target) for target in config.targets if target != "all-linear"]
-    if slow := [result for result in results if isinstance(result, SlowPatternError)]:
-        return slow[0]
-    names: set[str] = set()
-    kinds: set[Kind | None] = {"attention", "mlp"} if "all-linear" in config.targets else set()
-    for modules in results:
-        if not modules or isinstance(modules, SlowPatternError):
+    all_linear = "all-linear" in config.targets
+    names, kinds = set[str](), set[Kind | None](("attention", "mlp") if all_linear else ())
+    for target in config.targets:
+        modules = _modules(target) if target != "all-linear" else ["all-linear"]
+        if not modules:
             return None
-        names |= {module.rpartition(".")[2] for module in modules}
-        kinds |= {module_kind(module) for module in modules}
+        if target != "all-linear":
+            names |= {module.rpartition(".")[2] for module in modules}
+            kinds |= {module_kind(module) for module in modules}
     for parameter in config.target_parameters:
         last = parameter.removesuffix(".weight").rpartition(".")[2]
         if last in _EXPERT_PARAMETERS:
@@ -101,38 +94,34 @@ def adapted(config: TrainingConfig, model: ModelFacts | None) -> Adapted | SlowP
         else:
             names.add(last)
             kinds.add(module_kind(last))
-    return Adapted(frozenset(names), frozenset(kinds), "all-linear" in config.targets) if kinds else None
+    return Adapted(frozenset(names), frozenset(kinds), all_linear) if kinds else None
 
 
 @cache
-def _modules(target: str) -> list[str] | SlowPatternError:
+def _modules(target: str) -> list[str]:
     """Return a module's name; of a regular expression the usual names of modules that it matches as a whole."""
     if not re.search(r"[\\^$*+?()\[\]|{}]", target):
         return [target]
+    try:
+        re.compile(target)
+    except (re.error, OverflowError):  # Megatron's targets have other wildcards
+        return []
     parts = [f"self_attn.{name}_proj" for name in "qkvo"]
     parts += [f"mlp{place}.{name}_proj" for place in ("", ".experts") for name in ("gate", "up", "down")]
     before = ("model.layers.1.", "model.language_model.layers.1.", "language_model.model.layers.1.")
-    try:
-        [names] = matching([target], [start + part for start in before for part in parts])
-    except SlowPatternError as error:
-        return error
-    except PatternError:
-        return []
-    return names
+    return matching([target], [start + part for start in before for part in parts])[0]
 
 
 def check_layers(config: TrainingConfig, model: ModelFacts | None) -> Iterator[Finding]:
     """Yield what is found of the layers that a run trains, and their number of parameters."""
-    lora = adapted(config, model)
-    if isinstance(lora, SlowPatternError):
-        yield say("slow-pattern", config.line("targets"), error=lora)
-        lora = None
-    fused = None
+    lora, fused = None, list[Finding]()
+    try:
+        lora = adapted(config, model)
+    except UserError as error:
+        yield say("slow-pattern", config.line("targets"), error=error)
     if lora is not None and model is not None:
-        if model.mixture and (missed := _missed(config, model, lora)):
-            yield missed
-        if fused := _fused(config, model, lora):
-            yield fused
+        fused = _fused(config, model, lora)
+        yield from [*_missed(config, model, lora), *fused]
     dense = model is None or not model.mixture
     if lora is not None and lora.kinds == {"attention"} and dense and not fused:
         which = "attention alone"
@@ -147,10 +136,10 @@ def check_layers(config: TrainingConfig, model: ModelFacts | None) -> Iterator[F
         yield from _parameters(config, model, model.parameters, lora)
 
 
-def _missed(config: TrainingConfig, model: ModelFacts, lora: Adapted) -> Finding | None:
-    """Return the finding that no expert of a mixture has LoRA; None if they have it, or if that is not known."""
-    if "experts" in lora.kinds:
-        return None
+def _missed(config: TrainingConfig, model: ModelFacts, lora: Adapted) -> list[Finding]:
+    """Return the finding that no expert of a mixture has LoRA; none if they have it, or if that is not known."""
+    if not model.mixture or "experts" in lora.kinds:
+        return []
     line = config.line("targets", "target_parameters", "method")
     in_peft = config.format in _PEFT and model.fused_experts
     right = ""
@@ -163,11 +152,11 @@ def _missed(config: TrainingConfig, model: ModelFacts, lora: Adapted) -> Finding
     experts = f"none of the {f'{model.experts} ' if model.experts else ''}experts of {model.name}"
     values = {"names": listed(lora.names), "model": model.name, "right": right, "rest": "", "experts": experts}
     if "mlp" not in lora.kinds and None not in lora.kinds:
-        return say("no-experts", line, **values)
+        return [say("no-experts", line, **values)]
     family, stated = families().get(model.family), {name for name in lora.names if module_kind(name) == "mlp"}
     if family is None or not in_peft or not (lora.all_linear or stated):
-        return None
-    former, targets = family.former_modules, "other modules"
+        return []
+    former, targets = family["former_modules"].split(), "other modules"
     if lora.all_linear:
         targets = "all-linear"
     elif stated & {*former}:
@@ -177,34 +166,34 @@ def _missed(config: TrainingConfig, model: ModelFacts, lora: Adapted) -> Finding
         "targets": targets,
         "converts": "yes" if former and config.format != "llamafactory" else "no",
         "own_names": "yes" if config.format in _OWN_NAMES else "no",
-        "other_mlp": family.other_mlp,
+        "other_mlp": family["other_mlp"],
     }
     fits = (row for row in _rows("missed_experts.csv") if all(row[key] in ("any", situation[key]) for key in situation))
     row = next(fits)
     if not row["text"]:
-        return None
+        return []
     sure = "certain for transformers 5"
-    if family.fused_before == "no":
+    if family["fused_before"] == "no":
         sure += ", which fuses experts; in transformers 4 they are modules"
     if row["text"] == "unmatched-experts" and row["level"] == "error":
         sure = "certain"
     if not lora.all_linear:
         values["names"] = listed(stated)
-    elif family.other_mlp == "no":
+    elif family["other_mlp"] == "no":
         values["rest"] = ", but attention alone"
     if row["text"] == "half-fused":
         values |= {"first": former[0], "second": former[1]}
-    return say(row["text"], line, level=row["level"], sure=sure, **values)
+    return [say(row["text"], line, level=row["level"], sure=sure, **values)]
 
 
-def _fused(config: TrainingConfig, model: ModelFacts, lora: Adapted) -> Finding | None:
+def _fused(config: TrainingConfig, model: ModelFacts, lora: Adapted) -> list[Finding]:
     """Return whether LoRA is put on parts of layers that are one layer in the model, which PEFT does not find."""
     # A finished adapter was trained.
     if config.format not in _PEFT or config.format == "peft" or model.mixture or lora.all_linear:
-        return None
+        return []
     fused = [name for name in FUSED if name in model.linear and name not in lora.names and FUSED[name] & lora.names]
     if not fused or config.unsloth or "unsloth" in model.name.lower():
-        return None
+        return []
     trained = lora.names & set(model.linear)
     # The name of a copy does not say whether the layers are apart in it, as in unsloth's.
     original = model.name.startswith("microsoft/") or model.source.startswith("its config.json")
@@ -216,7 +205,7 @@ def _fused(config: TrainingConfig, model: ModelFacts, lora: Adapted) -> Finding 
         "happens": f"trains {listed(trained)} alone" if trained else "stops with an error",
         "sure": "certain" if original else "certain unless the copy has them apart, as unsloth's have",
     }
-    return say("fused", config.line("targets"), level=level, **values)
+    return [say("fused", config.line("targets"), level=level, **values)]
 
 
 def _embeddings(config: TrainingConfig, model: ModelFacts | None) -> Iterator[Finding]:
@@ -245,8 +234,8 @@ def trained_parameters(config: TrainingConfig, model: ModelFacts, lora: Adapted)
     if model.mixture:
         by_parameter = {name.rpartition(".")[2] for name in config.target_parameters}
         experts = dict.fromkeys(by_parameter & {"gate_up_proj", "down_proj"}, 1)
-        converted = families().get(model.family, Family()).former_modules
-        if config.format in _PEFT and not by_parameter and _missed(config, model, lora) is None:
+        converted = families().get(model.family, {}).get("former_modules", "").split()
+        if config.format in _PEFT and not by_parameter and not _missed(config, model, lora):
             # PEFT doubles the rank where two former modules are one.
             experts = {"gate_up_proj": 2, "down_proj": 1} if lora.all_linear or names & {*converted} else {}
         others = names - {*converted, "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}

@@ -56,8 +56,7 @@ def test_a_regular_expression_that_would_take_years_is_one_sentence():
     assert time.monotonic() - started < 20
     assert (finding.code, finding.level, finding.line) == ("not-read", "warning", 7)
     assert finding.message == (
-        r"the regular expression '(\\w+\\.?)+!' takes longer than 1 s on 30 names of modules, "
-        "so the layers with LoRA are not known"
+        r"the regular expression '(\\w+\\.?)+!': it takes more than 1 s to read, so the layers with LoRA are not known"
     )
 
 
@@ -118,7 +117,7 @@ def test_no_value_stops_the_checks():
     }
     random = Random(1)
     base = replace(LLAMA, epochs=1.0, saved_modules=("lm_head",))
-    odd = [replace(base, **{name: random.choice(options) for name, options in values.items()}) for _ in range(2000)]
+    odd = [replace(base, **{name: random.choice(options) for name, options in values.items()}) for _ in range(400)]
     for config in odd:
         # Those of learning rates read tables, and have tests of their own.
         found = [*structure.check_layers(config, facts(config.model)), *check_settings(config)]

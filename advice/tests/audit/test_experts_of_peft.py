@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from dataclasses import replace
 
 import pytest
 from lora_advice.audit.config import TrainingConfig
@@ -47,17 +46,12 @@ def trained(family: str, folder, **lora: object) -> dict[str, int]:
     ("family", "targets"),
     [
         ("qwen3_moe", (*ATTENTION, *MLP)),
-        ("olmoe", (*ATTENTION, *MLP)),
-        ("glm4_moe", (*ATTENTION, *MLP)),
         ("qwen3_moe", ATTENTION),
         ("qwen3_moe", ("all-linear",)),
         ("mixtral", (*ATTENTION, "w1", "w2", "w3")),
         ("mixtral", (*ATTENTION, *MLP)),
-        ("gpt_oss", (*ATTENTION, *MLP)),
         ("gpt_oss", ("all-linear",)),
-        ("granitemoe", (*ATTENTION, *MLP)),
         ("qwen2_moe", (*ATTENTION, *MLP)),
-        ("qwen2_moe", ("all-linear",)),
     ],
 )
 def test_experts_are_trained_as_is_said(family, targets, tmp_path):
@@ -79,18 +73,10 @@ def test_half_of_a_fused_parameter_is_refused(tmp_path):
     assert said(run, tmp_path)[0] == ["error"]
 
 
-def test_parameters_of_experts_are_counted(tmp_path):
-    parameters = ["experts.gate_up_proj", "experts.down_proj"]
-    run = TrainingConfig(str(tmp_path / "a.yaml"), "trl", method="lora", rank=2, targets=ATTENTION)
-    run = replace(run, target_parameters=tuple(parameters))
-    weights = trained("gpt_oss", tmp_path, target_modules=list(ATTENTION), target_parameters=parameters)
-    assert said(run, tmp_path)[1] == sum(weights.values())
-
-
 def test_peft_converts_these_families():
     from peft.utils import transformers_weight_conversion as conversion
 
     known = {*conversion._MOE_TARGET_MODULE_MAPPING}
     patterns = conversion._MODEL_TO_CONVERSION_PATTERN
-    converted = {family for family, about in families().items() if about.former_modules}
+    converted = {family for family, about in families().items() if about["former_modules"]}
     assert converted <= {family for family, pattern in patterns.items() if pattern in known}

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from lora_advice.errors import UserError
-from lora_advice.layers import module_kind
-from lora_advice.models import facts, public_models
+from lora_advice.models import facts, module_kind, public_models
 
 
 def test_counted_parameters_are_the_published_ones() -> None:
@@ -21,17 +20,12 @@ def test_counted_parameters_are_the_published_ones() -> None:
     ("name", "family", "width", "billions", "experts"),
     [
         ("meta-llama/Llama-3.1-8B-Instruct", "llama", 4096, 8.03, 0),
-        ("/tmp/Meta-Llama-3.1-8B-Instruct/", "llama", 4096, 8.03, 0),
         ("torchtune.models.llama3_1.lora_llama3_1_8b", "llama", 4096, 8.03, 0),
-        ("NousResearch/Llama-3.2-1B", "llama", 2048, 1.236, 0),
-        ("Qwen/Qwen3-4B-Instruct-2507", "qwen3", 2560, 4.02, 0),
+        ("torchtune.models.qwen2_5.lora_qwen2_5_0_5b", "qwen2", 896, 0.494, 0),
         ("Qwen/Qwen2.5-Math-1.5B-Instruct", "qwen2", 1536, 1.54, 0),
         ("$HOME/models/deepseek-llm-7b-chat", "llama", 4096, 6.91, 0),
         ("mistralai/Mixtral-8x7B-v0.1", "mixtral", 4096, 46.7, 8),
         ("Qwen/Qwen3-30B-A3B", "qwen3_moe", 2048, 30.5, 128),
-        ("openai/gpt-oss-20b", "gpt_oss", 2880, 20.9, 32),
-        ("microsoft/Phi-3-mini-4k-instruct", "phi3", 3072, 3.82, 0),
-        ("TechxGenus/Meta-Llama-3-8B-Instruct-AWQ", "llama", 4096, 8.03, 0),
     ],
 )
 def test_names_of_popular_models(name: str, family: str, width: int, billions: float, experts: int) -> None:
@@ -39,11 +33,6 @@ def test_names_of_popular_models(name: str, family: str, width: int, billions: f
     assert model is not None
     assert (model.family, model.width, model.experts, model.width_error) == (family, width, experts, 0)
     assert model.parameters == pytest.approx(billions * 1e9, rel=0.01)
-
-
-def test_torchtune_writes_a_decimal_point_as_an_underscore() -> None:
-    assert facts("torchtune.models.qwen2_5.lora_qwen2_5_0_5b").width == 896
-    assert facts("torchtune.models.qwen3.lora_qwen3_1_7b_base").width == 2048
 
 
 def test_a_size_that_contradicts_the_name_is_believed() -> None:
@@ -61,18 +50,7 @@ def test_a_name_with_a_size_gives_an_estimate() -> None:
     assert mixture.width < facts("someone/Thing-100B").width
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "./outputs/my-model",
-        "someone/model-4bit",
-        "",
-        f"x-{'9' * 400}b",
-        f"x-{'9' * 5000}x7b",
-        f"x-a{'9' * 400}b",
-        "x\0y",
-    ],
-)
+@pytest.mark.parametrize("name", ["./outputs/my-model", "x/model-4bit", "", f"x-{'9' * 5000}x7b", "x\0y"])
 def test_a_name_without_a_size_gives_nothing(name: str) -> None:
     assert facts(name) is None
 
@@ -89,28 +67,10 @@ def test_a_configuration_file_comes_first(tmp_path: Path) -> None:
         assert model.source == "its config.json"
 
 
-def test_a_model_of_images_has_its_sizes_in_a_part(tmp_path: Path) -> None:
-    text = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
-    model = facts(None, tmp_path)
-    assert (model.family, model.width, model.layers, model.tied, model.sizes) == ("gemma3", 2560, 34, True, None)
-
-
-@pytest.mark.parametrize(
-    ("module", "kind"),
-    [
-        ("q_proj", "attention"),
-        ("model.layers.3.mlp.down_proj", "mlp"),
-        ("mlp.experts.gate_up_proj", "experts"),
-        ("model.layers.0.mlp.gate", "router"),
-        ("gate.weight", "router"),
-        ("lm_head", "unembedding"),
-        ("embed_tokens", "embedding"),
-        ("c_proj", None),
-    ],
-)
-def test_kinds_of_modules(module: str, kind: str | None) -> None:
-    assert module_kind(module) == kind
+def test_kinds_of_modules() -> None:
+    kinds = {"q_proj": "attention", "model.layers.3.mlp.down_proj": "mlp", "mlp.experts.gate_up_proj": "experts"}
+    kinds |= {"gate.weight": "router", "lm_head": "unembedding", "embed_tokens": "embedding", "c_proj": None}
+    assert {module: module_kind(module) for module in kinds} == kinds
 
 
 def test_the_hub_is_asked_only_if_the_user_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:

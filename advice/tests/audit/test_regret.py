@@ -169,8 +169,6 @@ def test_what_is_not_said_widens_the_interval():
     assert width(global_batch=None) > width()
     assert width(base=None) > width(base=replace(MODEL, width_error=0.2)) > width()
     assert width(alpha=None) > width()
-    # The number of steps may follow from what else is said.
-    assert width(steps=None, epochs=2.0, examples=STEPS * BATCH // 2) == width()
     assert lr_findings(replace(RUN, lr=None), MODEL, evidence()) == []
 
 

@@ -6,7 +6,7 @@ parquet file through the library `datasets`, would leave copies in the user's ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ Documents = dict[str, Dataset]
 
 def worked(path: str, **_: Any) -> Documents:
     """Return the question and final answer of each worked solution of the test split."""
-    return _test(path, [_document(row, gsm8k_answer(row["messages"][-1]["content"])) for row in _chats(path)])
+    return _chats(path, gsm8k_answer)
 
 
 def instruct(path: str, **_: Any) -> Documents:
     """Return the question and whole answer of each example of the test split."""
-    return _test(path, [_document(row, row["messages"][-1]["content"].strip()) for row in _chats(path)])
+    return _chats(path, str.strip)
 
 
 def arithmetic(path: str, **_: Any) -> Documents:
@@ -47,16 +47,17 @@ def bits_of_response(doc: Mapping[str, str], results: list[tuple[float, bool]]) 
     return {"bits_per_byte": (results[0][0], len(doc["response"].encode()))}
 
 
-def _chats(path: str) -> list[dict[str, Any]]:
-    return [row for row in read_dataset(Path(path)) if row["split"] == "test"]
-
-
-def _document(row: Mapping[str, Any], answer: str | None) -> dict[str, str | None]:
-    question, response = (message["content"] for message in row["messages"])
-    return {"source": row["source"], "question": question, "response": response, "answer": answer}
+def _chats(path: str, answer: Callable[[str], str | None]) -> Documents:
+    documents = []
+    for row in read_dataset(Path(path)):
+        if row["split"] == "test":
+            question, response = (message["content"] for message in row["messages"])
+            named = {"source": row["source"], "question": question, "response": response}
+            documents.append(named | {"answer": answer(response)})
+    return _test(path, documents)
 
 
 def _test(path: str, documents: list[dict[str, Any]]) -> Documents:
-    if not documents or None in documents[0].values() or any(None in d.values() for d in documents):
+    if not documents or any(None in document.values() for document in documents):
         raise UserError(f"{path} has no test document with an answer; was it made for this task?")
     return {"test": Dataset.from_list(documents)}

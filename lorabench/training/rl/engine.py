@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -32,16 +30,12 @@ from lorabench.config.inputs import HubModel
 from lorabench.errors import UserError
 from lorabench.models.base import model_location
 from lorabench.models.passes import trained_parameters
-from lorabench.models.vllm_support import machine_folder, max_lora_rank, vllm_environment
-from lorabench.planning.memory import EngineBatch, engine_batch, engine_memory
+from lorabench.models.vllm_support import max_lora_rank, vllm_environment
+from lorabench.planning.memory import engine_batch, engine_memory
 from lorabench.training.context import SweepContext
 from lorabench.training.distributed import Processes, full_tensor
 from lorabench.training.rl.sampler import Request, Response, Stop, sample_in_processes
 from lorabench.utils.exhaustion import space_for
-from lorabench.utils.formats import amount
-
-MEMORY = Path("/dev/shm")
-"""The file system in memory that Linux machines have."""
 
 
 @dataclass(frozen=True)
@@ -54,38 +48,23 @@ class EngineSettings:
     threads: int
 
 
-def llm_options(
-    model: str,
-    dtype: str,
-    max_length: int,
-    cache_bytes: int,
-    max_rank: int | None,
-    batch: EngineBatch,
-    gpu_share: float | None = None,
-    tokenizes: bool = False,
-    adapted: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """Return the arguments of vLLM's `LLM` with which it draws from a policy.
+def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> EngineSettings:
+    """Return the settings of the engine of a sweep, whose longest prompt with its response has `longest` tokens.
 
-    Args:
-        dtype: the name of the type of products.
-        max_length: tokens of the longest prompt with its response.
-        max_rank: largest rank of the adapter; None without one.
-        gpu_share: share of the GPU's memory that the engine may take; None on a CPU.
-        tokenizes: whether a text may end a response, for which the engine needs the tokenizer.
-        adapted: last parts of the names of layers that may carry the adapter; None for all.
+    With `tokenizes` a text may end a response, for which the engine needs the tokenizer.
     """
-    # Layers that carry no adapter would take memory all the same.
-    lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank, "lora_target_modules": adapted}
-    return ({} if max_rank is None else lora) | {
-        "model": model,
-        "dtype": dtype,
-        "max_model_len": max_length,
-        "kv_cache_memory_bytes": cache_bytes,
+    machine, condition, preset = context.machine, context.sweep.condition, context.plan.preset
+    spec, device = context.layout.model(condition.model), machine.device
+    (memory, cache), batch = engine_memory(preset, condition.model, condition), engine_batch(preset, condition)
+    gpu, location = None, model_location(spec)
+    options: dict[str, Any] = {
+        "model": location,
+        "trust_remote_code": getattr(spec, "trust_remote_code", False),
+        "dtype": "bfloat16" if preset.protocol.precision == "bf16" else "float32",
+        "max_model_len": longest,
+        "kv_cache_memory_bytes": int(cache),
         "max_num_seqs": batch.responses,
         "max_num_batched_tokens": batch.tokens,
-        # In full fine-tuning the engine reads its weights from another folder, which has no tokenizer.
-        **({"tokenizer": model} if tokenizes else {}),
         "skip_tokenizer_init": not tokenizes,
         # Log-probabilities of the distribution that tokens are drawn from.
         "logprobs_mode": "processed_logprobs",
@@ -94,35 +73,23 @@ def llm_options(
         "seed": 0,
         "disable_log_stats": True,
         # vLLM does not look at the share on a CPU, and compiling takes longer than it saves there.
-        "gpu_memory_utilization": gpu_share or 0.5,
-        "enforce_eager": gpu_share is None,
+        "gpu_memory_utilization": 0.5,
+        "enforce_eager": device.type == "cpu",
     }
-
-
-def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> EngineSettings:
-    """Return the settings of the engine of a sweep; see `llm_options`."""
-    machine, condition, preset = context.machine, context.sweep.condition, context.plan.preset
-    spec, device = context.layout.model(condition.model), machine.device
-    memory, cache = engine_memory(preset, condition.model, condition)
-    head = ("lm_head",) if preset.protocol.include_unembedding else ()
-    gpu, share = None, None
-    if device.type == "cuda":
-        gpu = device.index or 0
-        share = min(0.95, memory / torch.cuda.get_device_properties(device).total_memory)
-    options = llm_options(
-        model_location(spec),
-        "bfloat16" if preset.protocol.precision == "bf16" else "float32",
-        longest,
-        int(cache),
-        None if condition.rank is None else max_lora_rank(condition.rank),
-        engine_batch(preset, condition),
-        share,
-        tokenizes,
-        None if condition.placement is None else (*SUFFIXES[condition.placement], *head),
-    )
-    options["trust_remote_code"] = getattr(spec, "trust_remote_code", False)
+    if condition.rank is not None and condition.placement is not None:
+        head = ("lm_head",) if preset.protocol.include_unembedding else ()
+        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_lora_rank(condition.rank)}
+        # Layers that carry no adapter would take memory all the same.
+        options["lora_target_modules"] = (*SUFFIXES[condition.placement], *head)
+    if tokenizes:
+        # In full fine-tuning the engine reads its weights from another folder, which has no tokenizer.
+        options["tokenizer"] = location
     if isinstance(spec, HubModel):
         options |= {"revision": spec.revision, "tokenizer_revision": spec.revision}
+    if device.type == "cuda":
+        gpu = device.index or 0
+        total = torch.cuda.get_device_properties(device).total_memory
+        options["gpu_memory_utilization"] = min(0.95, memory / total)
     return EngineSettings(options, gpu, max(1, preset.execution.threads // machine.processes.count))
 
 
@@ -130,45 +97,21 @@ class PolicyEngine(AbstractContextManager["PolicyEngine"]):
     """The process in which vLLM draws from the policies of a job's runs, one run after another.
 
     It is started at the first draw, and again where a sweep needs other settings. Policies are handed over through a
-    folder that all processes of a job see. On exit the process ends and the folders are removed. What vLLM prints is
-    appended to the file `log`.
+    temporary folder of the first process, which all see. On exit the process ends and the folders are removed. What
+    vLLM prints is appended to the file `log`.
     """
 
     def __init__(self, processes: Processes, log: Path) -> None:
-        self._processes, self._handed_over, self._room = processes, 0, -1
+        self._processes, self._handed_over = processes, 0
         # Each process of a job has an engine.
         self._log = log if processes.first else log.with_suffix(f".{processes.rank}.log")
         self._settings: EngineSettings | None = None
-        self._caches = machine_folder(Path(tempfile.gettempdir()))
-        self._folders = [self._caches]
-
-    def make_room(self, needed: int) -> None:
-        """Choose the folder through which policies of `needed` bytes are handed over, in memory if it has room.
-
-        Every process must call this. UserError says that no folder of this machine has room.
-        """
-        if needed <= self._room:
-            return
-        made = []
-        if self._processes.first:
-            folders = [*([MEMORY] if os.access(MEMORY, os.W_OK) else []), Path(tempfile.gettempdir())]
-            free = {folder: shutil.disk_usage(folder).free for folder in folders}
-            parent = next((folder for folder, space in free.items() if space >= needed), None)
-            if parent is None:
-                there = " and ".join(f"{amount(space, 'B')} in {folder}" for folder, space in free.items())
-                raise UserError(
-                    f"the policies of this job need {amount(needed, 'B')} to be handed over to vLLM, and there are "
-                    f"{there} free; make room, in a container by a larger /dev/shm (docker run --shm-size), let TMPDIR "
-                    "name a larger folder of this machine, or set execution.sampler to own"
-                )
-            made = [machine_folder(parent)]
-        [self._folder] = self._processes.gather_objects(made)[0]
-        self._folders, self._room = [*self._folders, *made], needed
+        self._caches = Path(tempfile.mkdtemp(prefix="lorabench-vllm-"))
+        self._folder = Path(processes.gather_objects(str(self._caches))[0])
 
     def __exit__(self, *error: Any) -> None:
         self._stop()
-        for folder in self._folders:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self._caches, ignore_errors=True)
 
     def draw(
         self,
@@ -176,14 +119,10 @@ class PolicyEngine(AbstractContextManager["PolicyEngine"]):
         settings: EngineSettings,
         requests: list[Request],
         stop: Stop,
-        interrupt: Callable[[], None] = lambda: None,
     ) -> list[Response]:
-        """Draw a response to each request from the present policy. Every process must call this.
+        """Draw a response to each request from a policy, a base model or one with an adapter.
 
-        Args:
-            model: the policy, a base model or one with an adapter.
-            settings: what the engine is started with. In full fine-tuning its model is replaced by the policy.
-            interrupt: called while responses are awaited; it may raise to end the drawing.
+        Every process must call this. In full fine-tuning the policy replaces the model that the settings name.
         """
         hand_over = self._hand_over_adapter if isinstance(model, PeftModel) else self._hand_over_weights
         hand_over(model, settings)
@@ -200,15 +139,12 @@ class PolicyEngine(AbstractContextManager["PolicyEngine"]):
         }
 
         def draw_share(share: list[Request]) -> list[Response]:
-            wanted: list[tuple[tuple[int, ...], int | None]] = []
+            wanted = []
             for request in share:
-                seed: int | None = None
-                if request.key is not None:
-                    # The random numbers of a response depend on its key alone.
-                    state = np.random.SeedSequence(request.key).generate_state(1, np.uint64)
-                    seed = int(state[0] >> np.uint64(1))
-                wanted.append((request.prompt, seed))
-            answers = self.ask("sample", interrupt, requests=wanted, options=options) if share else []
+                # The random numbers of a response depend on its key alone.
+                state = np.random.SeedSequence(request.key).generate_state(1, np.uint64)
+                wanted.append((request.prompt, None if request.key is None else int(state[0] >> np.uint64(1))))
+            answers = self.ask("sample", requests=wanted, options=options) if share else []
             return [
                 Response(np.array(tokens, np.int64), np.array(logprobs, np.float32), truncated)
                 for tokens, logprobs, truncated in answers
@@ -220,8 +156,6 @@ class PolicyEngine(AbstractContextManager["PolicyEngine"]):
         """Hand over all weights in the type of the products, and a tied unembedding, which vLLM would not renew."""
         dtype, tensors = getattr(torch, settings.options["dtype"]), {}
         named = dict(model.named_parameters()) | {"lm_head.weight": model.get_output_embeddings().weight}
-        # The next policy is written beside this one.
-        self.make_room(2 * dtype.itemsize * sum(parameter.numel() for parameter in named.values()))
         for name, parameter in named.items():
             whole = full_tensor(parameter.detach())
             if self._processes.first:
@@ -243,13 +177,11 @@ class PolicyEngine(AbstractContextManager["PolicyEngine"]):
 
     def _hand_over_adapter(self, model: Any, settings: EngineSettings) -> None:
         """Hand over the adapter in PEFT's format."""
-        parameters = trained_parameters(model)
-        self.make_room(sum(parameter.nbytes for parameter in parameters.values()))
         self._start(settings)
         self._handed_over += 1
         tensors = {
             name.replace(".default.", "."): full_tensor(parameter.detach()).cpu().contiguous()
-            for name, parameter in parameters.items()
+            for name, parameter in trained_parameters(model).items()
         }
         folder = self._folder / f"adapter-{self._handed_over}"
         if self._processes.first:
@@ -282,8 +214,7 @@ class PolicyEngine(AbstractContextManager["PolicyEngine"]):
             visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
             environment["CUDA_VISIBLE_DEVICES"] = visible[settings.device] if visible else str(settings.device)
         ours, theirs = socket.socketpair()
-        folders = [str(self._folder), str(self._caches)]
-        start = json.dumps({"trainer": os.getpid(), "folders": folders, "options": settings.options})
+        start = json.dumps({"trainer": os.getpid(), "folder": str(self._caches), "options": settings.options})
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -311,25 +242,18 @@ class PolicyEngine(AbstractContextManager["PolicyEngine"]):
             self._connection.close()
             self._settings = None
 
-    def ask(self, name: str | None, interrupt: Callable[[], None] = lambda: None, **arguments: Any) -> Any:
+    def ask(self, name: str | None, **arguments: Any) -> Any:
         """Call a method of the worker's `_Engine`, and return its answer; UserError if the engine failed or has ended.
 
-        Without a name this only awaits the answer that the engine has started. `interrupt` is called meanwhile.
+        Without a name this only awaits the answer that the engine has started.
         """
         try:
             if name is not None:
                 self._connection.send_bytes(json.dumps({"do": name, "with": arguments}).encode())
-            while not self._connection.poll(0.2):
-                interrupt()
             answer = json.loads(self._connection.recv_bytes())
         except (EOFError, ConnectionError) as error:
-            try:
-                status = self._process.wait(20)
-                end = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-            except subprocess.TimeoutExpired:
-                end = "does not answer any more"
             raise UserError(
-                f"the process of vLLM, which draws the responses (execution.sampler), {end}; start the same command "
+                "the process of vLLM, which draws the responses (execution.sampler), has ended; start the same command "
                 f"again, and its runs go on from their checkpoints; its log is {self._log}"
             ) from error
         if "error" in answer:

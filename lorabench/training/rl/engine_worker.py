@@ -1,7 +1,7 @@
 """The process in which vLLM draws responses: `python -m lorabench.training.rl.engine_worker DESCRIPTOR START`.
 
 It answers the messages of `lorabench.training.rl.engine`, which are JSON in both directions, over the socket of that
-descriptor. START is JSON: the trainer's process id, the folders of both, and the arguments of vLLM's `LLM`.
+descriptor. START is JSON: the trainer's process id, its temporary folder, and the arguments of vLLM's `LLM`.
 Signals that ask a job to end are left to the trainer, which still needs responses until its step is finished.
 """
 
@@ -69,7 +69,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     connection, start = Connection(int(sys.argv[1])), json.loads(sys.argv[2])
-    threading.Thread(target=end_with, args=(start["trainer"], start["folders"]), daemon=True).start()
+    threading.Thread(target=end_with, args=(start["trainer"], start["folder"]), daemon=True).start()
     engine: _Engine | None = None
     while True:
         try:
@@ -88,12 +88,11 @@ def main() -> None:
             return
 
 
-def end_with(trainer: int, folders: list[str]) -> None:
-    """End this process, whatever it computes, when the trainer has died; remove the folders of both."""
+def end_with(trainer: int, folder: str) -> None:
+    """End this process, whatever it computes, when the trainer has died; remove the folder of both."""
     while os.getppid() == trainer:
         time.sleep(1)
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 

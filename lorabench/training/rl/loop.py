@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from lorabench.training.run import (
     Outcome,
     clip_gradient,
     data_order,
-    deterministically,
+    deterministic,
     make_optimizer,
     set_lr,
 )
@@ -44,12 +44,11 @@ if TYPE_CHECKING:
 Grade = Callable[[list[str], list[str]], np.ndarray]
 """Returns the rewards of responses, given their texts and the right answers, (n,): 1 for a right answer, else 0."""
 
-Sampler = Callable[[list[Request], bool], list[Response]]
-"""Draws a response to each request, in their order; the second argument says whether a signal may end it at once."""
+Sampler = Callable[[list[Request]], list[Response]]
+"""Draws a response to each request, in their order."""
 
 PATIENCE, MIN_PATIENCE = 0.2, 3
-"""A run is stopped when it had no reward in this share of its steps, and in this number of steps at least, since its
-policy has not changed then."""
+"""A run is stopped when it had no reward, and so no update, in this share of its steps and this number at least."""
 
 COLLAPSED_STEPS = 20
 """A run that has had rewards is ended after so many steps in a row without any, in which its policy has not changed."""
@@ -144,11 +143,6 @@ class RlOutcome(Outcome):
     final_truncated: float | None = None
 
 
-def evaluation_steps(steps: int, evaluations: int) -> set[int]:
-    """Return the steps after which the policy is evaluated: evenly spaced, the last step included."""
-    return {math.ceil(steps * (number + 1) / evaluations) for number in range(evaluations)}
-
-
 def evaluate(
     environment: Environment, rollouts: Rollouts, seed: int, step: int, draw: Sampler
 ) -> tuple[Scores, list[bool]]:
@@ -164,8 +158,7 @@ def evaluate(
         for problem, (prompt, _) in enumerate(problems)
         for sample in range(samples)
     ]
-    # The run has saved its state, so a signal may end this at once.
-    responses = iter(draw(requests, True))
+    responses = iter(draw(requests))
     scores: Scores = {}
     right: list[bool] = []
     for name, (problems, grade, samples) in sets.items():
@@ -192,20 +185,13 @@ def train_rl(
     base: Scores,
     tick: Callable[[int], None] = lambda step: None,
 ) -> RlOutcome:
-    """Train and evaluate one run.
+    """Train a base model, or one with a new adapter, in place, and return the outcome.
 
-    The run goes on from its checkpoint if there is one, and then ends with the same numbers as an uninterrupted run.
-
-    Args:
-        model: the base model, or the base model with a new adapter; it is trained in place.
-        draw: draws responses from the present policy.
-        base: scores of the base model, the curve's points at step 0.
-        tick: called after each step with the number of finished steps.
-
-    Returns:
-        The outcome. It is `diverged` if a loss or a gradient norm is not finite, `unrewarded` if no response got a
-        reward in the first fifth of the steps (see `PATIENCE`), and `collapsed` if none did in many steps after others
-        had (see `COLLAPSED_STEPS`).
+    The run goes on from its checkpoint if there is one, and then ends with the same numbers as an uninterrupted run. It
+    is `diverged` if a loss or a gradient norm is not finite, `unrewarded` if no response got a reward in the first
+    fifth of the steps (see `PATIENCE`), and `collapsed` if none did in many steps after others had (see
+    `COLLAPSED_STEPS`). `draw` draws from the present policy, `base` are the base model's scores, and `tick` is called
+    after each step with the number of finished steps.
     """
     condition, rollouts, processes = run.condition, run.condition.rollouts, machine.processes
     assert rollouts
@@ -213,7 +199,8 @@ def train_rl(
     optimizer = make_optimizer(parameters, run, protocol)
     prompts, answers = zip(*environment.splits["train"], strict=True)
     order = data_order(len(prompts), condition.steps, condition.batch_size // rollouts.group_size, run.seed)
-    evaluate_at = evaluation_steps(condition.steps, rollouts.evaluations)
+    # Evaluations are evenly spaced, and the last step has one.
+    evaluate_at = {math.ceil(condition.steps * (n + 1) / rollouts.evaluations) for n in range(rollouts.evaluations)}
 
     outcome = RlOutcome("done", base_reward=base["test"]["accuracy"])
     if environment.controls is not None:
@@ -226,10 +213,9 @@ def train_rl(
     def record(step: int, split: str, metrics: Mapping[str, float]) -> None:
         outcome.record(step, step * condition.batch_size, response_tokens, split, metrics)
 
-    def save(step: int, evaluated: bool) -> None:
-        progress = outcome.progress() | {"step": step, "evaluated": evaluated}
-        progress |= {"response_tokens": response_tokens, "evaluations": evaluations, "right": right}
-        checkpoint.save(parameters, optimizer, progress)
+    def save(step: int) -> None:
+        progress = outcome.progress() | {"step": step, "response_tokens": response_tokens}
+        checkpoint.save(parameters, optimizer, progress | {"evaluations": evaluations, "right": right})
 
     def evaluated(step: int) -> Scores:
         """Evaluate the policy as after a step, and return its scores."""
@@ -247,7 +233,7 @@ def train_rl(
                 record(step, split, values)
         tick(step)
         if step < condition.steps and checkpoint.due():
-            save(step, evaluated=True)
+            save(step)
 
     saved = checkpoint.load(parameters, optimizer)
     if saved is not None:
@@ -255,7 +241,8 @@ def train_rl(
         first_step, response_tokens = saved["step"], saved["response_tokens"]
         rewarded_at = max((point.step for point in _train_points(outcome.curve, "reward") if point.value), default=0)
         evaluations, right = [(valid, test) for valid, test in saved["evaluations"]], saved["right"]
-        if not saved["evaluated"]:
+        # The run was interrupted in the evaluation of this step.
+        if first_step in evaluate_at and outcome.curve[-1].split == "train":
             finish(first_step)
     else:
         for split, metrics in base.items():
@@ -264,7 +251,7 @@ def train_rl(
     for step in range(first_step + 1, condition.steps + 1):
         if rewarded_at and step - rewarded_at > COLLAPSED_STEPS:
             outcome.status = "collapsed"
-            save(step - 1, evaluated=True)
+            save(step - 1)
             # The steps that are left out would not change the policy either, as long as none of them had a reward. The
             # mean of what the last steps drew from the same policy is expected of them.
             scores, expected = evaluated(condition.steps), {"reward": 0.0}
@@ -282,8 +269,7 @@ def train_rl(
             Request(prompts[problem], (run.seed, step, problem, number % size))
             for number, problem in enumerate(problems)
         ]
-        responses = draw(requests, False)
-        sampled = time.perf_counter()
+        responses = draw(requests)
         texts = [environment.texts.text(response) for response in responses]
         rewards = environment.grade(texts, [answers[problem] for problem in problems])
         groups = [
@@ -296,9 +282,8 @@ def train_rl(
         response_tokens += step_tokens
         rewarded_at = step if metrics["reward"] > 0 else rewarded_at
 
-        learning = time.perf_counter()
-        measured = deterministically(partial(backward, model, groups, machine), model.zero_grad, machine)
-        learned = time.perf_counter()
+        with deterministic(machine.device):
+            measured = backward(model, groups, machine)
         norm = clip_gradient(parameters.values(), protocol.clip_norm)
         finite = not processes.any(not (math.isfinite(measured.loss) and math.isfinite(norm)))
         # If all rewards are equal within each group there is no gradient, and Adam's momentum must change nothing.
@@ -307,20 +292,15 @@ def train_rl(
             optimizer.step()
         optimizer.zero_grad()
         outcome.train_tokens += step_tokens + sum(len(group.prompt) for group in groups)
-        # The estimate of KL may be negative, but far below 0 it says as well that the two distributions differ. A
-        # number that is not finite is not below the limit either. The warning comes once per run.
-        kls = [point.value for point in _train_points(outcome.curve, "kl")]
-        warned = any(value is None or abs(value) > MAX_KL for value in kls)
-        if processes.first and not warned and not abs(measured.kl) <= MAX_KL:
+        # The estimate of KL may be negative, but far below 0 it says as well that the two distributions differ.
+        if processes.first and not abs(measured.kl) <= MAX_KL:
             logging.warning(
-                "In run %s, step %d, the sampler's distribution differs from the learner's by %.2g nats per token "
-                "(KL); above %g the gradient is noisy, since the ratios of their probabilities are neither clipped nor "
-                "masked, and training may become unstable.",
+                "run %s, step %d: sampler and learner differ by a KL of %.2g nats per token; above %g the gradient is "
+                "noisy",
                 *(run.run_id, step, measured.kl, MAX_KL),
             )
         metrics |= {name: value for name, value in vars(measured).items() if name not in ("tokens", "loss")}
-        metrics |= {"grad_norm": norm, "sample_tokens_per_s": step_tokens / (sampled - started)}
-        record(step, "train", metrics | {"learn_tokens_per_s": step_tokens / (learned - learning)})
+        record(step, "train", metrics | {"grad_norm": norm})
         outcome.wall_s += time.perf_counter() - started
         if not finite:
             outcome.status, outcome.diverged_at = "diverged", step
@@ -331,7 +311,7 @@ def train_rl(
             break
         # An evaluation may take longer than many steps, so the step is saved before it.
         if step in evaluate_at:
-            save(step, evaluated=False)
+            save(step)
         finish(step)
 
     for metric in ("entropy", "truncated"):

@@ -23,7 +23,7 @@ from lorabench.models.passes import computing_only, without_peft
 from lorabench.planning.flops import SHARED_ROW, row_limit
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, call_as_forward
 from lorabench.training.loss import MAX_LOGITS, backward_in_pieces, of_tokens
-from lorabench.training.rl.sampler import Request, Response, packed, window
+from lorabench.training.rl.sampler import Request, Response, packed
 from lorabench.training.run import Machine
 
 
@@ -79,15 +79,9 @@ def backward(model: torch.nn.Module, groups: Sequence[ResponseGroup], machine: M
     """Add the gradient of the loss to the model's weights, and return the measures of the batch.
 
     Groups of equal rewards add nothing to the gradient and are only measured, unless there are no other groups. Each
-    process computes a share. UserError: a prompt with a response is longer than the model's sliding window.
+    process computes a share.
     """
-    device, processes, within = next(model.parameters()).device, machine.processes, window(without_peft(model))
-    longest = max(len(group.prompt) + len(response.tokens) for group in groups for response in group.responses)
-    if within is not None and longest > within:
-        raise UserError(
-            f"{type(without_peft(model)).__name__} has sliding attention over {within} tokens, and a prompt with its "
-            f"response has {longest}; in RL both must be within that: lower max_new_tokens or drop long problems"
-        )
+    device, processes = next(model.parameters()).device, machine.processes
     episodes = sum(len(group.responses) for group in groups)
     teaching = [group for group in groups if not group.equal] or list(groups)
     idle = [group for group in groups if group.equal] if len(teaching) < len(groups) else []

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 _SHARED_TOKENS = 128
 # Owner of a cache column that holds a token of the prompt, or padding; a response's token has the seat, from 1.
 _PROMPT, _PADDING = 0, -1
-# Tokens of spare room in a new buffer of the cache.
-_ROOM = 64
 T = TypeVar("T")
 
 
@@ -68,14 +66,10 @@ def sample(
     stop: Stop,
     max_cache_tokens: int,
     autocast: torch.dtype | None = None,
-    interrupt: Callable[[], None] = lambda: None,
 ) -> list[Response]:
     """Draw a response to each request, in their order, at temperature 1 from the whole vocabulary.
 
-    Args:
-        max_cache_tokens: limit of rows times length of prompt and response in one batch; a single row always fits.
-        autocast: the type of autocast; None for fp32.
-        interrupt: called before each position; it may raise to end the drawing.
+    `max_cache_tokens` limits the rows times the length of prompt and response in a batch; a single row always fits.
     """
     responses: dict[int, Response] = {}
     device, was_training = next(model.parameters()).device, model.training
@@ -88,7 +82,7 @@ def sample(
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             for chunk in chunks:
                 chosen = [requests[index] for index in chunk]
-                drawn = _sample_chunk(model, tokenizer, chosen, stop, device, interrupt)
+                drawn = _sample_chunk(model, tokenizer, chosen, stop, device)
                 responses.update(zip(chunk, drawn, strict=True))
     finally:
         model.train(was_training)
@@ -110,10 +104,8 @@ def packed(items: Iterable[T], length: Callable[[T], int], limit: int) -> Iterat
 def draw(logprobs: Tensor, uniform: Tensor, contexts: Tensor) -> Tensor:
     """Draw tokens by inversion of the cumulative distribution, (n,).
 
-    Args:
-        logprobs: (contexts, vocabulary).
-        uniform: random numbers in [0, 1) in double precision, (n,); a negative number selects the most likely token.
-        contexts: the row of `logprobs` that each token is drawn from, (n,).
+    Each is drawn from a row of `logprobs` (contexts, vocabulary), which `contexts` (n,) names, by a random number of
+    `uniform` (n,), in [0, 1) and in double precision; a negative number selects the most likely token.
     """
     cumulative = logprobs.double().exp().cumsum(-1)
     # The total is 1 up to rounding; scaling by it ensures that no token of probability zero is drawn.
@@ -123,20 +115,12 @@ def draw(logprobs: Tensor, uniform: Tensor, contexts: Tensor) -> Tensor:
     return torch.where(uniform < 0, logprobs.argmax(-1)[contexts], drawn)
 
 
-def window(model: torch.nn.Module) -> int | None:
-    """Return the length in tokens of a model's sliding window, None if it has none; shared rows do not apply it."""
-    config: Any = model.config
-    tokens = getattr(config, "sliding_window", None)
-    return int(tokens) if tokens and getattr(config, "use_sliding_window", True) else None
-
-
 def _sample_chunk(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     requests: list[Request],
     stop: Stop,
     device: torch.device,
-    interrupt: Callable[[], None],
 ) -> list[Response]:
     n, longest = len(requests), stop.max_new_tokens
     greedy = np.full(longest, -1.0)
@@ -156,13 +140,11 @@ def _sample_chunk(
         # Padding is on the left, and has position 0.
         padded[number, width - len(prompt) :], attended[number, width - len(prompt) :] = prompt, 1
     ids, mask = torch.as_tensor(padded, device=device), torch.as_tensor(attended, device=device)
-    cache = Cache(layer_class_to_replicate=_GrowingLayer)
+    cache = Cache(layer_class_to_replicate=_CastLayer)
     logits = _logits_at_end(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache, 1)[:, -1]
     # The row of the logits from which each response continues; responses to one prompt start from the same row.
     contexts = torch.as_tensor(prompts, device=device)
-    model_window, longest_total = window(model), ids.shape[1] + longest
-    seats = max(1, _SHARED_TOKENS // longest) if model_window is None or longest_total <= model_window else 1
-    rows = _Rows(prompts, seats)
+    rows = _Rows(prompts, max(1, _SHARED_TOKENS // longest))
     if len(rows.prompts) > len(unique):
         cache.batch_select_indices(torch.as_tensor(rows.prompts, device=device))
     mask = mask[torch.as_tensor(rows.prompts, device=device)]
@@ -172,7 +154,6 @@ def _sample_chunk(
 
     live = np.arange(n)
     for step in range(longest):
-        interrupt()
         chosen = torch.as_tensor(live, device=device)
         distribution = torch.log_softmax(logits.float(), -1)
         drawn = draw(distribution, uniform[chosen, step], contexts)
@@ -215,9 +196,9 @@ class _Rows:
     """The rows of the cache, each with a prompt and the responses to it that have a seat in the row.
 
     Short responses share a row, so that their prompt is in the cache once. Each longer response has its own row, since
-    attention is computed over the whole row. Given the index of the prompt of each response, equal ones adjacent, and
-    the largest number of responses in a row, `prompts` is the index of the prompt of each row, `seats` the seat of each
-    response in its row, from 1, and `shared` whether any row has several seats.
+    attention is computed over the whole row. Given are the index of the prompt of each response, equal ones adjacent,
+    and the largest number of responses in a row. `prompts` has the index of each row's prompt, `seats` the seat of each
+    response in its row, from 1.
     """
 
     def __init__(self, prompts: np.ndarray, seats: int) -> None:
@@ -260,41 +241,17 @@ def _logits_at_end(
     return logits
 
 
-class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer of the KV cache, whose `keys` and `values` are views of the filled part of longer buffers.
-
-    So no token is copied for every new one. With autocast the cache holds the type of the products.
-    """
-
-    keys: Tensor
-    values: Tensor
-    buffers: tuple[Tensor, Tensor] | None = None
+class _CastLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer of the KV cache, which with autocast holds the type of the products."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values of new tokens, (batch, heads, tokens, width); return views of all tokens."""
+        """Append keys and values of new tokens, (batch, heads, tokens, width); return those of all tokens."""
         kind = key_states.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
-        old, new = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
-        if self.buffers is None or new > self.buffers[0].shape[-2]:
-            grown = []
-            for states, kept in ((key_states, self.keys), (value_states, self.values)):
-                buffer = states.new_empty((*states.shape[:-2], new + _ROOM, states.shape[-1]))
-                if old:
-                    buffer[..., :old, :] = kept
-                grown.append(buffer)
-            self.buffers = (grown[0], grown[1])
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[..., old:new, :] = states
-        self.keys, self.values = (buffer[..., :new, :] for buffer in self.buffers)
-        self.is_initialized = True
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only some rows of the batch."""
-        super().batch_select_indices(indices)
-        self.buffers = None
+        whole: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        return whole
 
 
 def ended_by_text(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...], tokens: Tensor) -> np.ndarray:

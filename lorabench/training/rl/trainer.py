@@ -18,9 +18,8 @@ import torch
 from lorabench.data.grading import Grader
 from lorabench.data.problems import controls, read_problems
 from lorabench.data.tokens import template_key, tokenizer_key
-from lorabench.models.base import load_tokenizer, max_length, skeleton
+from lorabench.models.base import load_config, load_tokenizer, max_length, skeleton
 from lorabench.models.vllm_support import check_vllm, vllm_version
-from lorabench.planning.memory import handover_bytes
 from lorabench.runs import Rollouts, Run
 from lorabench.training.context import Base, SweepContext, with_adapter
 from lorabench.training.distributed import full_tensor
@@ -29,7 +28,6 @@ from lorabench.training.rl.loop import Environment, Grade, ProblemTexts, Sampler
 from lorabench.training.rl.objective import check_finite
 from lorabench.training.rl.sampler import Request, Response, sample, sample_in_processes
 from lorabench.training.run import Machine
-from lorabench.utils import signals
 from lorabench.utils.files import file_sha256
 
 
@@ -58,13 +56,10 @@ class RlTrainer(AbstractContextManager["RlTrainer"]):
         assert rollouts
         if rollouts.sampler == "vllm":
             spec = context.layout.model(condition.model)
-            check_vllm(spec, machine.device, condition.rank, condition.placement, trains=True)
+            check_vllm(spec, condition.rank, condition.placement, trains=True)
             # Jobs that run at the same time train different runs.
             log = context.layout.logs / f"{run.run_id}.vllm.log"
             self._engine = self._engine or self._open.enter_context(PolicyEngine(machine.processes, log))
-            # All weights are written beside those of the last step; an adapter is removed when it was read.
-            at_once = 2 if condition.rank is None else 1
-            self._engine.make_room(at_once * handover_bytes(context.plan.preset, condition))
         if rollouts not in self._environments:
             environment = self._environment(context)
             source = context.provenance() | {
@@ -91,7 +86,11 @@ class RlTrainer(AbstractContextManager["RlTrainer"]):
         rollouts, layout = condition.rollouts, context.layout
         assert rollouts
         spec = layout.model(condition.model)
-        texts = ProblemTexts(load_tokenizer(spec), rollouts, max_length(spec))
+        config, longest = load_config(spec), max_length(spec)
+        if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+            # Rows that responses share have masks without the window.
+            longest = min(longest, config.sliding_window)
+        texts = ProblemTexts(load_tokenizer(spec), rollouts, longest)
 
         def grading(name: str) -> Grade:
             grader = self._open.enter_context(Grader(preset.problems[name].grader, preset.execution.threads))
@@ -129,15 +128,12 @@ class RlTrainer(AbstractContextManager["RlTrainer"]):
                 blank = with_adapter(blank, context, run)
             replica = replica_of(model, blank, machine)
 
-        def draw(requests: list[Request], interruptible: bool) -> list[Response]:
-            # Several processes would have to agree at every position.
-            stops = interruptible and machine.processes.count == 1
-            interrupt: Callable[[], None] = signals.check if stops else lambda: None
+        def draw(requests: list[Request]) -> list[Response]:
             if engine is not None:
-                responses = engine.draw(model, settings, requests, stop, interrupt)
+                responses = engine.draw(model, settings, requests, stop)
             else:
                 policy = replica() if replica else model
-                others = stop, machine.max_cache_tokens, machine.autocast, interrupt
+                others = stop, machine.max_cache_tokens, machine.autocast
                 responses = sample_in_processes(
                     requests, lambda share: sample(policy, texts.tokenizer, share, *others), machine.processes
                 )

@@ -48,15 +48,6 @@ def test_worlds_have_the_design_and_without_one_that_of_the_scene():
     assert Making().tables(task, 0).runs["seed"].nunique() == 6
 
 
-@pytest.mark.slow
-def test_the_power_of_a_claim():
-    table = power_of_plan(CORE, 4, ["E1"])
-    assert table.loc[0, "n_worlds"] == 4
-    assert table.loc[0, "power_at_2"] >= 0.5
-    without = make_plan(CORE.preset.model_copy(update={"racing": None}))
-    assert table.loc[0, "runs"] <= power_of_plan(without, 4, ["E1"]).loc[0, "runs"]
-
-
 def test_a_claim_without_runs_is_named():
     with pytest.raises(UserError, match="calibration does not cover B10 in this preset"):
         power_of_plan(make_plan(load_preset("smollm2")), 1, ["B10"])

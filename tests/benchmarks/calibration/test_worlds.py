@@ -11,7 +11,7 @@ import pytest
 from benchmarks.calibration.made import MadeArm, MadeSweep
 from benchmarks.calibration.noise import NoiseLevels, measure_noise
 from benchmarks.calibration.rl import make_rl_tables, rl
-from benchmarks.calibration.scenes import FULLFT, RUN, batch_sizes, lora, ranks
+from benchmarks.calibration.scenes import FULLFT, RUN, batch_sizes, lora
 from benchmarks.calibration.truths import COVERED, SCENES
 from benchmarks.calibration.worlds import grid, make_tables
 from lorabench.analysis.arms import with_arm_columns
@@ -19,7 +19,6 @@ from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.rewards import with_error_rates
 from lorabench.claims.judge import CLAIMS
-from lorabench.claims.learning_rate import LEAST_SHIFT
 
 NOISE = NoiseLevels()
 QUIET = replace(
@@ -54,30 +53,6 @@ def test_the_fit_finds_made_up_optima_and_minima():
     assert fit.curvature["FullFT"] == pytest.approx(NOISE.curvature, rel=1e-3)
     # The margin follows from the base's loss before training, less what half a step of the grid costs.
     assert comparison.margin.value == pytest.approx(NOISE.margin, rel=0.03)
-
-
-@pytest.mark.slow
-def test_intervals_of_noisy_worlds_hold_the_truth():
-    gaps, ratios = [], []
-    for number in range(60):
-        fit = compared(drawn(ranks, 1, number)).fit
-        gap, ratio = fit.gap("LoRA r64", "FullFT"), fit.log_ratio("LoRA r16", "LoRA r1")
-        margin = math.copysign(NOISE.margin, gap.value)
-        gaps.append(gap.interval()[0] <= margin <= gap.interval()[1])
-        ratios.append(ratio.interval()[0] <= math.log(LEAST_SHIFT) <= ratio.interval()[1])
-    # Of 60 intervals at 95%, 51 or more hold the truth with a probability of 99.9%.
-    assert sum(gaps) >= 51
-    assert sum(ratios) >= 51
-
-
-def test_further_seeds_are_trained_at_the_lr_of_the_lowest_validation_loss():
-    runs = drawn(ranks, 0, 2).runs
-    of_arm = runs[runs["rank"] == 16]
-    first = of_arm[of_arm["seed"] == 0]
-    assert first["lr"].nunique() == len(first) == 5
-    [repeated] = of_arm.loc[of_arm["seed"] > 0, "lr"].unique()
-    assert repeated == first.loc[first["final_valid_nll"].idxmin(), "lr"]
-    assert sorted(of_arm["seed"].unique()) == [0, 1, 2]
 
 
 def test_error_rates_of_rl_are_shares_of_failed_problems():

@@ -31,7 +31,7 @@ def machine(**changes) -> Machine:
 
 
 def condition_of(
-    rank: int | None = None, steps: int = 4, batch_size: int = 32, rollouts: Rollouts = ROLLOUTS
+    rank: int | None = None, steps: int = 4, batch_size: int = 16, rollouts: Rollouts = ROLLOUTS
 ) -> Condition:
     method, placement, alpha = ("fullft", None, None) if rank is None else ("lora", "all", 32.0)
     return Condition(
@@ -40,7 +40,7 @@ def condition_of(
 
 
 def problem_file(folder: Path, **changes) -> Path:
-    sizes = {"train": 40, "validation": 8, "test": 16, "tasks": ["gcd"], "max_value": 50}
+    sizes = {"train": 24, "validation": 4, "test": 8, "tasks": ["gcd"], "max_value": 50}
     path = folder / "problems.parquet"
     write_problems(make_problems(ReasoningProblems(kind="arithmetic", **sizes | changes)), path)
     return path
@@ -54,17 +54,9 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory, tokenizer) -> Environment:
     """Greatest common divisors up to 50, of which the base answers about a quarter rightly."""
-    return environment_of(problem_file(tmp_path_factory.mktemp("problems")), tokenizer)
-
-
-def environment_of(path: Path, tokenizer, rollouts: Rollouts = ROLLOUTS) -> Environment:
-    texts = ProblemTexts(tokenizer, rollouts, 512)
-    grader = Grader("arithmetic")
-
-    def grade(responses, answers):
-        return np.array(grader.grade(responses, answers), np.float64)
-
-    return Environment(texts, texts.read(path), grade, {})
+    texts, grader = ProblemTexts(tokenizer, ROLLOUTS, 512), Grader("arithmetic")
+    problems = texts.read(problem_file(tmp_path_factory.mktemp("problems")))
+    return Environment(texts, problems, lambda *given: np.array(grader.grade(*given), np.float64), {})
 
 
 @pytest.fixture
@@ -130,7 +122,7 @@ def train(
     """
     model, texts, where = load_model(TINY), environment.texts, machine(**changes)
 
-    def draw(requests: list[Request], interruptible: bool) -> list[Response]:
+    def draw(requests: list[Request]) -> list[Response]:
         return sample(model, texts.tokenizer, requests, texts.stop, 100_000)
 
     scores, _ = evaluate(environment, run.condition.rollouts, 0, 0, draw)

@@ -1,34 +1,25 @@
-"""The objective: its advantages, and its gradient by hand, without shared prompts, by TRL, and in two processes.
-
-This module is also the program that runs in each process: `torchrun ... -m tests.training.rl.test_objective OUT`.
-"""
+"""The objective: its measures, and its gradient by hand and by the reference, whose rows hold one response each."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabench.errors import UserError
-from lorabench.models.base import load_model
 from lorabench.models.passes import trained_parameters
 from lorabench.planning.flops import row_limit
 from lorabench.training import reference
-from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor, join, leave
 from lorabench.training.loss import MAX_LOGITS
 from lorabench.training.rl import objective
 from lorabench.training.rl.objective import ResponseGroup, backward, check_finite, row_parts
 from lorabench.training.rl.sampler import Request, Response
 
-from ...conftest import REPOSITORY
-from .conftest import TINY, drawn, machine
+from .conftest import drawn, machine
 
 
 def response(tokens, logprobs=None):
@@ -42,12 +33,11 @@ def gradients(model):
     return gradients
 
 
-@pytest.mark.parametrize("wrong", [np.nan, -np.inf, np.inf])
-def test_a_log_probability_that_is_not_finite_is_refused_unless_the_policy_has_none(wrong, base):
+def test_a_log_probability_that_is_not_finite_is_refused_unless_the_policy_has_none(base):
     requests = [Request((5, 9), (0, number)) for number in range(3)]
-    responses = [response([7, 8], [-2.0, -3.0]), response([7], [-1.0]), response([9, 7, 8], [-1.0, wrong, -2.0])]
+    responses = [response([7, 8], [-2.0, -3.0]), response([7], [-1.0]), response([9, 7, 8], [-1.0, np.inf, -2.0])]
     check_finite(base, requests[:2], responses[:2], machine())
-    with pytest.raises(UserError, match=rf"gives token 2 of .* prompt of 2 tokens the log-probability {wrong:g}, "):
+    with pytest.raises(UserError, match="gives token 2 of .* prompt of 2 tokens the log-probability inf, "):
         check_finite(base, requests, responses, machine())
     # Weights of a run that diverged.
     with torch.no_grad():
@@ -93,7 +83,7 @@ def sharing_rows(tokens):
 
 @pytest.mark.parametrize(
     ("max_tokens", "at_once", "shared"),
-    [(60, 10_000, 2048), (10_000, 10_000, 2048), (10_000, 7, 2048), (10_000, 10_000, 26)],
+    [(60, 7, 2048), (10_000, 10_000, 26)],
 )
 def test_sharing_a_prompt_and_splitting_a_batch_or_its_logits_change_nothing(
     base, groups, max_tokens, at_once, shared, monkeypatch
@@ -108,6 +98,7 @@ def test_sharing_a_prompt_and_splitting_a_batch_or_its_logits_change_nothing(
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5)
 
 
+@settings(max_examples=15)
 @given(
     st.lists(
         st.tuples(st.integers(1, 60), st.lists(st.integers(1, 90), min_size=2, max_size=9)), min_size=1, max_size=6
@@ -158,75 +149,26 @@ def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn
     # The base gives the second token of the response that was drawn twice about four times that probability.
     assert measured.ratio_above_2 == pytest.approx(2 / 6)
     assert measured.ratio_max == pytest.approx(max(step.ratio_max for step in singly), rel=1e-4)
-    base.zero_grad()
 
 
 def test_measures_are_those_of_the_two_distributions(base, tokenizer, prompts):
     exact = drawn(base, tokenizer, [Request(prompts[0], (0, 0, 0, s)) for s in range(6)])
     rewards = np.array([1.0, 0, 0, 0, 0, 0])
-    same = backward(base, [ResponseGroup.of(prompts[0], exact, rewards)], machine())
-    assert same.ratio_mean == pytest.approx(1, abs=1e-4)
-    assert same.ratio_max == pytest.approx(1, abs=1e-4)
-    assert same.kl == pytest.approx(0, abs=1e-5)
-    assert same.ratio_above_2 == 0
-    halved = [Response(r.tokens, r.logprobs + np.float32(np.log(2)), r.truncated) for r in exact]
-    off = backward(base, [ResponseGroup.of(prompts[0], halved, rewards)], machine())
+
+    def group(shift, rewards=rewards):
+        return ResponseGroup.of(
+            prompts[0], [Response(r.tokens, r.logprobs + np.float32(shift), r.truncated) for r in exact], rewards
+        )
+
+    off = backward(base, [group(np.log(2))], machine())
     assert off.ratio_mean == pytest.approx(0.5, abs=1e-4)
     assert off.kl == pytest.approx(np.log(2), abs=1e-4)
-    # Ratios are 3 and 1.5 in turn; a group of equal rewards counts as the others do.
-    lower = np.log(np.array([3, 1.5], np.float32))
-    raised = [Response(r.tokens, r.logprobs - np.resize(lower, len(r.tokens)), r.truncated) for r in exact]
-    tripled = [Response(r.tokens, r.logprobs - lower[0], r.truncated) for r in exact]
-    mixed = [ResponseGroup.of(prompts[0], raised, rewards), ResponseGroup.of(prompts[0], tripled, np.zeros(6))]
-    lengths = np.array([len(r.tokens) for r in exact])
-    above = (-(-lengths // 2)).sum() + lengths.sum()
-    assert backward(base, mixed, machine()).ratio_above_2 == pytest.approx(above / (2 * lengths.sum()))
+    # A group of equal rewards counts as the others do.
+    mixed = backward(base, [group(0), group(-np.log(3), np.zeros(6))], machine())
+    assert (mixed.ratio_above_2, mixed.ratio_max) == (pytest.approx(0.5), pytest.approx(3, abs=1e-3))
     ids = torch.tensor([prompts[0]])
     with torch.no_grad():
         first = base(ids).logits[0, -1].log_softmax(-1)
     single = [Response(r.tokens[:1], r.logprobs[:1], False) for r in exact]
     entropy = backward(base, [ResponseGroup.of(prompts[0], single, rewards)], machine()).entropy
     assert entropy == pytest.approx(-(first.exp() * first).sum().item(), rel=1e-4)
-
-
-def in_few_pieces(processes: Processes = SINGLE_PROCESS) -> dict[str, torch.Tensor]:
-    """Return the measures and gradients of a batch of which one process has a part more than the other."""
-    draw, base = np.random.default_rng(0), load_model(TINY)
-    groups = [
-        ResponseGroup.of(
-            tuple(draw.integers(999, size=5)),
-            [response(draw.integers(999, size=length), draw.normal(-3, 1, length)) for length in (30, 40, 50, 60)],
-            rewards,
-        )
-        for rewards in (*np.eye(4)[:3], np.ones(4), np.zeros(4))
-    ]
-    model = processes.shard(base)
-    with mock.patch.dict(MAX_LOGITS, cpu=16 * 1024):
-        measured = backward(model, groups, machine(max_batch_tokens=200, processes=processes))
-    found = {name: full_tensor(parameter.grad) for name, parameter in trained_parameters(model).items()}
-    return found | {name: torch.tensor(float(value)) for name, value in vars(measured).items()}
-
-
-@pytest.mark.slow
-def test_two_processes_compute_the_gradient_of_one_in_other_pieces(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "tests.training.rl.test_objective", str(tmp_path / "gradients.pt")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    together, alone = torch.load(tmp_path / "gradients.pt"), in_few_pieces()
-    assert together.keys() == alone.keys()
-    for name, expected in alone.items():
-        assert (together[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-7, name
-
-
-def main(out: Path) -> None:
-    torch.set_num_threads(1)
-    processes = join()
-    found = in_few_pieces(processes)
-    if processes.first:
-        torch.save(found, out)
-    leave(processes)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

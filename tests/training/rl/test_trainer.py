@@ -13,10 +13,10 @@ import pytest
 import yaml
 from peft import PeftModel
 
-from lorabench.config.inputs import ReasoningProblems
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
+from lorabench.models.specs import shipped_folder
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.store.collect import collect
@@ -59,28 +59,21 @@ def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(tmp_path, 
     collect([layout.job(whole)], layout.tables(), plan, layout)
     runs, curves = read_table(layout.tables(), "runs"), read_table(layout.tables(), "curves")
     assert len(runs) == 2 + 4
-    assert set(runs["task"]) == {"rl"}
-    assert set(runs["group_size"]) == {4}
-    assert set(runs["batch_size"]) == {16}
-    rewards = runs[["base_reward", "final_valid_reward", "final_reward", "best_reward"]]
-    assert rewards.notna().all(axis=None)
-    assert rewards["base_reward"].nunique() == 1
-    assert runs[["constant_reward", "rule_reward"]].drop_duplicates().notna().values.tolist() == [[True, True]]
+    assert (set(runs["task"]), set(runs["group_size"]), set(runs["batch_size"])) == ({"rl"}, {4}, {16})
+    rewards = ["base_reward", "final_valid_reward", "final_reward", "best_reward", "constant_reward", "rule_reward"]
+    assert runs[rewards].notna().all(axis=None)
+    assert runs[["base_reward", "constant_reward", "rule_reward"]].nunique().max() == 1
     assert (runs["final_entropy"] > 0).all()
-    assert runs["final_truncated"].between(0, 1).all()
-    assert (runs["final_test_nll"].isna()).all()
+    assert runs["final_test_nll"].isna().all()
     assert set(curves["split"]) == {"train", "validation", "test", "gcd-of-three"}
     lora = runs[runs["method"] == "lora"]
-    assert lora["trainable_params"].nunique() == 1
     assert lora["train_flops"].div(lora["train_tokens"]).nunique() == 1
-    assert any("accuracy" in line for line in lines)
 
     at_best = lora[lora["seed"] == 1]["lr"].item()
     kept = {run_id for run_id in lora["run_id"] if (layout.runs / run_id / "weights").exists()}
     assert kept == set(lora.loc[lora["lr"] == at_best, "run_id"])
     assert all(learned_layers(layout.runs / run_id / "weights") for run_id in kept)
 
-    first = pq.read_table(layout.job(whole)).to_pandas()
     layout.job(whole).unlink()
     lost = layout.runs / lora["run_id"].iloc[0]
     record = json.loads((lost / "record.json").read_text())
@@ -88,11 +81,6 @@ def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(tmp_path, 
     run_job(plan, whole, layout, lambda line: None)
     again = json.loads((lost / "record.json").read_text())
     assert again["outcome"]["base_reward"] == record["outcome"]["base_reward"]
-
-    layout.job(whole).unlink()
-    monkeypatch.setattr(rl_job, "train_rl", None)
-    run_job(plan, whole, layout, lambda line: None)
-    assert list(pq.read_table(layout.job(whole)).to_pandas()["run_id"]) == list(first["run_id"])
 
 
 def test_a_sampler_that_computes_wrongly_ends_the_job_and_not_the_run(tmp_path, raw_rl_preset, monkeypatch):
@@ -120,22 +108,29 @@ def test_a_sampler_that_computes_wrongly_ends_the_job_and_not_the_run(tmp_path, 
     assert json.loads((layout.runs / run.run_id / "record.json").read_text())["outcome"]["status"] == "done"
 
 
-SAMPLED = ("reward", "equal_groups", "response_length", "truncated", "accuracy", "n_samples")
+def test_problems_beyond_a_sliding_window_are_refused(tmp_path, raw_rl_preset, monkeypatch):
+    """Rows that responses share have masks without the window."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(shipped_folder("llama-128"), "base")
+    config = json.loads(Path("base/config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 12}
+    Path("base/config.json").write_text(json.dumps(config))
+    raw_rl_preset["models"]["tiny"] = {"kind": "path", "path": "base", "parameters": 828_288, "hidden_size": 128}
+    plan, layout = prepare(raw_rl_preset)
+    with pytest.raises(UserError, match="is more than the 12 tokens that the model takes"):
+        run_job(plan, Job((plan.sweeps[0],)), layout, lambda line: None)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
-def test_two_processes_sample_and_learn_as_one(precision, tmp_path, raw_rl_preset, monkeypatch):
-    raw = raw_rl_preset | {"protocol": {"precision": precision}}
-    raw["experiments"]["rl_arithmetic"][0] |= {"lrs": {"fullft": [1e-4], "lora": [1e-3, 3e-3]}, "seeds": 1}
+def test_two_processes_sample_and_learn_as_one(tmp_path, raw_rl_preset, monkeypatch):
+    raw_rl_preset["experiments"]["rl_arithmetic"][0] |= {"lrs": {"fullft": [1e-4], "lora": [1e-3]}, "seeds": 1}
     # On so fast a machine one sweep is too short for a job of its own.
-    raw["execution"] |= {"keep_weights": "all", "checkpoint_minutes": 0.0, "gflops": 1000.0}
+    raw_rl_preset["execution"] |= {"keep_weights": "all", "checkpoint_minutes": 0.0, "gflops": 1000.0}
     rows = []
     for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        monkeypatch.chdir(folder)
-        plan, layout = prepare(raw)
+        (tmp_path / str(processes)).mkdir()
+        monkeypatch.chdir(tmp_path / str(processes))
+        plan, layout = prepare(raw_rl_preset)
         [job] = plan.jobs
         if processes == 1:
             run_job(plan, job, layout, lambda line: None)
@@ -145,54 +140,23 @@ def test_two_processes_sample_and_learn_as_one(precision, tmp_path, raw_rl_prese
             assert done.returncode == 0, done.stderr
         rows.append({row["run_id"]: row for row in pq.read_table(layout.job(job)).to_pylist()})
     expected, runs = rows
-    assert len(expected) == 3
+    assert len(expected) == 2
     assert runs.keys() == expected.keys()
     for run_id, run in runs.items():
-        same_run(run, expected[run_id], precision == "bf16")
+        assert run["train_tokens"] == expected[run_id]["train_tokens"]
+        ours, theirs = (
+            {(point["step"], point["split"], point["metric"]): point["value"] for point in row["curve"]}
+            for row in (run, expected[run_id])
+        )
+        assert ours.keys() == theirs.keys()
+        for (step, split, metric), value in theirs.items():
+            drawn = ours[step, split, metric]
+            # The copy that samples must have the policy of the model that learns.
+            if metric == "kl":
+                assert abs(drawn) < 1e-5, step
+            elif metric in ("ratio_mean", "ratio_max", "grad_norm", "entropy"):
+                assert drawn == pytest.approx(value, rel=1e-4), (step, metric)
+            else:
+                assert drawn == value, (step, split, metric)
         weights = layout.runs / run_id / "weights"
         assert learned_layers(weights) if run["method"] == "lora" else (weights / "model.safetensors").is_file()
-
-
-def same_run(run: dict, expected: dict, rounded: bool) -> None:
-    curves = [
-        {(point["step"], point["split"], point["metric"]): point["value"] for point in row["curve"]}
-        for row in (run, expected)
-    ]
-    assert curves[0].keys() == curves[1].keys()
-    for (step, split, metric), value in curves[1].items():
-        ours = curves[0][step, split, metric]
-        # The copy that samples must have the policy of the model that learns.
-        if metric == "kl":
-            assert abs(ours) < (1e-2 if rounded else 1e-5), step
-        elif metric in ("ratio_mean", "ratio_max"):
-            assert ours == pytest.approx(1, abs=0.1 if rounded else 1e-4), (step, metric)
-        elif metric == "ratio_above_2":
-            assert ours == 0, step
-        elif metric in SAMPLED and not (rounded and step > 1):
-            # In bf16 each part of a batch is rounded separately, so that later policies differ slightly.
-            assert ours == value, (step, split, metric)
-        elif metric in ("grad_norm", "entropy") and not rounded:
-            assert ours == pytest.approx(value, rel=1e-4), (step, metric)
-    assert run["train_tokens"] == expected["train_tokens"] or rounded
-
-
-def test_problems_of_a_users_file_are_trained_on_and_graded_by_its_answers(tmp_path, monkeypatch, raw_rl_preset):
-    monkeypatch.chdir(tmp_path)
-    sizes = {"train": 32, "validation": 8, "test": 24}
-    problems = make_problems(ReasoningProblems(kind="arithmetic", tasks=["gcd"], max_value=50, **sizes))
-    lines = [json.dumps({"q": row["question"], "a": int(row["answer"])}) for row in problems]
-    Path("mine.jsonl").write_text("\n".join(lines))
-    own = {"kind": "file", "path": "mine.jsonl", "question": "q", "answer": "a", "grader": "number"}
-    raw_rl_preset["problems"] = {"mine": own | sizes}
-    [block] = raw_rl_preset["experiments"]["rl_arithmetic"]
-    lrs = {"fullft": [1e-4], "lora": []}
-    block |= {"problems": ["mine"], "held_out": [], "ranks": {}, "lrs": lrs, "seeds": 1}
-    plan, layout = prepare(raw_rl_preset)
-    [sweep] = plan.sweeps
-    run_job(plan, Job((sweep,)), layout, lambda line: None)
-    [run] = pq.read_table(layout.job(Job((sweep,)))).to_pylist()
-    # The base solves about one problem in four, which shows that it is graded by the file's answers.
-    assert 0 < run["base_reward"] < 1
-    assert run["status"] == "done"
-    card = (layout.runs / run["run_id"] / "weights/README.md").read_text()
-    assert f"| test accuracy | {run['final_reward']:.4f} |" in card

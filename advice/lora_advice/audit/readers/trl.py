@@ -1,4 +1,4 @@
-"""TRL and transformers: command lines, YAML for `--config`, and calls in Python files and notebooks.
+"""TRL and transformers: command lines, YAML for `--config`, and calls in Python files.
 
 A record states what the file states. Where the program is one of TRL's own, or a class is called in Python, what is not
 said has the default of the class, and no line. Of another program, and of a YAML file, to which a command may add
@@ -11,23 +11,20 @@ transformers' own `parse_yaml_file` keeps the text, and torch's optimizer then s
 from __future__ import annotations
 
 import ast
-import json
 import re
+import warnings
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lora_advice.audit.config import Method, Task, TrainingConfig, say
-from lora_advice.audit.readers import trl_python
-from lora_advice.audit.readers.options import Options, at, defaults, examples, names_of, read_yaml, record
-from lora_advice.audit.readers.shell import UNKNOWN, Word, find_file, is_script, read_commands, read_flags
-from lora_advice.audit.readers.trl_python import plain_fields, task_of
+from lora_advice.audit.readers.options import Options, count, flag, frameworks, names, number, read_yaml, record, text
+from lora_advice.audit.readers.shell import UNKNOWN, Word, find_file, read_commands, read_flags
 from lora_advice.errors import UserError
 from lora_advice.finding import Level
 
 _COMMANDS = ("sft", "grpo", "dpo", "kto", "reward", "rloo", "distillation")
-_OPTIONS = ("model_name_or_path", "per_device_train_batch_size", "use_peft")
-"""A command or a YAML file with one of these is of TRL or transformers, unless it is of a framework below."""
 _TRAINING = ("learning_rate", "per_device_train_batch_size", "use_peft", "lora_r", "num_train_epochs", "max_steps")
 """A command of an other program than TRL's own is a training run if it has one of these."""
 _OTHER_FRAMEWORKS = ("finetuning_type", "stage", "base_model", "cutoff_len", "template")
@@ -36,155 +33,102 @@ _TASK_OPTIONS: tuple[tuple[Task, tuple[str, ...]], ...] = (
     ("sft", ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field")),
 )
 """Options that only one task has."""
-_IN_TEXT = re.compile(r"\s*(?:\$ )?(?:[A-Z_]+=\S+\s+)*(?:trl|accelerate|python3?|torchrun|uv|hf|deepspeed)\s")
-_COMMAND = re.compile(
-    rf"--({'|'.join(name.replace('_', '[_-]') for name in _OPTIONS)})\b|\btrl ({'|'.join(_COMMANDS)})\b"
+_TASKS: tuple[tuple[Task, tuple[str, ...]], ...] = (
+    ("rl", ("grpo", "rloo", "ppo", "gspo", "gmpo", "xpo", "nash", "nashmd", "online", "onlinedpo")),
+    ("preference", ("dpo", "kto", "cpo", "orpo", "bco", "tpo", "mpo", "reward", "prm")),
+    ("sft", ("sft",)),
 )
-_YAML = re.compile(rf"^({'|'.join(_OPTIONS)}) *:", re.MULTILINE)
-_OTHER_YAML = re.compile(rf"^({'|'.join(_OTHER_FRAMEWORKS)}) *:", re.MULTILINE)
 
 
-def matches(path: Path, text: str) -> bool:
-    """Return whether a file has options, a command or calls of TRL or transformers."""
-    if path.suffix in (".yaml", ".yml"):
-        return _YAML.search(text) is not None and _OTHER_YAML.search(text) is None
-    if path.suffix in (".py", ".ipynb"):
-        return trl_python.CALL.search(text) is not None or _COMMAND.search(text) is not None
-    return is_script(path, text) and _COMMAND.search(text) is not None
+@dataclass(frozen=True)
+class _Call:
+    """A call in Python: what is called, and its arguments by name, of which `**` stands for unpacked ones."""
+
+    function: str
+    node: ast.Call
+    arguments: dict[str, ast.expr]
+
+    @property
+    def name(self) -> str:
+        """The last name of what is called."""
+        return self.function.rpartition(".")[2]
+
+    def first(self, *names: str) -> ast.expr | None:
+        """Return the argument of one of some names, or the first without a name."""
+        unnamed = self.node.args[0] if self.node.args else None
+        return next((self.arguments[name] for name in names if name in self.arguments), unnamed)
 
 
-def read(path: Path, shown: str, text: str) -> list[TrainingConfig]:
+def read(path: Path, content: str) -> list[TrainingConfig]:
     """Return the runs that a file states."""
+    if path.suffix == ".py":
+        return _from_python(path, content)
     if path.suffix in (".yaml", ".yml"):
-        options = read_yaml(text)
-        task, _ = task_of(path.stem, *(parent.name for parent in path.absolute().parents[:2]))
+        options = read_yaml(content)
+        task, _ = _task_of(path.stem, *(parent.name for parent in path.absolute().parents[:2]))
         if task is None:
             task = next((task for task, names in _TASK_OPTIONS if any(name in options for name in names)), None)
-        config, datasets = _config(path, shown, "", options, task, "yaml"), options.get("datasets")
-        if not options.flag("packing") and isinstance(datasets, list):
-            files = [at(dataset, "data_files") for dataset in datasets]
-            config = replace(config, examples=examples(path, files))
-        return [config]
-    if path.suffix == ".ipynb":
-        code, numbers = _notebook(text)
-        return trl_python.read(shown, trl_python.parse(code), numbers)
-    if path.suffix != ".py":
-        return _from_commands(path, shown, read_commands(text))
-    tree, lines, configs = trl_python.parse(text), text.splitlines(), list[TrainingConfig]()
-    for node in tree.body:  # commands in strings that stand as statements, such as the docstring
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            configs += _in_text(path, shown, lines[: node.end_lineno], node.lineno - 1)
-    return configs + trl_python.read(shown, tree, range(1, text.count("\n") + 2))
-
-
-def _in_text(path: Path, shown: str, lines: list[str], start: int) -> list[TrainingConfig]:
-    """Read the commands that stand in a text, each from a line that begins as one to the last that is continued."""
-    configs = []
-    while start < len(lines):
-        end = start + 1
-        if _IN_TEXT.match(lines[start]):
-            while end < len(lines) and lines[end - 1].rstrip().endswith("\\"):
-                end += 1
-            while end < len(lines) and re.match(r"\s*--[a-z]", lines[end]):  # the backslash is missing
-                end += 1
-            block = "\n".join(lines[start:end]).strip().removeprefix("$ ")
-            block = re.sub(r"<\w[^<>\n]*>", UNKNOWN, block)
-            configs += _from_commands(path, shown, read_commands(block, start + 1))
-        start = end
-    return configs
-
-
-def _notebook(text: str) -> tuple[str, list[int]]:
-    """Return the code of the cells of a notebook that are Python, and for each of its lines that of the file.
-
-    Lines for IPython or the shell become empty.
-    """
-    try:
-        cells = [cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
-        sources = ["".join(source) for source in cells]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError("it is not a notebook with cells") from error
-    code, lines, place, number = "", list[int](), 0, 1
-    for source in sources:
-        plain = re.sub(r"^[ \t]*[%!].*$", "", source, flags=re.MULTILINE)
-        with suppress(UserError):
-            trl_python.parse(plain)
-            code += plain + "\n"
-            for line in source.split("\n"):
-                if (found := text.find(json.dumps(line, ensure_ascii=False)[1:-1], place)) >= 0:
-                    number += text.count("\n", place, found)
-                    place = found
-                lines.append(number)
-    return code, lines
-
-
-def _from_commands(path: Path, shown: str, commands: list[list[Word]]) -> list[TrainingConfig]:
-    configs = []
-    before = None
-    for words in commands:
+        return [_config(path, "", options, task, "yaml")]
+    configs, before = list[TrainingConfig](), None
+    for words in read_commands(content):
         if before is not None and words[0].text.startswith("--"):
-            configs[-1] = before = replace(
-                before, findings=(*before.findings, say("cut-off", words[0].line, word=words[0].text))
-            )
-        elif (before := _from_command(path, shown, words)) is not None:
+            cut = say("cut-off", words[0].line, word=words[0].text)
+            configs[-1] = before = replace(before, findings=(*before.findings, cut))
+        elif (before := _from_command(path, words)) is not None:
             configs.append(before)
     return configs
 
 
-def _from_command(path: Path, shown: str, words: list[Word]) -> TrainingConfig | None:
+def _from_command(path: Path, words: list[Word]) -> TrainingConfig | None:
     texts = [word.text for word in words]
     start, name, own = -1, "", False
-    for place, (text, following) in enumerate(zip(texts, [*texts[1:], ""], strict=True)):
-        if (text == "trl" and following in _COMMANDS) or (text == "-m" and following.startswith("trl.scripts.")):
+    for place, (word, following) in enumerate(zip(texts, [*texts[1:], ""], strict=True)):
+        if (word == "trl" and following in _COMMANDS) or (word == "-m" and following.startswith("trl.scripts.")):
             start, name, own = place + 1, following.removeprefix("trl.scripts."), True
-        elif text.endswith(".py"):
-            start, name = place, Path(text).stem
-            own = name in _COMMANDS or "examples/scripts/" in text
-            program = find_file(path, text)
+        elif word.endswith(".py"):
+            start, name = place, Path(word).stem
+            own = name in _COMMANDS or "examples/scripts/" in word
+            program = find_file(path, word)
             if program is not None and "ModelConfig" not in program.read_text(encoding="utf-8", errors="replace"):
                 own = False  # only its name is that of a program of TRL
         if start >= 0:
             break
-    launcher, options = read_flags(words[:start]), read_flags(words[start + 1 :])
-    from_file = _named_file(path, options.text("config"))
-    from_file.update(options)
-    options = from_file
+    launcher, said = read_flags(words[:start]), read_flags(words[start + 1 :])
+    options = _named_file(path, said["config"])
+    options.values |= said.values
+    options.lines |= said.lines
     trained = texts[start - 1] in ("trl", "-m") or any(name in options for name in _TRAINING)
     if start < 0 or not options.values or not trained or any(option in options for option in _OTHER_FRAMEWORKS):
         return None
     options.fill(launcher.values)
-    for before, text in zip(texts[start + 1 :], texts[start + 2 :], strict=False):
-        if text == UNKNOWN and (not before.startswith("--") or "=" in before):
+    for before, word in zip(texts[start + 1 :], texts[start + 2 :], strict=False):
+        if word == UNKNOWN and (not before.startswith("--") or "=" in before):
             # A variable that is not known may hold any options.
             options.fill({"use_peft": None})
-    return _config(
-        path, shown, f"line {words[0].line}", options, task_of(name)[0], "command" if own else "script", name
-    )
+    return _config(path, f"line {words[0].line}", options, _task_of(name)[0], "command" if own else "script", name)
 
 
-def _named_file(path: Path, said: str | None) -> Options:
+def _named_file(path: Path, said: object) -> Options:
     """Return the options of another file that a command names, without lines; none if it is no such file."""
-    file = None if said is None else find_file(path, said)
+    file = find_file(path, text(said) or "")
     if file is not None:
         with suppress(UserError):
             return Options(read_yaml(file.read_text(encoding="utf-8", errors="replace")).values)
     return Options()
 
 
-def _config(
-    path: Path, shown: str, name: str, options: Options, task: Task | None, kind: str, program: str = ""
-) -> TrainingConfig:
+def _config(path: Path, name: str, options: Options, task: Task | None, kind: str, program: str = "") -> TrainingConfig:
     """Make a record; `kind` is `command` for one of TRL's own, `script` for an other script, or `yaml`."""
-    peft = options.flag("use_peft")
+    table, peft = frameworks()["trl"], flag(options["use_peft"])
     if peft is None and "use_peft" not in options and kind != "script":
         peft = False
     method: Method | None = None if peft is None else "lora" if peft else "fullft"
     findings = []
-    first = next((option for option in names_of("trl_lora").values() if option in options), None)
+    first = next((option for option in table["lora_names"].values() if option in options), None)
     if method == "fullft" and first is not None:
-        text = "no-peft-in-yaml" if kind == "yaml" else "no-peft"
-        findings.append(say(text, options.lines.get(first), option=first))
-    targets = options.names("lora_target_modules") if method != "fullft" else None
+        rule = "no-peft-in-yaml" if kind == "yaml" else "no-peft"
+        findings.append(say(rule, options.lines.get(first), option=first))
+    targets = names(options["lora_target_modules"]) if method != "fullft" else None
     if kind == "script" and targets is not None and len(targets) == 1:  # another program may take them as one text
         targets = tuple(name for name in targets[0].split(",") if name)
     if with_comma := [target for target in targets or () if "," in target]:
@@ -193,27 +137,149 @@ def _config(
         line = options.lines.get("lora_target_modules")
         findings.append(say("commas", line, level=level, names=" ".join(with_comma), sure=sure))
     if kind == "command":
-        config_class = f"{task_of(program)[1]}config"
-        options.fill(next((own for made, own in defaults().items() if made.lower() == config_class), {}))
-        if method == "lora":
-            options.fill(defaults()["ModelConfig"])
-    processes, per_node = options.count("num_processes"), options.count("nproc_per_node")
+        defaults, config_class = table["defaults"], f"{_task_of(program)[1]}config"
+        options.fill(next((own for made, own in defaults.items() if made.lower() == config_class), {}))
+        options.fill(defaults["ModelConfig"] if method == "lora" else {})
+    processes, per_node = count(options["num_processes"]), count(options["nproc_per_node"])
     if processes is None and per_node is not None:
-        processes = per_node * (options.count("nnodes") or 1)
-    if processes is None:
-        processes = _named_file(path, options.text("config_file accelerate_config")).count("num_processes")
+        processes = per_node * (count(options["nnodes"]) or 1)
     return record(
-        shown,
+        path,
         "trl",
         options,
         # Python's command lines take the beginning of an option for it, and other programs have a shorter name.
-        names_of("trl") | names_of("trl_lora") | {"model": "model_name_or_path model_name", "method": "use_peft"},
+        table["names"] | table["lora_names"] | {"model": "model_name_or_path model_name", "method": "use_peft"},
         findings,
         name=name,
         task=task,
         method=method,
-        bits=4 if options.flag("load_in_4bit") else 8 if options.flag("load_in_8bit") else None,
+        bits=4 if flag(options["load_in_4bit"]) else 8 if flag(options["load_in_8bit"]) else None,
         devices=processes,
         targets=targets,
-        **plain_fields(options, task),
+        **_plain_fields(options, task),
     )
+
+
+def _task_of(*names: str) -> tuple[Task | None, str]:
+    """Return the task by the words of programs, classes or folders, and the word that says it."""
+    for name in names:
+        class_name = re.sub(r"(Config|Trainer)$", "", name)
+        words = re.split(r"[^a-z]+", class_name.lower())
+        for task, known in _TASKS:
+            for word in known:
+                if word in words or (class_name != name and words[-1].endswith(word)):
+                    return task, word
+    return None, ""
+
+
+def _plain_fields(options: Options, task: Task | None) -> dict[str, Any]:
+    """Return the fields of a record that are not what options of transformers and TRL alone say."""
+    steps = number(options["max_steps"])
+    # Steps count before epochs, also those of a variable that is not known.
+    epochs_count = "max_steps" not in options or (steps is not None and steps <= 0)
+    return {
+        **({} if task == "rl" else {"group_size": None}),
+        "steps": steps if steps is not None and steps > 0 else None,
+        **({} if epochs_count else {"epochs": None}),
+        "rounded": text(options["dtype torch_dtype"]) == "bfloat16",
+    }
+
+
+def _from_python(path: Path, content: str) -> list[TrainingConfig]:
+    """Return a run for each call of a class of settings; nothing is executed.
+
+    Literals count, and names that are assigned a literal once in the file. A file has one model and one LoRA, or these
+    are not known.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nodes = [*ast.walk(ast.parse(content))]
+    except (SyntaxError, ValueError, MemoryError) as error:  # of what is nested deeply, the parser says the last
+        raise UserError(f"it is not valid Python: {str(error) or 'it is nested too deeply'}") from error
+    calls, assigned = list[_Call](), dict[str, list[ast.expr]]()
+    for node in nodes:
+        if isinstance(node, ast.Call):
+            arguments = {keyword.arg or "**": keyword.value for keyword in node.keywords}
+            calls.append(_Call(ast.unparse(node.func), node, arguments))
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            assigned.setdefault(node.targets[0].id, []).append(node.value)
+        elif isinstance(node, ast.arg | ast.AugAssign | ast.For):
+            # It is known only when the code runs.
+            name = node.arg if isinstance(node, ast.arg) else ast.unparse(node.target)
+            assigned.setdefault(name, []).extend([ast.Name(name), ast.Name(name)])
+    calls.sort(key=lambda call: call.node.lineno)
+
+    def literal(node: ast.expr | None, depth: int = 0) -> Any:
+        """Return a literal's value, or null; an attribute such as `torch.bfloat16` is its last name."""
+        if isinstance(node, ast.Name) and depth < 2 and len(assigned.get(node.id, ())) == 1:
+            return literal(assigned[node.id][0], depth + 1)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch":
+            return node.attr
+        with suppress(ValueError, TypeError, MemoryError, RecursionError):
+            return None if node is None else ast.literal_eval(node)
+        return None
+
+    def options_of(call: _Call, prefix: str = "") -> Options:
+        said = {f"{prefix}{name}": value for name, value in call.arguments.items() if name != "**"}
+        options = Options({name: literal(value) for name, value in said.items()})
+        options.lines = {name: value.lineno for name, value in said.items()}
+        if "**" not in call.arguments:
+            defaults = frameworks()["trl"]["defaults"].get(call.name, {})
+            options.fill({f"{prefix}{name}": value for name, value in defaults.items()})
+        return options
+
+    trainers = [call for call in calls if call.name.endswith("Trainer") and call.arguments]
+    settings = [
+        call
+        for call in calls
+        if call.name.endswith("TrainingArguments") or (call.name.endswith("Config") and _task_of(call.name)[0])
+        if trainers or "learning_rate" in call.arguments
+    ]
+    loaders = [call for call in calls if call.name == "from_pretrained" and "Model" in call.function]
+    names_of_model = ("pretrained_model_name_or_path", "model_name", "model")
+    models = {text(literal(call.first(*names_of_model))) for call in loaders or trainers}
+    makers = ("get_peft_model", "add_adapter")
+    loras = [call for call in calls if call.name == "LoraConfig" or (call.name in makers and "r" in call.arguments)]
+    given = [value for call in trainers for name, value in call.arguments.items() if name in ("peft_config", "**")]
+    # Of a name with several values, and of a condition, it is not known which counts.
+    unsure = any(isinstance(value, ast.IfExp) for value in given)
+    unsure |= any(len(values) > 1 and call.node in values for call in loras for values in assigned.values())
+    peft = any(not (isinstance(value, ast.Constant) and value.value is None) for value in given)
+    peft |= "PeftModel" in content or any(call.name in makers for call in calls)
+    method: Method | None = "lora" if len(loras) == 1 and not unsure else None
+    if not loras and not peft and (loaders or any(models)):
+        method = "fullft"
+    loaded_in = [bits for call in calls for bits in (4, 8) if literal(call.arguments.get(f"load_in_{bits}bit")) is True]
+    if len(settings) > 1:
+        method, models, loaded_in = None, set(), []
+    keys, lora = frameworks()["trl"]["names"], Options()
+    if method == "lora":
+        lora = options_of(loras[0], "peft.")
+        fields = frameworks()["peft"]["names"].items()
+        keys = keys | {field: f"peft.{name}" for field, name in fields if field != "model"}
+    runs = []
+    for call in settings:
+        options = options_of(call)
+        if any("optimizers" in call.arguments or call.name == "create_loraplus_optimizer" for call in calls):
+            # The learning rate is that of the optimizer, which another function makes.
+            options.values |= {"learning_rate": None, "optim": None}
+        options.values |= lora.values
+        options.lines |= lora.lines
+        task = _task_of(call.name, *(trainer.name for trainer in trainers))[0]
+        runs.append(
+            record(
+                path,
+                "trl",
+                options,
+                keys,
+                name=f"line {call.node.lineno}",
+                task=task,
+                method=method,
+                model=next(iter(models)) if len(models) == 1 else None,
+                bits=next(iter(loaded_in), None),
+                unsloth=any("FastLanguageModel" in loader.function for loader in loaders),
+                **_plain_fields(options, task),
+            )
+        )
+    return runs

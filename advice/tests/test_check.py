@@ -6,15 +6,47 @@ import json
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from lora_advice.audit.readers import adapter as reader
-from lora_advice.check.adapter import plain, read_adapter
+from lora_advice.check import plain, read_adapter
 from lora_advice.errors import UserError
+from safetensors.numpy import save_file
 
-from .conftest import LAYER, Write, factors
+Write = Callable[..., Path]
+LAYER = "base_model.model.model.layers"
+
+
+def factors(d_in: int = 12, d_out: int = 10, rank: int = 4) -> dict[str, np.ndarray]:
+    """Return A and B of q_proj and v_proj in two layers."""
+    rng, tensors = np.random.default_rng(0), {}
+    for layer in (0, 1):
+        for name in ("q_proj", "v_proj"):
+            stem = f"{LAYER}.{layer}.self_attn.{name}"
+            a = rng.uniform(-1, 1, (rank, d_in)) / np.sqrt(d_in)
+            tensors[f"{stem}.lora_A.weight"] = a.astype(np.float32)
+            tensors[f"{stem}.lora_B.weight"] = rng.normal(size=(d_out, rank)).astype(np.float32)
+    return tensors
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Return a function that writes an adapter and returns its folder."""
+
+    def write(tensors: dict[str, np.ndarray], **changes: Any) -> Path:
+        config = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 4, "lora_alpha": 8}
+        config |= {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": True} | changes
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        return tmp_path
+
+    return write
+
 
 Q0 = f"{LAYER}.0.self_attn.q_proj"
 
@@ -34,11 +66,8 @@ def test_a_whole_adapter_is_described_as_numpy_computes_it(write: Write):
     values = np.linalg.svd(b @ a, compute_uv=False)[:4]
     shares = values / values.sum()
     assert q0.norm == pytest.approx(2 * np.linalg.norm(b @ a))
-    assert q0.b_norm == pytest.approx(np.linalg.norm(b))
     assert q0.effective_rank == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
-    assert q0.first_share == pytest.approx(values[0] ** 2 / (values**2).sum())
     assert (q0.numerical_rank, plain(f"{q0.module}.base_layer")) == (4, q0.module)
-    assert q0.a_scale == pytest.approx(1, abs=0.2)
 
 
 def test_patterns_and_rslora_set_a_modules_scale(write: Write):
@@ -52,18 +81,19 @@ def test_patterns_and_rslora_set_a_modules_scale(write: Write):
     assert "q_proj (1 of 2)" in adapter.findings[0].message
 
 
-def test_bf16_is_read_as_torch_reads_it(write: Write):
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import save_file
-
+def test_bf16_is_read_as_its_upper_bits(write: Write):
     tensors = factors()
     folder = write(tensors)
-    rounded = {name: torch.from_numpy(value).bfloat16() for name, value in tensors.items()}
-    save_file(rounded, folder / "adapter_model.safetensors")
+    # bf16 has the upper half of the bits of fp32.
+    halves = {name: (value.view(np.uint32) >> 16).astype(np.uint16) for name, value in tensors.items()}
+    save_file(halves, folder / "adapter_model.safetensors")
+    content = (folder / "adapter_model.safetensors").read_bytes().replace(b'"U16"', b'"BF16"')
+    length = int.from_bytes(content[:8], "little") + len(halves)
+    (folder / "adapter_model.safetensors").write_bytes(length.to_bytes(8, "little") + content[8:])
     adapter = read_adapter(folder)
-    b = rounded[f"{Q0}.lora_B.weight"].double()
+    b, a = ((halves[f"{Q0}.lora_{part}.weight"].astype(np.uint32) << 16).view(np.float32) for part in "BA")
     assert adapter.dtypes == {"BF16": 8}
-    assert adapter.modules[0].b_norm == pytest.approx(float(torch.linalg.norm(b)))
+    assert adapter.modules[0].norm == pytest.approx(2 * float(np.linalg.norm(b.astype(float) @ a)))
 
 
 @pytest.mark.parametrize(
@@ -109,23 +139,18 @@ def test_a_regular_expression_that_would_take_years_is_one_sentence(write: Write
     pattern = r"(\w+\.?)+!"
     folder = write(factors(), **{key: pattern if key == "target_modules" else {pattern: 2}})
     started = time.monotonic()
-    with pytest.raises(UserError, match=r"^the regular expression .* takes longer than 1 s on 4 names of modules$"):
+    with pytest.raises(UserError, match=r"^the regular expression .*: it takes more than 1 s to read$"):
         read_adapter(folder)
     assert time.monotonic() - started < 20
-    with pytest.raises(UserError, match=r"^the regular expression '\(q' is not valid: missing \), unterminated"):
+    with pytest.raises(UserError, match=r"^the regular expression '\(q': it is not valid: missing \), unterminated"):
         read_adapter(write(factors(), target_modules="(q"))
 
 
 NONSENSE = (
-    *(("r", value) for value in ("0", "-1", "1.5", "null", '"8"', "[]", "true", "1e400", "1" + "0" * 30)),
-    *(("lora_alpha", value) for value in ("0", "-8", "NaN", "Infinity", "-Infinity", "1e400", "null", '"8"', "{}")),
-    *(("target_modules", value) for value in ("[1, 2]", "3", "{}", '["' + "x" * 2000 + '"]')),
-    *(("rank_pattern", value) for value in ("[]", '["q_proj"]', '{"q_proj": 0}', '{"q_proj": "a"}')),
-    *(("alpha_pattern", value) for value in ('{"q_proj": NaN}', '{"q_proj": -1}')),
-    *(("base_model_name_or_path", "5"), ("use_rslora", '"yes"'), ("layers_to_transform", '["a"]')),
-    *(("modules_to_save", "1"), ("target_parameters", '"x"'), ("init_lora_weights", "{}")),
-    # PEFT imports the module that it names.
-    ("megatron_config", "{}"),
+    *(("r", value) for value in ("0", "1.5", "null", '"8"', "1" + "0" * 30)),
+    *(("lora_alpha", value) for value in ("0", "NaN", "Infinity", "1e400")),
+    *(("target_modules", value) for value in ("[1, 2]", '["' + "x" * 2000 + '"]')),
+    *(("rank_pattern", '{"q_proj": 0}'), ("alpha_pattern", '{"q_proj": NaN}'), ("use_rslora", '"yes"')),
 )
 
 
@@ -134,43 +159,10 @@ def test_nonsense_in_a_configuration_is_one_sentence_of_both_readers(write: Writ
     path = write(factors()) / "adapter_config.json"
     entries = {name: json.dumps(entry) for name, entry in json.loads(path.read_text()).items()} | {key: value}
     path.write_text("{" + ", ".join(f'"{name}": {entry}' for name, entry in entries.items()) + "}")
-    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: {key} = .*: allowed: [^\n]*$"):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: {key} = [^\n]*: [^\n]*$"):
         read_adapter(path.parent)
-    with pytest.raises(UserError, match=rf"^adapter_config.json: {key} = .*: allowed: [^\n]*$"):
-        reader.read(path, "shown", path.read_text())
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "null", "\ufeff{}", "[" * 100_000, '{"peft_type": "LORA"', '{"r": "\\ud800"}']
-)
-def test_what_is_no_mapping_is_one_sentence_of_both_readers(write: Write, text):
-    path = write(factors()) / "adapter_config.json"
-    path.write_text(text)
-    for read in (lambda: read_adapter(path.parent), lambda: reader.read(path, "shown", text)):
-        with pytest.raises(UserError, match=r"adapter_config.json (is not valid JSON: |is not a mapping)[^\n]*$"):
-            read()
-
-
-@pytest.mark.parametrize(
-    ("tensors", "changes", "words"),
-    [
-        ({"lora_A": (10**9, 0), "lora_B": (0, 10**9)}, {"r": 1, "target_parameters": ["q_proj.weight"]}, "A \\(10+, 0"),
-        ({"lora_A": (4,), "lora_B": (4,)}, {}, "has A \\(4,\\) and B"),
-        ({"lora_A": (4, 0), "lora_B": (0, 4)}, {}, "has A \\(4, 0\\)"),
-    ],
-)
-def test_factors_without_weights_have_no_update(write: Write, tensors, changes, words):
-    arrays = {f"{Q0}.{name}.weight": np.zeros(shape, "f4") for name, shape in tensors.items()}
-    adapter = read_adapter(write(arrays, **changes))
-    assert re.search(words, adapter.findings[0].message)
-    assert adapter.findings[0].code == "shape"
-
-
-def test_numbers_that_fp32_does_not_hold_are_not_finite(write: Write):
-    tensors = factors()
-    adapter = read_adapter(write(tensors | {f"{Q0}.lora_B.weight": np.full((10, 4), 1e300)}))
-    assert codes(adapter)[0] == ("not-finite", "error")
-    json.dumps(asdict(adapter), allow_nan=False)
+    with pytest.raises(UserError, match=rf"^adapter_config.json: {key} = [^\n]*: [^\n]*$"):
+        reader.read(path, path.read_text())
 
 
 def test_names_that_are_no_names_are_refused(write: Write):
@@ -214,5 +206,5 @@ def test_what_cannot_be_read_is_said(write: Write):
     with pytest.raises(UserError, match="is not a safetensors file"):
         read_adapter(folder)
     (folder / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
-    with pytest.raises(UserError, match="peft_type 'LOHA'; allowed: LORA"):
+    with pytest.raises(UserError, match="peft_type = 'LOHA': Input should be 'LORA'"):
         read_adapter(folder)

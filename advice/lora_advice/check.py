@@ -6,7 +6,6 @@ have r rows and columns each, so the update itself is never formed.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -17,11 +16,12 @@ from pathlib import Path
 from statistics import median_high
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 
-from lora_advice.adapter_config import NAME, AdapterConfig, ends, read_adapter_config
+from lora_advice.adapter_config import NAME, AdapterConfig, ends
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
+from lora_advice.foreign import typed
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -30,7 +30,7 @@ _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 """The types of tensors that are read, as numpy has them; it has no bf16."""
 _DIRECTION = 1e-5
 """A direction whose singular value is below this share of the largest one does not count towards the rank."""
-_LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
+_LORA = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 _OTHER = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_B.bias", "lora_A.bias")
 _LAYER = re.compile(r"\.(\d+)\.")
 _SHOWN, _LONGEST = 5, 1000
@@ -49,18 +49,12 @@ class ModuleUpdate:
     d_out: int
     scale: float
     """alpha/r, or alpha/sqrt(r) with rsLoRA."""
-    a_scale: float | None
-    """Root mean square of A over that of PEFT's default initialization; null with another one."""
-    b_norm: float
-    """Frobenius norm of B."""
     norm: float
     """Frobenius norm of scale B A."""
     numerical_rank: int
     """Directions of B A of at least 1e-5 of the strongest one; the smallest number of all experts."""
     effective_rank: float
     """The exponential of the entropy of the singular values (Roy and Vetterli), the mean over experts."""
-    first_share: float
-    """Share of the squared norm that lies in the strongest direction."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,6 @@ class Adapter:
     scale: float
     rslora: bool
     dora: bool
-    initialization: bool | str | None
     targets: tuple[str, ...] | str | None
     target_parameters: tuple[str, ...]
     dtypes: dict[str, int]
@@ -87,12 +80,12 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter's folder, and judge what its files say.
-
-    Raises:
-        UserError: a file is missing or can't be read.
-    """
-    config, tensors = read_adapter_config(folder), _read_tensors(folder / WEIGHTS)
+    """Read an adapter's folder, and judge what its files say; raises UserError if a file can't be read."""
+    path = folder / NAME
+    try:
+        config, tensors = typed(AdapterConfig, path.read_bytes(), str(path)), _read_tensors(folder / WEIGHTS)
+    except OSError as error:
+        raise UserError(f"{path}, which PEFT writes, can't be read: {error.strerror}") from error
     factors: dict[str, dict[str, str]] = defaultdict(dict)
     whole, not_finite, foreign = dict[str, int](), list[str](), list[str]()
     for key, (_, stored) in tensors.items():
@@ -101,16 +94,16 @@ def read_adapter(folder: Path) -> Adapter:
         if name == key or ("lora_" in name and match is None and not name.endswith(_OTHER)):
             foreign.append(key)
         elif match:
-            factors[match[1]][match[3]] = key
+            factors[match[1]][match[2]] = key
         elif "lora_" not in name:
             whole[name] = stored.size
-            not_finite += [] if _is_finite(_numbers(*tensors[key])) else [name]
+            not_finite += [] if _is_finite(stored) else [name]
     modules, findings = list[ModuleUpdate](), list[Finding]()
     scales = config.scales([*map(plain, factors)])
     for module, keys in factors.items():
         if len(keys) < 2:
             continue
-        a, b = (_numbers(*tensors[keys[part]]) for part in "AB")
+        a, b = (tensors[keys[part]][1] for part in "AB")
         if not _is_finite(a) or not _is_finite(b):
             not_finite.append(module)
             continue
@@ -118,15 +111,14 @@ def read_adapter(folder: Path) -> Adapter:
         sized = a.ndim == b.ndim == 2 and a.size and b.size
         experts = len(a) // rank if sized and config.parameters_in(plain(module)) else 1
         if sized and len(a) == b.shape[1] == experts * rank:
-            default = config.init_lora_weights is True and "lora_embedding_" not in keys["A"]
-            modules.append(_update(module, a, b, rank, experts, scale, default))
+            modules.append(_update(module, a, b, rank, experts, scale))
         else:
             message = f"{module} has A {a.shape} and B {b.shape}, and the configuration gives it rank {rank}"
             findings.append(_finding("shape", "error", message))
     if not_finite:
         message = f"{len(not_finite)} modules have weights that are NaN or infinite: {listed(not_finite)}"
         findings.append(_finding("not-finite", "error", message))
-    findings += [*_finding_keys(config, factors, foreign, whole), *_finding_effects(modules, len(factors))]
+    findings += _findings(config, factors, foreign, whole, modules)
     return Adapter(
         str(folder),
         config.base_model_name_or_path,
@@ -135,7 +127,6 @@ def read_adapter(folder: Path) -> Adapter:
         config.scale(config.r, config.lora_alpha),
         bool(config.use_rslora),
         bool(config.use_dora),
-        config.init_lora_weights,
         config.targets,
         tuple(sorted(config.target_parameters or ())),
         dict(Counter(dtype for dtype, _ in tensors.values())),
@@ -147,67 +138,44 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _read_tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
-    """Return by name the type of each tensor of a safetensors file and its content, which stays on the disk."""
+    """Return by name the type of each tensor of a safetensors file and its content, bf16 as fp32."""
     if not path.is_file():
         other = [file.name for file in sorted(path.parent.glob("adapter_model.*"))]
         pickled = f" ({', '.join(other)} is not loaded)" if other else ""
         raise UserError(f"adapter folder {str(path.parent)!r} has no {path.name}{pickled}")
+    tensors = {}
     try:
-        # It checks that the header and the length of the file agree.
-        with safe_open(path, "numpy"), path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+        entries = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    data, tensors = np.memmap(path, np.uint8, "r", 8 + length), {}
-    for name, entry in header.items():
+    for name, entry in sorted(entries, key=lambda entry: entry[0]):
         if len(name) > _LONGEST or not name.isprintable():
             raise UserError(f"{path}: tensor {name[:80]!r}: allowed: names of up to {_LONGEST:,} printable characters")
-        if entry["dtype"] not in _TYPES:
-            raise UserError(f"{path}: tensor {name} has the type {entry['dtype']}; allowed: {', '.join(_TYPES)}")
-        start, end = entry["data_offsets"]
-        stored = data[start:end].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
-        tensors[name] = (entry["dtype"], stored)
+        dtype = entry["dtype"]
+        if dtype not in _TYPES:
+            raise UserError(f"{path}: tensor {name} has the type {dtype}; allowed: {', '.join(_TYPES)}")
+        values = np.frombuffer(entry["data"], _TYPES[dtype]).reshape(entry["shape"])
+        tensors[name] = (dtype, (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values)
     return tensors
 
 
-def _numbers(dtype: str, stored: np.ndarray) -> np.ndarray:
-    """Return a tensor in memory; bf16 as fp32."""
-    return (stored.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else np.array(stored)
-
-
-def _update(
-    module: str, a: np.ndarray, b: np.ndarray, rank: int, experts: int, scale: float, default: bool
-) -> ModuleUpdate:
+def _update(module: str, a: np.ndarray, b: np.ndarray, rank: int, experts: int, scale: float) -> ModuleUpdate:
     """Describe a module's update by A (experts * rank, d_in), with rows by expert, and B (d_out, rank * experts).
 
-    The columns of B are by direction; `default` says whether A began with PEFT's default initialization.
+    The columns of B are by direction.
     """
-    energy, first, numerical, effective = 0.0, 0.0, [], []
-    for own_a, own_b in zip(
-        a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).transpose(2, 0, 1), strict=True
-    ):
+    energy, numerical, effective = 0.0, [], []
+    columns = b.reshape(len(b), rank, experts).transpose(2, 0, 1)
+    for own_a, own_b in zip(a.reshape(experts, rank, -1), columns, strict=True):
         right, left = (np.asarray(np.linalg.qr(part.astype(np.float64), mode="r")) for part in (own_a.T, own_b))
         values = np.linalg.svd(left @ right.T, compute_uv=False)
         energy += float((values**2).sum())
-        first += float(values[0] ** 2)
         shares = values[values > 0] / (values.sum() or 1.0)
         numerical.append(int((values > _DIRECTION * values[0]).sum()))
         effective.append(float(np.exp(-(shares * np.log(shares)).sum())) if values[0] else 0.0)
+    norm = scale * math.sqrt(energy)
     return ModuleUpdate(
-        module,
-        rank,
-        experts,
-        a.shape[1],
-        len(b),
-        scale,
-        float(np.sqrt(np.mean(np.square(a, dtype=np.float64)) * 3 * a.shape[1])) if default else None,
-        float(np.linalg.norm(b.astype(np.float64))),
-        scale * math.sqrt(energy),
-        min(numerical),
-        float(np.mean(effective)),
-        first / energy if energy else 0.0,
+        module, rank, experts, a.shape[1], len(b), scale, norm, min(numerical), float(np.mean(effective))
     )
 
 
@@ -232,10 +200,14 @@ def listed(names: Sequence[str], count: int | None = None) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {others} more" if others > 0 else "")
 
 
-def _finding_keys(
-    config: AdapterConfig, factors: Mapping[str, Mapping[str, str]], foreign: list[str], whole: Mapping[str, int]
+def _findings(
+    config: AdapterConfig,
+    factors: Mapping[str, Mapping[str, str]],
+    foreign: list[str],
+    whole: Mapping[str, int],
+    modules: list[ModuleUpdate],
 ) -> Iterator[Finding]:
-    """Compare the names in the file with those in the configuration."""
+    """Compare the names in the file with those in the configuration, and find updates that do little."""
     for there, lacking in ("AB", "BA"):
         half = [module for module, keys in factors.items() if there in keys and lacking not in keys]
         if half:
@@ -270,10 +242,7 @@ def _finding_keys(
     if whole:
         message = f"the file also holds {sum(whole.values()):,} parameters that are no LoRA, of modules_to_save or"
         yield _finding("whole", "note", f"{message} PEFT's copy of an embedding: {listed([*whole])}")
-
-
-def _finding_effects(modules: list[ModuleUpdate], count: int) -> Iterator[Finding]:
-    """Find updates without effect, of lower rank than they could have, and hardly used ranks."""
+    count = len(factors)
     if zero := [module.module for module in modules if not module.norm]:
         message = f"B A is zero in {len(zero)} of {count} modules, which have no effect: {listed(zero)}"
         if len(zero) == count:

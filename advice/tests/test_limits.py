@@ -6,29 +6,26 @@ import json
 import os
 import re
 import signal
-import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from lora_advice.audit import audit
-from lora_advice.audit.limits import in_limits
 from lora_advice.errors import UserError
+from lora_advice.limits import in_limits
 
 AXOLOTL = (
     "base_model: Qwen/Qwen3-8B\nadapter: lora\nlora_r: 16\nlora_alpha: 32\nlearning_rate: 0.0002\n"
     "micro_batch_size: 2\ndatasets: []\n"
 )
 VERL = "actor_rollout_ref:\n  model: {path: Qwen/Qwen3-8B, lora_rank: 8}\n  actor: {optim: {lr: 1.0e-5}}\n"
-NEMO_RL = "policy:\n  model_name: Qwen/Qwen3-8B\n  optimizer: {kwargs: {lr: 1.0e-5}}\ngrpo: {max_num_steps: 10}\n"
 LLAMA_FACTORY = (
     "model_name_or_path: Qwen/Qwen3-8B\nstage: sft\ndo_train: true\nfinetuning_type: lora\nlearning_rate: 1.0e-4\n"
     "dataset: a\ndataset_dir: .\n"
 )
 TRL = "trl sft --model_name_or_path Qwen/Qwen3-8B --use_peft --learning_rate 2e-4"
 PYTHON = "from trl import SFTConfig, SFTTrainer\nx = {}\nSFTTrainer(model='a/b', args=SFTConfig(learning_rate=x))\n"
-NOTEBOOK = '{"cells": [{"cell_type": "code", "source": ["SFTConfig(learning_rate=1)"]}], "metadata": '
 NESTED = "it is nested too deeply"
 LONG = "a" * 5000
 ALIASES = "".join(f"l{n}: &l{n} {{{', '.join(f'k{i}: *l{n - 1}' for i in range(9))}}}\n" for n in range(1, 30))
@@ -36,21 +33,17 @@ ALIASES = "".join(f"l{n}: &l{n} {{{', '.join(f'k{i}: *l{n - 1}' for i in range(9
 # By the path: what once ended or hung an audit, and why it is not read; null if it is.
 ONCE_FAILED: dict[str, tuple[str, str | None]] = {
     "self.yaml": (f"{VERL}x: &a {{b: *a}}\n", NESTED),
-    "self-nemo.yaml": (f"{NEMO_RL}x: &a {{b: *a}}\n", NESTED),
     "aliases.yaml": (f"l0: &l0 {{a: 1}}\n{ALIASES}{VERL}", "it has more than 200,000 options"),
-    "list-of-itself.py": (PYTHON.format("[x]"), NESTED),
-    "minus.py": (PYTHON.format("-y\ny = -x"), NESTED),
+    "list-of-itself.py": (PYTHON.format("[x]"), None),
+    "minus.py": (PYTHON.format("-y\ny = -x"), None),
     "dashes.py": (PYTHON.format("-" * 9000 + "1"), "it is not valid Python: "),
-    "deep.ipynb": (NOTEBOOK + '{"a":' * 100_000 + "1" + "}" * 100_001, "it is not a notebook"),
     "data/a.yaml": (LLAMA_FACTORY, None),
     "data/dataset_info.json": ("[" * 9000, ""),
     "default.sh": (f"A={'${A:-' * 500}{'}' * 500}\n{TRL}\n", None),
     "arithmetic.sh": (f"A=$(({'1+' * 20_000}1))\n{TRL}\n", None),
     "config.sh": (f"{TRL} --config {LONG}.yaml\n", None),
     "program.sh": (f"python {LONG}.py --model_name_or_path a --learning_rate 1 --config_file {LONG}\n", None),
-    "defaults.yaml": (f"defaults: {LONG}\n{NEMO_RL}", None),
     "examples.yml": (AXOLOTL.replace("[]", f"[{{path: {LONG}.jsonl}}]"), None),
-    "inherits/b.yaml": (f"defaults: ../inherits/b.yaml\n{NEMO_RL}", "it inherits from itself"),
     "tag.yml": (f"{AXOLOTL}x: !!timestamp foo\n", "it is not valid YAML"),
     "digits.yml": (f"{AXOLOTL}x: 1{'0' * 5000}\n", "it is not valid YAML: Exceeds the limit"),
     "small-lr.yml": (AXOLOTL.replace("0.0002", "1.0e-320"), None),
@@ -62,7 +55,6 @@ ONCE_FAILED: dict[str, tuple[str, str | None]] = {
     "array.sh": ("A=(a a)\n" + "A=(${A[@]} ${A[@]})\n" * 40 + f"{TRL} ${{A[@]}}\n", None),
     "double.sh": ("A=a\n" + "A=$A$A\n" * 40 + f"{TRL} $A\n", None),
     "newlines.yml": ("\n" * 200_000, ""),
-    **{f"twice/b{n}.yaml": (f"defaults: [b{n + 1}.yaml, b{n + 1}.yaml]\n{NEMO_RL}", None) for n in range(25)},
 }
 
 
@@ -88,37 +80,20 @@ def test_every_file_stands_on_its_own(once_failed):
     assert json.dumps(asdict(report), allow_nan=False)
 
 
-@pytest.mark.parametrize("value", ["0", "-5", ".nan", ".inf", "1" + "0" * 400])
-@pytest.mark.parametrize(
-    ("key", "said"),
-    [
-        ("learning_rate", "the learning rate is"),
-        ("lora_r", "the rank is"),
-        ("lora_alpha", "alpha"),
-        ("micro_batch_size", "the batch size of a device is"),
-        ("gradient_accumulation_steps", "the number of accumulated batches is"),
-        ("num_epochs", "the number of epochs is"),
-    ],
-)
-def test_numbers_without_meaning_are_errors(tmp_path, key, said, value):
-    lines = [line for line in AXOLOTL.splitlines() if not line.startswith(key)]
-    (tmp_path / "a.yml").write_text("\n".join([*lines, f"{key}: {value}\n"]))
-    errors = [finding for finding in audit(tmp_path).findings if finding.level == "error"]
-    assert [(said in error.message, error.line) for error in errors] == [(True, len(lines) + 1)]
-
-
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.yaml", VERL.replace("8}", "-8}"), "the rank is -8; allowed: whole numbers from 1 to 1e+09"),
-        ("a.yaml", NEMO_RL.replace("1.0e-5", "-1"), "the learning rate is -1; allowed: numbers from 1e-20 to 1000"),
         ("a.yaml", f"{LLAMA_FACTORY}lora_rank: 2.5\n", "the rank is 2.5; allowed: "),
+        ("a.yml", AXOLOTL.replace("16", "1" + "0" * 400), "the rank is 10000"),
+        ("a.yml", AXOLOTL.replace("0.0002", ".nan"), "the learning rate is nan; allowed: numbers from 1e-20 to 1000"),
+        ("a.yml", f"{AXOLOTL}gradient_accumulation_steps: 0\n", "the number of accumulated batches is 0; allowed: "),
         ("a.sh", f"{TRL} --lora_alpha -16\n", "the alpha is -16; allowed: numbers from 0 to 1e+09"),
         ("a.sh", f"{TRL} --num_train_epochs nan\n", "the number of epochs is nan; allowed: "),
         ("a.py", PYTHON.format("-1e-4"), "the learning rate is -0.0001; allowed: "),
     ],
 )
-def test_every_format_has_the_numbers_checked(tmp_path, name, text, message):
+def test_numbers_without_meaning_are_errors(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     report = audit(tmp_path)
     assert [f.message[: len(message)] for f in report.findings if f.code == "number"] == [message]
@@ -129,9 +104,8 @@ def test_where_a_number_has_a_meaning_of_its_own_nothing_is_said(tmp_path):
     (tmp_path / "a.yaml").write_text(VERL.replace("lora_rank: 8", "lora_rank: 0"))
     (tmp_path / "b.sh").write_text(f"{TRL} --max_steps 10 --num_train_epochs -1 --gradient_accumulation_steps auto\n")
     (tmp_path / "c.sh").write_text(f"{TRL.replace('--use_peft', '--use_peft false')} --lora_r 0 --max_steps -1\n")
-    (tmp_path / "d.yaml").write_text(NEMO_RL.replace("max_num_steps: 10", "max_num_epochs: -1"))
     report = audit(tmp_path)
-    assert len(report.configs) == 4
+    assert len(report.configs) == 3
     assert [finding for finding in report.findings if finding.code == "number"] == []
 
 
@@ -183,13 +157,3 @@ def test_time_memory_and_errors_are_limited_for_each_item():
         else:
             assert answer == [item]
     assert in_limits(_work, []) == []
-
-
-def test_limits_hold_in_a_thread_and_leave_no_process():
-    answers = list[object]()
-    thread = threading.Thread(target=lambda: answers.extend(in_limits(_work, ["hang", "right"], seconds=0.3)))
-    thread.start()
-    thread.join(20)
-    assert [str(answers[0]), answers[1]] == [HOSTILE["hang"], ["right"]]
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 from collections.abc import Callable, Iterable, Sequence
@@ -57,6 +58,26 @@ def in_limits(work: Callable[[T], Any], items: Sequence[T], seconds: float = SEC
             reasons = {signal.SIGPROF: late, signal.SIGALRM: late, 0: _TOO_MUCH}
             answers.append(UserError(reasons.get(number, f"reading it ended with {signal.strsignal(number)}")))
     return answers
+
+
+def matching(patterns: Sequence[str], names: Sequence[str]) -> list[list[str]]:
+    """Return for each regular expression the names that it matches as a whole, in their order.
+
+    A pattern that is not valid raises UserError, as does one that takes longer than a second: Python's `re` can take
+    exponential time, as for `(a+)+$`.
+    """
+
+    def match(pattern: str) -> list[str]:
+        try:
+            return [*filter(re.compile(pattern).fullmatch, names)]
+        except (re.error, OverflowError) as error:
+            raise UserError(f"it is not valid: {error}") from error
+
+    matches = in_limits(match, patterns, seconds=1)
+    for pattern, result in zip(patterns, matches, strict=True):
+        if isinstance(result, UserError):
+            raise UserError(f"the regular expression {pattern[:80]!r}: {result}")
+    return matches
 
 
 def _answer(work: Callable[[T], Any], items: Iterable[T], seconds: float, writing: int) -> NoReturn:
