@@ -1,6 +1,6 @@
 """The functions for other programs, `judge` and `fit_lr`, whose names, arguments and records are stable.
 
-Each imports what it needs when it is called.
+Each imports what it needs when it is called. Examples are in docs/tables.md ("From Python").
 """
 
 from __future__ import annotations
@@ -30,14 +30,12 @@ def judge(
     """Judge the paper's claims on tables of runs.
 
     Args:
-        tables: data frames by the name of their table, of which `runs` is needed and `curves`, `test_losses`, `compute`
-            and `counts` are used; or a folder with such tables in parquet or CSV; or the folder of a source, which has
+        tables: data frames by the name of their table: `runs`, and as far as they are there `curves`, `test_losses`,
+            `compute` and `counts`; or a folder with such tables in parquet or CSV; or the folder of a source, which has
             a file `source.yaml`. Their columns are those of docs/tables.md. A claim that lacks one is not tested.
         claims: the ids of the claims to judge, such as `B1`; all by default.
-        margins: the smallest effects that matter, any of: `loss`, a share of the fall of the loss from the base to full
-            fine-tuning; `final_loss`, a share of the final loss of full fine-tuning, which holds where it is less;
-            `reward`, a share of the gain in accuracy; and `lr_factor`, the factor up to which two learning rates count
-            as the same. Those that are not given are those of the shipped presets: 0.02, 0.1, 0.1 and 1.6.
+        margins: the smallest effects that matter (docs/verdicts.md), any of `loss`, `final_loss`, `reward` and
+            `lr_factor`; by default those of the shipped presets: 0.02, 0.1, 0.1 and 1.6.
         noise: the noise of final losses over seeds from elsewhere, for supervised runs with one seed.
 
     Returns:
@@ -46,14 +44,6 @@ def judge(
 
     Raises:
         UserError: a table, claim or margin does not exist or has a value that is not allowed.
-
-    Examples:
-        On published runs of somebody else, high-rank LoRA reaches the accuracy of full fine-tuning:
-
-        >>> from lorabench.utils.files import REFERENCE
-        >>> claims = judge(REFERENCE / "nayyirahsan", claims=["B2"])
-        >>> claims[["verdict", "estimate", "ci_low", "ci_high"]].round(2).to_dict("records")
-        [{'verdict': 'confirmed', 'estimate': 0.01, 'ci_low': -0.01, 'ci_high': 0.02}]
     """
     from lorabench.claims.judge import CLAIMS, judge_claims
     from lorabench.config.loading import parse_margins
@@ -83,8 +73,7 @@ def judge(
 class LrFit:
     """The optimal learning rate (LR) of one sweep by a fit, and the loss there, each with the ends of its 95% interval.
 
-    NaN stands where the runs do not tell. The interval of the loss is for the mean over new seeds; test examples have
-    no part in it.
+    NaN stands where the runs do not tell. The interval of the loss is for the mean over new seeds on these examples.
     """
 
     lr: float
@@ -115,18 +104,6 @@ def fit_lr(runs: pd.DataFrame, noise: Noise | None = None) -> LrFit:
 
     Raises:
         UserError: a column is missing, a value is not allowed, or two runs have the same LR and seed.
-
-    Examples:
-        >>> import pandas as pd
-        >>> from math import log
-        >>> lrs, noise = (4.64e-5, 1e-4, 2.15e-4, 4.64e-4, 1e-3), (0.003, -0.001, -0.002, 0.001)
-        >>> rows = [(lr, seed, 2 + 0.1 * log(lr / 2e-4) ** 2 + noise[(place + 2 * seed) % 4])
-        ...         for place, lr in enumerate(lrs) for seed in range(3)]
-        >>> fit = fit_lr(pd.DataFrame(rows, columns=["lr", "seed", "loss"]))
-        >>> print(f"{fit.lr:.1e} [{fit.lr_low:.1e}, {fit.lr_high:.1e}], loss {fit.loss:.2f}")
-        2.0e-04 [1.7e-04, 2.5e-04], loss 2.00
-        >>> fit.inside, fit.problems
-        (True, ())
     """
     import numpy as np
     import pandas as pd
@@ -143,12 +120,13 @@ def fit_lr(runs: pd.DataFrame, noise: Noise | None = None) -> LrFit:
     runs = runs.assign(**({} if "seed" in runs else {"seed": 0})).reset_index(drop=True)
     numbers = runs[["lr", "seed", "loss"]].apply(pd.to_numeric, errors="coerce").astype(float)
     named = runs.assign(row=runs.index)
-    text = numbers["loss"].isna() & runs["loss"].notna()
-    refuse_rows(named, ~numbers["lr"].between(0, math.inf, "neither"), "row", "lr", "numbers above 0")
-    refuse_rows(named, ~numbers["seed"].mod(1).eq(0), "row", "seed", "whole numbers")
-    refuse_rows(named, text, "row", "loss", "numbers, and null or infinity of a run that diverged")
-    twice = numbers.duplicated(["lr", "seed"])
-    refuse_rows(named, twice, "row", "lr", "each once with a seed, since all runs are of one method in one setting")
+    for column, wrong, allowed in (
+        ("lr", ~numbers["lr"].between(0, math.inf, "neither"), "numbers above 0"),
+        ("seed", ~numbers["seed"].mod(1).eq(0), "whole numbers"),
+        ("loss", numbers["loss"].isna() & runs["loss"].notna(), "numbers, and null or infinity of a run that diverged"),
+        ("lr", numbers.duplicated(["lr", "seed"]), "each once with a seed, since all runs are of one method"),
+    ):
+        refuse_rows(named, wrong, "row", column, allowed)
     losses = numbers["loss"].where(np.isfinite(numbers["loss"]))
     # The estimator sees no difference between methods; that of an arm without a rank is full fine-tuning.
     arm = {"model": "model", "dataset": "dataset", "method": "fullft", "rank": None, "placement": None}

@@ -23,7 +23,7 @@ def test_all_words_go_to_the_command_of_the_other_package(monkeypatch):
         return [Entry()]
 
     monkeypatch.setattr(commands, "entry_points", entry_points)
-    words = ["a.yaml", "--json", "--help", "--", "-b"]
+    words = ["a.yaml", "--json", "--help", "-b"]
     assert CliRunner().invoke(app, ["audit", *words]).exit_code == 0
     assert calls == [(["audit", *words], "lorabench")]
 

@@ -36,14 +36,7 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("function", ["judge", "fit_lr"])
-def test_examples_of_docstrings_hold(elsewhere, function):
-    [example] = doctest.DocTestFinder().find(getattr(api, function), function, globs=vars(api).copy())
-    assert example.examples
-    assert doctest.DocTestRunner().run(example).failed == 0
-
-
-def test_examples_of_the_page_hold_and_its_table_has_all_functions_and_arguments(elsewhere):
+def test_examples_hold_and_the_pages_table_has_all_functions_and_arguments(elsewhere):
     assert doctest.testfile(str(PAGE), module_relative=False).failed == 0
     section = PAGE.read_text().partition("\n## From Python\n")[2]
     rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", section, re.M)
@@ -64,29 +57,14 @@ def test_frames_folders_and_the_command_are_judged_alike(tmp_path):
     write_frame(curves, "curves", tmp_path)
     whole = judge_claims(Tables.read(tmp_path)).set_index("claim_id")
     # Plain columns, as a user's frame has them, and an index that is not in order.
-    plain = runs.astype({"seed": float, "rank": float})[::-1]
+    plain, columns = runs.astype({"seed": float, "rank": float})[::-1], ["verdict", "estimate", "ci_low", "margin_high"]
     for tables in ({"runs": plain, "curves": curves}, tmp_path):
         judged = api.judge(tables, claims=["B2", "B1"]).set_index("claim_id")
-        assert list(judged.index) == ["B1", "B2"]
-        columns = ["verdict", "estimate", "ci_low", "margin_high"]
         pd.testing.assert_frame_equal(judged[columns], whole.loc[["B1", "B2"], columns])
     assert whole.loc["B1", "verdict"] != "not tested"
-
-
-def test_a_margin_that_is_given_changes_only_itself():
-    source = REFERENCE / "nayyirahsan"
-    [as_shipped] = api.judge(source, claims=["B2"]).to_dict("records")
-    [strict] = api.judge(source, claims=["B2"], margins={"reward": 0.03}).to_dict("records")
-    assert (as_shipped["verdict"], strict["verdict"]) == ("confirmed", "inconclusive")
-    assert strict["margin_high"] == pytest.approx(0.3 * as_shipped["margin_high"])
-
-
-def test_a_source_has_a_row_for_each_claim_and_model_and_its_own_noise():
-    judged = api.judge(REFERENCE / "orbit", claims=["F1", "B1"])
-    assert set(judged["source"]) == {"orbit"}
-    assert list(judged["claim_id"]) == ["B1", "F1"]
-    assert "gernim" in judged.set_index("claim_id").loc["F1", "reason"]
-    assert len(api.judge(REFERENCE / "apertus", claims=["B2"])) == 2
+    # A source has a row for each claim and model.
+    judged = api.judge(REFERENCE / "apertus", claims=["B2"])
+    assert (len(judged), set(judged["source"])) == (2, {"apertus"})
 
 
 @pytest.mark.parametrize(
@@ -96,7 +74,7 @@ def test_a_source_has_a_row_for_each_claim_and_model_and_its_own_noise():
         (lambda: api.judge({"run": pd.DataFrame()}), "table 'run' is not known; allowed: data frames of runs, .*"),
         (lambda: api.judge({"runs": pd.DataFrame({"lr": ["x"]})}), "runs: column lr has 'x', which is not a number"),
         (lambda: api.judge("nowhere"), "no table runs, .* in nowhere"),
-        (lambda: api.judge(REFERENCE / "orbit", margins={"loss": 2}), "margins.loss = 2: input should be less than 1"),
+        (lambda: api.judge(REFERENCE / "orbit", margins={"los": 0.1}), "margins: unknown key 'los'; allowed: .*"),
         (lambda: api.judge(REFERENCE / "orbit", noise=Noise(0.1, 2, "mine")), "noise: .* states the noise .*"),
     ],
 )
@@ -107,13 +85,13 @@ def test_wrong_inputs_are_refused_in_one_sentence(elsewhere, call, message):
 
 
 LRS = (4.64e-5, 1e-4, 2.15e-4, 4.64e-4, 1e-3)
-NOISE = (0.003, -0.001, -0.002, 0.001)
 
 
 def sweep(best: float, seeds: int = 3) -> pd.DataFrame:
     """A sweep whose loss is 2 at the best LR, and whose noise sums to 0 over seeds and LRs, nearly."""
+    noise = (0.003, -0.001, -0.002, 0.001)
     rows = [
-        (lr, seed, 2 + 0.1 * math.log(lr / best) ** 2 + NOISE[(place + 2 * seed) % 4])
+        (lr, seed, 2 + 0.1 * math.log(lr / best) ** 2 + noise[(place + 2 * seed) % 4])
         for place, lr in enumerate(LRS)
         for seed in range(seeds)
     ]
@@ -126,18 +104,16 @@ def test_the_fit_of_a_sweep_is_that_of_the_engine():
     table = pd.concat([table.assign(seed=seed) for seed in range(3)]).sort_values(["lr", "seed"], ignore_index=True)
     table = table.assign(run_id=[f"r{n}" for n in range(15)], final_test_nll=runs["loss"], final_valid_nll=runs["loss"])
     [comparison] = comparisons(table, pd.DataFrame())
-    fit, found = api.fit_lr(runs), comparison.fit
-    assert fit.lr == pytest.approx(math.exp(found.optima["LoRA r16"].value), rel=1e-9)
-    assert fit.loss == pytest.approx(found.minima["LoRA r16"].value, abs=1e-9)
-    assert fit.lr == pytest.approx(2.3e-4, rel=0.05)
-    assert fit.loss == pytest.approx(2.0, abs=0.005)
+    fit = api.fit_lr(runs)
+    assert fit.lr == pytest.approx(math.exp(comparison.fit.optima["LoRA r16"].value), rel=1e-9)
+    assert fit.loss == pytest.approx(comparison.fit.minima["LoRA r16"].value, abs=1e-9)
+    assert (fit.lr, fit.loss) == (pytest.approx(2.3e-4, rel=0.05), pytest.approx(2.0, abs=0.005))
     assert fit.lr_low < 2.3e-4 < fit.lr_high
 
 
 def test_a_sweep_that_does_not_bound_its_optimum_names_the_next_learning_rate():
     at_the_edge = api.fit_lr(sweep(2e-3))
-    assert not at_the_edge.inside
-    assert at_the_edge.problems == ("best LR at the edge of its grid",)
+    assert (at_the_edge.inside, at_the_edge.problems) == (False, ("best LR at the edge of its grid",))
     assert at_the_edge.next_lr == pytest.approx(2.15e-3, rel=0.01)
     # A run that diverged bounds the optimum from above.
     diverged = pd.concat([sweep(8e-4), pd.DataFrame({"lr": 2.15e-3, "seed": 0, "loss": [math.inf]})])
@@ -157,7 +133,7 @@ def test_one_seed_has_intervals_only_with_noise_from_elsewhere():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"lr": -1.0}, "row 0: lr = -1.0; allowed: numbers above 0"),
+        ({"lr": "high"}, "row 0: lr = 'high'; allowed: numbers above 0"),
         ({"seed": 0.5}, "row 0: seed = 0.5; allowed: whole numbers"),
         ({"loss": "low"}, "row 0: loss = 'low'; allowed: numbers, and null or infinity of a run that diverged"),
         ({"seed": 1}, "row 1: lr = 4.64e-05; allowed: each once with a seed, .*"),

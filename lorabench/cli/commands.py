@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import gc
-import math
 import os
 import sys
 from argparse import ArgumentParser
 from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
-from typer.core import TyperCommand
 
 from lorabench.cli.common import OneSentence, PresetOption, own_gpus, plan_and_layout
 from lorabench.cli.steps import steps
 from lorabench.errors import UserError
 from lorabench.utils import formats
 from lorabench.utils.files import SNAKEFILE, WORKFLOW
+from lorabench.utils.gpus import GPUS
 
 app = typer.Typer(
     cls=OneSentence,
@@ -79,7 +78,7 @@ def init(
 
     choices = Choices(tuple(sorted(set(ranks or ()))), seeds, epochs, held_out, gpu, grader, tuple(variants or ()))
     written = init_preset(out, model, data, data_format, choices, force, say=print)
-    plan_table(make_plan(written), os.cpu_count() or 1)
+    plan_table(make_plan(written))
     print(f"wrote {out}; next: lorabench run {out}")
 
 
@@ -88,15 +87,9 @@ def plan(
     preset: PresetOption = "laptop",
     out: Annotated[Path | None, Option(help="Write the planned runs to this parquet file and print nothing.")] = None,
     gpu: Annotated[str | None, Option(help="Estimate for another GPU, by its name in lorabench/utils/gpus.py.")] = None,
-    price: Annotated[float | None, Option(min=0, help="Price of one GPU for an hour.")] = None,
-    measured: Annotated[
-        list[Path] | None, Option(help="Folder of tables with the speed, in place of results/.")
-    ] = None,
-    as_json: Annotated[bool, Option("--json", help="Print the numbers as JSON.")] = False,
+    price: Annotated[float | None, Option(min=0, max=1e6, help="Price of one GPU for an hour.")] = None,
 ) -> None:
     """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
-    if price is not None and math.isinf(price):
-        raise UserError(f"--price {price}: allowed: numbers from 0")
     planned, layout = plan_and_layout(preset)
     if out is not None:
         import pyarrow as pa
@@ -105,20 +98,18 @@ def plan(
 
         write_table(pa.Table.from_pylist(planned.rows()), out)
         return
-    from lorabench.cli.show import plan_json, plan_table
-    from lorabench.cli.speeds import on_gpu, speed_of
+    from lorabench.cli.show import measured_speed, plan_table
     from lorabench.planning.plan import make_plan
 
     if gpu is not None:
-        planned = make_plan(on_gpu(planned.preset, gpu))
-    cores, notes = os.cpu_count() or 1, list[str]()
-    if (speed := speed_of(planned, layout, measured or [])) is not None:
-        gflops, sentence = speed
-        planned, notes = make_plan(planned.preset.with_execution(gflops=gflops)), [sentence]
-    if as_json:
-        print(plan_json(planned, cores, price, notes))
-    else:
-        plan_table(planned, cores, price, notes)
+        if gpu not in GPUS:
+            raise UserError(f"gpu {gpu!r} is not known; allowed: {', '.join(GPUS)}")
+        # The preset's `gflops` hold for its own GPU.
+        planned = make_plan(planned.preset.with_execution(gpu=gpu, gflops=None))
+    gflops, measured = measured_speed(planned, layout) or (None, None)
+    if gflops is not None:
+        planned = make_plan(planned.preset.with_execution(gflops=gflops))
+    plan_table(planned, price, measured)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -206,12 +197,8 @@ def claims(
     noise: Annotated[
         Path | None, Option(help="Folder of tables whose seed noise holds where there is one seed.")
     ] = None,
-    noise_sd: Annotated[float | None, Option(help="SD over seeds of the final test loss in nats, not --noise.")] = None,
-    noise_dof: Annotated[int | None, Option(min=1, help="Degrees of freedom of --noise-sd, such as seeds - 1.")] = None,
-    noise_source: Annotated[str | None, Option(help="The source of --noise-sd, for the reasons.")] = None,
 ) -> None:
     """Judge the paper's claims from tidy tables."""
-    from lorabench.analysis.loss_fit import Noise
     from lorabench.analysis.optima import pooled_noise
     from lorabench.claims.judge import judge_claims
     from lorabench.config.loading import load_preset, read_margins
@@ -226,14 +213,6 @@ def claims(
         stated = load_preset(preset)
         chosen, predictions = stated.margins, stated.predictions or {}
     elsewhere = None if noise is None else pooled_noise(Tables.read(noise).runs, str(noise))
-    if (noise_sd, noise_dof, noise_source) != (None, None, None):
-        if noise is not None:
-            raise UserError("--noise and --noise-sd: give one of them")
-        if noise_sd is None or noise_dof is None or not noise_source:
-            raise UserError("--noise-sd needs --noise-dof and --noise-source: how well it is known, and by whom")
-        if not 0 < noise_sd < math.inf:
-            raise UserError(f"--noise-sd {noise_sd}: allowed: numbers above 0, in nats")
-        elsewhere = Noise(noise_sd, noise_dof, noise_source)
     read = Tables.read(tables)
     judged = judge_claims(read, margins=chosen, noise=elsewhere, predictions=predictions)
     write_frame(judged, "claims", out)
@@ -319,14 +298,14 @@ def evidence(
 @app.command()
 def freeze(
     preset: PresetArgument,
-    first_seed: Annotated[int, Option(min=1, help="The first of the held-out seeds.")] = 100,
-    claims: Annotated[Path | None, Option(help="Folder with the explored verdicts, not the preset's.")] = None,
     unexplored: Annotated[bool, Option("--unexplored", help="The preset was never run in this design.")] = False,
     redesigned: Annotated[bool, Option("--redesigned", help="Published verdicts are of an earlier design.")] = False,
     power: Annotated[Path | None, Option(help="A CSV file of python -m benchmarks.calibration.")] = None,
-    out: Annotated[Path | None, Option(help="The file to write; by default workflow/frozen/<preset>.yaml.")] = None,
 ) -> None:
-    """Fix rules, seeds, data and expected verdicts of a preset before it is run on held-out seeds."""
+    """Fix rules, seeds, data and expected verdicts of a preset before it is run on held-out seeds.
+
+    The first of these seeds is 100, or SEED of `<preset>@SEED`. Writes workflow/frozen/<preset>.yaml.
+    """
     import pandas as pd
 
     from lorabench.config.loading import split_name
@@ -335,38 +314,27 @@ def freeze(
     from lorabench.store.layout import Layout
     from lorabench.store.published import NOT_PUBLISHED
 
-    name, given = split_name(preset)
-    explored, seeded = Layout.of(name), f"{name}@{first_seed if given is None else given}"
+    name, first_seed = split_name(preset)
+    explored, seeded = Layout.of(name), f"{name}@100" if first_seed is None else preset
     if power is not None and not power.is_file():
         raise UserError(f"--power {power}: there is no such file")
     places = (explored.tables(), explored.published)
-    claims = claims or next((folder for folder in places if table_path(folder, "claims")), None)
-    if unexplored and claims is not None:
-        if claims != explored.published or not redesigned:
-            raise UserError(
-                f"--unexplored: the preset {explored.name} has verdicts in {claims}; if they are published and of an "
-                "earlier design of it, say --redesigned too"
-            )
-        claims = None
+    claims = next((folder for folder in places if table_path(folder, "claims")), None)
+    if unexplored and claims is not None and not (claims == explored.published and redesigned):
+        raise UserError(
+            f"--unexplored: the preset {explored.name} has verdicts in {claims}; if they are published and of an "
+            "earlier design of it, say --redesigned too"
+        )
     if not unexplored and claims is None:
         raise UserError(
             f"there are no verdicts of the preset {explored.name} in {' or '.join(map(str, places))}: run it first, "
-            "name the folder of its table claims with --claims, or say --unexplored if it was never run"
+            "or say --unexplored if it was never run"
         )
-    judged = None if claims is None else read_claims(claims, without=NOT_PUBLISHED)
-    path = out or Path("workflow/frozen") / f"{explored.name}.yaml"
+    judged = None if unexplored or claims is None else read_claims(claims, without=NOT_PUBLISHED)
+    path = Path("workflow/frozen") / f"{explored.name}.yaml"
     freezing.write_frozen(freezing.freeze(seeded, judged, None if power is None else pd.read_csv(power)), path)
     print(f"wrote {path}; commit it, then run: lorabench run {seeded}")
     print(f"and at the end: python workflow/scripts/publish.py --held-out {path}")
-
-
-class _Unparsed(TyperCommand):
-    """A command that leaves all words to another program, options, `--` and `--help` included."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Keep the words as they are."""
-        ctx.args = args
-        return args
 
 
 def _advise(context: typer.Context) -> None:
@@ -378,5 +346,7 @@ def _advise(context: typer.Context) -> None:
     command.load()([name, *context.args], "lorabench")
 
 
+# All words are left to the other program, `--help` included.
+_UNPARSED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 for _name, _help in ADVICE.items():
-    app.command(_name, cls=_Unparsed, help=_help)(_advise)
+    app.command(_name, help=_help, context_settings=_UNPARSED)(_advise)

@@ -24,7 +24,7 @@ import tempfile
 import threading
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lorabench.utils.signals import HANDLED
 
@@ -32,10 +32,8 @@ ADDRESS = "LORABENCH_FORKS"
 """The environment variable with the path of the server's socket."""
 
 # Snakemake gives each rule its number of threads in these variables, which libraries read when they are imported.
-_THREADS = (
-    *("OMP_NUM_THREADS", "GOTO_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"),
-    "VECLIB_MAXIMUM_THREADS",
-)
+_THREADS = [f"{library}_NUM_THREADS" for library in ("OMP", "GOTO", "OPENBLAS", "MKL", "NUMEXPR")]
+_THREADS.append("VECLIB_MAXIMUM_THREADS")
 # Variables in which the environments of a command and the server may differ: a shell sets some or drops them, no
 # library keeps the folder of temporary files, the order of sets must not matter where hashes of text are random, and an
 # evaluation sets those of progress bars itself.
@@ -46,6 +44,7 @@ _MAY_DIFFER = {
 
 
 _LLAMA, _ANALYSIS = "transformers.models.llama.modeling_llama", ("pyarrow.dataset", "scipy.stats")
+_LM_EVAL = ("lm_eval.evaluator", "lm_eval.models.huggingface", "langdetect")
 PRELOADED = {
     "plan": ("lorabench.store.io",),
     "dataset": ("lorabench.data.files", "lorabench.data.problems", "lorabench.data.sft", "reasoning_gym"),
@@ -53,13 +52,7 @@ PRELOADED = {
     "tokens": ("lorabench.data.tokens", "transformers.models.auto.tokenization_auto"),
     "train": ("lorabench.training.job", "lorabench.training.sft", "lorabench.training.rl.trainer", _LLAMA),
     "compute": ("lorabench.training.step_cost", _LLAMA),
-    "evaluate": (
-        "lorabench.evaluation.runner",
-        "lm_eval.evaluator",
-        "lm_eval.models.huggingface",
-        "langdetect",
-        _LLAMA,
-    ),
+    "evaluate": ("lorabench.evaluation.runner", *_LM_EVAL, _LLAMA),
     "counts": ("lorabench.models.counts",),
     "collect": ("lorabench.store.collect",),
     "collect-evals": ("lorabench.store.collect",),
@@ -72,8 +65,6 @@ PRELOADED = {
     "report": ("lorabench.report.page", *_ANALYSIS),
 }
 """What the server imports before it forks the first step of a name. These modules compute nothing when imported."""
-
-_ALWAYS = ("lorabench.cli.commands", "lorabench.planning.plan", "lorabench.store.layout")
 
 
 def _identity() -> list[Any]:
@@ -192,7 +183,7 @@ def _next_request(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
     identity = _identity()
     # Collecting garbage would write into the objects of all modules, and so copy their memory in each process.
     gc.disable()
-    for module in _ALWAYS:
+    for module in ("lorabench.cli.commands", "lorabench.planning.plan", "lorabench.store.layout"):
         importlib.import_module(module)
     # A signal to the whole process group must not end this process before those that it has forked.
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
@@ -215,8 +206,12 @@ def _next_request(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
                     if os.fork() == 0:
                         gc.enable()
                         listener.close()
-                        _fork_command(files, connection)
-                        return request, files
+                        # A second process runs the command, and the first one reports its end.
+                        if (command := os.fork()) == 0:
+                            return request, files
+                        for file in files:
+                            os.close(file)
+                        _report_end(command, connection)
             for file in files:
                 os.close(file)
         with contextlib.suppress(ChildProcessError):
@@ -230,33 +225,25 @@ def _next_request(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
     os._exit(0)
 
 
-def _fork_command(files: list[int], connection: socket.socket) -> None:
-    """Fork a process for a command, and return in that process only.
-
-    This one reports the end of the command to the process that gave it, and ends the command if that is killed.
-    """
-    process = os.fork()
-    if process == 0:
-        return
-    for file in files:
-        os.close(file)
+def _report_end(command: int, connection: socket.socket) -> NoReturn:
+    """Report the process of a command and then its status to the one that gave it; end it if that one is killed."""
 
     def reply(number: int) -> None:
         # The process at the other end may have been killed.
         with contextlib.suppress(OSError):
             connection.sendall(b"%d\n" % number)
 
-    reply(process)
+    reply(command)
 
     def end_with_giver() -> None:
         # The process at the other end may have been killed, and the command have ended.
         with contextlib.suppress(OSError):
             connection.recv(1)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGTERM)
+            os.kill(command, signal.SIGTERM)
 
     threading.Thread(target=end_with_giver, daemon=True).start()
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    code = os.waitstatus_to_exitcode(os.waitpid(command, 0)[1])
     # Shells report a signal that ended a process in this way.
     reply(code if code >= 0 else 128 - code)
     os._exit(0)

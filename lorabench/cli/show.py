@@ -1,30 +1,71 @@
-"""The costs of a plan as `lorabench plan` prints them: a table, or JSON."""
+"""The costs of a plan as `lorabench plan` prints them, by the speed of the machine where it was measured; no torch."""
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from statistics import median
 
+from lorabench.doctor.record import record_for
 from lorabench.planning.costs import Cost, path_hours, per_experiment
-from lorabench.planning.memory import gpus_needed, title
+from lorabench.planning.memory import title
 from lorabench.planning.plan import Plan
-from lorabench.planning.seconds import flops_per_second
+from lorabench.planning.seconds import flops_per_second, run_seconds
 from lorabench.runs import Job
+from lorabench.store.layout import Layout
 from lorabench.utils.formats import amount, count, number, print_table
-from lorabench.utils.gpus import GB, GPUS
+from lorabench.utils.gpus import GB, GPUS, is_called, processor
 
 
-def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> None:
+def measured_speed(plan: Plan, layout: Layout) -> tuple[float, str] | None:
+    """Return the speed of the machine that a plan is for, by the preset's finished runs or by `lorabench doctor`.
+
+    It is the useful GFLOP/s of a job on a CPU or of one GPU: the FLOPs of the cost model for all runs on the preset's
+    GPU, or on this machine's processor, over their seconds. A sentence says where they were measured. None is returned
+    where nothing was measured: then the preset's `gflops` holds, or what lorabench/utils/gpus.py assumes of the GPU.
+    """
+    preset, gpu = plan.preset, plan.preset.execution.gpu
+    # For each run the predicted FLOPs, the seconds that do not depend on the speed, and the measured seconds.
+    work: list[tuple[float, float, float]] = []
+    devices: set[str] = set()
+    if list(layout.tables().glob("runs.*")):
+        # Imported here, since a plan without measured runs starts faster without numpy and pyarrow.
+        from lorabench.store.io import read_rows
+
+        sweeps = {run_id: sweep for sweep in plan.sweeps for run_id in sweep.run_ids}
+        for row in read_rows(layout.tables(), "runs", ("run_id", "status", "device", "wall_s")):
+            sweep, device = sweeps.get(row["run_id"]), row["device"] or ""
+            here = is_called(gpu, device) if gpu else device == processor()
+            if sweep and here and row["status"] == "done" and row["wall_s"]:
+                computing, waiting = run_seconds(preset, sweep, plan.gpus[sweep])
+                work.append((computing * flops_per_second(preset.execution), waiting, row["wall_s"]))
+                devices.add(device)
+    if work:
+        # The fixed seconds are an assumption, so they never count as more than half of a run's measured seconds.
+        speed = sum(flops for flops, *_ in work) / sum(max(wall - waiting, wall / 2) for _, waiting, wall in work)
+        ratios = [(flops / speed + waiting) / wall for flops, waiting, wall in work]
+        return speed / 1e9, (
+            f"measured on {len(work)} runs on {', '.join(sorted(devices))}: {speed / 1e9:,.3g} GFLOP/s; predicted over "
+            f"measured time, median and range: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+    record = record_for(preset.execution)
+    # A CPU's speed depends on the width of the model, the precision and the threads, and so on the preset.
+    if record is None or record.gflops is None or (gpu is None and record.preset != layout.name):
+        return None
+    return record.gflops, record.sentence
+
+
+def plan_table(plan: Plan, price: float | None = None, measured: str | None = None) -> None:
     """Print what each experiment of a plan costs.
 
-    The columns are jobs, runs, tokens, FLOPs, and either minutes on a CPU, whose `cores` the jobs share, or GPU-hours,
-    the hours of the critical path, memory, disk, and money by the price of one GPU for an hour. Notes below the table
-    say where the machine's speed was measured.
+    The columns are jobs, runs, tokens, FLOPs, and either minutes on a CPU, whose cores the jobs share, or GPU-hours,
+    the hours of the critical path, memory, disk, and money by the price of one GPU for an hour. A last sentence says
+    where the machine's speed was `measured`.
     """
     execution, rows = plan.preset.execution, per_experiment(plan)
-    longest = _longest(plan) if execution.gpu else []
-    at_once = max(1, cores // execution.threads)
+    # The longest path, which is the critical one, is the first.
+    paths = sorted(((path_hours(plan, job), job) for job in plan.jobs), key=lambda path: -path[0])
+    at_once = max(1, (os.cpu_count() or 1) // execution.threads)
     columns = ["experiment", "jobs", "runs", "tokens", "PFLOPs"]
     if execution.gpu is None:
         columns.append("minutes")
@@ -32,49 +73,40 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
         columns += ["GPU-hours", "path hours", "GPUs", "GB/GPU", "disk GB", *([] if price is None else ["money"])]
     table = []
     for name, row in rows.items():
-        runs = _and_most(row, str(row.runs), str(row.most_runs)) if row.runs else ""
+
+        def and_most(expected: str, most: str, row: Cost = row) -> str:
+            return f"{expected} (most {most})" if row.most_runs > row.runs else expected
+
+        runs = and_most(str(row.runs), str(row.most_runs)) if row.runs else ""
         cells = [name, str(row.jobs), runs, amount(row.tokens), number(row.flops / 1e15)]
         if execution.gpu is None:
             minutes = 60 / min(at_once, row.jobs)
-            cells.append(_and_most(row, *(number(minutes * time, 2) for time in (row.job_hours, row.most_job_hours))))
+            cells.append(and_most(number(minutes * row.job_hours, 2), number(minutes * row.most_job_hours, 2)))
         else:
-            cells.append(_and_most(row, *(number(hours, 2) for hours in (row.gpu_hours, row.most_gpu_hours))))
-            cells += [number(_least_hours(name, row, longest), 2), f"1-{row.gpus}" if row.gpus > 1 else "1"]
+            # No training job belongs to the experiment `compute` and to evaluations.
+            ours = (hours for hours, job in paths if name == "total" or name in job.experiments)
+            cells.append(and_most(number(row.gpu_hours, 2), number(row.most_gpu_hours, 2)))
+            cells += [number(next(ours, row.longest_job_hours), 2), f"1-{row.gpus}" if row.gpus > 1 else "1"]
             cells += [f"{row.memory / GB:.0f}", number(row.disk / GB, 2)]
             cells += [] if price is None else [count(row.gpu_hours * price)]
         table.append(cells)
-    caption = _caption(plan, rows["total"], at_once, longest, measured=bool(notes))
-    print_table(columns, table, columns[1:], plan.preset.description, (*caption, *notes), total=True)
+    assumed = "an assumption, see lorabench/utils/gpus.py" if execution.gflops is None else "execution.gflops"
+    caption = _caption(plan, rows["total"], at_once, paths, "measured" if measured else assumed)
+    caption += [measured] if measured else []
+    print_table(columns, table, columns[1:], plan.preset.description, caption, total=True)
 
 
-def _longest(plan: Plan) -> list[tuple[float, Job]]:
-    """Return the path hours of each training job, and the job; the longest, which is the critical path, first."""
-    return sorted(((path_hours(plan, job), job) for job in plan.jobs), key=lambda path: -path[0])
-
-
-def _least_hours(name: str, row: Cost, longest: Sequence[tuple[float, Job]]) -> float:
-    """Return the hours of the longest path of an experiment, or of all (`total`)."""
-    hours = (hours for hours, job in longest if name == "total" or name in job.experiments)
-    # No training job belongs to the experiment `compute` and to evaluations.
-    return next(hours, row.longest_job_hours)
-
-
-def _and_most(row: Cost, expected: str, most: str) -> str:
-    return f"{expected} (most {most})" if row.most_runs > row.runs else expected
-
-
-def _caption(plan: Plan, total: Cost, at_once: int, longest: Sequence[tuple[float, Job]], measured: bool) -> list[str]:
+def _caption(plan: Plan, total: Cost, at_once: int, paths: Sequence[tuple[float, Job]], speed: str) -> list[str]:
     """Return the sentences on how the costs were estimated, on the longest path and job, and on divided jobs."""
     execution = plan.preset.execution
     rate, gpu = flops_per_second(execution), execution.gpu
-    assumed = "an assumption, see lorabench/utils/gpus.py" if execution.gflops is None else "execution.gflops"
-    speed = "measured" if measured else assumed
+    longest_job, limit = (number(hours, 3) for hours in (total.longest_job_hours, execution.job_hours))
     if gpu is None:
         caption = [f"minutes at {number(rate / 1e9, 4)} GFLOP/s per job ({speed}), {at_once} at a time"]
     else:
         path = ""
-        if longest:
-            hours, job = longest[0]
+        if paths:
+            hours, job = paths[0]
             first, *others = job.sweeps
             what = title(first.condition) + (f" and {len(others)} more" if others else "")
             waves = f" in {len(first.expected_waves())} waves" if plan.is_split(job) else ""
@@ -85,43 +117,16 @@ def _caption(plan: Plan, total: Cost, at_once: int, longest: Sequence[tuple[floa
             f"the critical path{path}",
             f"while it runs, a job needs up to {number(total.working_disk / GB, 2)} GB of disk in "
             "addition, for checkpoints and the weights of all its runs",
+            f"the longest job takes {longest_job} hours",
         ]
-    longest_job, limit = (number(hours, 3) for hours in (total.longest_job_hours, execution.job_hours))
     if divided := [job.n_runs for job in plan.jobs if plan.is_split(job)]:
         caption.append(
-            f"the longest job takes {longest_job} hours; {len(divided)} jobs would take longer than {limit} hours "
-            f"(execution.job_hours), so each of their {sum(divided):,} runs is a job of its own"
-        )
-    elif gpu is not None:
-        caption.append(f"the longest job takes {longest_job} hours")
-    if more := sum(gpus > gpus_needed(plan.preset, sweep) for sweep, gpus in plan.gpus.items()):
-        caption.append(
-            f"the jobs of {more} sweeps use more GPUs than it takes to hold them, to keep to execution.job_hours and "
-            "execution.path_hours"
+            f"{len(divided)} jobs would take longer than {limit} hours (execution.job_hours), so each of their "
+            f"{sum(divided):,} runs is a job of its own"
         )
     if any(sweep.condition.rollouts for sweep in plan.sweeps):
-        sampler, source = {
-            ("own", False): ("this project's own sampler", "from the GFLOP/s above"),
-            ("vllm", False): ("the engine vLLM", "assumed to be that of the own sampler"),
-            ("own", True): ("this project's own sampler", "assumed"),
-            ("vllm", True): ("the engine vLLM", "computed from the GPU's data sheet until it is measured"),
-        }[execution.sampler, gpu is not None]
-        caption.append(f"responses of RL are drawn by {sampler} (execution.sampler); its speed is {source}")
+        sampler = "the engine vLLM" if execution.sampler == "vllm" else "this project's own sampler"
+        caption.append(f"responses of RL are drawn by {sampler} (execution.sampler), whose speed is an estimate")
     if total.most_runs > total.runs:
         caption.append("where sweeps find their LRs (`lrs: auto`): what is expected, and the most that is possible")
     return caption
-
-
-def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> str:
-    """Return the numbers of `plan_table` as JSON, times in hours and sizes in bytes."""
-    costs, longest = per_experiment(plan), _longest(plan)
-    rows = {name: asdict(row) | {"path_hours": _least_hours(name, row, longest)} for name, row in costs.items()}
-    for row in rows.values():
-        # What a single job requests of a cluster says nothing of an experiment.
-        for request in ("cpus", "mem_mb", "minutes", "saving_seconds"):
-            del row[request]
-        row["money"] = None if price is None else row["gpu_hours"] * price
-    execution = plan.preset.execution
-    machine: dict[str, object] = {"gpu": execution.gpu, "flops_per_s": flops_per_second(execution), "cores": cores}
-    machine |= {"sampler": execution.sampler, "notes": list(notes)}
-    return json.dumps(machine | {"experiments": rows}, indent=2)

@@ -14,7 +14,6 @@ import typer
 from typer import Argument, Option
 
 from lorabench.cli.common import PresetOption, entry, own_gpus, plan_and_layout
-from lorabench.errors import UserError
 from lorabench.utils import signals
 from lorabench.utils.exhaustion import memory_for
 
@@ -86,8 +85,8 @@ def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
 
     _, layout = plan_and_layout(preset)
     spec, out = entry(layout.preset.models, model, "model"), layout.fetched_model(model)
-    if out is None or not isinstance(spec, HubModel):
-        raise UserError(f"model {model!r} is of kind {spec.kind!r}; only models of kind 'hub' are fetched")
+    assert out
+    assert isinstance(spec, HubModel)
     wanted = WantedRepository("model", spec.id, spec.revision, code=spec.trust_remote_code)
     fetch_repositories([wanted], layout.pins, out)
 
@@ -101,11 +100,11 @@ def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
 
     _, layout = plan_and_layout(preset)
     spec, out = entry(layout.preset.sources, name, "dataset"), layout.fetched_data(name)
-    if out is None or not isinstance(spec, HubDataset | HubProblems):
-        raise UserError(f"dataset {name!r} of kind {spec.kind!r} is not on the hub")
+    assert out
     if isinstance(spec, HubDataset):
         wanted = [WantedRepository("dataset", spec.id, spec.revision, ((spec.config, spec.split),))]
     else:
+        assert isinstance(spec, HubProblems)
         wanted = repositories(spec)
     fetch_repositories(wanted, layout.pins, out)
 
@@ -117,8 +116,7 @@ def convert(model: str, preset: PresetOption = "smollm2") -> None:
     from lorabench.models.base import convert_gguf
 
     spec = entry(plan_and_layout(preset)[1].preset.models, model, "model")
-    if not isinstance(spec, GgufModel):
-        raise UserError(f"model {model!r} is of kind {spec.kind!r}; only gguf models are converted")
+    assert isinstance(spec, GgufModel)
     convert_gguf(spec)
 
 
@@ -208,8 +206,7 @@ def pretraining(preset: PresetOption = "laptop") -> None:
     from lorabench.evaluation.pretraining import write_pretraining
 
     _, layout = plan_and_layout(preset)
-    if layout.preset.evaluation is None:
-        raise UserError(f"preset {layout.name} has no evaluation")
+    assert layout.preset.evaluation
     write_pretraining(layout.preset.evaluation.pretraining_documents, layout.pretraining)
 
 
@@ -229,7 +226,7 @@ def fetch(
 def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
     """Run the tasks of lm-eval on a base model, or on the best run of a sweep."""
     planned, layout = plan_and_layout(preset)
-    job = planned.evaluation(eval_id)
+    job = entry({job.eval_id: job for job in planned.evaluations()}, eval_id, "evaluation")
     assert planned.preset.evaluation
     lower = f"lower evaluation.batch_size (now {planned.preset.evaluation.batch_size})"
     # A progress bar per step would drown the log; tqdm reads these when it is first imported. lm-eval's own bars
@@ -265,8 +262,7 @@ def compute(preset: PresetOption = "laptop") -> None:
     """Measure the cost of a training step of LoRA and of full fine-tuning: FLOPs, time and memory."""
     planned, layout = plan_and_layout(preset)
     experiment = planned.preset.experiments.compute
-    if experiment is None:
-        raise UserError(f"preset {layout.name} has no experiment compute")
+    assert experiment
     with own_gpus(planned):
         import pandas as pd
 

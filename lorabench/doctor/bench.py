@@ -88,7 +88,7 @@ class Subject:
         """Return the plan's estimate of the memory of a training step, in bytes."""
         preset, condition = preset.with_execution(activation_checkpointing=self.recomputed), self.condition
         arm, tokens = (condition.rank, condition.placement), self.rows * self.length
-        return step_memory(preset, self.sizes, *arm, tokens, self.length, method=condition.method).total
+        return sum(step_memory(preset, self.sizes, *arm, tokens, self.length, method=condition.method))
 
     def flops(self, preset: Preset) -> float:
         """Return the FLOPs of a training step as the plan counts them."""

@@ -34,7 +34,7 @@ from lorabench.models.vllm_support import (
     vllm_environment,
     vllm_version,
 )
-from lorabench.planning.engine import EngineBatch
+from lorabench.planning.memory import EngineBatch
 from lorabench.planning.plan import Plan
 from lorabench.runs import EvalJob, Run, best_lr, finished_losses, validation_loss
 from lorabench.store.io import write_table

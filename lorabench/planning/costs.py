@@ -15,8 +15,7 @@ from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.specs import dimensions
 from lorabench.planning import flops, seconds
-from lorabench.planning.engine import engine_memory, handover_bytes, uses_engine
-from lorabench.planning.memory import USABLE, step_memory, sweep_memory
+from lorabench.planning.memory import USABLE, engine_memory, handover_bytes, step_memory, sweep_memory, uses_engine
 from lorabench.planning.plan import Plan
 from lorabench.runs import EvalJob, Job
 from lorabench.utils.gpus import GB, GPUS
@@ -35,8 +34,7 @@ _WRITING, _LEAST_SAVING = 200 * MB, 120
 # Tokens per second of one process. The tiny base's tokenizer was measured at 280,000 to 580,000 on one core; large ones
 # are slower.
 _TOKENIZED_PER_SECOND = 100_000
-# Bytes of a CPU process that trains with its imported libraries, and in RL with the graders' processes: measured on
-# `laptop`.
+# Bytes of a CPU process that trains, in RL with the graders' processes: measured on `laptop`.
 _SFT_PROCESS, _RL_PROCESS = 0.54 * GB, 0.85 * GB
 
 
@@ -86,7 +84,7 @@ def combined(costs: Iterable[Cost]) -> Cost:
 
 
 def per_experiment(plan: Plan) -> dict[str, Cost]:
-    """Return the cost of each experiment, of the evaluation, and of the `total`, in which shared runs count once."""
+    """Return the cost of each experiment, of the `evaluation`, and of the `total`, in which shared runs count once."""
     trained = {job: job_cost(plan, job) for job in plan.jobs}
     rows = {name: [trained[job] for job in plan.jobs_of(name)] for name in plan.preset.experiments.trained()}
     if plan.preset.experiments.compute is not None:
@@ -110,10 +108,9 @@ def job_cost(plan: Plan, job: Job) -> Cost:
 
     Where each run is a job of its own, a request is that of one run.
     """
-    preset, keeps_all = plan.preset, plan.preset.execution.keep_weights == "all"
+    preset, keeps_all, is_split = plan.preset, plan.preset.execution.keep_weights == "all", plan.is_split(job)
     gpus = max(plan.gpus[sweep] for sweep in job.sweeps)
     peak = disk = working = saving = shared = state = 0.0
-    is_split = plan.is_split(job)
     for sweep in job.sweeps:
         condition = sweep.condition
         sizes = dimensions(preset.models[condition.model])
@@ -121,7 +118,7 @@ def job_cost(plan: Plan, job: Job) -> Cost:
         trained = sizes.parameters if condition.rank is None else lora
         # On a CPU whole processes count, and on a GPU the tensors.
         process = 0.0 if gpus else _SFT_PROCESS if condition.rollouts is None else _RL_PROCESS
-        peak = max(peak, process + sweep_memory(preset, sweep, max(1, gpus)).total)
+        peak = max(peak, process + sweep_memory(preset, sweep, max(1, gpus)))
         kept = sweep.most_runs if keeps_all else sweep.seeds.best
         # PiSSA and OLoRA are saved as LoRA of twice the rank.
         saved = (2 if condition.method in FROM_WEIGHTS else 1) * trained
@@ -136,21 +133,33 @@ def job_cost(plan: Plan, job: Job) -> Cost:
             # Engines take shared memory, where new weights are written beside the old, and on GPUs a process each.
             shared = max(shared, 2 * handover_bytes(preset, condition) + gpus * _GPU_PROCESS)
     most_runs = sum(sweep.most_runs for sweep in job.sweeps)
-    time, most_time = (seconds.job_seconds(preset, job, gpus, most) for most in (False, True))
-    times = 1, 1
     if is_split:
-        time = most_time = seconds.run_job_seconds(preset, sweep, gpus)
-        times = job.n_runs, most_runs
-    work = {
-        "runs": job.n_runs,
-        "most_runs": most_runs,
-        "tokens": sum(sweep.n_runs * flops.run_work(preset, sweep.condition).trained for sweep in job.sweeps),
-        "flops": sum(flops.sweep_flops(preset, sweep) for sweep in job.sweeps),
-        "working_disk": MB * math.ceil(working / MB),
-        "saving_seconds": max(_LEAST_SAVING, math.ceil(_TIME_MARGIN * saving)),
-    }
-    model = job.sweeps[0].condition.model
-    return _cost(preset, model, gpus, peak, time, most_time, disk, shared, state, times, **work)
+        times, most_times = job.n_runs, most_runs
+        time = most_time = seconds.job_seconds(preset, job, gpus, "one")
+    else:
+        times = most_times = 1
+        time, most_time = seconds.job_seconds(preset, job, gpus), seconds.job_seconds(preset, job, gpus, "most")
+    # Weights are read through the host's memory, and a GPU's checkpoint is written from there.
+    host = peak
+    if gpus:
+        host = max(6 * dimensions(preset.models[job.sweeps[0].condition.model]).parameters, state) + gpus * _GPU_PROCESS
+    return _cost(
+        preset,
+        gpus,
+        peak,
+        shared + host,
+        disk,
+        most_time,
+        runs=job.n_runs,
+        most_runs=most_runs,
+        tokens=sum(sweep.n_runs * flops.run_work(preset, sweep.condition).trained for sweep in job.sweeps),
+        flops=sum(flops.sweep_flops(preset, sweep) for sweep in job.sweeps),
+        job_hours=times * time / 3600,
+        most_job_hours=most_times * most_time / 3600,
+        longest_job_hours=time / 3600,
+        working_disk=MB * math.ceil(working / MB),
+        saving_seconds=max(_LEAST_SAVING, math.ceil(_TIME_MARGIN * saving)),
+    )
 
 
 def evaluation_cost(plan: Plan, job: EvalJob) -> Cost:
@@ -162,8 +171,8 @@ def evaluation_cost(plan: Plan, job: EvalJob) -> Cost:
     longest = 2 * max((task.mean_tokens for task in evaluation.tasks if task.about == "forgotten"), default=0)
     peak = 6.0 * sizes.parameters + 6.0 * evaluation.batch_size * longest * sizes.vocabulary
     if preset.execution.sampler == "vllm":
-        peak = sum(engine_memory(preset, job.model))
-    tokens = sum(flops.evaluated_documents(task) * task.mean_tokens for task in evaluation.tasks)
+        peak = engine_memory(preset, job.model)[0]
+    tokens = sum(min(task.documents, task.limit or task.documents) * task.mean_tokens for task in evaluation.tasks)
     work = {"tokens": tokens, "flops": 2.0 * sizes.active_linear * tokens}
     return _on_one(preset, "the evaluation", job.model, peak, seconds.evaluation_seconds(preset, job), 20 * MB, **work)
 
@@ -182,7 +191,7 @@ def compute_cost(plan: Plan) -> Cost:
     for model in experiment.models:
         sizes = dimensions(preset.models[model])
         adapters = [sizes.lora("all", rank, head) for rank in experiment.ranks]
-        base = step_memory(measured, sizes, None, None, batch, row).total
+        base = sum(step_memory(measured, sizes, None, None, batch, row))
         peaks[model] = 12 * sum(parameters for parameters, _ in adapters) + base
         # A few steps more than are timed count FLOPs and measure memory.
         arms = None, *(active for _, active in adapters)
@@ -212,50 +221,28 @@ def tokens_cost(preset: Preset, model: str, dataset: str) -> Cost:
     return Cost(gpus=0, memory=memory, disk=disk, cpus=processes, mem_mb=math.ceil(memory / MB), minutes=minutes)
 
 
-def restarts(jobs: Iterable[Cost], limit: int) -> int:
-    """Return the number of times that a limit in minutes may end the longest of some jobs before it is done."""
-    return max((job.minutes for job in jobs), default=0) // limit
-
-
 def _on_one(preset: Preset, what: str, model: str, peak: float, time: float, disk: float, **work: Any) -> Cost:
     """Return the cost of a job of one process, on a GPU if the preset has one."""
-    gpu = preset.execution.gpu
-    if gpu is not None and peak > (available := USABLE * GPUS[gpu].memory):
+    gpu, hours = preset.execution.gpu, time / 3600
+    gpus, host = 1, 6 * dimensions(preset.models[model]).parameters + _GPU_PROCESS
+    if gpu is None:
+        gpus, peak = 0, peak + _PROCESS
+        host = peak
+    elif peak > (available := USABLE * GPUS[gpu].memory):
         raise UserError(
             f"{what} needs {peak / GB:.0f} GB for {model} on one {gpu}, which has {available / GB:.0f} GB to give; "
             f"leave that model out of it, or choose another execution.gpu"
         )
-    gpus, peak = (0, peak + _PROCESS) if gpu is None else (1, peak)
-    return _cost(preset, model, gpus, peak, time, time, disk, **work)
+    work |= {"job_hours": hours, "most_job_hours": hours, "longest_job_hours": hours}
+    return _cost(preset, gpus, peak, host, disk, time, **work)
 
 
-def _cost(
-    preset: Preset,
-    model: str,
-    gpus: int,
-    peak: float,
-    time: float,
-    most_time: float,
-    disk: float,
-    shared: float = 0.0,
-    state: float = 0.0,
-    times: tuple[int, int] = (1, 1),
-    **work: Any,
-) -> Cost:
-    """Return the cost of a job, or of several alike: `times` are their expected and their largest possible number.
-
-    A job takes `time` seconds, at most `most_time`.
-    """
-    # Weights are read through the host's memory, and a GPU's checkpoint of `state` bytes is written from there.
-    copied = max(6 * dimensions(preset.models[model]).parameters, state)
-    mem_mb = math.ceil(_MEMORY_MARGIN * (shared + (copied + gpus * _GPU_PROCESS if gpus else peak)) / MB)
-    hours, most_hours = times[0] * time / 3600, times[1] * most_time / 3600
+def _cost(preset: Preset, gpus: int, peak: float, host: float, disk: float, most_time: float, **work: Any) -> Cost:
+    """Return the cost of a job that takes `most_time` seconds at most, and `host` bytes of the host's memory."""
+    mem_mb = math.ceil(_MEMORY_MARGIN * host / MB)
     return Cost(
-        job_hours=hours,
-        most_job_hours=most_hours,
-        longest_job_hours=time / 3600,
-        gpu_hours=gpus * hours,
-        most_gpu_hours=gpus * most_hours,
+        gpu_hours=gpus * work["job_hours"],
+        most_gpu_hours=gpus * work["most_job_hours"],
         gpus=gpus,
         memory=MB * (math.ceil(peak / MB) if gpus else mem_mb),
         disk=MB * math.ceil(disk / MB),

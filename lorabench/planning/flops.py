@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from lorabench.config.execution import EvalTask
 from lorabench.config.fields import Placement
 from lorabench.config.inputs import DatasetSpec, ModelSpec, curve_examples
 from lorabench.config.preset import Preset
@@ -39,9 +38,7 @@ class RunWork:
     evaluated_scored: float
     drawn: float
     context: float
-    """The mean number of tokens that a token attends to, but for those of `learned_context`."""
-    learned_context: float
-    """The mean number of tokens over which attention is computed for a token in training."""
+    """The mean number of tokens that a token attends to, but for the rows that are learned from in RL."""
     trained_flops: float
     """As all FLOPs but those recomputed, it has the unembedding of every token, scored or not, as the paper counts."""
     evaluated_flops: float
@@ -162,7 +159,6 @@ def run_work(preset: Preset, condition: Condition) -> RunWork:
         evaluated_scored,
         drawn,
         context,
-        learned_context,
         trained_flops=trained * training,
         evaluated_flops=evaluated * forward,
         drawn_flops=drawn * forward,
@@ -182,8 +178,3 @@ def sweep_flops(preset: Preset, sweep: Sweep) -> float:
     """Estimate the FLOPs of all runs of a sweep, with their evaluation and sampling."""
     work = run_work(preset, sweep.condition)
     return sweep.n_runs * (work.trained_flops + work.evaluated_flops + work.drawn_flops)
-
-
-def evaluated_documents(task: EvalTask) -> int:
-    """Return the number of documents of a task that are evaluated."""
-    return min(task.documents, task.limit or task.documents)

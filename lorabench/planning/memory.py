@@ -14,53 +14,108 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lorabench.config.fields import CHANGES_BASE, FROM_WEIGHTS, METHOD_NAMES, Method, Placement
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.specs import Dimensions, dimensions, kept_shares, merging_is_cheaper
-from lorabench.planning.engine import engine_memory, uses_engine
-from lorabench.planning.flops import longest_sequence, lora_parameters, row_limit
+from lorabench.models.vllm_support import max_lora_rank
+from lorabench.planning.flops import longest_sequence, lora_parameters, row_limit, run_work
 from lorabench.runs import Condition, Sweep
 from lorabench.utils.gpus import GB, GPUS
 
 # The usable share of a GPU's memory; the driver and the gaps between allocated blocks take up the remainder.
 USABLE = 0.92
-
 # Linear layers that carry LoRA in a decoder layer with experts, where all layers do.
 _LORA_LAYERS = 7
-
 # Gradients in a layer's backward pass as a share of what the layer keeps: measured in fp32 and bf16 on the tiny bases.
 _IN_BACKWARD = 0.3
+# Bytes of an engine on a GPU besides those that follow from sizes (CUDA context, libraries, graphs): an assumption
+# until it is measured. Bytes of its process on a CPU, measured on the tiny bases: 0.92 GB.
+_ENGINE_ON_GPU, _ENGINE_ON_CPU = 2.5 * GB, 1.0 * GB
+# Bytes of each logit while the engine draws a token: in the type of products and in fp32, with its log-probability,
+# probability and random number. So it is in the code of vLLM 0.32.
+_LOGIT = 18
 LOGITS_AT_ONCE = {"cpu": 1 << 24, "gpu": 1 << 26}
 """The most logits that are computed at once: `MAX_LOGITS` of training/loss.py, which imports torch."""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """The bytes that a job needs on each GPU, or on a CPU in its process."""
+class EngineBatch(NamedTuple):
+    """The most that goes through an engine's model at once; the defaults are those of vLLM itself on a CPU.
 
-    weights: float
-    """Weights in fp32 or, where that is exact, in bf16, and the bf16 copies that are kept from step to step."""
-    gradients: float
-    moments: float
-    copies: float
-    """Weights in bf16 that live until the backward pass; with experts also their weights with LoRA added."""
-    activations: float
-    logits: float
-    """Logits and their gradient; or what the backward pass through a layer takes later, if that is more."""
-    sampling: float
-    """Keys, values and distributions while responses are drawn, and bf16 copies of weights in passes without gradients;
-    never at the same time as gradients, copies, activations and logits. With the engine vLLM it is 0."""
-    engine: float = 0
-    """The engine vLLM, which draws responses next to the trainer and holds its memory throughout."""
+    In vLLM they are `max_num_seqs` and `max_num_batched_tokens`, the tokens of prompts included.
+    """
 
-    @property
-    def total(self) -> float:
-        """The peak of a training step or of sampling. Gradients count, since they wait for the batch's next part."""
-        held = self.weights + self.moments + self.engine
-        return held + max(self.sampling, self.gradients + self.copies + self.activations + self.logits)
+    responses: int = 256
+    tokens: int = 4096
+
+
+def uses_engine(preset: Preset, condition: Condition) -> bool:
+    """Return whether the responses of a condition's runs are drawn by vLLM, an engine of which each process starts."""
+    return condition.rollouts is not None and preset.execution.sampler == "vllm"
+
+
+def engine_batch(preset: Preset, condition: Condition | None = None) -> EngineBatch:
+    """Return the largest batch of an engine that draws for a condition, or for an evaluation with lm-eval.
+
+    On a GPU these are as many responses of mean length as the cache holds, but no more than a step draws, since memory
+    for their distributions is taken throughout.
+    """
+    if preset.execution.gpu is None or condition is None:
+        return EngineBatch()
+    in_cache, most = int(preset.execution.max_cache_tokens / run_work(preset, condition).context), EngineBatch().tokens
+    return EngineBatch(max(1, min(in_cache, condition.batch_size, most)))
+
+
+def engine_memory(preset: Preset, model: str, condition: Condition | None = None) -> tuple[float, float]:
+    """Return the bytes of each engine of a job that trains a condition, or of an evaluation with lm-eval.
+
+    They are held throughout the job. The first number is of all, weights and adapters in the type of products included;
+    the second of keys and values, of `execution.max_cache_tokens` tokens or of the longest response if that is more.
+
+    Raises:
+        UserError: vLLM does not take adapters of the condition's rank.
+    """
+    sizes, number = dimensions(preset.models[model]), number_bytes(preset)
+    weights, cached, overhead = sizes.parameters, preset.execution.max_cache_tokens, _ENGINE_ON_CPU
+    if condition is not None:
+        cached = max(cached, longest_sequence(preset, condition))
+        room = None if condition.rank is None else max_lora_rank(condition.rank)
+        weights = _engine_weights(sizes, condition) + lora_parameters(preset, sizes, room, condition.placement)[0]
+    if preset.execution.gpu is not None:
+        # A layer's widest activations live together: those of gate, up and their product, beside the hidden ones.
+        batch, wide = engine_batch(preset, condition), sizes.intermediate * max(1, sizes.active_experts)
+        activations = 3 * number * batch.tokens * (sizes.hidden + wide)
+        overhead = _ENGINE_ON_GPU + activations + _LOGIT * batch.responses * sizes.vocabulary
+    cache = cached * cache_bytes(preset, sizes)
+    return number * weights + cache + overhead, cache
+
+
+def _engine_weights(sizes: Dimensions, condition: Condition) -> int:
+    """Return the number of weights that an engine holds: a tied unembedding that is trained is a weight of its own."""
+    return sizes.parameters + sizes.tied * (condition.method == "fullft") * sizes.vocabulary * sizes.hidden
+
+
+def number_bytes(preset: Preset) -> int:
+    """Return the bytes of a weight, key or value of the engine."""
+    return 2 if preset.protocol.precision == "bf16" else 4
+
+
+def cache_bytes(preset: Preset, sizes: Dimensions) -> int:
+    """Return the bytes of a token's keys and values in all layers of the engine."""
+    return number_bytes(preset) * sizes.layers * 2 * sizes.kv_heads * sizes.head_dim
+
+
+def handover_bytes(preset: Preset, condition: Condition) -> int:
+    """Return the bytes of the files in which a job hands its weights to all of its engines in each step.
+
+    They are the whole model in the type of its products in full fine-tuning, and in LoRA the adapter in fp32.
+    """
+    sizes = dimensions(preset.models[condition.model])
+    if condition.rank is None:
+        return number_bytes(preset) * _engine_weights(sizes, condition)
+    return 4 * lora_parameters(preset, sizes, condition.rank, condition.placement)[0]
 
 
 def bf16_parameters(
@@ -83,23 +138,25 @@ def bf16_parameters(
     return held, sizes.vocabulary * sizes.hidden if sizes.tied and head else 0
 
 
-def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
-    """Estimate the peak memory of a sweep's job on each of its GPUs."""
+def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> float:
+    """Estimate the most bytes that a sweep's job needs at a time on each of its GPUs, or on a CPU in its process."""
     preset = decided(preset, sweep, gpus)
     condition, execution, bf16 = sweep.condition, preset.execution, preset.protocol.precision == "bf16"
     sizes = dimensions(preset.models[condition.model])
     longest, is_rl = longest_sequence(preset, condition), condition.rollouts is not None
     # The upper limit: a batch may go through the model at once, and all of its tokens may be scored.
     tokens = max(longest, min(execution.max_batch_tokens, condition.batch_size * longest))
-    row = row_limit(longest, execution.max_batch_tokens) if is_rl else longest
-    step = step_memory(preset, sizes, condition.rank, condition.placement, tokens, row, gpus, is_rl, condition.method)
+    row, method = row_limit(longest, execution.max_batch_tokens) if is_rl else longest, condition.method
+    arm = condition.rank, condition.placement
+    held, step = step_memory(preset, sizes, *arm, tokens, row, gpus, is_rl, method)
     if uses_engine(preset, condition):
-        return replace(step, engine=sum(engine_memory(preset, condition.model, condition)))
+        # The engine draws responses next to the trainer and holds its memory throughout.
+        return held + step + engine_memory(preset, condition.model, condition)[0]
     # Where training does not keep the bf16 copies of weights that carry LoRA, passes without gradients do.
     again = execution.recomputed_layers(sizes.layers) > 0
-    cast = 2 * bf16_parameters(preset, sizes, condition.placement, gpus, condition.method)[1] if again else 0
+    cast = 2 * bf16_parameters(preset, sizes, condition.placement, gpus, method)[1] if again else 0
     if not is_rl:
-        return replace(step, sampling=cast)
+        return held + max(step, cast)
     # Each process of a sharded model samples from a whole copy, with linear layers in the precision of their products.
     linear = sum(matrix.parameters for matrix in sizes.matrices)
     copy = 4 * sizes.parameters - (2 * linear if bf16 else 0) if gpus > 1 else 0
@@ -110,7 +167,8 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
     cache = cached * (4 if bf16 else 8) * ((sizes.layers + 1) * keys + queries)
     # Log-probabilities of each row, and the cumulative sums of their exponentials in double precision.
     distributions = cached / longest * sizes.vocabulary * 34
-    return replace(step, weights=step.weights + copy, sampling=cast + cache + distributions)
+    # Responses are never drawn at the same time as a step is computed.
+    return held + copy + max(step, cast + cache + distributions)
 
 
 def step_memory(
@@ -123,9 +181,12 @@ def step_memory(
     gpus: int = 1,
     is_rl: bool = False,
     method: Method = "lora",
-) -> Memory:
+) -> tuple[float, float]:
     """Estimate the bytes on each GPU of a training step on micro-batches whose tokens are all scored, without sampling.
 
+    The first number is what is held throughout: weights with the copies that are kept from step to step, and Adam's
+    moments. The second is what a step takes besides: gradients, which wait for the batch's next part; copies of weights
+    in bf16, or with LoRA added; activations; and the logits, or the backward pass through a layer if that takes more.
     Whether activations are recomputed must be decided (see `decided`).
 
     Args:
@@ -182,16 +243,11 @@ def step_memory(
     if rank is not None and placement != "attn":
         # PEFT adds LoRA to the weights of fused experts, in fp32.
         copies += 4 * experts
-    return Memory(
-        weights=4 * (sizes.parameters + trained if rank else trained) / gpus - 2 * held + 2 * cast + gathered + extra,
-        gradients=4 * trained / gpus,
-        moments=8 * trained / gpus,
-        copies=copies * share,
-        # Besides the layers: the embeddings, the last norm, the unembedding's input, and in RL the mask of attention.
-        activations=tokens * (kept + 10 * sizes.hidden + (row * (2 if bf16 else 4) if is_rl else 0)),
-        logits=max(logits, backward),
-        sampling=0,
-    )
+    weights = 4 * (sizes.parameters + trained if rank else trained) / gpus - 2 * held + 2 * cast + gathered + extra
+    # Besides the layers: the embeddings, the last norm, the unembedding's input, and in RL the mask of attention.
+    activations = tokens * (kept + 10 * sizes.hidden + (row * (2 if bf16 else 4) if is_rl else 0))
+    gradients, moments = 4 * trained / gpus, 8 * trained / gpus
+    return weights + moments, gradients + copies * share + activations + max(logits, backward)
 
 
 def title(condition: Condition) -> str:
@@ -219,7 +275,7 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     if most_gpus(preset, condition) < execution.max_gpus:
         more = "train LoRA or all weights, which several GPUs can share"
     raise UserError(
-        f"{title(condition)} needs {sweep_memory(preset, sweep, most).total / GB:.0f} GB on each of "
+        f"{title(condition)} needs {sweep_memory(preset, sweep, most) / GB:.0f} GB on each of "
         f"{most} x {execution.gpu}, which has {available / GB:.0f} GB to give; of execution, {also}lower "
         f"max_batch_tokens ({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), "
         f"{more}, or choose another gpu"
@@ -240,7 +296,7 @@ def _least_gpus(preset: Preset, sweep: Sweep) -> int | None:
 def fits(preset: Preset, sweep: Sweep, gpus: int) -> bool:
     """Return whether some GPUs hold a sweep's job."""
     assert preset.execution.gpu
-    return sweep_memory(preset, sweep, gpus).total <= USABLE * GPUS[preset.execution.gpu].memory
+    return sweep_memory(preset, sweep, gpus) <= USABLE * GPUS[preset.execution.gpu].memory
 
 
 def decided(preset: Preset, sweep: Sweep, gpus: int | None = None) -> Preset:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import product
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from lorabench.config.experiments import AutoLrs, Block, Protocol, RlExperiment, SftExperiment
 from lorabench.config.fields import FROM_WEIGHTS, LORA_PLUS_RATIO, METHOD_NAMES, Method, Variant
@@ -25,8 +25,6 @@ from lorabench.planning.flops import sweep_flops
 from lorabench.planning.seconds import gpus_used, is_split, start_seconds, sweep_seconds
 from lorabench.runs import PROTOCOL_VERSION, Condition, EvalJob, Job, Lattice, Racing, Rollouts, Seeds, Sweep
 from lorabench.utils.files import digest
-
-T = TypeVar("T")
 
 START_SHARE = 0.05
 """Share of a job's time that its start may take."""
@@ -73,10 +71,6 @@ class Plan:
             jobs.append(EvalJob(model, None, identity))
             jobs += [EvalJob(model, sweep, identity) for sweep in chosen if sweep.condition.model == model]
         return jobs
-
-    def evaluation(self, eval_id: str) -> EvalJob:
-        """Return the evaluation with an id; UserError says that the plan has no such evaluation."""
-        return _with_id({job.eval_id: job for job in self.evaluations()}, "evaluation", eval_id)
 
     @cached_property
     def jobs(self) -> tuple[Job, ...]:
@@ -143,7 +137,9 @@ class Plan:
     def job(self, job_id: str) -> Job:
         """Return the job with an id, or a job of a single sweep by the sweep's id; UserError if the plan has none."""
         jobs = {job.job_id: job for job in (*(Job((sweep,)) for sweep in self.sweeps), *self.jobs)}
-        return _with_id(jobs, "job", job_id)
+        if job_id not in jobs:
+            raise UserError(f"job {job_id!r} is not in the plan; has the preset changed since the job was made?")
+        return jobs[job_id]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per expected run; `lr` and `run_id` are None for runs whose LR is not known yet."""
@@ -155,12 +151,6 @@ class Plan:
             shared = {"sweep_id": sweep.sweep_id, "experiments": list(sweep.experiments)} | condition
             rows += [{"run_id": run["run_id"], **shared, **run} for run in runs]
         return rows
-
-
-def _with_id(planned: Mapping[str, T], what: str, given: str) -> T:
-    if given not in planned:
-        raise UserError(f"{what} {given!r} is not in the plan; has the preset changed since the job was made?")
-    return planned[given]
 
 
 def make_plan(preset: Preset) -> Plan:
@@ -180,10 +170,8 @@ def _block_sweeps(preset: Preset, name: str, block: SftExperiment | RlExperiment
     best, around, every = block.seeds.best, block.seeds.around or block.seeds.best, block.seeds.every
     for common, (arm, grid, scale) in product(_conditions(preset, block), _arms(block, preset.protocol)):
         condition = Condition(**common, **arm, eps=preset.protocol.eps if block.eps is None else block.eps)
-        sizes, title = (
-            dimensions(preset.models[condition.model]),
-            f"{METHOD_NAMES[condition.method]} of {condition.model}",
-        )
+        sizes = dimensions(preset.models[condition.model])
+        title = f"{METHOD_NAMES[condition.method]} of {condition.model}"
         if condition.rank is not None and condition.placement is not None and condition.method != "lora":
             if sizes.experts:
                 raise UserError(f"{title}: a mixture of experts can only have LoRA; allowed: dense models")

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from math import inf, sqrt
+from typing import Literal
 
 from lorabench.config.execution import Execution
 from lorabench.config.fields import CHANGES_BASE
 from lorabench.config.inputs import FileDataset, HubDataset
 from lorabench.config.preset import Preset
-from lorabench.models.specs import dimensions
-from lorabench.planning.engine import engine_batch, engine_seconds, handover_bytes, uses_engine
-from lorabench.planning.flops import (
-    RunWork,
-    evaluated_documents,
-    graded_problems,
-    longest_sequence,
-    run_work,
-    unembedding_flops_per_token,
-)
-from lorabench.planning.memory import decided, fits, gpus_needed, most_gpus
+from lorabench.models.specs import Dimensions, dimensions
+from lorabench.planning import memory
+from lorabench.planning.flops import graded_problems, longest_sequence, run_work, unembedding_flops_per_token
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS
 
@@ -34,6 +27,9 @@ _ENGINE_START_SECONDS, _GPU_ENGINE_START_SECONDS = 20.0, 90.0
 _DECODING = {"own": 3.0, "vllm": 3.0 * 4.2}
 # Seconds of launching one layer from Python for one position: the least that a drawn token takes, whatever the batch.
 _LAYER_SECONDS = 0.8e-3
+# Assumed for GPUs until it is measured: the share of a GPU's peaks (of products, and of reading memory) that the engine
+# reaches; the least seconds of a position, in which the host schedules it and takes its tokens.
+_EFFICIENCY, _POSITION_SECONDS = 0.5, 5e-3
 # Assumed for GPUs: the bytes/s at which weights are written to shared memory for an engine and as fast read, once in a
 # step, and the least seconds of doing so.
 _THROUGH_MEMORY, _HANDOVER_SECONDS = 2e9, 0.2
@@ -70,7 +66,7 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     Returns:
         The seconds that are inversely proportional to the speed of `execution`, and those that do not depend on it.
     """
-    preset = decided(preset, sweep, gpus)
+    preset = memory.decided(preset, sweep, gpus)
     condition, execution, sizes = sweep.condition, preset.execution, dimensions(preset.models[sweep.condition.model])
     work = run_work(preset, condition)
     if execution.gpu is None or not gpus:
@@ -78,6 +74,7 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
         flops = work.trained_flops + work.evaluated_flops + work.recomputed_flops
         flops *= _OVER_LORA.get(condition.method, 1.0)
         return (flops + _DECODING[execution.sampler] * work.drawn_flops) / flops_per_second(execution), 0.0
+    gpu = GPUS[execution.gpu]
     # A batch is split by length into micro-batches, whose rows are as long as the longest. Examples of generated data
     # differ little in length, and long ones are alone in their micro-batch. Padding of RL and of evaluations, which
     # sort all examples by length, is not counted.
@@ -97,24 +94,10 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     # However small the model, its passes are launched layer by layer. A training step counts as three passes, two of
     # them backward.
     waiting = max(0.0, (3 * trained + evaluated) * sizes.layers * _LAYER_SECONDS - computing)
-    if condition.rollouts is not None:
-        if not uses_engine(preset, condition):
-            computing += work.drawn_flops / flops_per_second(execution, gpus)
-        waiting += _drawing_seconds(preset, condition, work, gpus)
-    return computing, waiting
-
-
-def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: int) -> float:
-    """Return the seconds, besides those of FLOPs, in which a run's responses are drawn on GPUs.
-
-    The own sampler launches each layer for every position, and reads weights and cache; the engine gets the weights.
-    """
-    rollouts, execution, engine = condition.rollouts, preset.execution, uses_engine(preset, condition)
-    assert rollouts
-    assert execution.gpu
-    sizes = dimensions(preset.models[condition.model])
-    rows: float = gpus * engine_batch(preset, condition).responses
-    if not engine:
+    if (rollouts := condition.rollouts) is None:
+        return computing, waiting
+    rows: float = gpus * memory.engine_batch(preset, condition).responses
+    if not (engine := memory.uses_engine(preset, condition)):
         rows = gpus * execution.max_cache_tokens / longest_sequence(preset, condition)
     longest, positions = rollouts.max_new_tokens, 0.0
     for times, responses in (
@@ -126,13 +109,28 @@ def _drawing_seconds(preset: Preset, condition: Condition, work: RunWork, gpus: 
         refilled = max(longest, _REFILLED * rounds * rollouts.mean_response_tokens)
         positions += times * (refilled if engine else max(1.0, rounds) * longest)
     if engine:
-        handover = _HANDOVER_SECONDS + 2 * handover_bytes(preset, condition) / _THROUGH_MEMORY
-        drawing = engine_seconds(preset, sizes, work.drawn / gpus, positions, work.context)
-        return drawing + (condition.steps + rollouts.evaluations) * handover
-    # Keys and values are read, repeated for all heads, and read again.
-    cache = work.drawn * work.context * sizes.layers * 12 * sizes.heads * sizes.head_dim
-    bandwidth = GPUS[execution.gpu].bandwidth
-    return positions * (sizes.layers * _LAYER_SECONDS + 2 * sizes.parameters / bandwidth) + cache / bandwidth / gpus
+        handover = _HANDOVER_SECONDS + 2 * memory.handover_bytes(preset, condition) / _THROUGH_MEMORY
+        drawing = _engine_seconds(preset, sizes, work.drawn / gpus, positions, work.context)
+        return computing, waiting + drawing + (condition.steps + rollouts.evaluations) * handover
+    # The own sampler launches each layer for every position, and reads weights and cache: keys and values are read,
+    # repeated for all heads, and read again.
+    cache, bandwidth = work.drawn * work.context * sizes.layers * 12 * sizes.heads * sizes.head_dim, gpu.bandwidth
+    drawing = positions * (sizes.layers * _LAYER_SECONDS + 2 * sizes.parameters / bandwidth) + cache / bandwidth / gpus
+    return computing + work.drawn_flops / flops_per_second(execution, gpus), waiting + drawing
+
+
+def _engine_seconds(preset: Preset, sizes: Dimensions, tokens: float, positions: float, context: float) -> float:
+    """Return the seconds in which the engine of one GPU draws a number of tokens at a number of positions.
+
+    Linear layers read their weights at each position, or compute where that takes longer; then keys and values of the
+    mean `context` are read. Both reach a share of the GPU's peak, and the host takes its own time at each position.
+    """
+    assert preset.execution.gpu
+    gpu = GPUS[preset.execution.gpu]
+    weights = positions * memory.number_bytes(preset) * sizes.parameters / gpu.bandwidth
+    products = 2.0 * tokens * sizes.active_linear / gpu.peak_flops
+    cache = tokens * context * memory.cache_bytes(preset, sizes) / gpu.bandwidth
+    return max(positions * _POSITION_SECONDS, (max(weights, products) + cache) / _EFFICIENCY)
 
 
 def start_seconds(preset: Preset, condition: Condition | None = None) -> float:
@@ -140,17 +138,19 @@ def start_seconds(preset: Preset, condition: Condition | None = None) -> float:
 
     Reading a large model is not among them.
     """
-    starts_engine = condition is not None and uses_engine(preset, condition)
+    starts_engine = condition is not None and memory.uses_engine(preset, condition)
     if preset.execution.gpu is None:
         return _START_SECONDS + starts_engine * _ENGINE_START_SECONDS
     return _GPU_START_SECONDS + starts_engine * _GPU_ENGINE_START_SECONDS
 
 
-def job_seconds(preset: Preset, job: Job, gpus: int, most: bool = False) -> float:
-    """Estimate the wall-clock seconds of the expected or `most` runs of a job, which starts once for all its sweeps."""
-    runs = [sweep.most_runs if most else sweep.n_runs for sweep in job.sweeps]
-    seconds = [sweep_seconds(preset, sweep, gpus, number) for sweep, number in zip(job.sweeps, runs, strict=True)]
-    return start_seconds(preset, job.sweeps[0].condition) + sum(seconds)
+def job_seconds(preset: Preset, job: Job, gpus: int, runs: Literal["one", "expected", "most"] = "expected") -> float:
+    """Estimate the wall-clock seconds of a job that trains so many runs of its sweeps, and starts once for all."""
+    seconds = 0.0
+    for sweep in job.sweeps:
+        number = {"one": 1, "expected": sweep.n_runs, "most": sweep.most_runs}[runs]
+        seconds += sweep_seconds(preset, sweep, gpus, number)
+    return start_seconds(preset, job.sweeps[0].condition) + seconds
 
 
 def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, runs: int) -> float:
@@ -168,20 +168,15 @@ def gpus_used(preset: Preset, sweep: Sweep) -> int:
     until a run takes no longer than `job_hours`, and a run of each wave, one after the other, no longer than
     `path_hours`.
     """
-    gpus, execution = gpus_needed(preset, sweep), preset.execution
-    while 0 < 2 * gpus <= most_gpus(preset, sweep.condition) and is_split(preset, sweep, gpus):
-        hours, waves = run_job_seconds(preset, sweep, gpus) / 3600, len(sweep.expected_waves())
+    gpus, execution = memory.gpus_needed(preset, sweep), preset.execution
+    while 0 < 2 * gpus <= memory.most_gpus(preset, sweep.condition) and is_split(preset, sweep, gpus):
+        hours, waves = job_seconds(preset, Job((sweep,)), gpus, "one") / 3600, len(sweep.expected_waves())
         in_time = hours <= execution.job_hours and waves * hours <= (execution.path_hours or inf)
         # The weights of a sharded model are in fp32, so that more GPUs may not hold what one does.
-        if in_time or not fits(preset, sweep, 2 * gpus):
+        if in_time or not memory.fits(preset, sweep, 2 * gpus):
             break
         gpus *= 2
     return gpus
-
-
-def run_job_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
-    """Estimate the wall-clock seconds of a job that trains one run of a sweep."""
-    return start_seconds(preset, sweep.condition) + sweep_seconds(preset, sweep, gpus, 1)
 
 
 def is_split(preset: Preset, sweep: Sweep, gpus: int) -> bool:
@@ -199,7 +194,7 @@ def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
     else:
         seconds = _GPU_START_SECONDS + engine * _GPU_ENGINE_START_SECONDS + 4 * sizes.parameters / _READING
     for task in preset.evaluation.tasks:
-        documents, longest = evaluated_documents(task), task.max_new_tokens or _LONGEST_ANSWER
+        documents, longest = min(task.documents, task.limit or task.documents), task.max_new_tokens or _LONGEST_ANSWER
         read = 2.0 * sizes.active_linear * documents * task.mean_tokens / flops_per_second(execution)
         if task.about == "forgotten":
             # Tasks about what was forgotten read texts; tasks about what was learned mostly draw answers.
@@ -210,7 +205,7 @@ def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
         elif engine:
             rows = max(1.0, execution.max_cache_tokens / task.mean_tokens)
             positions = max(longest, _REFILLED * documents / rows * longest)
-            seconds += read + engine_seconds(preset, sizes, documents * longest, positions, task.mean_tokens)
+            seconds += read + _engine_seconds(preset, sizes, documents * longest, positions, task.mean_tokens)
         else:
             positions = documents / preset.evaluation.batch_size * longest
             seconds += read + positions * (sizes.layers * _LAYER_SECONDS + 2 * sizes.parameters / GPUS[gpu].bandwidth)

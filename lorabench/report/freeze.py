@@ -90,7 +90,7 @@ def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None 
     """
     stated = Layout.of(preset).preset
     if not stated.first_seed:
-        raise UserError(f"preset {preset!r} has the first seed 0, which was explored; give another as --first-seed")
+        raise UserError(f"preset {preset!r} has the first seed 0, which was explored; give another, such as 100")
     rules = rules_sha256(stated.margins, stated.predictions or {})
     explored = pd.DataFrame(columns=["claim_id", "verdict", "kind", "rules"]) if claims is None else claims
     if judged_by := _other_rules(explored, rules):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorabench.cli.speeds import on_gpu
 from lorabench.config.loading import load_preset
 from lorabench.doctor import bench
 from lorabench.doctor.bench import training_subjects
@@ -61,7 +60,7 @@ def test_a_check_that_raises_fails_in_one_sentence_and_the_others_go_on(smoke, t
 
 
 def test_the_largest_models_that_fit_one_gpu_are_chosen():
-    core, paper = (make_plan(on_gpu(load_preset(name), "H100-80GB")) for name in ("core", "paper"))
+    core, paper = (make_plan(load_preset(name).with_execution(gpu="H100-80GB")) for name in ("core", "paper"))
     titles = [title(subject.condition) for subject in training_subjects(core)]
     assert titles[0].startswith("full fine-tuning of llama-3-2-")
     assert [title.split(" of ")[0] for title in titles[1:]] == ["LoRA r64 all"]

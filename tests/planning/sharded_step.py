@@ -47,11 +47,7 @@ class Alive(TorchDispatchMode):
 
 def main(name: str, rank: int, recomputed: int, bf16: bool, batch: int, length: int, pieces: int) -> None:
     processes = join()
-    model = load_model(TinyModel(kind="tiny", name=name.split("+")[0]))
-    if "+tied" in name:
-        model.config.tie_word_embeddings = True
-        model.tie_weights()
-        assert model.lm_head.weight is model.model.embed_tokens.weight
+    model = load_model(TinyModel(kind="tiny", name=name))
     if rank:
         model = add_lora(model, rank, "all", 32, True, seed=0)
     if recomputed:

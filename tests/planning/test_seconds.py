@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.models.specs import Dimensions, dimensions
-from lorabench.planning import flops
-from lorabench.planning.flops import (
-    linear_flops_per_token,
-    longest_sequence,
-    run_work,
-    unembedding_flops_per_token,
-)
+from lorabench.planning.flops import linear_flops_per_token, run_work
 from lorabench.planning.plan import make_plan
-from lorabench.planning.seconds import run_seconds
 
 
 @pytest.mark.parametrize(
@@ -53,7 +44,7 @@ def test_evaluations_counted_are_those_made():
     from lorabench.training.sft import curve_steps
 
     preset = load_preset("laptop")
-    condition = make_plan(preset).jobs_of("rank")[0].sweeps[0].condition
+    condition = next(s.condition for s in make_plan(preset).sweeps if s.experiments == ("rank",))
     dataset = preset.datasets[condition.dataset]
     for steps in (1, 2, 17, 250, 9999):
         examples = len(curve_steps(steps, preset.protocol)) * dataset.validation + dataset.test
@@ -61,90 +52,7 @@ def test_evaluations_counted_are_those_made():
         assert work.evaluated == examples * work.context
     # Where the curve is measured on fewer examples, its last point is of all.
     preset = load_preset("core")
-    condition = make_plan(preset).jobs_of("batch_size")[0].sweeps[0].condition
+    condition = next(s.condition for s in make_plan(preset).sweeps if s.experiments == ("batch_size",))
     points = len(curve_steps(condition.steps, preset.protocol))
     work = run_work(preset, condition)
     assert work.evaluated == ((points - 1) * 128 + 256 + 1024) * work.context
-
-
-@pytest.mark.parametrize("rank", [None, 8])
-def test_logits_are_computed_of_scored_tokens_only(rank, monkeypatch):
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from lorabench.models.base import load_model
-    from lorabench.models.lora import add_lora
-    from lorabench.training import loss
-
-    preset = load_preset("laptop")
-    condition = replace(make_plan(preset).sweeps[0].condition, model="tiny", rank=rank, placement=rank and "all")
-    model = load_model(preset.models["tiny"])
-    if rank:
-        model = add_lora(model, rank, "all", 32.0, True, 0)
-    inputs, targets = torch.randint(1024, (2, 2, 64))
-    # The last MLP is not computed for them either, which the plan does not count.
-    monkeypatch.setattr(loss, "computing_only", lambda *_: nullcontext())
-    counts = []
-    for unscored in (0, 16):
-        targets[:, :unscored] = loss.IGNORED
-        with FlopCounterMode(display=False) as counter:
-            loss.add_gradient(model, loss.Batch(inputs, targets), 1, None, None)
-        counts.append(counter.get_total_flops())
-    assert counts[0] - counts[1] == 2 * 16 * unembedding_flops_per_token(preset, condition)[0]
-    # Prompts of the hub are not scored, nor are those of RL.
-    core = load_preset("core")
-    works = {s.condition.dataset: run_work(core, s.condition) for s in make_plan(core).sweeps}
-    assert works["tulu3"].trained_scored == 0.5 * works["tulu3"].trained
-    assert works["openthoughts3"].trained_scored > 0.96 * works["openthoughts3"].trained
-    assert works["facts"].trained_scored == works["facts"].trained
-    assert 0.8 < works["math"].trained_scored / works["math"].trained < 1
-    assert works["math"].evaluated_scored == 0
-
-
-@pytest.mark.parametrize("response", [30, 60, 200])
-def test_the_attention_of_rl_is_that_of_the_rows_it_learns_from(response, monkeypatch):
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from lorabench.models.base import load_model
-    from lorabench.training.rl import objective
-    from lorabench.training.rl.sampler import Response
-    from lorabench.training.run import Machine
-
-    # At most 128 tokens share a row, so that responses of 200 tokens have one each.
-    for module in (flops, objective):
-        monkeypatch.setattr(module, "SHARED_ROW", 128)
-    monkeypatch.setattr(objective, "computing_only", lambda *_: nullcontext())
-    preset = load_preset("laptop")
-    condition = next(sweep.condition for sweep in make_plan(preset).sweeps if sweep.condition.rollouts)
-    rollouts = replace(condition.rollouts, mean_response_tokens=response, max_new_tokens=2 * response)
-    size = rollouts.group_size
-    condition = replace(condition, rollouts=rollouts, steps=1, batch_size=2 * size, rank=None, placement=None)
-    work = run_work(preset, condition)
-    prompt, draw = (1,) * (longest_sequence(preset, condition) - 2 * response), np.random.default_rng(0)
-    groups = [
-        objective.ResponseGroup.of(
-            prompt,
-            [Response(draw.integers(999, size=response), np.zeros(response), False) for _ in range(size)],
-            np.eye(size)[0],
-        )
-        for _ in range(2)
-    ]
-    model = load_model(preset.models[condition.model])
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        objective.backward(model, groups, Machine(torch.device("cpu"), preset.execution.max_batch_tokens))
-    unscored = (work.trained - work.trained_scored) * unembedding_flops_per_token(preset, condition)[0]
-    # With attention to the response alone it would be off by a tenth where rows are shared.
-    assert counter.get_total_flops() == pytest.approx(work.trained_flops - unscored, rel=0.05)
-
-
-def test_padding_takes_time_and_is_counted_neither_as_tokens_nor_as_flops():
-    core = load_preset("core").with_execution(activation_checkpointing=False)
-    sweep = next(sweep for sweep in make_plan(core).sweeps if sweep.condition.dataset == "tulu3")
-    small, large = (
-        replace(sweep, condition=replace(sweep.condition, batch_size=size, steps=12_800 // size)) for size in (8, 128)
-    )
-    works = [run_work(core, sweep.condition) for sweep in (small, large)]
-    assert works[0].trained_flops == works[1].trained_flops
-    assert 1.1 < run_seconds(core, small, 1)[0] / run_seconds(core, large, 1)[0] < 1.5

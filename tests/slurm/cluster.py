@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -108,10 +108,11 @@ class Cluster:
         """Set the state of the node: `down`, or back by `resume`."""
         self("scontrol", "update", f"nodename={self.node}", f"state={state}", "reason=test")
 
-    def log(self) -> str:
-        """Return the end of each daemon's log."""
-        files = sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")])
-        return "\n".join(f"== {file.name}\n{file.read_text()[-2000:]}" for file in files)
+    def is_idle(self) -> bool:
+        """Return whether the node waits for jobs."""
+        command = ["sinfo", "--noheader", "--format=%t"]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        return "idle" in done.stdout
 
 
 @contextmanager
@@ -149,7 +150,7 @@ def started(folder: Path) -> Iterator[Cluster]:
         until((folder / "munge.socket").exists, "munged", 20)
         start("slurmctld", "-D")
         start("slurmd", "-D", "-N", cluster.node)
-        until(lambda: "idle" in _sinfo(cluster), f"an idle node; {cluster.log()}", 60)
+        until(cluster.is_idle, f"an idle node; see the logs in {folder}", 60)
         yield cluster
         cluster("scancel", "--user=root")
         until(lambda: not cluster("squeue", "--noheader"), "the end of all jobs", 60)
@@ -161,22 +162,11 @@ def started(folder: Path) -> Iterator[Cluster]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        _kill_remaining(folder)
-
-
-def _kill_remaining(folder: Path) -> None:
-    """Kill the processes that jobs left: without cgroups, Slurm loses processes whose parent died with the node."""
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"{folder}/".encode() in path.read_bytes():
-                os.kill(int(path.parent.name), signal.SIGKILL)
-        except OSError:  # It has just ended.
-            continue
-
-
-def _sinfo(cluster: Cluster) -> str:
-    command = ["sinfo", "--noheader", "--format=%t"]
-    return subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False).stdout
+        # Without cgroups, Slurm loses processes whose parent died with the node.
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):  # It may just have ended.
+                if f"{folder}/".encode() in path.read_bytes():
+                    os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def _path() -> str:

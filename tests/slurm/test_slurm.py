@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -77,22 +78,13 @@ class Watcher:
         return going[0] if ended and going else None
 
 
-@dataclass
-class Observations:
-    """The observations of a workflow whose jobs were disturbed."""
-
-    output: str
-    jobs: list[dict[str, str]]
-    steps: dict[str, list[int]]
-    stopped_at: dict[str, int]
-    """The step of each run that was stopped in its middle."""
-    records: dict[Path, tuple[int, str]]
-    """Time and content of the record of each run that had ended before a disturbance."""
-
-
 @pytest.fixture(scope="module")
 def seen(cluster, checkout):
-    """The whole preset, while one job is cancelled, another one is killed, and then the node goes down."""
+    """The whole preset, while one job is cancelled, another one is killed, and then the node goes down.
+
+    It has the jobs; the steps of all checkpoints and those at which a run was stopped; and time and content of the
+    records of runs that had ended before a disturbance.
+    """
     runs = checkout / "results/cluster/runs"
     stopped_at: dict[str, int] = {}
     records: dict[Path, tuple[int, str]] = {}
@@ -120,8 +112,8 @@ def seen(cluster, checkout):
         remember(wait(lambda: run if watcher.steps[run][-1] > stopped_at[run] else None, "a job that is tried again"))
         cluster.node_state("down")
         cluster.node_state("resume")
-        text = until(output, "the end of the workflow", 300)
-    return Observations(text, cluster.jobs(), watcher.steps, stopped_at, records)
+        until(output, "the end of the workflow", 300)
+    return SimpleNamespace(jobs=cluster.jobs(), steps=watcher.steps, stopped_at=stopped_at, records=records)
 
 
 def training(job: Job) -> int:
@@ -175,18 +167,14 @@ def test_finished_runs_are_not_trained_again(seen):
         assert (record.stat().st_mtime_ns, record.read_text()) == (written, text)
 
 
-def check_equal(checkout: Path, cluster: str, local: str) -> None:
-    """Check that runs and curves of two presets' results are the same to the last bit."""
+def test_the_numbers_are_those_of_a_run_on_this_machine(seen, checkout):
+    """The runs and curves of both presets' results are the same to the last bit."""
+    shutil.copy(PRESET, checkout / "local.yaml")
+    snakemake(checkout, "results/local/tables/runs.parquet", "--config", "preset=local.yaml")
     for table, keys in (("runs", ["run_id"]), ("curves", ["run_id", "split", "metric", "step"])):
         ours, theirs = (
             pd.read_parquet(checkout / f"results/{preset}/tables/{table}.parquet").set_index(keys).sort_index()
-            for preset in (cluster, local)
+            for preset in ("cluster", "local")
         )
         columns = MEASURED if table == "runs" else ["value"]
         pd.testing.assert_frame_equal(ours[columns], theirs[columns], check_exact=True)
-
-
-def test_the_numbers_are_those_of_a_run_on_this_machine(seen, checkout):
-    shutil.copy(PRESET, checkout / "local.yaml")
-    snakemake(checkout, "results/local/tables/runs.parquet", "--config", "preset=local.yaml")
-    check_equal(checkout, "cluster", "local")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..conftest import REPOSITORY
 
+_SNAKEMAKE = (sys.executable, "-m", "snakemake", "--cores", "2")
 _GIT = ("git", "-c", "user.name=tests", "-c", "user.email=tests@localhost")
 
 
@@ -32,24 +33,39 @@ def fresh_clone(folder: Path) -> Path:
     return folder
 
 
-def shell(command: str, folder: Path, path: str | None = None) -> str:
+def _environment(commands: str | None = None) -> dict[str, str]:
+    return os.environ | {"PATH": f"{commands or Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def _run(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str]:
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def shell(command: str, folder: Path, commands: str | None = None) -> str:
     """Run a command line in a shell and return what it printed; no hub is asked.
 
     Args:
-        path: the folder whose commands come first; by default that of the interpreter that runs the tests.
+        commands: the folder whose commands come first; by default that of the interpreter that runs the tests.
     """
-    result = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command],
-        cwd=folder,
-        env={**os.environ, "PATH": f"{path or Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "" if path else os.environ.get("PYTHONPATH", "")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    output = result.stdout + result.stderr
-    assert result.returncode == 0, f"{command}\n{output}"
+    environment = _environment(commands) | {"HF_HUB_OFFLINE": "1"} | ({"PYTHONPATH": ""} if commands else {})
+    status, output = _run(["bash", "-o", "pipefail", "-c", command], folder, environment)
+    assert status == 0, f"{command}\n{output}"
     return output
+
+
+def snakemake(checkout: Path, *arguments: str, fails: bool = False, commands: str | None = None) -> str:
+    """Run Snakemake on two cores in the working copy, and return all it printed; `commands` as in `shell`."""
+    status, text = _run([*_SNAKEMAKE, *arguments], checkout, _environment(commands))
+    assert (status != 0) == fails, text
+    return text
+
+
+def started(checkout: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start Snakemake as leader of a group of processes; what it prints goes into the file `printed` of the folder."""
+    with (checkout / "printed").open("w") as file:
+        options = {"stdout": file, "stderr": file, "start_new_session": True}
+        return subprocess.Popen([*_SNAKEMAKE, *arguments], cwd=checkout, env=_environment(), **options)
 
 
 def adapt_profile(checkout: Path, old: str, new: str) -> None:
@@ -58,23 +74,3 @@ def adapt_profile(checkout: Path, old: str, new: str) -> None:
     text = profile.read_text()
     assert text.count(old) == 1, old
     profile.write_text(text.replace(old, new))
-
-
-def snakemake(checkout: Path, *arguments: str, fails: bool = False, commands: str | None = None) -> str:
-    """Run Snakemake on two cores in the working copy; returns all it printed.
-
-    Args:
-        commands: the folder whose commands come first; by default that of the interpreter that runs the tests.
-    """
-    path = f"{commands or Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
-        cwd=checkout,
-        env={**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    text = result.stdout + result.stderr
-    assert (result.returncode != 0) == fails, text
-    return text

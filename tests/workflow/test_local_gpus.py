@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import accumulate
-from pathlib import Path
 
 import pytest
 
@@ -24,26 +23,6 @@ mkdir -p results/smollm2/jobs && touch results/smollm2/jobs/$3.parquet
 """
 
 
-def most_at_once(checkout: Path, *arguments: str) -> int:
-    """Run four training jobs of one GPU each, and return the largest number that ran at once."""
-    layout = Layout.of("smollm2")
-    jobs = [job for job in make_plan(layout.preset).jobs if job.sweeps[0].condition.task == "sft"][:4]
-    targets = [layout.job(job) for job in jobs]
-    for condition in (job.sweeps[0].condition for job in jobs):
-        base = converted_folder(layout.preset.models[condition.model]) / "model.safetensors"
-        for path in (layout.tokens(condition.model, condition.dataset), base):
-            (checkout / path).parent.mkdir(parents=True, exist_ok=True)
-            (checkout / path).touch()
-    log = checkout / "log"
-    for path in (log, *targets):
-        (checkout / path).unlink(missing_ok=True)
-    options = ("--cores", "32", "--allowed-rules", "train", *arguments, "--config", f"preset={layout.name}")
-    snakemake(checkout, *map(str, targets), *options, commands=f"{checkout}/bin")
-    words = log.read_text().split()
-    assert words.count("start") == len(jobs)
-    return max(accumulate(1 if word == "start" else -1 for word in words))
-
-
 def test_jobs_wait_for_a_gpu(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     checkout = fresh_clone(tmp_path)
@@ -51,8 +30,19 @@ def test_jobs_wait_for_a_gpu(tmp_path, monkeypatch):
     for name, text in (("lorabench", COMMAND), ("nvidia-smi", "#!/bin/sh\nprintf '0\\n1\\n'\n")):
         (checkout / "bin" / name).write_text(text)
         (checkout / "bin" / name).chmod(0o755)
-    assert most_at_once(checkout) == 2
-    assert most_at_once(checkout, "--resources", "gpu=3") == 3
+    # Four training jobs of one GPU each, whose data and bases are there.
+    layout = Layout.of("smollm2")
+    jobs = [job for job in make_plan(layout.preset).jobs if job.sweeps[0].condition.task == "sft"][:4]
+    for condition in (job.sweeps[0].condition for job in jobs):
+        base = converted_folder(layout.preset.models[condition.model]) / "model.safetensors"
+        for path in (layout.tokens(condition.model, condition.dataset), base):
+            (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+            (checkout / path).touch()
+    options = ("--cores", "32", "--allowed-rules", "train", "--config", "preset=smollm2")
+    snakemake(checkout, *(str(layout.job(job)) for job in jobs), *options, commands=f"{checkout}/bin")
+    words = (checkout / "log").read_text().split()
+    assert words.count("start") == len(jobs)
+    assert max(accumulate(1 if word == "start" else -1 for word in words)) == 2
     # One that needs more GPUs than there are would wait forever.
     options = ("--dry-run", "--config", "preset=paper")
     refused = snakemake(checkout, *options, fails=True, commands=f"{checkout}/bin")

@@ -32,13 +32,11 @@ def checkout(clone):
 
 def requested(output: str, rule: str) -> dict[str, dict[str, str]]:
     """Return the resources of a rule's jobs in a dry run, by the jobs' first wildcard."""
-    blocks = re.findall(rf"^rule {rule}:\n((?:    .*\n)+)", output, re.MULTILINE)
-    resources_of_jobs = {}
-    for block in blocks:
-        name = re.search(r"wildcards: \w+=([^,\n]+)", block)
-        (resources,) = re.findall(r"resources: (.*)", block)
-        resources_of_jobs[name.group(1) if name else ""] = dict(re.findall(r"(\w+)=([^,]+)", resources))
-    return resources_of_jobs
+    jobs = {}
+    for block in re.findall(rf"^rule {rule}:\n((?:    .*\n)+)", output, re.MULTILINE):
+        name, [resources] = re.search(r"wildcards: \w+=([^,\n]+)|$", block)[1], re.findall(r"resources: (.*)", block)
+        jobs[name] = dict(re.findall(r"(\w+)=([^,]+)", resources))
+    return jobs
 
 
 @pytest.fixture(autouse=True)
@@ -75,11 +73,8 @@ def test_every_job_requests_the_resources_of_the_plan(checkout):
     assert jobs.keys() | evaluations.keys() == needed.keys()
     for name, resources in (jobs | evaluations).items():
         estimate = needed[name]
-        assert resources["gpu"] == str(estimate.gpus)
-        assert resources["cpus_per_task"] == str(estimate.cpus)
-        assert resources["mem_mb"] == str(estimate.mem_mb)
-        assert resources["runtime"] == str(estimate.minutes)
-        assert resources["nodes"] == "1"
+        numbers = [int(resources[name]) for name in ("gpu", "cpus_per_task", "mem_mb", "runtime", "nodes")]
+        assert numbers == [estimate.gpus, estimate.cpus, estimate.mem_mb, estimate.minutes, 1]
         # Jobs that save checkpoints are told before their time is over, by half of it at most.
         early = min(estimate.saving_seconds, 30 * estimate.minutes)
         assert resources.get("slurm_extra") == (f"--signal=TERM@{early}" if early else None)
@@ -98,31 +93,41 @@ def test_a_preset_for_cpus_requests_no_gpu_and_the_check_of_a_machine_one(checko
     assert (resources["gpu"], resources["runtime"], resources["nodes"]) == ("1", "30", "1")
 
 
-def test_a_site_names_its_gpus_or_takes_gres_only(checkout):
-    plan = make_plan(Layout.of("paper").preset)
-    adapt_profile(checkout, "# gpu_type: h100", "gpu_type: h100")
-    named = dry_run(checkout, preset="core")
-    assert {resources["gpu_model"] for resources in requested(named, "train").values()} == {"h100"}
-    adapt_profile(checkout, "gpu_option: gpu", "gpu_option: gres")
-    gres = dry_run(checkout)
-    for name, resources in requested(gres, "train").items():
-        assert resources["gres"] == f"gpu:h100:{job_cost(plan, plan.job(name)).gpus}"
-        assert not {"gpu", "gpu_model"} & resources.keys()
-    for output in (named, gres):
-        assert not any({"gres", "gpu_model"} & resources.keys() for resources in requested(output, "tokens").values())
-
-
-def test_no_job_requests_more_time_than_a_site_allows(checkout, partition):
+def test_what_a_site_sets_is_what_jobs_request(checkout, partition):
+    """The GPUs by a name or as gres, no memory and cores beside them, and no more time than the partition allows."""
     plan = make_plan(Layout.of("core").preset)
     partition("1-00:00:00")
-    for setting, limit in (("", 1440), ("  slurm_partition: main,short", 720), ("  max_runtime: 600", 600)):
-        if setting:
-            adapt_profile(checkout, "\ndefault-resources:\n", f"\ndefault-resources:\n{setting}\n")
+    adapt_profile(checkout, "# gpu_type: h100", "gpu_type: h100")
+    for changes, limit in (
+        ({}, 1440),
+        ({"gpu_option: gpu": "gpu_option: gres", "# slurm_partition: gpu": "slurm_partition: main,short"}, 720),
+        (
+            {
+                "# max_runtime: 1440": "max_runtime: 600",
+                "mem_with_gpus: true": "mem_with_gpus: false",
+                "cpus_with_gpus: true": "cpus_with_gpus: false",
+            },
+            600,
+        ),
+    ):
+        for old, new in changes.items():
+            adapt_profile(checkout, old, new)
         output = dry_run(checkout, preset="core")
-        trained = requested(output, "train") | requested(output, "train_run")
+        trained, tokens = requested(output, "train") | requested(output, "train_run"), requested(output, "tokens")
         minutes = {name: int(resources["runtime"]) for name, resources in trained.items()}
         assert minutes == {job.job_id: min(limit, job_cost(plan, job).minutes) for job in plan.jobs}
         assert max(minutes.values()) == limit
+        for name, resources in trained.items():
+            if limit == 1440:
+                assert resources["gpu_model"] == "h100"
+            else:
+                assert resources["gres"] == f"gpu:h100:{job_cost(plan, plan.job(name)).gpus}"
+                assert not {"gpu", "gpu_model"} & resources.keys()
+            # The executor leaves out --mem for 0, and --cpus-per-task for a negative number.
+            assert ((resources["mem_mb"], resources["cpus_per_task"]) == ("0", "-1")) == (limit == 600)
+        for resources in tokens.values():
+            assert not {"gres", "gpu_model"} & resources.keys()
+            assert min(int(resources["mem_mb"]), int(resources["cpus_per_task"])) > 0
 
 
 def test_a_limit_that_nobody_knows_is_asked_for_before_a_long_job_is_submitted(checkout, partition):
@@ -138,28 +143,11 @@ def test_a_limit_that_nobody_knows_is_asked_for_before_a_long_job_is_submitted(c
     assert requested(dry_run(checkout, preset="smollm2"), "train")
 
 
-def test_a_site_refuses_memory_and_cores_beside_gpus(checkout):
-    adapt_profile(checkout, "mem_with_gpus: true", "mem_with_gpus: false")
-    adapt_profile(checkout, "cpus_with_gpus: true", "cpus_with_gpus: false")
-    output = dry_run(checkout, preset="smollm2")
-    for resources in requested(output, "train").values():
-        # The executor leaves out --mem for 0, and --cpus-per-task for a negative number.
-        assert (resources["mem_mb"], resources["cpus_per_task"]) == ("0", "-1")
-    for resources in requested(output, "tokens").values():
-        assert int(resources["mem_mb"]) > 0
-        assert int(resources["cpus_per_task"]) > 0
-
-
 def test_a_wrong_setting_is_one_sentence(checkout):
     for old, new, option, sentence in (
         # They would wait forever.
         ("", "", "--slurm-array-jobs=all", "slurm-array-jobs = 'all': leave this option out"),
-        (
-            "# max_runtime: 1440",
-            "max_runtime: 0",
-            "--dry-run",
-            "max_runtime = 0 in the profile: minutes are needed, at least 1",
-        ),
+        ("# max_runtime: 1440", "max_runtime: 0", "--dry-run", "max_runtime = 0 in the profile: minutes are needed"),
         ("gpu_option: gpu", "gpu_option: grse", "--dry-run", "gpu_option = 'grse' in the profile: allowed: gpu, gres"),
     ):
         if old:

@@ -1,13 +1,12 @@
-"""Sweeps whose runs are jobs of their own, by real Snakemake: the same tables as by whole jobs, also after a kill."""
+"""By real Snakemake: runs as jobs of their own give the tables of whole jobs, and what is damaged is made again."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from lorabench.planning.plan import make_plan
 from lorabench.runs import best_lr, finished_losses, validation_loss
 from lorabench.store.layout import Layout
 
-from .checkout import fresh_clone, snakemake
+from .checkout import fresh_clone, shell, snakemake, started
 
 pytestmark = pytest.mark.slow
 
@@ -79,15 +78,7 @@ def records(checkout, layout: Layout) -> list[Path]:
 
 def kill_in_the_middle(checkout, layout: Layout) -> None:
     """Start the workflow, and kill it with its jobs when some runs are finished and one is at work."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", f"{layout.tables()}/runs.parquet"]
-    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
-    process = subprocess.Popen(
-        [*command, "--config", "preset=split.yaml"],
-        cwd=checkout,
-        env={**os.environ, "PATH": path},
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = started(checkout, f"{layout.tables()}/runs.parquet", "--config", "preset=split.yaml")
     runs, deadline = checkout / layout.runs, time.monotonic() + 600
     try:
         while len(records(checkout, layout)) < 2 or not list(runs.glob("*.partial/checkpoint.safetensors")):
@@ -113,18 +104,15 @@ def test_runs_as_jobs_give_the_tables_of_whole_jobs_although_they_were_killed(ch
     assert contents(checkout, "split") == contents(checkout, "whole")
     logs = "".join(path.read_text() for path in (checkout / layout.root / "logs").glob("*.log"))
     assert "goes on after step" in logs
+
+    def loss(run):
+        return validation_loss(json.loads((checkout / layout.runs / run.run_id / "record.json").read_text()))
+
     # Each run was a job, in the wave of which it is a part, and none was trained twice.
+    kept = {run.parent.name for run in (checkout / layout.runs).glob("*/weights")}
     for sweep in plan.sweeps:
-
-        def loss(run):
-            return validation_loss(json.loads((checkout / layout.runs / run.run_id / "record.json").read_text()))
-
-        losses = finished_losses(sweep, loss)
-        marks = [
-            path for path in (checkout / layout.wave(sweep.sweep_id, 2)).parent.iterdir() if path.suffix != ".json"
-        ]
-        assert len(marks) == len(losses)
-        kept = {run.parent.name for run in (checkout / layout.runs).glob("*/weights")}
+        losses, waves = finished_losses(sweep, loss), (checkout / layout.wave(sweep.sweep_id, 2)).parent
+        assert sum(path.suffix != ".json" for path in waves.iterdir()) == len(losses)
         best = {run.run_id for run in sweep.possible_runs() if run.lr == best_lr(sweep, losses)}
         assert kept & sweep.run_ids == best & kept
         assert len(kept & best) == sweep.seeds.best
@@ -132,3 +120,40 @@ def test_runs_as_jobs_give_the_tables_of_whole_jobs_although_they_were_killed(ch
     for folder in ("locks", "progress"):
         assert not list((checkout / layout.root / folder).iterdir())
     assert "Nothing to be done" in make_tables(checkout, "split")
+
+
+def flip(path: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def mend(output: str, checkout: Path) -> list[str]:
+    """Do what the last line of a command's output says, and return the paths that were deleted."""
+    message = output.splitlines()[-1]
+    [command] = re.findall(r"`lorabench run PRESET (.*?)`", message)
+    [both] = re.findall(r"delete (\S+ and \S+) to have", message) or [command]
+    for path in both.split(" and "):
+        (shutil.rmtree if (checkout / path).is_dir() else Path.unlink)(checkout / path)
+    shell(f"lorabench run whole.yaml {command}", checkout)
+    return both.split(" and ")
+
+
+def test_what_the_sentence_says_makes_a_damaged_file_again(checkout):
+    make_tables(checkout, "whole")
+    before, curves = contents(checkout, "whole"), "results/whole/tables/curves.parquet"
+    for damaged, command in (
+        (checkout / curves, "lorabench claims --preset whole.yaml --tables results/whole/tables --out judged"),
+        (
+            next((checkout / "results/whole/runs").glob("*/record.json")),
+            "python workflow/scripts/saved_runs.py save --preset whole.yaml",
+        ),
+    ):
+        flip(damaged)
+        deleted = mend(shell(f"! {command}", checkout), checkout)
+        of_run = str(damaged.parent.relative_to(checkout))
+        assert deleted[0] == (of_run if damaged.name == "record.json" else curves)
+        shell(command, checkout)
+    make_tables(checkout, "whole")
+    assert contents(checkout, "whole") == before

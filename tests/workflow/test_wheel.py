@@ -7,8 +7,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pandas as pd
 import pytest
-import yaml
 
 from ..conftest import REPOSITORY
 from ..custom.conftest import write_rows
@@ -59,25 +59,35 @@ def test_it_is_the_installed_package_with_workflow_presets_and_published_numbers
     assert sweeps > 10
 
 
-def test_plan_and_init_work_in_an_empty_folder(commands, folder):
-    assert "smoke" in shell("lorabench plan --preset smoke", folder, commands).lower()
-    write_rows(folder / "mine.jsonl", 48)
-    printed = shell("lorabench init my.yaml --model tiny --data mine.jsonl", folder, commands)
-    assert "next: lorabench run my.yaml" in printed
-    # The shipped Slurm profile is found by its name.
-    for arguments in ("my.yaml", "smoke --profile slurm"):
-        assert "rule train:" in shell(f"lorabench run {arguments} --dry-run", folder, commands)
-
-
-def test_run_puts_its_results_into_the_folder_and_nothing_elsewhere(commands, folder, raw_preset):
+def test_an_own_preset_runs_to_its_report_in_the_folder_and_nothing_is_written_elsewhere(commands, folder):
     package = Path(shell("python -P -c 'import lorabench; print(lorabench.__path__[0])'", folder, commands).strip())
     before = {path for path in package.rglob("*") if "__pycache__" not in path.parts}
-    raw_preset["experiments"]["rank"][0] |= {"ranks": {"all": [4]}, "seeds": 1}
-    (folder / "few.yaml").write_text(yaml.safe_dump(raw_preset))
-    shell("lorabench run few.yaml --cores 2", folder, commands)
-    assert "<title>" in (folder / "results/few/report/index.html").read_text()
-    assert (folder / "paper_figures/few/fig2_lr_by_rank.svg").is_file()
+    # The shipped Slurm profile is found by its name.
+    assert "rule train:" in shell("lorabench run smoke --profile slurm --dry-run", folder, commands)
+    data = write_rows(folder / "mine.jsonl", 48)
+    data.write_text(data.read_text() + '{"prompt": "no answer"}\nnot JSON\n')
+    printed = shell("lorabench init my.yaml --model tiny --data mine.jsonl --rank 8 --seeds 2", folder, commands)
+    assert "next: lorabench run my.yaml" in printed
+    shell("lorabench run my.yaml --cores 2", folder, commands)
+    results = folder / "results/my"
+    runs = pd.read_csv(results / "tables/runs.csv")
+    assert set(runs["status"]) <= {"done", "diverged"}
+    # Each arm has found its optimum: the best LR has both seeds, as have the LRs on both sides of it.
+    assert set(runs["method"]) == {"fullft", "lora"}
+    for _, arm in runs.groupby("method"):
+        second = arm.loc[arm["seed"] == 1, "lr"]
+        best = arm[arm["lr"].isin(second)].groupby("lr")["final_valid_nll"].mean().idxmin()
+        assert second.min() < best < second.max()
+    assert "LoRA against full fine-tuning: tiny on mine.jsonl" in (results / "report/index.html").read_text()
+    [tally] = (results / "data").glob("mine.*.rows.json")
+    bad = [{"reason": "no text", "rows": 1, "first": 49}, {"reason": "not JSON", "rows": 1, "first": 50}]
+    numbers = {"rows": 50, "usable": 48, "bad": bad}
+    assert json.loads(tally.read_text()) == {"format": "prompt/completion"} | numbers
+    assert list((folder / "paper_figures/my").glob("*.svg"))
     assert {path for path in package.rglob("*") if "__pycache__" not in path.parts} == before
-    [record, *_] = (folder / "results/few/runs").glob("*/record.json")
-    environment = json.loads(record.read_text())["environment"]
-    assert environment["git_sha"] is None
+    [record, *_] = (results / "runs").glob("*/record.json")
+    assert json.loads(record.read_text())["environment"]["git_sha"] is None
+    # Recommendations use the measured runs.
+    seen = json.loads(shell("lorabench recommend tiny --json 2>/dev/null", folder))["seen"]
+    assert [optimum["rank"] for optimum in seen] == [None, 8]
+    assert all(optimum["where"].startswith("measured, results/my: mine, batch 4, 9 steps") for optimum in seen)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +19,7 @@ from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 
 from ..conftest import REPOSITORY
-from .checkout import fresh_clone, git, snakemake
+from .checkout import fresh_clone, git, shell, snakemake, started
 
 FAILURES = REPOSITORY / "docs/failures.md"
 
@@ -38,45 +35,35 @@ def planned_jobs(output: str) -> dict[str, int]:
     return {rule: int(count) for rule, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE) if rule != "total"}
 
 
-def test_the_main_job_is_the_laptop_preset(checkout):
-    jobs = planned_jobs(snakemake(checkout, "--dry-run", "--quiet", "rules"))
-    plan = make_plan(Layout.of("laptop").preset)
+def test_the_main_job_is_the_laptop_preset_whose_data_and_longest_jobs_come_first(checkout):
+    output = snakemake(checkout, "--dry-run")
+    jobs, plan = planned_jobs(output), make_plan(Layout.of("laptop").preset)
     assert jobs["train"] == len(plan.jobs) < len(plan.sweeps)
     assert jobs["report_page"] == jobs["claims"] == 1
+    blocks = re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", output, re.MULTILINE)
+    given = [(rule, int(re.search(r"priority: (\d+)|$", said)[1] or 0), said) for rule, said in blocks]
+    training = {
+        re.search(r"jobs/(\S+)\.parquet", said)[1]: priority for rule, priority, said in given if rule == "train"
+    }
+    assert sorted(training, key=training.get, reverse=True) == [job.job_id for job in plan.jobs]
+    read, first = {"dataset", "tokens", "pretraining", "eval_tasks"}, max(training.values()) + 1
+    assert {(rule, priority) for rule, priority, _ in given if rule in read} == {(rule, first) for rule in read}
+    assert {priority for rule, priority, _ in given if rule not in {*read, "train"}} == {0}
+    assert min(training.values()) > 0
 
 
-def test_one_figure_is_a_target_that_trains_only_what_it_needs(checkout):
+@pytest.mark.slow
+def test_a_figure_is_a_target_that_trains_only_what_it_needs(checkout):
     # The committed figure is no obstacle: it lies elsewhere.
     assert (checkout / "paper_figures/published/laptop/fig2_lr_by_rank.svg").is_file()
     target = "paper_figures/laptop/fig2_lr_by_rank.svg"
     jobs = planned_jobs(snakemake(checkout, target, "--dry-run", "--quiet", "rules"))
     needed = len(make_plan(Layout.of("laptop").preset).jobs_of("rank"))
     assert jobs == {"dataset": 2, "tokens": 2, "train": needed, "experiment_tables": 1, "figure": 1}
-
-
-def test_what_is_read_comes_first_then_the_longest_job(checkout):
-    output = snakemake(checkout, "--dry-run")
-    blocks = re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", output, re.MULTILINE)
-    given = [(rule, int(re.search(r"priority: (\d+)|$", said)[1] or 0), said) for rule, said in blocks]
-    training = {
-        re.search(r"jobs/(\S+)\.parquet", said)[1]: priority for rule, priority, said in given if rule == "train"
-    }
-    plan = make_plan(Layout.of("laptop").preset)
-    assert sorted(training, key=training.get, reverse=True) == [job.job_id for job in plan.jobs]
-    read = {"dataset", "tokens", "pretraining", "eval_tasks"}
-    first = max(training.values()) + 1
-    assert {(rule, priority) for rule, priority, _ in given if rule in read} == {(rule, first) for rule in read}
-    others = {priority for rule, priority, _ in given if rule not in {*read, "train"}}
-    assert others == {0}
-    assert min(training.values()) > 0
-
-
-@pytest.mark.slow
-def test_a_figure_of_several_experiments_reads_the_tables_of_those_that_the_preset_has(checkout):
+    # A figure of several experiments reads the tables of those that the preset has.
     target = "paper_figures/core/fig6_rl_lr.svg"
     output = snakemake(checkout, target, "--dry-run", "--printshellcmds", "--config", "preset=core")
-    folders = re.findall(r"--tables=(\S+)", output)
-    assert folders == ["results/core/tables/rl_gsm8k", "results/core/tables/rl_math"]
+    assert re.findall(r"--tables=(\S+)", output) == [f"results/core/tables/{name}" for name in ("rl_gsm8k", "rl_math")]
     assert planned_jobs(output)["experiment_tables"] == 2
     # Published runs are judged without any training.
     assert planned_jobs(snakemake(checkout, "evidence", "--dry-run", "--quiet", "rules")) == {"evidence": 1}
@@ -131,13 +118,8 @@ def test_smoke_runs_to_the_report(smoke):
         for suffix in ("svg", "png", "csv"):
             assert (checkout / f"paper_figures/smoke/{name}.{suffix}").stat().st_size > 0
     assert re.search(r"\[\d+/\d+ runs of smoke\] tiny-instruct-", output)
-
-
-@pytest.mark.slow
-def test_the_base_and_every_condition_are_evaluated(smoke):
-    results = smoke[0] / "results/smoke"
+    # The base and every condition are evaluated.
     evals = pq.read_table(results / "tables/evals.parquet").to_pandas()
-    plan = make_plan(Layout.of("smoke").preset)
     evaluated = evals.run_id.fillna("base").nunique()
     assert evaluated == len(plan.evaluations()) == 1 + sum("placement" in sweep.experiments for sweep in plan.sweeps)
     assert set(evals.task) == EVAL_SOURCES.keys()
@@ -152,8 +134,7 @@ def test_what_a_finished_clone_says_of_itself(smoke):
     checkout, _, changes = smoke
     assert changes == set()
     assert "Nothing to be done" in snakemake(checkout, "--config", "preset=smoke")
-    command = [sys.executable, "-m", "lorabench.cli", "status", "--preset", "smoke"]
-    text = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout
+    text = shell("lorabench status --preset smoke", checkout)
     assert re.search(r"36/36 runs \(100%\), 4/4 jobs done", text)
     assert "results/smoke/report/index.html" in text
     snakemake(checkout, "--config", "preset=smoke", "--report", "snakemake_report.html")
@@ -169,16 +150,12 @@ MOMENTS = [r"(local)?rule tokens:", *[r"1 of \d+ steps"] * 9]
 
 def kill_at(checkout: Path, line: str) -> None:
     """Start the smoke preset, and kill Snakemake alone as it prints a line; what it has started goes on."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "preset=smoke"]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    printed = checkout / "printed"
-    with printed.open("w") as file:
-        process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=file, stderr=file)
-        while not re.search(f"^{line}", printed.read_text(), re.MULTILINE):
-            assert process.poll() is None, printed.read_text()
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
+    process = started(checkout, "--config", "preset=smoke")
+    while not re.search(f"^{line}", printed := (checkout / "printed").read_text(), re.MULTILINE):
+        assert process.poll() is None, printed
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.slow

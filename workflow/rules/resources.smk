@@ -7,7 +7,6 @@ from lorabench.planning.costs import (
     doctor_cost,
     evaluation_cost,
     job_cost,
-    restarts,
     tokens_cost,
 )
 from lorabench.utils.gpus import visible_devices
@@ -99,7 +98,7 @@ def retries(jobs):
     # A submitted job that read a number here would start its work again by itself, within its time.
     if LONGEST is None or not CONTROLS:
         return None
-    return 3 + restarts(jobs, LONGEST)
+    return 3 + max((job.minutes for job in jobs), default=0) // LONGEST
 
 
 def gpu_request(gpus):
@@ -140,7 +139,7 @@ def requested(cost):
             # The executor requests no memory where it is 0.
             return 0
         # The attempts that end at the limit of time, and not for lack of memory, ask for no more.
-        expected = restarts([needed], LONGEST) if LONGEST else 0
+        expected = needed.minutes // LONGEST if LONGEST else 0
         more = min(3, 1 + max(0, attempt - 1 - expected) / 2)
         return int(needed.mem_mb * more)
 

@@ -31,7 +31,7 @@ from lorabench.errors import UserError
 from lorabench.models.base import model_location
 from lorabench.models.passes import trained_parameters
 from lorabench.models.vllm_support import max_lora_rank, vllm_environment
-from lorabench.planning.engine import engine_batch, engine_memory
+from lorabench.planning.memory import engine_batch, engine_memory
 from lorabench.training.context import SweepContext
 from lorabench.training.distributed import Processes, full_tensor
 from lorabench.training.rl.sampler import Request, Response, Stop, sample_in_processes
@@ -55,14 +55,14 @@ def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> Eng
     """
     machine, condition, preset = context.machine, context.sweep.condition, context.plan.preset
     spec, device = context.layout.model(condition.model), machine.device
-    memory, batch = engine_memory(preset, condition.model, condition), engine_batch(preset, condition)
+    (memory, cache), batch = engine_memory(preset, condition.model, condition), engine_batch(preset, condition)
     gpu, location = None, model_location(spec)
     options: dict[str, Any] = {
         "model": location,
         "trust_remote_code": getattr(spec, "trust_remote_code", False),
         "dtype": "bfloat16" if preset.protocol.precision == "bf16" else "float32",
         "max_model_len": longest,
-        "kv_cache_memory_bytes": int(memory.cache),
+        "kv_cache_memory_bytes": int(cache),
         "max_num_seqs": batch.responses,
         "max_num_batched_tokens": batch.tokens,
         "skip_tokenizer_init": not tokenizes,
@@ -89,7 +89,7 @@ def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> Eng
     if device.type == "cuda":
         gpu = device.index or 0
         total = torch.cuda.get_device_properties(device).total_memory
-        options["gpu_memory_utilization"] = min(0.95, sum(memory) / total)
+        options["gpu_memory_utilization"] = min(0.95, memory / total)
     return EngineSettings(options, gpu, max(1, preset.execution.threads // machine.processes.count))
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from lorabench.config.experiments import Protocol
 from lorabench.errors import UserError
-from lorabench.planning.engine import engine_batch, engine_memory
+from lorabench.planning.memory import engine_batch, engine_memory
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 from lorabench.training.context import SweepContext
@@ -66,9 +66,9 @@ def test_the_engine_has_the_options_that_the_plan_counts(tmp_path, monkeypatch, 
     context = context_of(2, gpu="A10", max_cache_tokens=400)
     preset, condition = context.plan.preset, context.sweep.condition
     options = engine_settings(context, 100, False).options
-    batch, memory = engine_batch(preset, condition), engine_memory(preset, condition.model, condition)
+    batch, (_, cache) = engine_batch(preset, condition), engine_memory(preset, condition.model, condition)
     assert (options["max_num_seqs"], options["max_num_batched_tokens"]) == batch
-    assert options["kv_cache_memory_bytes"] == int(memory.cache)
+    assert options["kv_cache_memory_bytes"] == int(cache)
     assert 1 < batch.responses < condition.batch_size
     head = {"lm_head"} if Protocol().include_unembedding else set()
     assert head < set(options["lora_target_modules"])
