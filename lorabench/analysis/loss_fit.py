@@ -8,8 +8,7 @@ where the third power is that of the distance from the optimum of a fit without 
 asymmetry from another optimum and curvature, so d is known before the runs to be about 0. The curvatures c_a differ
 from their mean by a random effect, whose size is known before the runs, too: few noisy LRs can't tell whether arms have
 one curvature, and a test that mostly keeps one biases minima and makes intervals too short. The fit is generalized
-least squares. statsmodels' `MixedLM` finds the most likely ratio of the variances of v and e by descent; a test holds
-the two together. It gives no t intervals, which matter with three seeds, and takes a hundred times as long.
+least squares. statsmodels' `MixedLM`, which a test holds it to, gives no t intervals and takes a hundred times as long.
 
 A row may also be the mean of n seeds with their standard deviation. It then counts n times, and if there are only such
 rows, the seed noise is that of their deviations, pooled.
@@ -29,7 +28,7 @@ import pandas as pd
 from scipy.linalg import helmert
 
 from lorabench.analysis import estimate
-from lorabench.analysis.arms import arm_label, arm_places, kept, with_arm_columns, with_losses
+from lorabench.analysis.arms import arm_label, each_arm, kept, with_losses
 from lorabench.analysis.estimate import N_DRAWS, Estimate, ExampleLosses
 from lorabench.analysis.fit_rows import ArmGrid, Bend, FitRows, Solution, arm_grid, counted_rows, run_array
 
@@ -52,10 +51,6 @@ The logarithm of an estimated standard deviation is then off by 0.64. Between th
 and of `overnight`, that of the noise of seeds differs by 0.8 and 0.5 beyond its own error.
 """
 
-Places = dict[str, list[int]]
-"""By arm, the places of its intercept, slope, curvature and asymmetry, if any, among the coefficients of a fit."""
-
-
 FEW_GROUPS = 10
 """The number of groups of test examples below which a reason names it: the error is then uncertain itself, and the
 groups hardly stand for others."""
@@ -63,14 +58,12 @@ groups hardly stand for others."""
 
 @dataclass(frozen=True)
 class Noise:
-    """Seed noise that was measured elsewhere."""
+    """Seed noise that was measured elsewhere: the standard deviation of the final test loss over seeds, in the unit of
+    the loss, its degrees of freedom, and where it was measured, for the reason of a verdict."""
 
     sigma: float
-    """Standard deviation of the final test loss over seeds, in the unit of the loss."""
     dof: int
-    """Its degrees of freedom."""
     source: str
-    """Where it was measured, for the reason of a verdict."""
 
     @classmethod
     def borrowed(cls, sigma: float, dof: float, source: str) -> Noise:
@@ -151,9 +144,7 @@ def fit_losses(
         test_split: names the test split. Fits with one test split draw the same examples, whose error cancels in
             differences.
     """
-    runs = with_arm_columns(with_losses(runs))
-    every_run = run_array(runs)
-    arms = {arm_label(arm): every_run[places] for arm, places in arm_places(runs)}
+    arms = {arm_label(arm): run_array(rows) for arm, rows in each_arm(with_losses(runs))}
     grids = {label: grid for label, rows in arms.items() if (grid := arm_grid(rows))}
     counted = counted_rows(arms, grids)
     if counted is not None and len(counted.seeds) > 1:
@@ -240,12 +231,12 @@ def fit_losses(
     return LossFit(grids, lowest, measured, sigma, dof, curvature, seeds, run_ids, text, optima, minima, resolved)
 
 
-def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[str, Bend]] | None:
+def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, dict[str, list[int]], dict[str, Bend]] | None:
     """Fit with one asymmetry and a curvature for each arm, which differs from the mean of all by a random effect.
 
     Returns:
-        The solution; the places of the arms' numbers; and, where there is an asymmetry, how it bends each arm. None if
-        the runs determine no fit.
+        The solution; by arm, the places of its intercept, slope, curvature and asymmetry, if any, among the
+        coefficients; and, where there is an asymmetry, how it bends each arm. None if the runs determine no fit.
     """
     labels = list(rows.in_arm)
     arms = len(labels)
@@ -278,7 +269,8 @@ def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[
         design = rows.design([[label] for label in labels], bends)
         # The rows of `helmert` are independent differences of the curvatures, each with the variance of one of them.
         differences = np.zeros((arms - 1, design.shape[1]))
-        differences[:, 2 * arms : 3 * arms] = _weight(noisy, SPREAD * curvature, LEAST_WEIGHTS[0]) * helmert(arms)
+        weight = max(math.sqrt(noisy.variance) / (SPREAD * curvature), LEAST_WEIGHTS[0])
+        differences[:, 2 * arms : 3 * arms] = weight * helmert(arms)
         solution = rows.solve(design, np.vstack([differences, _known_asymmetry(noisy, design, curvature)]), noisy.ratio)
         if solution is None:
             return None
@@ -293,12 +285,8 @@ def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[
 
 def _known_asymmetry(noisy: Solution, design: np.ndarray, curvature: float) -> np.ndarray:
     """Return what is known of the asymmetry, the last column of a design, as a row for `FitRows.solve`."""
-    return _weight(noisy, ASYMMETRY * curvature, LEAST_WEIGHTS[1]) * np.eye(design.shape[1])[-1:]
-
-
-def _weight(noisy: Solution, deviation: float, least: float) -> float:
-    """Return the standard deviation of e over that of a number before the runs, but at least a least weight."""
-    return max(math.sqrt(noisy.variance) / deviation, least)
+    weight = max(math.sqrt(noisy.variance) / (ASYMMETRY * curvature), LEAST_WEIGHTS[1])
+    return weight * np.eye(design.shape[1])[-1:]
 
 
 def _seed_parts(

@@ -345,7 +345,7 @@ def ratio_text(comparison: Comparison, arm: Arm, other: Arm) -> str:
 
 def as_ratio(judged: Finding) -> Finding:
     """Return a finding on the logarithm of a ratio with its numbers as ratios."""
-    return in_unit(judged, exponential, exponential)
+    return replace(in_unit(judged, exponential), detectable=exponential(judged.detectable))
 
 
 def judge_ratio(comparison: Comparison, arm: Arm, other: Arm, rule: Rule, margin_rule: str = "") -> Finding:

@@ -18,6 +18,7 @@ from lorabench.analysis.finding import (
     with_parts,
     without,
 )
+from lorabench.analysis.optima import as_ratio
 from lorabench.analysis.rules import Above, Within
 
 RULE = Within.margin(0.01)
@@ -53,7 +54,6 @@ def test_the_probability_of_the_same_verdict_is_that_of_a_normal_number_with_twi
     assert judged.verdict == verdict
     expected = new.cdf(high) - new.cdf(low)
     assert judged.p_again == pytest.approx(expected, abs=3 * math.sqrt(expected * (1 - expected) / N_AGAIN))
-    assert judged.borderline == (expected < 0.8)
 
 
 def test_the_sign_is_right_in_all_comparisons_only_if_none_is_open_or_contradicts():
@@ -88,7 +88,7 @@ def test_a_finding_on_several_comparisons_says_how_many_hold():
 
 def test_a_finding_may_change_its_unit():
     judged = decide(Within(-math.log(2), math.log(2)), student(math.log(1.5), 0.1, 10, "ratio"), "", [])
-    ratio = in_unit(judged, exponential, exponential)
+    ratio = as_ratio(judged)
     assert (ratio.verdict, ratio.estimate) == ("confirmed", pytest.approx(1.5))
     assert (ratio.margin_low, ratio.margin_high) == pytest.approx((0.5, 2))
     assert (ratio.ci_low, ratio.detectable) == pytest.approx((math.exp(judged.ci_low), math.exp(judged.detectable)))

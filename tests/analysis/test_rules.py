@@ -68,8 +68,9 @@ def verdicts_on(rule, truth, error, dof=1e6, worlds=20_000):
     shifts = truth + error * np.random.default_rng(1).standard_normal(worlds)
     base = estimate(0.0, error, dof)
     runs = NewRuns(shifts, np.ones(worlds))
-    confirmed, fails = rule.confirmed(base, runs), rule.against(base, runs) <= LEVEL
-    return confirmed, ~confirmed & fails, ~confirmed & fails & rule.right_sign(base, runs)
+    confirmed, against, right_sign = rule.answers(base, runs)
+    fails = ~confirmed & (against <= LEVEL)
+    return confirmed, fails, fails & right_sign
 
 
 @pytest.mark.parametrize("error", [0.003, 0.01, 0.03, 0.1])
