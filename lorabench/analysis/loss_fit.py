@@ -80,50 +80,43 @@ class ByArm(UserDict[str, Any]):
 
 @dataclass(frozen=True)
 class LossFit:
-    """The fit of one comparison."""
+    """The fit of one comparison; mappings are by arm label."""
 
     grids: Mapping[str, ArmGrid]
-    """The LRs of each arm, by arm label."""
     lowest: Mapping[str, tuple[float, float]]
-    """The natural logarithm of the optimal LR of each arm, and its lowest loss, both without their errors."""
+    """The natural logarithm of the optimal LR, and the lowest loss, both without their errors."""
     measured: Mapping[str, tuple[float, float]]
-    """The lowest mean loss of each arm at an LR, without the effects of seeds that all arms share, and its standard
-    error."""
+    """The lowest mean loss at an LR, without the effects of seeds that all arms share, and its standard error."""
     sigma: float
-    """Standard deviation of a run's loss without the effect of its seed that all arms share."""
+    """Standard deviation of a run's loss without the effect of its seed that all arms share, and its degrees of freedom
+    below."""
     dof: int
-    """Degrees of freedom of sigma."""
     curvature: Mapping[str, float]
-    """The curvature of each arm, in the unit of the loss per squared unit of ln LR."""
+    """In the unit of the loss per squared unit of ln LR."""
     seeds: Mapping[str, frozenset[int]] = field(repr=False)
-    """The seeds of each arm with a run that counts."""
+    """The seeds with a run that counts, and below these runs."""
     run_ids: Mapping[str, tuple[str, ...]] = field(repr=False)
-    """The runs of each arm that count."""
     noise_text: str
     """What a reason says at its end about the errors: where the seed noise was measured, if not by these runs, and from
     how many groups the test examples come, if from fewer than FEW_GROUPS."""
     optima: Mapping[str, Estimate] = field(repr=False)
-    """The natural logarithm of the optimal LR of each arm."""
+    """The natural logarithm of the optimal LR, and below the lowest loss."""
     minima: Mapping[str, Estimate] = field(repr=False)
-    """The lowest loss of each arm, in the unit of the loss."""
     resolved: Mapping[str, bool] = field(repr=False)
-    """Whether the optimum of each arm lies between LRs of its grid with a probability of 95% or more."""
+    """Whether the optimum lies between LRs of the grid with a probability of 95% or more."""
 
     @kept
-    def gap(self, label: str, other: str) -> Estimate:
+    def gap(self, label: str, other: str, of: str = "minima") -> Estimate:
         """Return the minimum of one arm minus that of another; the seeds are those that both have."""
-        return self._difference(self.minima, label, other)
-
-    @kept
-    def log_ratio(self, label: str, other: str) -> Estimate:
-        """Return the natural logarithm of the ratio of the optimal LRs of two arms."""
-        return self._difference(self.optima, label, other)
-
-    def _difference(self, numbers: Mapping[str, Estimate], label: str, other: str) -> Estimate:
+        numbers = getattr(self, of)
         if label not in numbers or other not in numbers:
             return estimate.unknown()
         difference = estimate.combined(np.subtract, numbers[label], numbers[other])
         return replace(difference, n_seeds=len(self.seeds[label] & self.seeds[other]))
+
+    def log_ratio(self, label: str, other: str) -> Estimate:
+        """Return the natural logarithm of the ratio of the optimal LRs of two arms."""
+        return self.gap(label, other, "optima")
 
 
 def fit_losses(
@@ -146,17 +139,17 @@ def fit_losses(
     """
     arms = {arm_label(arm): run_array(rows) for arm, rows in each_arm(with_losses(runs))}
     grids = {label: grid for label, rows in arms.items() if (grid := arm_grid(rows))}
-    counted = counted_rows(arms, grids)
-    if counted is not None and len(counted.seeds) > 1:
+    nothing = LossFit(grids, {}, {}, math.nan, 0, {}, {}, {}, "", {}, {}, {})
+    if (counted := counted_rows(arms, grids)) is None:
+        return nothing
+    means = counted.runs[(counted.runs["n"] > 1) & np.isfinite(counted.runs["sd"])]
+    if len(counted.seeds) > 1:
         noise = None
-    elif counted is not None:
-        means = counted.runs[(counted.runs["n"] > 1) & np.isfinite(counted.runs["sd"])]
-        if len(means):
-            pooled = math.sqrt(float(((means["n"] - 1) * means["sd"] ** 2).sum() / (means["n"] - 1).sum()))
-            noise = Noise(pooled, int((means["n"] - 1).sum()), "the standard deviations in the table")
-    fitted = None if counted is None else _fitted(counted, noise)
-    if counted is None or fitted is None:
-        return LossFit(grids, {}, {}, math.nan, 0, {}, {}, {}, "", {}, {}, {})
+    elif len(means):
+        pooled = math.sqrt(float(((means["n"] - 1) * means["sd"] ** 2).sum() / (means["n"] - 1).sum()))
+        noise = Noise(pooled, int((means["n"] - 1).sum()), "the standard deviations in the table")
+    if (fitted := _fitted(counted, noise)) is None:
+        return nothing
     solution, places_by_arm, bends = fitted
     sigma, dof = math.nan, 0
     if len(counted.seeds) > 1 or noise is not None:
@@ -202,20 +195,14 @@ def fit_losses(
         if seed_parts:
             chosen = [order.index(place) for place in places]
             drawn = np.asarray(sum(estimate.multivariate_student(*part, chosen) for part in seed_parts))
-        value, by_seed, by_example = _vertex(own, ends, bend), _vertex(own + drawn, ends, bend), None
+        value = np.array(_vertex(own, ends, bend))
+        by_seed = np.array(_vertex(own + drawn, ends, bend)) - value[:, None]
+        by_example = np.array([None, None])
         if influences is not None:
-            by_example = _vertex(own + estimate.example_draws(influences[places], test_split), ends, bend)
-        position, minimum = (
-            Estimate(
-                float(value[part]),
-                by_seed[part] - value[part],
-                None if by_example is None else by_example[part] - value[part],
-                len(seeds[label]),
-                n_examples,
-                n_groups,
-            )
-            for part in (0, 1)
-        )
+            drawn = estimate.example_draws(influences[places], test_split)
+            by_example = np.array(_vertex(own + drawn, ends, bend)) - value[:, None]
+        counts = len(seeds[label]), n_examples, n_groups
+        position, minimum = (Estimate(float(value[part]), by_seed[part], by_example[part], *counts) for part in (0, 1))
         optimum = replace(position, value=lowest[label][0])
         outside = (position.draws <= ends[0] + 1e-9) | (position.draws >= ends[1] - 1e-9)
         bounded = grid.edge is None and grid.coarse is None and curvature[label] > 0
