@@ -72,7 +72,7 @@ def test_a_walk_killed_in_the_middle_ends_as_an_unbroken_one(ready):
     fork.kill()
     fork.join()
     resumed, lines = trained(plan, layout, "lora")
-    assert "stopped at 5 LRs" in lines[-1]
+    assert "ended at 5 LRs" in lines[-1]
 
     layout.job(Job((sweep,))).unlink()
     layout.runs.rename("resumed")
