@@ -1,6 +1,6 @@
 """What the sources and own presets say together: the matrix of claims by scale, and measurements that several repeat.
 
-The measurements of a study are taken at the best learning rates of its grids, since most sources have one seed:
+The measurements of a source are taken at the best learning rates of its grids, since most sources have one seed:
 
 - `lr_ratio`: the natural logarithm of LoRA's optimal LR over that of full fine-tuning (FullFT), SFT and RL. An optimum
   lies anywhere between the LRs that the noise does not tell from the best, and half a step beyond them; its error is
@@ -33,7 +33,7 @@ from lorabench.analysis.random_effects import p_of_groups, random_effects
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS
 from lorabench.runs import lowest
-from lorabench.sources.studies import REWARD_SD, Study
+from lorabench.sources.source import REWARD_SD, SourceModel
 from lorabench.store.io import read_claims
 from lorabench.store.published import NOT_PUBLISHED, read_held_out, read_provenance
 from lorabench.store.tables import MIXED, UNKNOWN
@@ -131,7 +131,7 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
     comparisons (see `lorabench.analysis.finding.SEVERITY`). Without any runs behind it a verdict is `not tested`.
 
     Args:
-        judged: the claims of all studies, as from `studies.judge`.
+        judged: the claims of all sources, as from `source.judge`.
         own: presets of one's own, each as from `read_own`.
     """
     every = pd.concat([judged.assign(origin=judged["source"]), *own], ignore_index=True)
@@ -172,37 +172,39 @@ class _Best(NamedTuple):
     n: int
 
 
-def measurement_table(studies: Sequence[Study], claims: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFrame:
-    """Measure presets and studies, in their order.
+def measurement_table(
+    sources: Sequence[SourceModel], claims: pd.DataFrame, own: Sequence[pd.DataFrame] = ()
+) -> pd.DataFrame:
+    """Measure presets and sources, in their order.
 
     Args:
-        claims: as from `studies.judge`, of all studies.
+        claims: as from `source.judge`, of all sources.
         own: presets of one's own, each as from `read_own`; of those only the comparison that decides a claim counts.
     """
     rows = [row for preset in own for row in _measured_preset(preset)]
-    for study in studies:
-        for runs in study.conditions():
-            if study.has_losses:
-                rows += _measured(study, runs, ["lr_ratio", "loss_gap"], rates=False)
-            if study.by_accuracy and study.has_losses:
-                rows += _measured(study, runs.assign(loss=1 - runs["final_reward"]), ["accuracy_gap"], rates=True)
-            if not study.has_losses:
-                measures = ["lr_ratio"] if study.is_rl else ["lr_ratio", "accuracy_gap"]
-                rows += _measured(study, runs, measures, rates=True)
-    for study in studies:
-        judged = claims[(claims["source"] == study.source) & (claims["model"] == study.model)]
+    for source in sources:
+        for runs in source.conditions():
+            if source.has_losses:
+                rows += _measured(source, runs, ["lr_ratio", "loss_gap"], rates=False)
+            if source.by_accuracy and source.has_losses:
+                rows += _measured(source, runs.assign(loss=1 - runs["final_reward"]), ["accuracy_gap"], rates=True)
+            if not source.has_losses:
+                measures = ["lr_ratio"] if source.is_rl else ["lr_ratio", "accuracy_gap"]
+                rows += _measured(source, runs, measures, rates=True)
+    for source in sources:
+        judged = claims[(claims["source"] == source.folder) & (claims["model"] == source.model)]
         growth = _fitted(judged, "D1", "gap_growth")
         if growth is not None:
-            runs = study.tables.runs
+            runs = source.tables.runs
             batches = f"batch {runs['batch_size'].min()} to {runs['batch_size'].max()}"
-            rows.append(growth | _about(study) | {"task": "sft", "dataset": f"{runs['dataset'].iloc[0]}, {batches}"})
+            rows.append(growth | _about(source) | {"task": "sft", "dataset": f"{runs['dataset'].iloc[0]}, {batches}"})
     return pd.DataFrame(rows, columns=_MEASUREMENT).astype({"batch_size": "Int64"})
 
 
-def _about(study: Study) -> dict[str, Any]:
-    about: dict[str, Any] = {"source": study.source, "study": study.name, "scale": study.about.scale}
-    about |= {"parameters": study.about.parameters, "task": "rl" if study.is_rl else "sft"}
-    return about | {name: getattr(study.description.attributes, name) for name in ATTRIBUTES if name != "task"}
+def _about(source: SourceModel) -> dict[str, Any]:
+    about: dict[str, Any] = {"source": source.folder, "study": source.name, "scale": source.about.scale}
+    about |= {"parameters": source.about.parameters, "task": "rl" if source.is_rl else "sft"}
+    return about | {name: getattr(source.file.attributes, name) for name in ATTRIBUTES if name != "task"}
 
 
 def _fitted(claims: pd.DataFrame, claim_id: str, measure: str) -> dict[str, Any] | None:
@@ -240,7 +242,7 @@ def _measured_preset(claims: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def _measured(study: Study, runs: pd.DataFrame, measures: Sequence[str], rates: bool) -> list[dict[str, Any]]:
+def _measured(source: SourceModel, runs: pd.DataFrame, measures: Sequence[str], rates: bool) -> list[dict[str, Any]]:
     """Take measurements of a condition, the runs of one dataset, batch size and length; its losses may be rates."""
     # The deviation between seeds is that of the runs' own, pooled over arms and LRs, or that which a source states,
     # which is one of what it is judged by.
@@ -254,8 +256,8 @@ def _measured(study: Study, runs: pd.DataFrame, measures: Sequence[str], rates: 
     noise_remark = "" if sigma > 0 else "noise between seeds not known"
     if not sigma > 0:
         sigma = math.nan
-        if study.noise and (rates or not study.by_accuracy):
-            sigma, noise_remark = study.noise.sigma, f"noise from {study.noise.source}"
+        if source.noise and (rates or not source.by_accuracy):
+            sigma, noise_remark = source.noise.sigma, f"noise from {source.noise.source}"
     fullft_runs = runs[runs["method"] == "fullft"]
     fullft = _best(fullft_runs, sigma)
     if fullft is None:
@@ -265,7 +267,7 @@ def _measured(study: Study, runs: pd.DataFrame, measures: Sequence[str], rates: 
     chosen: list[tuple[str, pd.DataFrame]] = []
     if swept and fullft_runs["lr"].nunique() >= MIN_LRS:
         chosen += [(measure, arms[max(swept)]) for measure in measures]
-    if study.is_rl and 1 in arms:
+    if source.is_rl and 1 in arms:
         chosen.append(("rank_1_gap", arms[1]))
     rows = []
     for measure, arm in chosen:
@@ -284,7 +286,7 @@ def _measured(study: Study, runs: pd.DataFrame, measures: Sequence[str], rates: 
             remarks += [noise_remark] if noise_remark else []
         row = {"measure": measure, "dataset": runs["dataset"].iloc[0], "batch_size": runs["batch_size"].iloc[0]}
         row |= {"value": value, "error": error, "counts": not edges and math.isfinite(error)}
-        rows.append(_about(study) | row | {"remark": "; ".join(remarks)})
+        rows.append(_about(source) | row | {"remark": "; ".join(remarks)})
     return rows
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from advice.benchmarks.lr_left_out import by_source, compared, left_out
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima
-from lorabench.sources.studies import read_studies, source_folders
+from lorabench.sources.source import read_sources, source_folders
 from lorabench.store.published import evidence_folders
 from studies.lr_ratio.predictions import DEFAULT
 
@@ -73,7 +73,7 @@ def test_lora_is_predicted_from_the_full_fine_tuning_of_its_own_source():
 
 
 def test_the_committed_errors_follow_from_the_sources():
-    known = known_optima(read_studies(source_folders()), evidence_folders(REPOSITORY))
+    known = known_optima(read_sources(source_folders()), evidence_folders(REPOSITORY))
     committed = pd.read_csv(REPOSITORY / "paper_figures/published/evidence/lr_left_out_summary.csv")
     pd.testing.assert_frame_equal(compared(by_source(left_out(known))), committed, rtol=1e-3)
     # The rule that recommends is no further off than the law, and its loss is no higher.
