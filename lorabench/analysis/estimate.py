@@ -274,11 +274,14 @@ class ExampleLosses:
         """
         if not len(run_ids) or any(run_id not in self.nats for run_id in run_ids):
             return None
-        splits = [(self.tokens[run_id], self.groups.get(run_id)) for run_id in run_ids]
+        every = [self.tokens[run_id] for run_id in run_ids]
+        splits = [
+            (own, self.groups.get(run_id, np.arange(len(own)))) for run_id, own in zip(run_ids, every, strict=True)
+        ]
         tokens, groups = splits[0]
-        if any(not all(map(np.array_equal, split, splits[0])) for split in splits):
+        if not all(np.array_equal(own, tokens) and np.array_equal(other, groups) for own, other in splits):
             return None
-        number = np.arange(len(tokens)) if groups is None else np.unique(groups, return_inverse=True)[1]
+        number = np.unique(groups, return_inverse=True)[1]
         tokens, nats = np.bincount(number, tokens), [np.bincount(number, self.nats[run_id]) for run_id in run_ids]
         n, total = len(tokens), tokens.sum()
         if n < 2:

@@ -43,7 +43,8 @@ def random_effects(values: Sequence[float], errors: Sequence[float]) -> RandomEf
     value, variance = np.asarray(values, float), np.asarray(errors, float) ** 2
     k = len(value)
     if k == 1:
-        return RandomEffects(values[0], errors[0], *[math.nan] * 7, k)
+        nan = math.nan
+        return RandomEffects(values[0], errors[0], nan, nan, nan, nan, nan, nan, nan, k)
 
     def weighted(between: float) -> tuple[np.ndarray, float, float]:
         """Return the weights at a variance between sources, the mean, and the weighted sum of squares around it."""

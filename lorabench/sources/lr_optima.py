@@ -94,14 +94,8 @@ class LrOptimum:
 
 
 def known_optima(sources: Sequence[SourceModel], presets: Sequence[Path] = ()) -> list[LrOptimum]:
-    """Return all known optima.
-
-    Args:
-        presets: folders of published presets, such as paper_figures/published/laptop.
-
-    Raises:
-        UserError: a figure's table names a model that the preset does not have.
-    """
+    """Return all known optima, also those of folders of published presets, such as paper_figures/published/laptop; a
+    UserError says if a figure's table names a model that the preset does not have."""
     optima = [optimum for source in sources for optimum in _source_optima(source)]
     optima += [*_authors_optima(), *_stated_optima({source.folder for source in sources})]
     # A condition that several figures or presets show counts once.
@@ -243,8 +237,7 @@ def _preset_optima(folder: Path) -> list[LrOptimum]:
         if figure != "lr_law" and len(grids):
             fitted = fitted.join(grids, on=arms)
         for row in fitted.to_dict("records"):
-            spec = models.get(row["model"])
-            if spec is None:
+            if (spec := models.get(row["model"])) is None:
                 allowed = ", ".join(models)
                 raise UserError(f"{folder}: model {row['model']!r} is none of the preset {folder.name}: {allowed}")
             family = _family(spec.id.rsplit("/", 1)[-1]) if isinstance(spec, HubModel) else ""

@@ -88,40 +88,24 @@ def read_own(folder: Path, name: str) -> pd.DataFrame:
     Returns:
         The claims without run_ids, and the columns origin (the preset's name), explored (False where all seeds are
         held out), held_out (the verdict on held-out seeds, null without them; the verdict itself where all seeds are),
-        scale (as `8B`) and parameters, which are those at the start of the claim's scope; null for a claim that was
-        judged on no models.
-
-    Raises:
-        UserError: there is no such table, or it is from another version.
+        scale (as `8B`) and parameters: those at the start of the claim's scope, such as `0.83M parameters, 50 steps`,
+        the larger one of a range; null for a claim that was judged on no models.
     """
     claims = read_claims(folder, without=NOT_PUBLISHED)
-    scales = pd.DataFrame(map(_scale, claims["scope"]), columns=["scale", "parameters"], index=claims.index)
+    stated = claims["scope"].astype(str).str.extract(r"^(?:[\d.]+[kMB] to )?([\d.]+)([kMB]) parameters")
+    number, unit = stated[0].astype(float), stated[1]
+    parameters = number * unit.map(_SIZES).astype(float)
+    scale = (number.map(lambda n: f"{n:.2g}" if n < 10 else f"{n:.0f}") + unit).mask(parameters < BELOW, TINY)
     again = read_held_out(folder)
     held_out = None if again is None else claims["claim_id"].map(again.set_index("claim_id")["held_out"])
     explored = "frozen" not in read_provenance(folder)
-    if not explored:
-        held_out = claims["verdict"]
-    return claims.join(scales).assign(origin=name, explored=explored, held_out=held_out)
+    held_out = held_out if explored else claims["verdict"]
+    return claims.assign(scale=scale, parameters=parameters, origin=name, explored=explored, held_out=held_out)
 
 
 def holds_again(cell: Mapping[Any, Any]) -> bool:
     """Return whether a decided verdict of a cell of the matrix was reached on held-out seeds, alone or again."""
     return cell["verdict"] in DECIDED and cell["held_out"] == cell["verdict"]
-
-
-def _scale(scope: object) -> tuple[str | None, float]:
-    """Return the scale and the number of parameters at the start of a scope such as `0.83M parameters, 50 steps`.
-
-    Of a range, as in `0.27M to 0.83M parameters`, the larger one counts.
-    """
-    match = re.match(r"(?:[\d.]+[kMB] to )?([\d.]+)([kMB]) parameters", str(scope))
-    if match is None:
-        return None, math.nan
-    number, unit = float(match[1]), match[2]
-    parameters = number * _SIZES[unit]
-    if parameters < BELOW:
-        return TINY, parameters
-    return (f"{number:.2g}{unit}" if number < 10 else f"{number:.0f}{unit}"), parameters
 
 
 def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFrame:
@@ -140,11 +124,8 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
     # Models of nearly one size share a column, whose place is that of the smallest.
     every["parameters"] = every.groupby("scale")["parameters"].transform("min")
     # Of equal verdicts, one with a number is shown.
-    order = every.assign(
-        claim=every["claim_id"].map(_CLAIMS.index),
-        rank=-every["verdict"].map(SEVERITY.index),
-        unknown=every["estimate"].isna(),
-    )
+    ranks = -every["verdict"].map(SEVERITY.index)
+    order = every.assign(claim=every["claim_id"].map(_CLAIMS.index), rank=ranks, unknown=every["estimate"].isna())
     every = order.sort_values(["claim", "parameters", "scale", "rank", "unknown"], kind="stable")
     cell = every.groupby(["claim_id", "scale"])
     every[["n_hold", "n_parts"]] = cell[["n_hold", "n_parts"]].transform("sum")
@@ -159,11 +140,8 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
 
 
 class _Best(NamedTuple):
-    """The best learning rate of an arm: the geometric middle of those that may be the best.
-
-    `log_error` is the standard error of ln LR, NaN at an edge of the grid or without a grid. `loss` is the lowest loss,
-    in RL the error rate, of `n` seeds.
-    """
+    """The best learning rate of an arm, the geometric middle of those that may be the best, with the standard error of
+    ln LR, NaN at an edge of the grid or without a grid, and the lowest loss, in RL the error rate, of n seeds."""
 
     lr: float
     log_error: float
@@ -175,12 +153,8 @@ class _Best(NamedTuple):
 def measurement_table(
     sources: Sequence[SourceModel], claims: pd.DataFrame, own: Sequence[pd.DataFrame] = ()
 ) -> pd.DataFrame:
-    """Measure presets and sources, in their order.
-
-    Args:
-        claims: as from `source.judge`, of all sources.
-        own: presets of one's own, each as from `read_own`; of those only the comparison that decides a claim counts.
-    """
+    """Measure presets (each as from `read_own`), of which only the comparison that decides a claim counts, and sources,
+    given their claims (as from `source.judge`), in their order."""
     rows = [row for preset in own for row in _measured_preset(preset)]
     for source in sources:
         for runs in source.conditions():
@@ -302,7 +276,7 @@ def _best(arm: pd.DataFrame, sigma: float) -> _Best | None:
     lrs = np.log(cells.index.to_numpy(float))
     losses, n = cells["loss"].to_numpy(float), cells["n"].to_numpy(float)
     best = cells.index.tolist().index(lowest(dict(zip(cells.index, losses.tolist(), strict=True))))
-    alike = 0.0 if math.isnan(sigma) else 2 * sigma * np.sqrt(1 / n + 1 / n[best])
+    alike = np.nan_to_num(2 * sigma * np.sqrt(1 / n + 1 / n[best]))
     # The LRs next to the best, up to the first on each side that the noise tells from it.
     far = np.flatnonzero(losses - losses[best] > alike)
     low, high = max(far[far < best], default=-1) + 1, min(far[far > best], default=len(lrs)) - 1
@@ -317,15 +291,13 @@ def _best(arm: pd.DataFrame, sigma: float) -> _Best | None:
 
 
 def summary_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the summaries over sources: one row for each measure, and for each of its groups by an attribute.
+    """Return the summaries over sources: one row for each measure of a `measurement_table`, and for each of its groups
+    by an attribute.
 
     The measurements of one source share data and model, so their mean counts once, with the mean of their errors; SFT
     and RL of a source count apart. An attribute explains as far as two groups of it have two sources each;
     `p_of_groups` is then the probability of group means so far apart by chance, and otherwise null. Sources whose
     attribute is unknown or mixed are no group that could explain anything.
-
-    Args:
-        table: as from `measurement_table`.
     """
     rows: list[dict[str, Any]] = []
     for measure in MEASURES:
