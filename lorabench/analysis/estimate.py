@@ -274,9 +274,8 @@ class ExampleLosses:
         """
         if not len(run_ids) or any(run_id not in self.nats for run_id in run_ids):
             return None
-        every = [self.tokens[run_id] for run_id in run_ids]
         splits = [
-            (own, self.groups.get(run_id, np.arange(len(own)))) for run_id, own in zip(run_ids, every, strict=True)
+            (self.tokens[run_id], self.groups.get(run_id, np.arange(len(self.tokens[run_id])))) for run_id in run_ids
         ]
         tokens, groups = splits[0]
         if not all(np.array_equal(own, tokens) and np.array_equal(other, groups) for own, other in splits):
