@@ -164,12 +164,9 @@ class Comparison:
 
     @kept
     def at_optimum(self, arm: Arm) -> pd.DataFrame:
-        """Return the finished runs of an arm at the LR of its grid that is nearest to its fitted optimum, or else the
-        best one.
-
-        Of the LRs within a factor of MAX_STEP of it, those with the most seeds come first, as further seeds have one LR
-        only.
-        """
+        """Return the finished runs of an arm at the LR of its grid that is nearest to its fitted optimum, or else to
+        the best one; of LRs within a factor of MAX_STEP, those with the most seeds come first, as further seeds have
+        one LR only."""
         label = arm_label(arm)
         grid, done = self.fit.grids.get(label), self.rows[label][self.rows[label]["status"] == "done"]
         if grid is None or done.empty:
@@ -236,11 +233,8 @@ class Comparison:
         return None
 
     def reopened(self, arms: Iterable[Arm], resolved: bool = False) -> np.ndarray:
-        """Return the replicates of the arms (see `finding`) that have a reason against a verdict, (N_AGAIN,).
-
-        It is that an optimum lies nearest to the first or last LR of its grid, or, if `resolved`, that the grid does
-        not resolve it.
-        """
+        """Return the replicates of the arms (see `finding`) that have a reason against a verdict, (N_AGAIN,): an
+        optimum nearest to the first or last LR of its grid, or, if `resolved`, one that the grid does not resolve."""
         lost = np.zeros(N_AGAIN, bool)
         for label in map(arm_label, arms):
             optimum = self.fit.optima.get(label)
@@ -308,12 +302,8 @@ def _further_lr(label: str, lr: float) -> Remedy:
 
 
 def comparisons(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | None = None) -> list[Comparison]:
-    """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length, each with its
-    curves.
-
-    Raises:
-        UserError: see `check_runs`.
-    """
+    """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length, with their
+    curves; an arm with two runs of one LR and seed is refused (see `check_runs`)."""
     check_runs(runs)
     runs = with_arm_columns(runs)
     # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.

@@ -41,10 +41,8 @@ def metric_points(
 
 
 def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", split: str = "train") -> pd.DataFrame:
-    """Return the columns of runs with step and value of a metric (see `metric_points`), ordered by run and step.
-
-    Metrics of the split `train` are measured on a step's batch before its update, those of other splits after it.
-    """
+    """Return the columns of runs with step and value of a metric (see `metric_points`), ordered by run and step. The
+    split `train` is measured on a step's batch before its update, other splits after it."""
     points = metric_points(curves, split, metric)
     if points.empty:
         return runs.iloc[:0].assign(step=pd.Series(dtype="Int64"), value=pd.Series(dtype=float))
@@ -128,8 +126,8 @@ Numbers = Callable[[pd.DataFrame], "pd.Series[float]"]
 def log_windows(steps: ArrayLike, number: int, first: int = 2) -> list[tuple[int, int]]:
     """Return the first and last step of windows of ascending steps that are equally long on a logarithmic axis.
 
-    There are fewer than `number` windows if the steps do not suffice for one each. Steps before `first` do not count:
-    before the first update all arms are the base model.
+    There are fewer than `number` windows if the steps do not suffice. Steps before `first` do not count: before the
+    first update all arms are the base model.
     """
     steps = np.asarray(steps, int)
     steps = steps[steps >= first]
@@ -199,11 +197,8 @@ class PairedCurves:
 
     def crossing(self, first: int, level: float) -> Estimate:
         """Estimate log10 of the step where the line through the difference against log10(step), from a step on, reaches
-        a level, which may be before that step; unknown if the difference does not grow.
-
-        The mean line of the seeds gives the value. The error is that of what the line has above the level there,
-        divided by the slope.
-        """
+        a level, which may be before that step; unknown if the difference does not grow. The mean line of the seeds
+        gives the value, and the error is that of what the line has above the level there, divided by the slope."""
         curves = self.by_seed.loc[first:]
         slopes, y = slopes_by_seed(curves), curves.astype(float).mean()
         slope = float(slopes.mean())
@@ -275,9 +270,8 @@ class EarlyDifference:
 
 
 def inverse_rank_fit(by_inverse_rank: pd.DataFrame) -> tuple[float, float]:
-    """Fit the differences of pairs of ranks, as of `EarlyDifference`, as a multiple of 1/low - 1/high, as theory says.
-
-    Return the factor in nats per token, and the share of the sum of squares that it explains; NaN without two pairs.
+    """Fit the differences of pairs of ranks of an `EarlyDifference` as a multiple of 1/low - 1/high, as theory says;
+    return the factor in nats per token, and the share of the sum of squares that it explains (NaN without two pairs).
     """
     if len(by_inverse_rank) < 2:
         return math.nan, math.nan

@@ -90,11 +90,8 @@ def _standard_error(part: np.ndarray) -> float:
 
 
 def combined(function: Callable[..., ArrayLike], *estimates: Estimate) -> Estimate:
-    """Return a function of estimates, with the error that follows from theirs.
-
-    The function maps one number or array for each estimate to a number or array, element by element. Draws are taken
-    together, so that those of one fit keep their correlation.
-    """
+    """Return a function of estimates, which maps one number or array for each to a number or array, with the error that
+    follows from theirs. Draws are taken together, so that those of one fit keep their correlation."""
     value = float(np.asarray(function(*(each.value for each in estimates))))
     seed_part = np.asarray(function(*(each.value + each.seed_part for each in estimates))) - value
     example_part, parts = None, [each.value + each.example_part for each in estimates if each.example_part is not None]
@@ -137,10 +134,8 @@ def mean_over_seeds(values: Sequence[float] | ArrayLike, name: str) -> Estimate:
 
 
 def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray, name: str) -> Estimate:
-    """Estimate the ratio of the means of paired values, (n,) each; NaN if the denominator's mean is not positive.
-
-    Its error, from the residuals numerator - ratio * denominator, lacks what the pairs share; two pairs are needed.
-    """
+    """Estimate the ratio of the means of paired values, (n,) each; NaN if the denominator's mean is not positive. Its
+    error, from the residuals numerator - ratio * denominator, lacks what pairs share; two pairs are needed."""
     n = len(numerator)
     mean = float(denominator.mean()) if n else math.nan
     if not mean > 0:
@@ -171,11 +166,8 @@ def normal(name: str) -> np.ndarray:
 def multivariate_student(
     covariance: np.ndarray, dof: float, name: str, chosen: Sequence[int] | None = None
 ) -> np.ndarray:
-    """Return draws of a multivariate t distribution around 0, (N_DRAWS, numbers), by the name of the numbers.
-
-    The covariance, (numbers, numbers), is that if the degrees of freedom, which all share, were many. The draws are
-    those of the `chosen` places, or of all.
-    """
+    """Return draws of a multivariate t distribution around 0, (N_DRAWS, numbers), by the name of the numbers; those of
+    the `chosen` places, or of all. The covariance, (numbers, numbers), is that if the degrees of freedom were many."""
     root = cholesky_root(covariance)
     even = _even_points(math.ceil(len(root) / _BLOCK))[:, : len(root)]
     root[np.diag(covariance) == 0] = 0.0

@@ -203,10 +203,8 @@ def finding(
 
 
 def worst(findings: Sequence[Finding]) -> Finding:
-    """Return the finding that decides over several: by the rank of its verdict (see SEVERITY), then by strain.
-
-    With k findings that have a verdict, a claim fails in one of them at the k-th part of the level only.
-    """
+    """Return the finding that decides over several: by the rank of its verdict (see SEVERITY), then by strain. With k
+    findings that have a verdict, a claim fails in one of them at the k-th part of the level only."""
     # The first of the highest rank decides, so that the most strained one comes first.
     ordered = sorted(findings, key=lambda judged: -judged.strain)
     outcomes = [judged.outcomes for judged in ordered]
@@ -237,10 +235,8 @@ def worst(findings: Sequence[Finding]) -> Finding:
 
 
 def without(judged: Finding, *verdicts: Verdict) -> Finding:
-    """Return a finding in which some verdicts are inconclusive instead.
-
-    What is no evidence for `contradicted` is none for `right sign, below the margin`, since both rest on one test.
-    """
+    """Return a finding in which some verdicts are inconclusive instead; what is no evidence for `contradicted` is none
+    for `right sign, below the margin`, since both rest on one test."""
     opened = {*verdicts, *(["right sign, below the margin"] if "contradicted" in verdicts else [])}
     before, against = judged.outcomes
     places = [SEVERITY.index(verdict) for verdict in opened]

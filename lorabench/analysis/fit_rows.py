@@ -1,8 +1,5 @@
-"""The runs that count for the fit of a comparison, and generalized least squares over them.
-
-The runs around the lowest loss of each arm count. Their noise has two variances: that of a run, and that of an arm and
-seed.
-"""
+"""The runs around the lowest loss of each arm, which count for the fit, and generalized least squares over them, with
+two variances: that of a run, and that of an arm and seed."""
 
 from __future__ import annotations
 
@@ -63,10 +60,8 @@ class ArmGrid:
     """LRs at which the run of the first seed diverged, ascending."""
 
     def lr_to_add(self, optimum: float) -> float | None:
-        """Return the LR to add if a fitted optimal LR lies at an end of the window; None if it lies within.
-
-        It is halfway to the next LR on a logarithmic axis, or a step of the grid further where there is no next LR.
-        """
+        """Return the LR to add if a fitted optimal LR lies at an end of the window: halfway to the next LR on a
+        logarithmic axis, or a step of the grid further where there is none; None if it lies within."""
         for end, inwards in ((self.window[0], 1), (self.window[-1], -1)):
             if not math.isclose(optimum, self.lrs[end], rel_tol=1e-6):
                 continue
@@ -169,10 +164,8 @@ class FitRows:
     """The square root of the number of seeds in each row, (runs,); weighted rows all have the variance of a run."""
 
     def design(self, curvatures: Sequence[Sequence[str]], bends: Mapping[str, Bend] | None = None) -> np.ndarray:
-        """Return the columns: an intercept and a slope by arm, a curvature by group of arms, contrasts of seeds.
-
-        With bends, by arm, the third power of the distance from their centres, times their sizes, is the last column.
-        """
+        """Return the columns: an intercept and a slope by arm, a curvature by group of arms, contrasts of seeds, and
+        with bends, by arm, the third power of the distance from their centres, times their sizes."""
         columns = []
         for in_arm in self.in_arm.values():
             columns += [in_arm.astype(float), in_arm * self.runs["x"]]

@@ -84,11 +84,8 @@ def curves_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
 
 @kept
 def lr_error(comparison: Comparison, arm: Arm) -> LrError | None:
-    """Return what the error of an arm's optimal LR does to its training NLL there; None if no seed has the LRs around
-    it.
-
-    How the curve changes with the LR is a parabola through these three LRs, as a mean over the seeds that have them.
-    """
+    """Return what the error of an arm's optimal LR does to its training NLL there, by a parabola through the three LRs
+    around it, as a mean over the seeds that have them; None if no seed has."""
     around = _around(comparison, arm)
     if around is None:
         return None
@@ -166,10 +163,8 @@ def in_window(comparison: Comparison, low: int, high: int) -> Comparison:
 
 
 def seeds_at_best(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
-    """Return a problem for each arm whose LR nearest to its fitted optimum has fewer than MIN_SEEDS seeds.
-
-    Further seeds are trained around the LR that is best at the end, and not where another one is best in a window.
-    """
+    """Return a problem for each arm whose LR nearest to its fitted optimum has fewer than MIN_SEEDS seeds: further ones
+    are trained around the LR that is best at the end, and not where another one is best in a window."""
     problems = []
     for label in map(arm_label, arms):
         runs, fitted = comparison.rows[label], comparison.fit.optima.get(label)
@@ -183,10 +178,8 @@ def seeds_at_best(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
 
 
 def off_optimum(comparison: Comparison, arm: Arm, other: Arm, effect: float) -> list[Problem]:
-    """Return the reasons against comparing the curves of two arms at the LRs that they are from.
-
-    `effect` is the least difference that matters to the comparison, in nats per token.
-    """
+    """Return the reasons against comparing the curves of two arms at the LRs that they are from; `effect` is the least
+    difference that matters to the comparison, in nats per token."""
     added = 0.0
     for compared, sign in ((arm, 1), (other, -1)):
         label, runs = arm_label(compared), runs_at_optimum(comparison, compared)
@@ -224,8 +217,7 @@ class Departure:
 
 
 def paired_departure(curves: PairedCurves, margin: float) -> Departure:
-    """Find where one arm's loss leaves another's because the arm runs out of capacity, given their difference and the
-    margin.
+    """Find where one arm's loss leaves another's for lack of capacity, given their difference and the margin.
 
     The gap must lie above the margin in each window to the end, with an interval above 0 that holds for all WINDOWS
     windows at once. LoRA starts slowly, since B is zero, and a gap that shrinks again is no lack of capacity; so the
@@ -290,13 +282,9 @@ def fitted_noise(parts: Sequence[Comparison]) -> pd.DataFrame:
 
 
 def pooled_noise(runs: pd.DataFrame, source: str) -> Noise:
-    """Return the seed noise of supervised runs: each `LossFit`'s variance, weighted by its degrees of freedom.
-
-    Random facts are left out, since the loss on memorized text varies far more. `source` says where the runs are from.
-
-    Raises:
-        UserError: the table lacks a column, or no comparison has two seeds.
-    """
+    """Return the seed noise of supervised runs: each `LossFit`'s variance, weighted by its degrees of freedom. Random
+    facts are left out, since the loss on memorized text varies far more. `source` says where the runs are from; a
+    UserError, if the table lacks a column or no comparison has two seeds."""
     if missing := [name for name in NEEDED_BY["sft"] if name not in runs]:
         raise UserError(f"{source}: the runs table has no column {', '.join(missing)}, so its seed noise is not known")
     chosen = runs[~is_rl(runs) & judged_arms(runs) & ~is_memorisation(runs)]

@@ -185,10 +185,8 @@ def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
 
 
 def missing_lrs(comparison: Comparison, arm: Arm) -> list[float]:
-    """Return the LRs that an arm with a fitted optimum lacks for its `cost_of_a_miss`, ascending.
-
-    Its LRs must reach FAR to both sides of the optimum, up to UNSEEN, in steps of at most MAX_STEP.
-    """
+    """Return the LRs that an arm with a fitted optimum lacks for its `cost_of_a_miss`, ascending: its LRs must reach
+    FAR to both sides of the optimum, up to UNSEEN, in steps of at most MAX_STEP."""
     lrs = _by_lr(comparison, arm)["lr"].unique()
     optimum = math.exp(comparison.fit.optima[arm_label(arm)].value)
     lacking = [optimum / 10**FAR] if lrs[0] > optimum / 10 ** (FAR - UNSEEN) else []
@@ -259,10 +257,8 @@ def _by_lr(comparison: Comparison, arm: Arm) -> pd.DataFrame:
 
 
 def _mean_weights(decades: np.ndarray, reach: float) -> np.ndarray:
-    """Return the weight of each LR in the mean accuracy over log LR from -reach to reach, (LRs,).
-
-    The LRs are in decades from the middle, ascending, two or more; so is the reach.
-    """
+    """Return the weight of each LR in the mean accuracy over log LR from -reach to reach, (LRs,); both are in decades
+    from the middle, and the LRs two or more, ascending."""
     ends = np.union1d(decades[np.abs(decades) < reach], [-reach, reach])
     left = np.clip(np.searchsorted(decades, ends) - 1, 0, len(decades) - 2)
     share = (ends - decades[left]) / (decades[left + 1] - decades[left])

@@ -1,8 +1,5 @@
-"""Decision rules: from an estimate and a margin that was written down before the runs to a verdict, or to a remedy.
-
-A rule judges an estimate as it is, or as new runs of the same design would give it (see `finding`). docs/verdicts.md
-explains the rules.
-"""
+"""Decision rules: from an estimate and a margin that was written down before the runs to a verdict, or to a remedy
+(docs/verdicts.md). A rule judges an estimate as it is, or as new runs of the same design give it (see `finding`)."""
 
 from __future__ import annotations
 

@@ -56,10 +56,8 @@ def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
 
 
 def each_setting(ratios: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Split the rows of `flops_ratio` by model, placement and setting, and name each part.
-
-    The name is the model's name with the columns, and their values, in which the model's settings differ.
-    """
+    """Split the rows of `flops_ratio` by model, placement and setting, each with the model's name and the columns, and
+    their values, in which the model's settings differ."""
     named = []
     for model, rows_of_model in ratios.groupby("model"):
         varied = [name for name in (*COMPUTE_SETTING[1:], "placement") if rows_of_model[name].nunique(dropna=False) > 1]
