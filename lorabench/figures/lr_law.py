@@ -44,8 +44,10 @@ def draw(tables: Tables) -> style.Drawn:
     """
     runs = tables.runs[judged_arms(tables.runs)]
     groups = swept_models(grid.compared(tables, runs))
-    optima = [[model.arm_optimum(method) for model in models for method in METHODS] for models in groups]
-    laws = [fit_lr_law([optimum for optimum in of_group if optimum]) for of_group in optima]
+    laws = [
+        fit_lr_law([best for model in models for method in METHODS if (best := model.arm_optimum(method))])
+        for models in groups
+    ]
     parts = [_rows(models, law) for models, law in zip(groups, laws, strict=True)]
     diverged = tidy({"diverged": diverged_runs(runs).drop(columns=["family", "hidden_size"])}, _COLUMNS)
     plotted = pd.concat([*parts, diverged], ignore_index=True)

@@ -104,8 +104,7 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
         fit = comparison.fit
         for arm in comparison.arms:
             label = arm_label(arm)
-            seeds = comparison.rows[label]["seed"]
-            grid = comparison.rows[label][seeds == seeds.min()]
+            grid = comparison.rows[label].loc[lambda rows: rows["seed"] == rows["seed"].min()]
             row: dict[str, Any] = arm | unknown | (optimum(comparison, arm) or {})
             if label in fit.optima:
                 # At the edge of a grid too, it is the optimum of which the ratio and the recipe are.

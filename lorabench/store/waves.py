@@ -90,10 +90,12 @@ def end_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], Non
     """Delete the weights of a finished sweep that the preset does not keep; return its runs as rows of JOB."""
     losses = finished_losses(sweep, lambda run: _loss(run, layout))
     folders = {(lr, seed): RunFolder(layout.runs, Run(sweep.condition, lr, seed).run_id) for lr, seed in losses}
-    best, lrs = best_lr(sweep, losses), {lr for lr, _ in losses}
+    best = best_lr(sweep, losses)
     if sweep.lattice is not None:
-        at = "all diverged" if best is None else f"the lowest loss at lr {best:.3g}"
-        say(f"{sweep.condition.label} ended at {len(lrs)} LRs, {at}")
+        say(
+            f"{sweep.condition.label} ended at {len({lr for lr, _ in losses})} LRs, "
+            + ("all diverged" if best is None else f"the lowest loss at lr {best:.3g}")
+        )
     if plan.preset.execution.keep_weights == "best":
         for folder in (folder for (lr, _), folder in folders.items() if lr != best):
             shutil.rmtree(folder.weights, ignore_errors=True)
