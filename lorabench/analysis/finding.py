@@ -109,6 +109,11 @@ class Finding:
             return None
         return float(np.mean(self.replicates.verdicts == SEVERITY.index(self.verdict)))
 
+    @property
+    def borderline(self) -> bool:
+        """Whether a new run decides the same with a probability below BORDERLINE."""
+        return self.p_again is not None and self.p_again < BORDERLINE
+
     def with_outcomes(self, outcomes: Outcomes) -> Finding:
         """Return the finding with other outcomes, of the shape of `outcomes`."""
         verdicts, against = outcomes

@@ -40,6 +40,7 @@ def test_the_probability_of_the_same_verdict_is_that_of_a_normal_number_with_twi
     assert judged.verdict == verdict
     expected = new.cdf(high) - new.cdf(low)
     assert judged.p_again == pytest.approx(expected, abs=3 * math.sqrt(expected * (1 - expected) / N_AGAIN))
+    assert judged.borderline == (expected < 0.8)
 
 
 def test_the_sign_is_right_in_all_comparisons_only_if_none_is_open_or_contradicts():
