@@ -108,5 +108,6 @@ def _with_other_alphas(runs: pd.DataFrame) -> list[pd.DataFrame]:
     """Return the runs of LoRA of each comparison that has alphas other than the paper's."""
     lora = _otherwise_standard(runs)
     other = lora["alpha"].notna() & lora["alpha"].ne(ALPHA)
-    parts = lora.groupby(COMPARED, dropna=False) if other.any() else []
-    return [rows for _, rows in parts if other[rows.index].any()]
+    if not other.any():
+        return []
+    return [rows for _, rows in lora.groupby(COMPARED, dropna=False) if other[rows.index].any()]

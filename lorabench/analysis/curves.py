@@ -296,7 +296,7 @@ def early_difference(runs: pd.DataFrame, curves: pd.DataFrame, first_steps: floa
     points = train_curves(runs[runs["status"].eq("done") & runs["rank"].notna()], curves)
     points = points[points["step"] <= first_steps].astype({"rank": int, "step": int, "value": float})
     wide = points.pivot(index="step", columns=["lr", "rank", "seed"], values="value").sort_index(axis=1)
-    cells = wide.columns.tolist()
+    cells: list[Any] = wide.columns.tolist()
     paired_seeds: dict[float, list[int]] = {lr: [] for lr, _, _ in cells}
     for lr, rank, seed in cells:
         if rank == lowest and (lr, highest, seed) in cells:

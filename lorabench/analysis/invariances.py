@@ -105,10 +105,9 @@ def update_growth(pairs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for pair in pairs.to_dict("records"):
         both = norms.reindex([pair["run_id_fast"], pair["run_id_slow"]]).astype(float).dropna(axis=1)
-        last = both.columns.max()
-        if 1 in both and last > 1:
-            fast, slow = both[last] / both[1]
-            rows.append({**pair, "step": int(last), "growth": fast / slow})
+        if 1 in both and both.shape[1] > 1:
+            fast, slow = both[both.columns.max()] / both[1]
+            rows.append({**pair, "step": int(both.columns.max()), "growth": fast / slow})
     return pd.DataFrame(rows, columns=[*pairs, "step", "growth"])
 
 

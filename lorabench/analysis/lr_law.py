@@ -180,7 +180,8 @@ def swept_models(comparisons: Sequence[Comparison]) -> list[list[SweptModel]]:
         known = comparison.runs[["family", "hidden_size"]].dropna()
         fullft, lora = comparison.fullft, comparison.highest
         if fullft and lora and len(known):
-            model = SweptModel(comparison, fullft, lora, lineage(known.iloc[0, 0]), int(known.iloc[0, 1]))
+            family, hidden_size = known.to_numpy()[0]
+            model = SweptModel(comparison, fullft, lora, lineage(str(family)), int(hidden_size))
             by_data.setdefault(tuple(fullft[name] for name in ("dataset", "batch_size", "steps")), []).append(model)
     groups = []
     for models in by_data.values():

@@ -97,8 +97,9 @@ def lr_error(comparison: Comparison, arm: Arm) -> LrError | None:
 @kept
 def pair_at_optimum(comparison: Comparison, arm: Arm, other: Arm) -> PairedCurves:
     """Pair the training NLL of two arms, each at its fitted optimum (see `runs_at_optimum`), whose error they carry."""
-    runs, curves = ([f(comparison, own) for own in (arm, other)] for f in (runs_at_optimum, curves_at_optimum))
-    apart = paired(*runs, *curves, f"{comparison.label} {arm_label(arm)} - {arm_label(other)}")
+    runs, others = runs_at_optimum(comparison, arm), runs_at_optimum(comparison, other)
+    name = f"{comparison.label} {arm_label(arm)} - {arm_label(other)}"
+    apart = paired(runs, others, curves_at_optimum(comparison, arm), curves_at_optimum(comparison, other), name)
     return replace(apart, lr_errors=lr_errors(comparison, arm, other))
 
 

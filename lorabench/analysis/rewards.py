@@ -76,9 +76,9 @@ def leads(runs: pd.DataFrame) -> pd.DataFrame:
     method = ["model", "dataset", "method"]
     accuracy = runs["final_reward"].where(runs["status"].isin(["done", "collapsed"]) & ~is_sick(runs)).astype(float)
     cells = [runs[name] for name in (*method, "rank", "placement", "lr")]
-    table = accuracy.groupby(cells, dropna=False, sort=False).mean().groupby(method, sort=False).max()
+    highest = accuracy.groupby(cells, dropna=False, sort=False).mean().groupby(method, sort=False).max()
     controls = runs.reindex(columns=[*method[:2], *CONTROLS]).astype(dict.fromkeys(CONTROLS, float))
-    table = table.rename("accuracy").reset_index().join(controls.groupby(method[:2]).max(), on=method[:2])
+    table = highest.rename("accuracy").reset_index().join(controls.groupby(method[:2]).max(), on=method[:2])
     return table.assign(lead=table["accuracy"].fillna(0.0) - table[list(CONTROLS)].max(axis=1))
 
 
