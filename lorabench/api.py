@@ -60,11 +60,12 @@ def judge(
     if (Path(tables) / "source.yaml").is_file():
         import pandas as pd
 
-        from lorabench.sources import studies
+        from lorabench.sources.source import judge as judge_source
+        from lorabench.sources.source import read_sources
 
         if noise is not None:
             raise UserError(f"noise: {Path(tables) / 'source.yaml'} states the noise of a source, so none can be given")
-        judged = [studies.judge(study, chosen, stated) for study in studies.studies_of(Path(tables))]
+        judged = [judge_source(source, chosen, stated) for source in read_sources([Path(tables)])]
         return pd.concat(judged, ignore_index=True)
     return judge_claims(Tables.read(Path(tables)), chosen, stated, noise)
 

@@ -1,8 +1,7 @@
 """What is computed: conditions, runs, sweeps with their learning rates (LRs) and seeds, jobs and evaluations.
 
-A *run* is a condition with one LR and one seed; its `run_id` is a hash of everything that determines its result. A
-*sweep* is all runs of one condition. A *job* trains one sweep, or several short ones in one process. No torch is
-imported.
+A *run* is a condition with one LR and one seed, a *sweep* all runs of one condition. A *job* trains one sweep, or
+several short ones in one process. No torch is imported.
 
 A sweep is trained in waves; `next_runs` says which runs a wave has, given the validation losses so far. The first wave
 is the grid. In a sweep of fixed LRs, the second one is the other seeds at the best LR, see `best_lr`. A sweep with
@@ -31,7 +30,6 @@ from statistics import fmean
 from typing import Any, Literal
 
 from lorabench.config.fields import Method, Placement, SamplerName
-from lorabench.utils import formats
 from lorabench.utils.files import digest
 
 # Part of every run's identity. Raise it when a change alters what a run computes; tests/test_protocol_version.py fails
@@ -82,16 +80,15 @@ class Condition:
     @property
     def label(self) -> str:
         """A readable name for files and progress, which is never parsed."""
-        method = self.method if self.method == "fullft" else f"{self.method}-r{self.rank}-{self.placement}"
-        return f"{self.model}-{self.dataset}-{method}-b{self.batch_size}-s{self.steps}"
+        arm = "" if self.method == "fullft" else f"-r{self.rank}-{self.placement}"
+        return f"{self.model}-{self.dataset}-{self.method}{arm}-b{self.batch_size}-s{self.steps}"
 
     @cached_property
     def determining(self) -> dict[str, Any]:
         """The fields that determine a run's result, for `Run.run_id`."""
-        condition = {name: value for name, value in asdict(self).items() if name not in ("model", "dataset")}
-        if self.rollouts is None:
-            del condition["rollouts"]
-        else:
+        unnamed = ["model", "dataset"] + (["rollouts"] if self.rollouts is None else [])
+        condition = {name: value for name, value in asdict(self).items() if name not in unnamed}
+        if self.rollouts is not None:
             del condition["rollouts"]["mean_response_tokens"]
             # A sampler counts unless it is the project's own.
             if self.rollouts.sampler == "own":
@@ -120,10 +117,9 @@ class Run:
         return cls(Condition(**condition | {"rollouts": rollouts}), spec["lr"], spec["seed"])
 
 
-EXPECTED_FURTHER_LRS = 1
-"""LRs besides its first three that a sweep with `lrs: auto` is expected to train (see docs/presets.md)."""
-EXPECTED_RACERS = 2
-"""LRs, the best one included, that are expected to get a seed for which LRs race (see docs/presets.md)."""
+# What a sweep with `lrs: auto` is expected to train (see docs/presets.md): LRs besides its first three, and LRs, the
+# best one included, that get a seed for which LRs race.
+EXPECTED_FURTHER_LRS, EXPECTED_RACERS = 1, 2
 GOOD = 0.95
 """In RL an LR is good if its accuracy is at least this share of the highest one."""
 AROUND = 3
@@ -135,12 +131,9 @@ TIE = 1e-5
 """The difference, in nats per token or as a share of problems, up to which two measured losses are equal. Accuracies
 are counts of problems, so those at two LRs are often equal, and rounding in their means must not choose between them.
 """
-# An LR closer to a lattice point than this share of a step counts as that point.
-_SAME = 0.3
-# Neighbours are at most this many steps apart; an LR that is not on the lattice may be a little further away.
-_REACH = 1.0 + _SAME + 0.03
-# Half a step between a finished and a diverged run is narrow enough.
-_NARROW = 0.7
+# In steps of the lattice: an LR closer to a lattice point counts as that point; neighbours are at most so far apart, as
+# an LR that is not on the lattice may be a little further away; half a step next to a diverged run is narrow enough.
+_SAME, _REACH, _NARROW = 0.3, 1.33, 0.7
 
 
 @dataclass(frozen=True)
@@ -166,8 +159,7 @@ class Lattice:
     def around(self, lr: float) -> tuple[float, float, float]:
         """Return the lattice point nearest to an LR, between its two neighbours."""
         nearest = round(self._position(lr * self.scale))
-        low, middle, high = (self.lr(nearest + offset) for offset in (-1, 0, 1))
-        return low, middle, high
+        return self.lr(nearest - 1), self.lr(nearest), self.lr(nearest + 1)
 
     def next_to(self, lr: float, side: int) -> float:
         """Return the next point of the lattice above an LR (`side` 1) or below it (-1)."""
@@ -199,7 +191,7 @@ class Racing:
     the best one, paired by seed, with a variance that is pooled over the LRs."""
 
     level: float
-    """The level of the test, by which an LR that is no worse would be given up in this share of sweeps."""
+    """The share of sweeps in which the test gives up an LR that is no worse."""
     least: int
     """The number of seeds that all three LRs have, at least 2."""
 
@@ -215,9 +207,13 @@ class Seeds:
     given: tuple[tuple[float, int], ...] = ()
     """LRs with the number of seeds that each has whichever LR proves the best, ascending."""
     first: int = 0
-    """The first seed."""
     racing: Racing | None = None
     """None for a sweep whose three LRs around the best all have the same seeds."""
+
+    @property
+    def all_have(self) -> int:
+        """The number of seeds that all three LRs around the best have; without racing all come at once."""
+        return self.around if self.racing is None else min(self.racing.least, self.around)
 
     def leading(self, number: int) -> range:
         """Return the first seeds, as many as `number`."""
@@ -259,22 +255,20 @@ class Sweep:
 
     def grid(self) -> list[Run]:
         """The runs that are known before training: each of the first LRs with the first seed, then other seeds."""
-        first = [(lr, self.seeds.first) for lr in self.lrs]
         further = [(lr, seed) for lr, number in self.seeds.given for seed in self.seeds.leading(number)[1:]]
-        return [Run(self.condition, lr, seed) for lr, seed in [*first, *further]]
+        cells = [*((lr, self.seeds.first) for lr in self.lrs), *further]
+        return [Run(self.condition, lr, seed) for lr, seed in cells]
 
     def expected_seeds(self) -> list[list[int]]:
         """Return the seed of each run that is expected after the grid, by waves; LRs are not known before training."""
-        seeds = self.seeds.leading(self.seeds.best)
+        seeds, around = self.seeds.leading(self.seeds.best), self.seeds.around
         if self.lattice is None:
-            waves = [list(seeds[1:])]
-        else:
-            waves = [[self.seeds.first] for _ in range(min(EXPECTED_FURTHER_LRS, self.lattice.further))]
-            around, racing = self.seeds.around, self.seeds.racing
-            all_have = around if racing is None else min(racing.least, around)
-            waves.append([seed for seed in seeds[1:all_have] for _ in range(AROUND)])
-            waves += [[seed] * EXPECTED_RACERS for seed in seeds[all_have:around]]
-            waves.append(list(seeds[around:]))
+            return [list(seeds[1:])] if len(seeds) > 1 else []
+        waves = [[self.seeds.first]] * min(EXPECTED_FURTHER_LRS, self.lattice.further)
+        all_have = self.seeds.all_have
+        waves.append([seed for seed in seeds[1:all_have] for _ in range(AROUND)])
+        waves += [[seed] * EXPECTED_RACERS for seed in seeds[all_have:around]]
+        waves.append(list(seeds[around:]))
         return [wave for wave in waves if wave]
 
     def expected_waves(self) -> list[int]:
@@ -302,11 +296,8 @@ class Job:
     @cached_property
     def job_id(self) -> str:
         """The job's name for files: that of its sweep where it has only one."""
-        first, *others = self.sweeps
-        if not others:
-            return first.sweep_id
-        names = sorted(sweep.sweep_id for sweep in self.sweeps)
-        return f"{first.condition.model}-{first.condition.dataset}-{len(names)}-sweeps-{digest(names, 8)}"
+        names, first = sorted(sweep.sweep_id for sweep in self.sweeps), self.sweeps[0].condition
+        return names[0] if len(names) == 1 else f"{first.model}-{first.dataset}-{len(names)}-sweeps-{digest(names, 8)}"
 
     @property
     def experiments(self) -> tuple[str, ...]:
@@ -343,11 +334,8 @@ def validation_loss(record: Mapping[str, Any]) -> float:
 
     It is the final validation NLL in nats per token, in RL minus the final validation reward.
     """
-    outcome = record["outcome"]
-    nll, reward = outcome.get("final_valid_nll"), outcome.get("final_valid_reward")
-    if nll is None and reward is None:
-        return math.inf
-    loss = float(-reward if nll is None else nll)
+    nll, reward = (record["outcome"].get(name) for name in ("final_valid_nll", "final_valid_reward"))
+    loss = math.nan if nll is None and reward is None else float(-reward if nll is None else nll)
     return math.inf if math.isnan(loss) else loss
 
 
@@ -380,7 +368,6 @@ def next_runs(sweep: Sweep, losses: Losses) -> list[Run]:
     """Return the next wave of a sweep's runs, given the losses of all earlier waves; empty when it is finished."""
 
     def missing(lrs: Iterable[float], seeds: int) -> list[Run]:
-        """Return the runs with the first seeds at some LRs that are not finished, seed by seed."""
         cells = [(lr, seed) for seed in sweep.seeds.leading(seeds) for lr in lrs]
         return [Run(sweep.condition, lr, seed) for lr, seed in cells if (lr, seed) not in losses]
 
@@ -390,15 +377,13 @@ def next_runs(sweep: Sweep, losses: Losses) -> list[Run]:
     if lattice is None:
         best = best_lr(sweep, losses)
         return [] if best is None else missing([best], sweep.seeds.best)
-    first, seeds = _means(sweep, losses), sweep.seeds
+    first, seeds, least = _means(sweep, losses), sweep.seeds, sweep.seeds.all_have
     room = max(0, lattice.further - (len(first) - len(sweep.lrs)))
     started = any(seed != seeds.first for lr, seed in losses.keys() - {(run.lr, run.seed) for run in grid})
     if not started and (unexplored := _unexplored(lattice, first, sweep.condition.task == "rl")[:room]):
         return missing(unexplored, 1)
     if not any(map(math.isfinite, first.values())):
         return []
-    # Without racing all seeds come at once.
-    least = seeds.around if seeds.racing is None else min(seeds.racing.least, seeds.around)
     for number in range(least, seeds.around + 1):
         # Other experiments may have trained all seeds at some LRs, so that the means already know better.
         means = _means(sweep, losses, number)
@@ -421,19 +406,6 @@ def finished_losses(sweep: Sweep, loss_of: Callable[[Run], float]) -> dict[tuple
     return losses
 
 
-def ending(sweep: Sweep, losses: Losses) -> str:
-    """Say how the walk of a finished sweep with a lattice ended."""
-    first, best = _means(sweep, losses), best_lr(sweep, losses)
-    if best is None:
-        return f"all {len(first)} LRs diverged"
-    # Not all LRs have all seeds, so each is compared with the best one by those that both have.
-    seeds = {lr: [seed for at, seed in losses if at == lr and (best, seed) in losses] for lr in first}
-    higher = [lr for lr in first if sum(losses[lr, seed] - losses[best, seed] for seed in seeds[lr]) > 0]
-    is_open = ["lower"] * (not any(lr < best for lr in higher)) + ["higher"] * (not any(lr > best for lr in higher))
-    at = f"{len(first)} LRs, the lowest loss at lr {formats.lr(best, 3)}"
-    return f"stopped at {at}, with no higher loss at a {' or '.join(is_open)} LR" if is_open else f"bracketed by {at}"
-
-
 def _means(sweep: Sweep, losses: Losses, number: int = 1) -> dict[float, float]:
     """Return the mean losses of a number of first seeds at the LRs that have all of these, ascending."""
     seeds = sweep.seeds.leading(number)
@@ -450,17 +422,15 @@ def _given_up(sweep: Sweep, losses: Losses, lr: float, around: Sequence[float], 
 
     from scipy.special import stdtrit
 
-    def behind(other: float) -> list[float]:
-        return [losses[other, seed] - losses[best, seed] for seed in seeds if (other, seed) in losses]
-
-    if not all(map(math.isfinite, behind(lr))):
+    cells = {other: [seed for seed in seeds if (other, seed) in losses] for other in around if other != best}
+    behind = {other: [losses[other, seed] - losses[best, seed] for seed in own] for other, own in cells.items() if own}
+    behind = {other: sample for other, sample in behind.items() if all(map(math.isfinite, sample))}
+    if lr not in behind:
         return True
-    samples = [sample for other in around if other != best and (sample := behind(other))]
-    samples = [sample for sample in samples if all(map(math.isfinite, sample))]
-    squares = sum((value - fmean(sample)) ** 2 for sample in samples for value in sample)
-    freedom = sum(len(sample) - 1 for sample in samples)
+    squares = sum((value - fmean(sample)) ** 2 for sample in behind.values() for value in sample)
+    freedom = sum(len(sample) - 1 for sample in behind.values())
     error = math.sqrt(squares / freedom / len(seeds))
-    return fmean(behind(lr)) > max(TIE, error * float(stdtrit(freedom, 1 - racing.level)))
+    return fmean(behind[lr]) > max(TIE, error * float(stdtrit(freedom, 1 - racing.level)))
 
 
 def _middle_of_lowest(scores: Mapping[float, float]) -> float:
@@ -477,14 +447,14 @@ def _unexplored(lattice: Lattice, first: Mapping[float, float], is_rl: bool) -> 
         return [lattice.next_to(min(first), -1)]
     # In RL the losses are minus the rewards.
     enclosed = [lr for lr, loss in first.items() if loss <= (GOOD * lowest if is_rl else lowest)]
-    unexplored: list[float | None] = []
+    unexplored = []
     for end, side in ((enclosed[0], -1), (enclosed[-1], 1)):
         neighbour = lattice.neighbour(end, first, side)
         if neighbour is None:
             unexplored.append(lattice.next_to(end, side))
-        elif math.isinf(first[neighbour]):
-            unexplored.append(lattice.between(end, neighbour))
-    return [lr for lr in unexplored if lr is not None]
+        elif math.isinf(first[neighbour]) and (finer := lattice.between(end, neighbour)):
+            unexplored.append(finer)
+    return unexplored
 
 
 def _around(lattice: Lattice, first: Mapping[float, float], centre: float, room: int) -> list[float]:
@@ -500,9 +470,9 @@ def _around(lattice: Lattice, first: Mapping[float, float], centre: float, room:
             chosen.append(lattice.next_to(centre, side))
         elif neighbour is not None and math.isfinite(first[neighbour]):
             chosen.append(neighbour)
-    if len(chosen) == AROUND - 1 and all(lr in first for lr in chosen) and room:
-        finer = lattice.between(*chosen)
-        chosen += [] if finer is None else [finer]
+    tried = all(lr in first for lr in chosen)
+    if len(chosen) == AROUND - 1 and tried and room and (finer := lattice.between(*chosen)):
+        chosen.append(finer)
     others = [lr for lr, loss in first.items() if math.isfinite(loss) and lr not in chosen]
     nearest = sorted(others, key=lambda lr: abs(math.log(lr / centre)))
     return sorted(chosen + nearest[: AROUND - len(chosen)])

@@ -43,7 +43,7 @@ from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, grid_optimum, known_optima
 from lorabench.sources.lr_optima import rounded as digits
 from lorabench.sources.measurements import PROJECT
-from lorabench.sources.studies import Study, read_studies, source_folders
+from lorabench.sources.source import SourceModel, read_sources, source_folders
 from lorabench.store.io import write_csv
 from lorabench.store.published import PUBLISHED, evidence_folders
 from lorabench.utils.files import atomic_path
@@ -83,7 +83,7 @@ def pooled_curvature(values: Sequence[float], sources: Sequence[str]) -> tuple[f
     return mean, math.sqrt(float(weights @ (logs - mean) ** 2) / (1 - few) * (1 + few))
 
 
-def measured_runs(studies: Sequence[Study], presets: Sequence[Path]) -> pd.DataFrame:
+def measured_runs(sources: Sequence[SourceModel], presets: Sequence[Path]) -> pd.DataFrame:
     """Return all runs of grids of at least three LRs, of LoRA on all layers and of FullFT.
 
     Returns:
@@ -92,24 +92,24 @@ def measured_runs(studies: Sequence[Study], presets: Sequence[Path]) -> pd.DataF
         not known is null: x of a grid whose best LR is at its edge, gain and share without the base's loss. A lost run
         has lost the whole gain and any number of margins.
     """
-    known = known_optima(studies, presets)
-    rows = [row for arm, about, base in _arms(studies, presets, known) for row in _rows(arm, about, base)]
+    known = known_optima(sources, presets)
+    rows = [row for arm, about, base in _arms(sources, presets, known) for row in _rows(arm, about, base)]
     # A grid that several figures show counts once.
     table = pd.DataFrame(rows).drop_duplicates([*ARM, "lr"]).reset_index(drop=True)
     return table[[*ARM, *(name for name in table if name not in ARM)]]
 
 
 def _arms(
-    studies: Sequence[Study], presets: Sequence[Path], known: Sequence[LrOptimum]
+    sources: Sequence[SourceModel], presets: Sequence[Path], known: Sequence[LrOptimum]
 ) -> Iterator[tuple[pd.DataFrame, dict[str, Any], float]]:
     """Yield the runs of each arm with lr, loss and status, what is known of it, and the loss of its base or NaN."""
-    for study in studies:
-        attributes = study.description.attributes
-        about = {"source": study.source, "family": study.about.family, "width": study.about.hidden_size}
-        about |= {"task": "rl" if study.is_rl else "sft", "alpha": pd.to_numeric(attributes.alpha, errors="coerce")}
-        curves = study.tables.curves
-        for runs in study.conditions():
-            if study.is_rl:
+    for source in sources:
+        attributes = source.file.attributes
+        about = {"source": source.folder, "family": source.about.family, "width": source.about.hidden_size}
+        about |= {"task": "rl" if source.is_rl else "sft", "alpha": pd.to_numeric(attributes.alpha, errors="coerce")}
+        curves = source.tables.curves
+        for runs in source.conditions():
+            if source.is_rl:
                 base = 1 - float(runs["base_reward"].mean())
             else:
                 first = curves["run_id"].isin(runs["run_id"]) & curves["metric"].eq("nll") & curves["step"].le(1)
@@ -314,8 +314,8 @@ def alarms(rows: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     """Write the curvatures, and what the audit would have said of each run."""
-    studies, presets = read_studies(source_folders()), evidence_folders(Path())
-    runs, optima = measured_runs(studies, presets), known_optima(studies, presets)
+    sources, presets = read_sources(source_folders()), evidence_folders(Path())
+    runs, optima = measured_runs(sources, presets), known_optima(sources, presets)
     rows = held_to(runs, optima)
     out = Path() / PUBLISHED / "evidence"
     with atomic_path(out / "lr_evidence.json") as path:

@@ -37,7 +37,7 @@ from scipy.special import stdtrit
 from lorabench.figures import style
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima, rounded
 from lorabench.sources.measurements import PROJECT
-from lorabench.sources.studies import read_studies, source_folders
+from lorabench.sources.source import read_sources, source_folders
 from lorabench.store.io import write_csv
 from lorabench.store.published import PUBLISHED, evidence_folders
 
@@ -316,7 +316,7 @@ def draw_left_out(sources: pd.DataFrame) -> Figure:
 
 def main() -> None:
     """Predict the optima of all shipped sources and published presets, and write what came out."""
-    optima = known_optima(read_studies(source_folders()), evidence_folders(Path()))
+    optima = known_optima(read_sources(source_folders()), evidence_folders(Path()))
     rows = left_out(optima)
     sources = by_source(rows)
     out = Path() / PUBLISHED / "evidence"

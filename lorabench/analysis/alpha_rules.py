@@ -1,7 +1,6 @@
-"""Which arms stand for LoRA in a comparison: those whose alpha follows one rule, which need not be the paper's.
+"""Which arms stand for LoRA in a comparison: those whose alpha follows one rule, such as the paper's 32, or 2r.
 
-Others have another alpha than 32, or one that grows with the rank, such as alpha = 2r. An experiment on the
-parametrization has several values at one rank, of which one is the standard.
+An experiment on the parametrization has several values at one rank, of which one is the standard.
 """
 
 from __future__ import annotations
@@ -45,10 +44,8 @@ def alpha_rule(runs: pd.DataFrame) -> AlphaRule:
     the one that most ranks with as many follow. Of several it is the paper's, or else the one with most runs, or whose
     alpha is nearest to the paper's.
     """
-    lora = _otherwise_standard(runs)
-    if not _other_alphas(lora).any():
-        return PAPERS
-    arms = lora.groupby(["rank", "placement", "alpha"], dropna=False)["lr"].agg(["nunique", "size"]).reset_index()
+    by_arm = _otherwise_standard(runs).groupby(["rank", "placement", "alpha"], dropna=False)
+    arms = by_arm["lr"].agg(["nunique", "size"]).reset_index()
     arms = arms[arms["nunique"] >= MIN_LRS] if (arms["nunique"] >= MIN_LRS).any() else arms
     on_all = arms[arms["placement"].isna() | arms["placement"].eq("all")]
     highest = on_all if len(on_all) else arms
@@ -88,10 +85,8 @@ def remarks_on_alpha(runs: pd.DataFrame, run_ids: Collection[str]) -> list[str]:
     It is the rule, and the arms that are left out, if it is not the paper's or they have ranks that no other arm has. A
     verdict on several values of alpha has no remark.
     """
-    if not len(run_ids):
-        return []
     remarks = []
-    for rows in _with_other_alphas(runs):
+    for rows in _with_other_alphas(runs) if len(run_ids) else []:
         rule, behind = alpha_rule(rows), rows["run_id"].isin(run_ids)
         judged = rule.holds(rows)
         if not behind.any() or (behind & ~judged).any():
@@ -109,13 +104,10 @@ def _otherwise_standard(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[is_standard(runs.assign(alpha=np.nan)) & (runs["method"] == "lora")]
 
 
-def _other_alphas(lora: pd.DataFrame) -> pd.Series[bool]:
-    return lora["alpha"].notna() & lora["alpha"].ne(ALPHA)
-
-
 def _with_other_alphas(runs: pd.DataFrame) -> list[pd.DataFrame]:
     """Return the runs of LoRA of each comparison that has alphas other than the paper's."""
     lora = _otherwise_standard(runs)
-    if not _other_alphas(lora).any():
+    other = lora["alpha"].notna() & lora["alpha"].ne(ALPHA)
+    if not other.any():
         return []
-    return [rows for _, rows in lora.groupby(COMPARED, dropna=False) if _other_alphas(rows).any()]
+    return [rows for _, rows in lora.groupby(COMPARED, dropna=False) if other[rows.index].any()]

@@ -1,12 +1,10 @@
 """Arms, the units that are compared: grouping, selecting, naming and checking the runs of a table, and their losses.
 
 An arm is everything that an LR sweep leaves fixed: a method (FullFT, or LoRA of one rank, placement and
-parametrization) on one model and dataset, at one batch size and number of steps. Its runs differ in learning rate and
-seed only.
+parametrization) on one model and dataset, at one batch size and number of steps. Its runs differ in LR and seed only.
 
-Estimators pick a learning rate by the column `validation_loss` and report `test_loss`; lower is better. They are the
-NLL in nats per scored token (`with_losses`), in reinforcement learning the error rate (`rewards.with_error_rates`).
-Tables on disk do not have these columns.
+Estimators pick an LR by `validation_loss` and report `test_loss`, which tables on disk do not have; lower is better.
+They are the NLL in nats per scored token (`with_losses`), in RL the error rate (`rewards.with_error_rates`).
 """
 
 from __future__ import annotations
@@ -42,8 +40,7 @@ Made = TypeVar("Made")
 
 def with_arm_columns(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the table with every optional column of ARM; a column that it lacked is null."""
-    lacking = [name for name in OPTIONAL if name not in runs]
-    return runs.reindex(columns=[*runs.columns, *lacking]) if lacking else runs
+    return runs.reindex(columns=list(dict.fromkeys([*runs.columns, *OPTIONAL])))
 
 
 def with_losses(runs: pd.DataFrame) -> pd.DataFrame:
@@ -98,15 +95,11 @@ def in_experiments(runs: pd.DataFrame, names: Sequence[str]) -> pd.Series[bool]:
     if "experiments" not in runs:
         return pd.Series(True, index=runs.index)
     words = runs["experiments"].map(list_of_words)
-    return words.map(lambda experiments: not experiments or any(name in experiments for name in names)).astype(bool)
+    return words.map(lambda own: not own or not set(names).isdisjoint(own)).astype(bool)
 
 
 def check_runs(runs: pd.DataFrame) -> None:
-    """Check that no arm has two runs with one LR and seed.
-
-    Raises:
-        UserError: An arm has two runs with the same LR and seed.
-    """
+    """Raise a UserError if an arm has two runs with the same LR and seed."""
     repeated = runs.duplicated([*(name for name in ARM if name in runs), "lr", "seed"], keep=False)
     for arm, same in each_arm(runs[repeated]) if repeated.any() else ():
         raise UserError(
@@ -118,14 +111,7 @@ def check_runs(runs: pd.DataFrame) -> None:
 def each_arm(table: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
     """Return each arm (values of the ARM columns, None for null) with its rows; FullFT comes first, then by rank."""
     table = with_arm_columns(table)
-    return [(arm, table.iloc[places]) for arm, places in arm_places(table)]
-
-
-def arm_places(table: pd.DataFrame) -> list[tuple[dict[str, Any], list[int]]]:
-    """Return each arm with the positions of its rows, in the order of `each_arm`; the table has all columns ARM.
-
-    This is several times as fast as a groupby over so many columns, some of which are text.
-    """
+    # A groupby over so many columns, some of which are text, takes several times as long.
     groups: dict[tuple[Any, ...], list[int]] = {}
     columns = []
     for name in ARM:
@@ -136,27 +122,20 @@ def arm_places(table: pd.DataFrame) -> list[tuple[dict[str, Any], list[int]]]:
     for place, key in enumerate(zip(*columns, strict=True)):
         groups.setdefault(key, []).append(place)
 
-    def order(pair: tuple[dict[str, Any], list[int]]) -> tuple[Any, ...]:
+    def order(pair: tuple[dict[str, Any], pd.DataFrame]) -> tuple[Any, ...]:
         arm = pair[0]
         data = (str(arm["model"]), str(arm["dataset"]), arm["batch_size"] or 0, arm["steps"] or 0)
         method = (arm["method"] != "fullft", arm["rank"] or 0, str(arm["placement"]))
         return *data, *method, *(arm[name] or 0 for name in (*STANDARD, "eps"))
 
-    return sorted(((dict(zip(ARM, key, strict=True)), places) for key, places in groups.items()), key=order)
+    arms = [(dict(zip(ARM, key, strict=True)), table.iloc[places]) for key, places in groups.items()]
+    return sorted(arms, key=order)
 
 
-def first_seed(arm_runs: pd.DataFrame) -> pd.DataFrame:
-    """Return an arm's runs with its lowest seed, which make its LR grid; other seeds repeat the best LR."""
-    grid: pd.DataFrame = arm_runs[arm_runs["seed"] == arm_runs["seed"].min()]
-    return grid
-
-
-def rows_of(
-    runs: pd.DataFrame, arm: Mapping[str, Any] | pd.Series, columns: Sequence[str] | None = None
-) -> pd.DataFrame:
-    """Return the rows that agree with an arm in `columns`, by default all ARM columns they have; null equals null."""
+def rows_of(runs: pd.DataFrame, arm: Mapping[str, Any] | pd.Series, columns: Sequence[str] = ARM) -> pd.DataFrame:
+    """Return the rows that agree with an arm in those of the columns that they have; null equals null."""
     chosen = pd.Series(True, index=runs.index)
-    for name in columns or [name for name in ARM if name in runs]:
+    for name in (name for name in columns if name in runs):
         value = arm.get(name)
         same = runs[name].isna() if value is None or pd.isna(value) else runs[name].eq(value).fillna(False)
         chosen &= same.astype(bool)

@@ -12,14 +12,15 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_runs, each_arm, kept, with_arm_columns, with_losses
-from lorabench.analysis.curves import metric_points
+from lorabench.analysis.curves import curves_of, metric_points
 from lorabench.analysis.estimate import Estimate, ExampleLosses
-from lorabench.analysis.finding import MIN_SEEDS, N_AGAIN, Finding, UnjudgedError, again, decide, error_rate, nats
+from lorabench.analysis.finding import MIN_SEEDS, N_AGAIN, Finding, UnjudgedError, again, decide, nats
 from lorabench.analysis.fit_rows import MAX_STEP
 from lorabench.analysis.loss_fit import LossFit, Noise, fit_losses
 from lorabench.analysis.rules import LEVEL, Above, Margin, Problem, Remedy, Rule, Verdict, Within, gain_margin
 from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS, Margins, Predictions
 from lorabench.store.checks import is_rl
+from lorabench.utils.formats import with_interval
 
 MIN_LRS = 3
 """Least number of LRs in a grid from which an optimum can be fitted."""
@@ -83,17 +84,14 @@ class Comparison:
             del vars(self)[name]
 
     @cached_property
-    def _each_arm(self) -> list[tuple[Arm, pd.DataFrame]]:
-        return each_arm(self.runs)
-
-    @cached_property
     def rows(self) -> dict[str, pd.DataFrame]:
         """The runs of each arm, by arm label."""
-        return {arm_label(arm): rows for arm, rows in self._each_arm}
+        return {arm_label(arm): rows for arm, rows in each_arm(self.runs)}
 
-    @property
+    @cached_property
     def arms(self) -> list[Arm]:
-        return [arm for arm, _ in self._each_arm]
+        """The arms, FullFT first, then LoRA by rank."""
+        return [arm for arm, _ in each_arm(self.runs)]
 
     @cached_property
     def fullft(self) -> Arm | None:
@@ -136,10 +134,10 @@ class Comparison:
     @cached_property
     def fit(self) -> LossFit:
         """The fit of the final losses of all arms."""
-        group = [self.runs[name].iloc[0] for name in COMPARED]
-        name = "/".join(map(str, group)) + ("/rl" if self.is_rl else "")
+        group = [str(self.runs[name].iloc[0]) for name in COMPARED]
+        name = "/".join(group) + ("/rl" if self.is_rl else "")
         # The test split is that of the dataset, whatever the model, batch size and length.
-        return fit_losses(self.runs, self.judging.examples, self.judging.noise, name, test_split=str(group[1]))
+        return fit_losses(self.runs, self.judging.examples, self.judging.noise, name, test_split=group[1])
 
     @cached_property
     def margin(self) -> Margin:
@@ -166,12 +164,9 @@ class Comparison:
 
     @kept
     def at_optimum(self, arm: Arm) -> pd.DataFrame:
-        """Return the finished runs of an arm at the LR of its grid that is nearest to its fitted optimum, or else the
-        best one.
-
-        Of the LRs within a factor of MAX_STEP of it, those with the most seeds come first, as further seeds have one LR
-        only.
-        """
+        """Return the finished runs of an arm at the LR of its grid that is nearest to its fitted optimum, or else to
+        the best one; of LRs within a factor of MAX_STEP, those with the most seeds come first, as further seeds have
+        one LR only."""
         label = arm_label(arm)
         grid, done = self.fit.grids.get(label), self.rows[label][self.rows[label]["status"] == "done"]
         if grid is None or done.empty:
@@ -181,8 +176,7 @@ class Comparison:
         distance = pd.Series(np.abs(np.log(seeds.index.to_numpy(float)) - target), seeds.index)
         near = distance[distance <= math.log(MAX_STEP)]
         most = near[seeds[near.index] == seeds[near.index].max()]
-        at_chosen: pd.DataFrame = done[done["lr"] == most.idxmin()]
-        return at_chosen
+        return done.loc[done["lr"] == most.idxmin()]
 
     def problems(self, arms: Sequence[Arm], resolved: bool = False) -> list[Problem]:
         """Return the reasons against a verdict on fitted minima of arms, or, if `resolved`, on their optimal LRs."""
@@ -239,11 +233,8 @@ class Comparison:
         return None
 
     def reopened(self, arms: Iterable[Arm], resolved: bool = False) -> np.ndarray:
-        """Return the replicates of the arms (see `finding`) that have a reason against a verdict, (N_AGAIN,).
-
-        It is that an optimum lies nearest to the first or last LR of its grid, or, if `resolved`, that the grid does
-        not resolve it.
-        """
+        """Return the replicates of the arms (see `finding`) that have a reason against a verdict, (N_AGAIN,): an
+        optimum nearest to the first or last LR of its grid, or, if `resolved`, one that the grid does not resolve."""
         lost = np.zeros(N_AGAIN, bool)
         for label in map(arm_label, arms):
             optimum = self.fit.optima.get(label)
@@ -252,7 +243,7 @@ class Comparison:
             grid = self.fit.grids[label]
             lrs, new = np.log(grid.lrs), again(optimum)
             best = np.searchsorted((lrs[1:] + lrs[:-1]) / 2, optimum.value + new.shifts)
-            bounded_above = bool((grid.diverged > grid.lrs[-1]).any()) and not resolved
+            bounded_above = (grid.diverged > grid.lrs[-1]).any() and not resolved
             lost |= (best == 0) | ((best == len(lrs) - 1) & (not bounded_above))
             if resolved:
                 # Its window has the LRs around its own best one.
@@ -284,7 +275,8 @@ class Comparison:
     def gap_text(self, arm: Arm, other: Arm) -> str:
         """Return the gap as text, with the parts of its error."""
         gap = self.gap(arm, other)
-        number = (error_rate if self.is_rl else nats)(gap)
+        in_rl = with_interval(gap.value, *gap.interval(), 4, "+", " in error rate")
+        number = in_rl if self.is_rl else nats(gap)
         text = f"{arm_label(arm)} - {arm_label(other)} = {number} at the fitted minima, {gap.n_seeds} seeds"
         if gap.example_part is None and gap.known:
             text += "; the error from test examples is not known"
@@ -292,10 +284,9 @@ class Comparison:
 
     def judge_gap(self, rule: Callable[[float], Rule], arm: Arm, other: Arm) -> Finding:
         """Judge the gap of an arm to another by the rule that a function makes from the margin (`Within.margin`)."""
-        margin = self.margin
-        gap, text = self.gap(arm, other), self.gap_text(arm, other)
+        margin, gap = self.margin, self.gap(arm, other)
         problems = [Problem(margin.problem)] if margin.problem else []
-        return self.decide(rule(margin.value), gap, text, [arm, other], margin.rule, problems)
+        return self.decide(rule(margin.value), gap, self.gap_text(arm, other), [arm, other], margin.rule, problems)
 
     def equal_losses(self, arm: Arm, other: Arm, better_too: bool = False) -> Finding:
         """Judge whether the losses of two arms are the same within the margin, or the first's is lower if allowed."""
@@ -311,37 +302,23 @@ def _further_lr(label: str, lr: float) -> Remedy:
 
 
 def comparisons(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | None = None) -> list[Comparison]:
-    """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length, each with its
-    curves.
-
-    Raises:
-        UserError: see `check_runs`.
-    """
+    """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length, with their
+    curves; an arm with two runs of one LR and seed is refused (see `check_runs`)."""
     check_runs(runs)
     runs = with_arm_columns(runs)
-    keys = set(zip(*(runs[name].to_numpy(object) for name in COMPARED), strict=True))
-    # A groupby of one group is slow compared with the rest.
-    groups: list[Any] = [(*keys, runs)] if len(keys) == 1 else list(runs.groupby(COMPARED, dropna=False))
     # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.
     varied = runs.groupby(["model", "dataset"])[["batch_size", "steps"]].nunique().gt(1).any()
-    own_curves: dict[int, pd.DataFrame] = {}
-    if "run_id" in curves:
-        part_of = {run_id: part for part, (_, rows) in enumerate(groups) for run_id in rows["run_id"]}
-        own_curves = dict(iter(curves.groupby(curves["run_id"].map(part_of))))
     parts = []
-    for part, ((model, dataset, batch_size, steps), rows) in enumerate(groups):
+    for (model, dataset, batch_size, steps), rows in runs.groupby(COMPARED, dropna=False):
         setting = f" batch {batch_size}" if varied["batch_size"] else f" {steps} steps" if varied["steps"] else ""
-        points = own_curves.get(part, curves.iloc[:0])
+        points = curves_of(curves, rows)
         parts.append(Comparison(f"{model}/{dataset}{setting}", rows, points, judging or Judging()))
     return parts
 
 
 def require(*arms: tuple[str, Arm | None]) -> list[Arm]:
-    """Return the arms that a claim compares, given each after its name, None where the tables lack it.
-
-    Raises:
-        UnjudgedError: an arm is missing; the verdict is `not tested` if all are, and inconclusive otherwise.
-    """
+    """Return the arms that a claim compares, given each after its name, None where the tables lack it; an UnjudgedError
+    says if one is missing, with the verdict `not tested` if all are."""
     missing = [name for name, arm in arms if arm is None]
     if missing:
         verdict: Verdict = "not tested" if len(missing) == len(arms) else "inconclusive"

@@ -7,7 +7,7 @@ runs of one seed, which is far less noisy than either loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from lorabench.analysis.arms import arm_table, check_runs, each_arm, first_seed
+from lorabench.analysis.arms import arm_table, check_runs, each_arm
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, unknown
 from lorabench.analysis.finding import Finding, decide, nats, worst
 from lorabench.analysis.rules import Problem, Rule
@@ -31,11 +31,8 @@ def curves_of(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 def metric_points(
     curves: pd.DataFrame, split: str, metric: str, columns: Sequence[str] = ("run_id", "step", "value")
 ) -> pd.DataFrame:
-    """Return the points of one metric of a split whose value is not null.
-
-    The curves have the columns run_id, step, split, metric, value; an empty table may lack them. A column to return
-    that they lack is null.
-    """
+    """Return the points of one metric of a split whose value is not null; a column to return that the curves lack is
+    null, and an empty table may lack all."""
     if curves.empty:
         return pd.DataFrame(columns=list(columns))
     chosen = (curves["split"] == split) & (curves["metric"] == metric) & curves["value"].notna()
@@ -44,10 +41,8 @@ def metric_points(
 
 
 def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", split: str = "train") -> pd.DataFrame:
-    """Return the columns of runs with step and value of a metric (see `metric_points`), ordered by run and step.
-
-    Metrics of the split `train` are measured on a step's batch before its update, those of other splits after it.
-    """
+    """Return the columns of runs with step and value of a metric (see `metric_points`), ordered by run and step. The
+    split `train` is measured on a step's batch before its update, other splits after it."""
     points = metric_points(curves, split, metric)
     if points.empty:
         return runs.iloc[:0].assign(step=pd.Series(dtype="Int64"), value=pd.Series(dtype=float))
@@ -60,8 +55,8 @@ def at_step(runs: pd.DataFrame, curves: pd.DataFrame, step: int) -> pd.DataFrame
     Both final losses are the validation NLL at that step, since the test loss is measured only after the last step. A
     run that diverged later is done. A run that ended earlier, or has no validation loss at that step, is left out.
     """
-    points = metric_points(curves, "validation", "nll").set_index("run_id")
-    at_that_step = points.loc[points["step"] == step, "value"].groupby(level=0).first()
+    points = metric_points(curves, "validation", "nll")
+    at_that_step = points[points["step"] == step].groupby("run_id")["value"].first()
     loss = runs["run_id"].map(at_that_step.astype(float)).astype(float)
     loss = loss.where(loss.abs() < math.inf)
     ends = runs.reindex(columns=["diverged_at", "steps"]).astype(float)
@@ -109,9 +104,6 @@ def envelopes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per arm and step, ascending: step, examples and tokens (seen by that step, where the curves have them),
         value, lr and run_id (of the run with the lowest value there), n_runs (with a value there).
-
-    Raises:
-        UserError: See `check_runs`.
     """
     check_runs(runs)
     columns = ["step", "examples", "tokens", "value", "lr", "run_id", "n_runs"]
@@ -119,7 +111,8 @@ def envelopes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     rows: list[dict[Any, Any]] = []
     for arm, arm_runs in each_arm(runs):
         # Sorting by LR breaks ties, so that the result does not depend on the order of the table.
-        points = all_points.merge(first_seed(arm_runs)[["run_id", "lr"]], on="run_id")
+        grid = arm_runs.loc[arm_runs["seed"] == arm_runs["seed"].min(), ["run_id", "lr"]]
+        points = all_points.merge(grid, on="run_id")
         points = points.sort_values(["step", "value", "lr"])
         points["n_runs"] = points.groupby("step")["run_id"].transform("size")
         rows += [arm | point for point in points.drop_duplicates("step")[columns].to_dict("records")]
@@ -127,15 +120,14 @@ def envelopes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 Numbers = Callable[[pd.DataFrame], "pd.Series[float]"]
-"""A function from curves by step to one number for each column, such as a mean or a slope; it is linear in the
-curves."""
+"""A linear function from curves by step to one number for each column, such as a mean or a slope."""
 
 
 def log_windows(steps: ArrayLike, number: int, first: int = 2) -> list[tuple[int, int]]:
     """Return the first and last step of windows of ascending steps that are equally long on a logarithmic axis.
 
-    There are fewer than `number` windows if the steps do not suffice for one each. Steps before `first` do not count:
-    before the first update all arms are the base model.
+    There are fewer than `number` windows if the steps do not suffice. Steps before `first` do not count: before the
+    first update all arms are the base model.
     """
     steps = np.asarray(steps, int)
     steps = steps[steps >= first]
@@ -148,13 +140,12 @@ def log_windows(steps: ArrayLike, number: int, first: int = 2) -> list[tuple[int
 
 @dataclass(frozen=True)
 class LrError:
-    """What the error of an arm's optimal LR does to numbers of the arm's curve, which is taken at that LR."""
+    """What the error of an arm's optimal LR does to numbers of the arm's curve, which is taken at that LR: draws of the
+    error of ln LR, (N_DRAWS,), and by step the coefficients of that error and of its square (two columns) in the curve,
+    in the unit of the metric."""
 
     draws: np.ndarray
-    """Draws of the error of ln LR, (N_DRAWS,)."""
     by_power: pd.DataFrame
-    """By step, the coefficients of the error of ln LR (the first column) and of its square (the second) in the curve,
-    in the unit of the metric."""
 
     def of(self, numbers: Numbers) -> np.ndarray:
         """Return draws of the error of a number of the curve, (N_DRAWS,)."""
@@ -164,10 +155,9 @@ class LrError:
 
 @dataclass(frozen=True)
 class PairedCurves:
-    """The differences of two arms by step and seed, in the unit of the metric."""
+    """The differences of two arms by step (index, ascending) and seed that both have, in the unit of the metric."""
 
     by_seed: pd.DataFrame = field(repr=False)
-    """A row for each step (index, ascending) and a column for each seed that both arms have."""
     run_ids: tuple[str, ...] = field(repr=False)
     name: str = ""
     """Names the two arms, for draws."""
@@ -196,10 +186,10 @@ class PairedCurves:
         others: no window borrows degrees of freedom from its steps or other windows.
         """
 
-        def mean(low: int, high: int) -> Numbers:
-            return lambda curves: curves.loc[low:high].mean(skipna=False)
+        def mean(low: int, high: int) -> Estimate:
+            return self._estimate(lambda curves: curves.loc[low:high].mean(skipna=False), f"steps {low} to {high}")
 
-        return [self._estimate(mean(low, high), f"steps {low} to {high}") for low, high in windows]
+        return [mean(low, high) for low, high in windows]
 
     def slope(self, first: int) -> Estimate:
         """Estimate the slope of the difference from a step on, per tenfold steps, as the mean of the seeds' slopes."""
@@ -207,11 +197,8 @@ class PairedCurves:
 
     def crossing(self, first: int, level: float) -> Estimate:
         """Estimate log10 of the step where the line through the difference against log10(step), from a step on, reaches
-        a level.
-
-        The line may reach it before that step; it is unknown if the difference does not grow. The mean line of the
-        seeds gives the value. The error is that of what the line has above the level there, divided by the slope.
-        """
+        a level, which may be before that step; unknown if the difference does not grow. The mean line of the seeds
+        gives the value, and the error is that of what the line has above the level there, divided by the slope."""
         curves = self.by_seed.loc[first:]
         slopes, y = slopes_by_seed(curves), curves.astype(float).mean()
         slope = float(slopes.mean())
@@ -253,8 +240,8 @@ def scan(
     for all windows at once. In the text {} stands for the difference, which `number` formats; see also `decide`.
     """
     findings = []
-    for window, estimate in zip(windows, curves.means(windows), strict=True):
-        reason = f"{text.format(number(estimate))} in steps {window[0]} to {window[1]}"
+    for (low, high), estimate in zip(windows, curves.means(windows), strict=True):
+        reason = f"{text.format(number(estimate))} in steps {low} to {high}"
         findings.append(decide(rule, estimate, reason, curves.run_ids, problems, margin_rule))
     decisive = worst(findings)
     return replace(decisive, reason=f"{decisive.reason} (one of {len(windows)} windows of steps)")
@@ -269,14 +256,12 @@ class EarlyDifference:
     """Training NLL of a rank minus that of a higher one, at one LR, paired by seed and step, in nats per token."""
 
     low: int
-    """The lower of the two ranks."""
     high: int
     lr: float
     curves: PairedCurves
     """The difference, by the steps and the seeds that both ranks finished."""
     sigma_batch: float
-    """Standard deviation of the training NLL over seeds, and so over batches, pooled over both ranks and all steps, or
-    NaN."""
+    """Standard deviation of the training NLL over seeds, and so over batches, pooled over both ranks and all steps."""
     by_inverse_rank: pd.DataFrame = field(repr=False)
     """For each pair of ranks with runs at that LR and these seeds: low, high, inverse (1/low - 1/high) and difference
     (the mean over seeds and steps)."""
@@ -284,20 +269,9 @@ class EarlyDifference:
     """Number of runs of either rank at that LR that diverged and so lack in `curves`."""
 
 
-def compared_ranks(ranks: Iterable[int]) -> tuple[int, int] | None:
-    """Return the ranks that stand for the paper's 16 and 256, if any: the lowest from PAPER_RANK up, or else above 1,
-    and the highest."""
-    for lowest in (PAPER_RANK, 2):
-        enough = sorted({rank for rank in ranks if rank >= lowest})
-        if len(enough) > 1:
-            return enough[0], enough[-1]
-    return None
-
-
 def inverse_rank_fit(by_inverse_rank: pd.DataFrame) -> tuple[float, float]:
-    """Fit the differences of pairs of ranks, as of `EarlyDifference`, as a multiple of 1/low - 1/high, as theory says.
-
-    Return the factor in nats per token, and the share of the sum of squares that it explains; NaN without two pairs.
+    """Fit the differences of pairs of ranks of an `EarlyDifference` as a multiple of 1/low - 1/high, as theory says;
+    return the factor in nats per token, and the share of the sum of squares that it explains (NaN without two pairs).
     """
     if len(by_inverse_rank) < 2:
         return math.nan, math.nan
@@ -307,45 +281,46 @@ def inverse_rank_fit(by_inverse_rank: pd.DataFrame) -> tuple[float, float]:
 
 
 def early_difference(runs: pd.DataFrame, curves: pd.DataFrame, first_steps: float = math.inf) -> EarlyDifference | None:
-    """Compute the training NLL of a rank minus that of a higher one (see `compared_ranks`), at one LR that both have.
+    """Compute the training NLL of a rank minus that of a higher one, at one LR that both have.
 
-    If they share several LRs, the LR with the most paired seeds is taken, and the lowest of equals. None if there are
-    no two ranks above 1 that share an LR and a finished seed. The runs differ in rank, LR and seed only.
+    The ranks stand for the paper's 16 and 256: the lowest from PAPER_RANK up, or else above 1, and the highest. Of
+    several LRs the one with the most paired seeds is taken, and the lowest of equals. None if no two such ranks share
+    an LR and a finished seed. The runs differ in rank, LR and seed only.
     """
-    pair = compared_ranks([int(rank) for rank in runs["rank"].dropna()])
-    if pair is None:
+    ranks = sorted({int(rank) for rank in runs["rank"].dropna() if rank > 1})
+    high_ranks = [rank for rank in ranks if rank >= PAPER_RANK]
+    ranks = high_ranks if len(high_ranks) > 1 else ranks
+    if len(ranks) < 2:
         return None
-    points = metric_points(curves, "train", "nll")
-    points = points[points["step"] <= first_steps].astype({"value": float})
-    by_lr: dict[float, dict[int, pd.DataFrame]] = {}
-    for _, rows in runs[runs["status"] == "done"].groupby(["lr", "rank"]):
-        by_rank = by_lr.setdefault(float(rows["lr"].iloc[0]), {})
-        by_rank[int(rows["rank"].iloc[0])] = curves_by_seed(rows, points)
-    paired_seeds = {
-        at: [seed for seed in by_rank[pair[0]] if seed in by_rank[pair[1]]]
-        for at, by_rank in by_lr.items()
-        if set(pair) <= set(by_rank)
-    }
-    lr = max(paired_seeds, key=lambda at: len(paired_seeds[at]), default=None)
-    if lr is None or not paired_seeds[lr]:
+    lowest, highest = ranks[0], ranks[-1]
+    points = train_curves(runs[runs["status"].eq("done") & runs["rank"].notna()], curves)
+    points = points[points["step"] <= first_steps].astype({"rank": int, "step": int, "value": float})
+    wide = points.pivot(index="step", columns=["lr", "rank", "seed"], values="value").sort_index(axis=1)
+    cells: list[Any] = wide.columns.tolist()
+    paired_seeds: dict[float, list[int]] = {lr: [] for lr, _, _ in cells}
+    for lr, rank, seed in cells:
+        if rank == lowest and (lr, highest, seed) in cells:
+            paired_seeds[lr].append(seed)
+    lr, seeds = max(paired_seeds.items(), key=lambda pair: len(pair[1]), default=(math.nan, []))
+    if not seeds:
         return None
-    seeds = paired_seeds[lr]
-    losses = {rank: by_seed[seeds] for rank, by_seed in by_lr[lr].items() if set(seeds) <= set(by_seed)}
-    difference = (losses[pair[0]] - losses[pair[1]]).dropna().rename_axis("step")
+    at_lr = wide[lr]
+    losses = {rank: at_lr[rank][seeds] for rank in at_lr.columns.unique(0) if set(seeds) <= set(at_lr[rank])}
+    difference = (losses[lowest] - losses[highest]).dropna()
     if difference.empty:
         return None
-    variance = [losses[rank].loc[difference.index].var(axis=1) for rank in pair]
+    variance = [losses[rank].loc[difference.index].var(axis=1) for rank in (lowest, highest)]
     # Before the first update all ranks have the loss of the base model.
-    later = {rank: by_seed.loc[2:] for rank, by_seed in losses.items()}
     by_inverse_rank = [
         (low, high, 1 / low - 1 / high, float(np.nanmean(apart)))
-        for low, high in combinations(later, 2)
-        if np.isfinite(apart := (later[low] - later[high]).to_numpy(float)).any()
+        for low, high in combinations(losses, 2)
+        if np.isfinite(apart := (losses[low] - losses[high]).loc[2:].to_numpy(float)).any()
     ]
-    both = runs[runs["rank"].isin(pair) & (runs["lr"] == lr)]
+    both = runs[runs["rank"].isin([lowest, highest]) & (runs["lr"] == lr)]
     return EarlyDifference(
-        *pair,
-        lr=lr,
+        lowest,
+        highest,
+        lr,
         curves=PairedCurves(difference, tuple(both.loc[both["seed"].isin(seeds), "run_id"])),
         sigma_batch=math.sqrt(float(pd.concat(variance).mean())) if len(seeds) > 1 else math.nan,
         by_inverse_rank=pd.DataFrame(by_inverse_rank, columns=["low", "high", "inverse", "difference"]),

@@ -1,10 +1,10 @@
 """Estimates: numbers with the distribution of their error, from which intervals of any level are taken.
 
-An error has two independent parts: one from seeds (weights, data order), and one from the examples of the test split,
-or from their groups where they share a source. Each is kept as draws, so that a function of several estimates has an
-interval too, and estimates from one fit keep their correlation. The draws are quantiles of the error's distribution, at
-points that fill the unit cube evenly and lie in an order that belongs to the name of the error. So the ends of an
-interval are continuous in the data; docs/estimates.md says how precise they are.
+An error has two independent parts: one from seeds (weights, data order), and one from the test examples, or from their
+groups where they share a source. Each is kept as draws, so that functions of several estimates have intervals too, and
+estimates from one fit keep their correlation. The draws are quantiles of the error's distribution, at points that fill
+the unit cube evenly, in an order that belongs to the error's name. So the ends of an interval are continuous in the
+data; docs/estimates.md says how precise they are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -24,8 +24,7 @@ from scipy.special import chdtri, ndtri, stdtrit
 from lorabench.store.checks import check_test_losses
 
 N_DRAWS = int(os.environ.get("LORABENCH_DRAWS", 2**16))
-"""Number of draws of an error; a power of two from 2**12 up, by which Sobol's points fill a cube evenly. Calibration
-sets a smaller one, since errors of its intervals average out over many worlds."""
+"""Number of draws of an error, a power of two from 2**12 up, as Sobol's points need; calibration sets a smaller one."""
 
 _SHARES = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
 
@@ -41,8 +40,8 @@ class Estimate:
     seed_part: np.ndarray = field(repr=False)
     """Draws of the error from seeds, shape (N_DRAWS,), in the unit of the value."""
     example_part: np.ndarray | None = field(default=None, repr=False)
-    """Draws of the error from test examples, shape (N_DRAWS,); None where the tables do not hold the losses by
-    example, so that this error is not known and counts as 0. NaN where all examples are of one group."""
+    """Draws of the error from test examples, shape (N_DRAWS,); NaN where all examples are of one group. None without
+    losses by example; this error is then not known and counts as 0."""
     n_seeds: int = 0
     n_examples: int = 0
     n_groups: int = 0
@@ -55,19 +54,13 @@ class Estimate:
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Return the ends of the equal-tailed interval of a level; NaN if the error is not known."""
-        tail = (1 - level) / 2
-        return self._quantile(tail), self._quantile(1 - tail)
+        low, high = np.quantile(self.ordered, [(1 - level) / 2, (1 + level) / 2]).tolist()
+        return low, high
 
     @cached_property
     def ordered(self) -> np.ndarray:
         """The draws in ascending order, NaN last."""
         return np.sort(self.draws)
-
-    def _quantile(self, share: float) -> float:
-        """Return a quantile of the draws, on the line between the two nearest; NaN if some draw is."""
-        place = share * (N_DRAWS - 1)
-        low, high, last = self.ordered[[math.floor(place), math.ceil(place), -1]].tolist()
-        return math.nan if math.isnan(last) else float(low + (high - low) * (place - math.floor(place)))
 
     @cached_property
     def known(self) -> bool:
@@ -77,8 +70,8 @@ class Estimate:
     @property
     def detectable(self) -> float:
         """The smallest true difference from 0 whose 95% interval would leave out 0 with probability POWER."""
-        low, high = self.interval()
-        return (high - low) / 2 + self._quantile(POWER) - self._quantile(0.5)
+        low, middle, most, high = np.quantile(self.ordered, [0.025, 0.5, POWER, 0.975]).tolist()
+        return float((high - low) / 2 + most - middle)
 
     @cached_property
     def seed_error(self) -> float:
@@ -97,11 +90,8 @@ def _standard_error(part: np.ndarray) -> float:
 
 
 def combined(function: Callable[..., ArrayLike], *estimates: Estimate) -> Estimate:
-    """Return a function of estimates, with the error that follows from theirs.
-
-    The function maps one number or array for each estimate to a number or array, element by element. Draws are taken
-    together, so that those of one fit keep their correlation.
-    """
+    """Return a function of estimates, which maps one number or array for each to a number or array, with the error that
+    follows from theirs. Draws are taken together, so that those of one fit keep their correlation."""
     value = float(np.asarray(function(*(each.value for each in estimates))))
     seed_part = np.asarray(function(*(each.value + each.seed_part for each in estimates))) - value
     example_part, parts = None, [each.value + each.example_part for each in estimates if each.example_part is not None]
@@ -123,10 +113,7 @@ def exact(value: float) -> Estimate:
 
 def student(value: float, error: float, dof: float, name: str, n_seeds: int = 0) -> Estimate:
     """Return a number with a t distributed error, given its standard error; it is not known below one degree of
-    freedom.
-
-    Draws of different names are independent, and those of one name are always the same.
-    """
+    freedom. Draws of different names are independent, and those of one name are always the same."""
     known = dof >= 1 and math.isfinite(error)
     seed_part = error * shuffled(_t_quantiles(dof), name) if known else np.full(N_DRAWS, math.nan)
     return Estimate(value, seed_part, None, n_seeds)
@@ -147,14 +134,12 @@ def mean_over_seeds(values: Sequence[float] | ArrayLike, name: str) -> Estimate:
 
 
 def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray, name: str) -> Estimate:
-    """Estimate the ratio of the means of paired values, (n,) each; NaN if the denominator's mean is not positive.
-
-    Its error, from the residuals numerator - ratio * denominator, lacks what the pairs share; two pairs are needed.
-    """
+    """Estimate the ratio of the means of paired values, (n,) each; NaN if the denominator's mean is not positive. Its
+    error, from the residuals numerator - ratio * denominator, lacks what pairs share; two pairs are needed."""
     n = len(numerator)
     mean = float(denominator.mean()) if n else math.nan
     if not mean > 0:
-        return student(math.nan, math.nan, 0, name, n)
+        return replace(unknown(), n_seeds=n)
     ratio = float(numerator.mean()) / mean
     residual = float((numerator - ratio * denominator).std(ddof=1)) if n > 1 else math.nan
     return student(ratio, residual / math.sqrt(n) / mean, n - 1, name, n)
@@ -181,30 +166,21 @@ def normal(name: str) -> np.ndarray:
 def multivariate_student(
     covariance: np.ndarray, dof: float, name: str, chosen: Sequence[int] | None = None
 ) -> np.ndarray:
-    """Return draws of a multivariate t distribution around 0, (N_DRAWS, numbers), by the name of the numbers.
-
-    The covariance, (numbers, numbers), is that if the degrees of freedom, which all share, were many. The draws are
-    those of the `chosen` places, or of all.
-    """
+    """Return draws of a multivariate t distribution around 0, (N_DRAWS, numbers), by the name of the numbers; those of
+    the `chosen` places, or of all. The covariance, (numbers, numbers), is that if the degrees of freedom were many."""
     root = cholesky_root(covariance)
     even = _even_points(math.ceil(len(root) / _BLOCK))[:, : len(root)]
+    root[np.diag(covariance) == 0] = 0.0
+    draws = even @ (root if chosen is None else root[list(chosen)]).T
     # One chi-squared draw for all numbers makes normal ones multivariate t. Any part of the points is even as well, so
     # its draws can be combined with them in ascending order.
-    errors = np.sqrt(np.diag(covariance))
-    root[errors == 0] = 0.0
-    if chosen is not None:
-        root = root[list(chosen)]
-    draws = even @ root.T
     draws *= _chi_factors(dof)[:, None]
     return shuffled(draws, name)
 
 
 def cholesky_root(covariance: np.ndarray) -> np.ndarray:
-    """Return a lower triangular root of a covariance, (numbers, numbers), in which a number may follow from others.
-
-    It is continuous in the covariance, as eigenvectors are not. A negligible share is added to each variance; the root
-    of a number without error is 3e-5.
-    """
+    """Return a lower triangular root of a covariance, (numbers, numbers), in which a number may follow from others. It
+    is continuous in the covariance, as eigenvectors are not; a negligible share is added to each variance."""
     errors = np.sqrt(np.diag(covariance))
     scales = np.where(errors > 0, errors, 1.0)
     root = np.linalg.cholesky(covariance / np.outer(scales, scales) + 1e-9 * np.eye(len(scales)))
@@ -234,17 +210,13 @@ def _even_points(blocks: int) -> np.ndarray:
 def shuffled(draws: np.ndarray, name: str) -> np.ndarray:
     """Return draws in the order of a name, (N_DRAWS, ...); the orders of different names are independent."""
     random = generator(name)
-    # To turn one of a few random orders by a random number of places is faster than to make another one.
-    order, start = _order(int(random.integers(_ORDERS))), int(random.integers(N_DRAWS))
+    # To turn one of 64 random orders by a random number of places is faster than to make another one.
+    order, start = _order(int(random.integers(64))), int(random.integers(N_DRAWS))
     # `take` is several times as fast as indexing.
     return np.concatenate([np.take(draws, order[start:], axis=0), np.take(draws, order[:start], axis=0)])
 
 
-_ORDERS = 64
-"""The number of random orders; turned by any number of places, they are 4 million."""
-
-
-@lru_cache(maxsize=_ORDERS)
+@lru_cache(maxsize=64)
 def _order(number: int) -> np.ndarray:
     return generator(f"order {number}").permutation(N_DRAWS)
 
@@ -252,10 +224,6 @@ def _order(number: int) -> np.ndarray:
 def generator(name: str) -> np.random.Generator:
     """Return the random generator of a name, so that no number depends on what else is in a table."""
     return np.random.default_rng(zlib.crc32(name.encode()))
-
-
-_SUMMED = 2**12
-"""The number of draws that are made, and summed, at one time, so that they take little memory."""
 
 
 @dataclass(frozen=True)
@@ -302,7 +270,7 @@ class ExampleLosses:
             (self.tokens[run_id], self.groups.get(run_id, np.arange(len(self.tokens[run_id])))) for run_id in run_ids
         ]
         tokens, groups = splits[0]
-        if any(not (np.array_equal(split[0], tokens) and np.array_equal(split[1], groups)) for split in splits):
+        if not all(np.array_equal(own, tokens) and np.array_equal(other, groups) for own, other in splits):
             return None
         number = np.unique(groups, return_inverse=True)[1]
         tokens, nats = np.bincount(number, tokens), [np.bincount(number, self.nats[run_id]) for run_id in run_ids]
@@ -321,11 +289,10 @@ def example_draws(influences: np.ndarray, test_split: str) -> np.ndarray:
     These are (numbers, groups), as from `ExampleLosses.influences` or sums of those; NaN gives NaN. Numbers of one test
     split, which is named, have their draws in common.
     """
-    n = influences.shape[1]
-    multipliers, numbers = _multipliers(test_split, n), influences.T.astype(np.float32)
-    blocks = (multipliers[start : start + _SUMMED].astype(np.float32) @ numbers for start in range(0, N_DRAWS, _SUMMED))
+    n, numbers = influences.shape[1], influences.T.astype(np.float32)
     factors = shuffled(_chi_factors(max(n - 1, 1)), f"groups of {test_split}") / _UNIT
-    return np.asarray(factors[:, None] * np.concatenate(list(blocks)))
+    sums = [part.astype(np.float32) @ numbers for part in _multipliers(test_split, n)]
+    return np.asarray(factors[:, None] * np.concatenate(sums))
 
 
 _UNIT = 30
@@ -333,14 +300,11 @@ _UNIT = 30
 
 
 @lru_cache(maxsize=16)
-def _multipliers(name: str, n: int) -> np.ndarray:
-    """Return normal draws for n groups of test examples, times _UNIT and rounded, (N_DRAWS, n)."""
+def _multipliers(name: str, n: int) -> list[np.ndarray]:
+    """Return N_DRAWS normal draws for n groups of test examples, times _UNIT and rounded, in parts, (2**12, n) each."""
     random = generator(f"examples of {name}")
-    multipliers = np.empty((N_DRAWS, n), np.int8)
-    for start in range(0, N_DRAWS, _SUMMED):
-        drawn = random.standard_normal((_SUMMED, n), np.float32)
-        multipliers[start : start + _SUMMED] = np.clip(np.rint(_UNIT * drawn), -127, 127)
-    return multipliers
+    parts = (random.standard_normal((2**12, n), np.float32) for _ in range(N_DRAWS // 2**12))
+    return [np.clip(np.rint(_UNIT * drawn), -127, 127).astype(np.int8) for drawn in parts]
 
 
 def without_run_noise(
@@ -348,12 +312,11 @@ def without_run_noise(
 ) -> np.ndarray:
     """Return the influences of groups of test examples on the coefficients of a fit, without what seeds have already.
 
-    Two runs of one arm differ on single test examples by chance alone. The spread between runs, which makes the error
-    from seeds, contains these differences, and the influences of examples contain them, too. Only a difference that an
-    example makes to all runs of an arm, or to the shape of its loss against the LR, is an error of its own. So the
-    influences on the runs, (runs, groups), are fitted like their mean losses, and the variance of the residuals is
-    taken from that of the coefficients. `hat`, (coefficients, runs), makes coefficients from losses, and the covariance
-    of runs is that over the variance of their noise.
+    Two runs of one arm differ on single test examples by chance alone, which both the spread between runs, the error
+    from seeds, and the influences contain. Only what an example does to all runs of an arm, or to the shape of its loss
+    against the LR, is an error of its own. So the influences on the runs, (runs, groups), are fitted like their mean
+    losses, and the variance of the residuals is taken from that of the coefficients. `hat`, (coefficients, runs), makes
+    coefficients from losses, and the covariance of runs is that over the variance of their noise.
     """
     effects = hat @ influences
     # A coefficient that is held near a value known before the runs takes less than a degree of freedom.

@@ -1,12 +1,11 @@
-"""Findings: the verdict on a claim with its numbers, its reason and the runs behind it.
+"""Findings: the verdict on a claim with its numbers, its reason and the runs behind it (docs/verdicts.md).
 
-With its verdict a finding carries those of N_AGAIN replicates, which are new runs of the same design on other seeds and
-other test examples. The truth is off the estimate by a draw of the error, and a new estimate is off the truth by
-another draw, so a replicate is the estimate shifted by the sum of two independent draws. Its error is measured anew,
-with as many degrees of freedom. A replicate has the same number in all comparisons, so that what their errors share
-stays shared. The share of replicates with the verdict of the finding is `p_again`. A replicate whose optimal LR moves
-too far has a reason against a verdict (`Comparison.reopened`); other reasons stay as they are. docs/verdicts.md
-explains the verdicts.
+With its verdict a finding carries those of N_AGAIN replicates, new runs of the same design on other seeds and test
+examples. The truth is off the estimate by a draw of the error, and a new estimate is off the truth by another draw, so
+a replicate is the estimate shifted by the sum of two independent draws. Its error is measured anew, with as many
+degrees of freedom. A replicate has the same number in all comparisons, so that what their errors share stays shared.
+The share of replicates with the verdict of the finding is `p_again`. A replicate whose optimal LR moves too far has a
+reason against a verdict (`Comparison.reopened`); other reasons stay as they are.
 """
 
 from __future__ import annotations
@@ -139,15 +138,9 @@ def decide(
     margin_rule: str = "",
     reopened: np.ndarray | None = None,
 ) -> Finding:
-    """Apply a rule to an estimate with its text; if its error is not known, or with any problem, the finding is
-    inconclusive.
-
-    Args:
-        run_ids: ids of the runs behind it, in any order; ids may repeat.
-        problems: reasons against a verdict.
-        margin_rule: the rule that gives the margin, as text.
-        reopened: which replicates have a reason against a verdict, (N_AGAIN,); by default none has.
-    """
+    """Apply a rule to an estimate with its text, the runs behind it, reasons against a verdict, and the rule that gives
+    the margin, as text; if its error is not known, or with any problem, the finding is inconclusive. `reopened` says
+    which replicates have a reason against a verdict, (N_AGAIN,)."""
     problems, known = list(problems), estimate.known
     if not known and not problems:
         problems.append(Problem("the error of the estimate is not known", Remedy(f"{MIN_SEEDS} seeds", MIN_SEEDS)))
@@ -158,7 +151,7 @@ def decide(
         margin_high=rule.margins[1],
         margin_rule=margin_rule,
         detectable=estimate.detectable if known else math.nan,
-        against=float(rule.against(estimate)[0]) if known else 1.0,
+        against=float(rule.answers(estimate).against[0]) if known else 1.0,
     )
     if problems:
         return judged
@@ -166,8 +159,8 @@ def decide(
     runs = rules.AS_IT_IS
     if high > low:
         runs = rules.NewRuns(*(np.concatenate(both) for both in zip(rules.AS_IT_IS, again(estimate), strict=True)))
-    confirmed, against = rule.confirmed(estimate, runs), rule.against(estimate, runs)
-    failed = np.where(rule.right_sign(estimate, runs), _RIGHT_SIGN, _CONTRADICTED)
+    confirmed, against, right_sign = rule.answers(estimate, runs)
+    failed = np.where(right_sign, _RIGHT_SIGN, _CONTRADICTED)
     verdicts = np.where(confirmed, _CONFIRMED, np.where(against <= LEVEL, failed, _OPEN)).astype(np.int8)
     if reopened is not None:
         verdicts[1:][reopened[: len(verdicts) - 1]] = _OPEN
@@ -180,9 +173,8 @@ def again(estimate: Estimate) -> rules.NewRuns:
     """Return the replicates of an estimate."""
     # The draws lie in a random order, so that different ones are independent.
     errors = estimate.draws[: 2 * N_AGAIN] - estimate.value
-    return rules.NewRuns(
-        errors[:N_AGAIN] + errors[N_AGAIN:], _widths(round(rules.student_shape(estimate.ordered)[1], 1))
-    )
+    dof = round(rules.student_shape(estimate.ordered)[1], 1)
+    return rules.NewRuns(errors[:N_AGAIN] + errors[N_AGAIN:], _widths(dof))
 
 
 @lru_cache(maxsize=2**14)
@@ -216,10 +208,8 @@ def finding(
 
 
 def worst(findings: Sequence[Finding]) -> Finding:
-    """Return the finding that decides over several: by the rank of its verdict (see SEVERITY), then by strain.
-
-    With k findings that have a verdict, a claim fails in one of them at the k-th part of the level only.
-    """
+    """Return the finding that decides over several: by the rank of its verdict (see SEVERITY), then by strain. With k
+    findings that have a verdict, a claim fails in one of them at the k-th part of the level only."""
     # The first of the highest rank decides, so that the most strained one comes first.
     ordered = sorted(findings, key=lambda judged: -judged.strain)
     outcomes = [judged.outcomes for judged in ordered]
@@ -235,20 +225,23 @@ def worst(findings: Sequence[Finding]) -> Finding:
     if judged.remedy is None or judged.remedy.plan is None:
         return judged
     # The remedy is the number of seeds, or of examples, that decides all.
-    plans = [judged.remedy.plan]
-    if plans[0].holds:  # The finding nearest to failing holds, so that a confirmation of all is ahead.
+    plans, (low, high) = [judged.remedy.plan], judged.remedy.plan.rule.margins
+    if low <= plans[0].value <= high:  # The finding nearest to failing holds: a confirmation of all is ahead.
         opened = [ordered[at].remedy for at in np.flatnonzero(verdicts[:, 0] == _OPEN).tolist()]
         plans = [remedy.plan for remedy in opened if remedy is not None and remedy.plan is not None]
     still_open = sum(plan.open for plan in plans)
     remedies = [replace(plan, tests=plan.tests * int(tested[0]), open=still_open).remedy() for plan in plans]
-    return replace(judged, remedy=max(remedies, key=lambda remedy: remedy.size, default=judged.remedy))
+
+    def size(remedy: Remedy) -> tuple[bool, int, int]:
+        # A larger remedy decides what a smaller one does.
+        return not (remedy.seeds or remedy.test_examples), remedy.test_examples or 0, remedy.seeds or 0
+
+    return replace(judged, remedy=max(remedies, key=size, default=judged.remedy))
 
 
 def without(judged: Finding, *verdicts: Verdict) -> Finding:
-    """Return a finding in which some verdicts are inconclusive instead.
-
-    What is no evidence for `contradicted` is none for `right sign, below the margin`, since both rest on one test.
-    """
+    """Return a finding in which some verdicts are inconclusive instead; what is no evidence for `contradicted` is none
+    for `right sign, below the margin`, since both rest on one test."""
     opened = {*verdicts, *(["right sign, below the margin"] if "contradicted" in verdicts else [])}
     before, against = judged.outcomes
     places = [SEVERITY.index(verdict) for verdict in opened]
@@ -281,27 +274,14 @@ def nats(estimate: Estimate) -> str:
     return with_interval(estimate.value, *estimate.interval(), 4, unit=" nats")
 
 
-def error_rate(estimate: Estimate) -> str:
-    """Format a difference of error rates."""
-    return with_interval(estimate.value, *estimate.interval(), 4, "+", " in error rate")
-
-
-def in_unit(
-    judged: Finding, unit: Callable[[float], float], unit_of_difference: Callable[[float], float] | None = None
-) -> Finding:
-    """Return a finding with its numbers in another unit, such as ratios for logarithms.
-
-    Args:
-        judged: the finding in the unit of its rule.
-        unit: a monotonic function of the estimate, its interval and the margin; if it decreases, ends are exchanged.
-        unit_of_difference: gives the detectable effect in the other unit; by default it is unchanged, as for a shift.
-    """
+def in_unit(judged: Finding, unit: Callable[[float], float]) -> Finding:
+    """Return a finding with its estimate, interval and margin in another unit, a monotonic function of theirs; if it
+    decreases, ends are exchanged. The detectable effect is unchanged, as for a shift."""
     ends: dict[str, Any] = {}
     for name in ("ci", "margin", "part"):
         low, high = f"{name}_low", f"{name}_high"
         ends[low], ends[high] = sorted((unit(getattr(judged, low)), unit(getattr(judged, high))))
-    detectable = unit_of_difference(judged.detectable) if unit_of_difference else judged.detectable
-    return replace(judged, estimate=unit(judged.estimate), detectable=detectable, **ends)
+    return replace(judged, estimate=unit(judged.estimate), **ends)
 
 
 def exponential(logarithm: float) -> float:

@@ -1,8 +1,5 @@
-"""The runs that count for the fit of a comparison, and generalized least squares over them.
-
-The runs around the lowest loss of each arm count. Their noise has two variances: that of a run, and that of an arm and
-seed.
-"""
+"""The runs around the lowest loss of each arm, which count for the fit, and generalized least squares over them, with
+two variances: that of a run, and that of an arm and seed."""
 
 from __future__ import annotations
 
@@ -31,24 +28,17 @@ def run_array(runs: pd.DataFrame) -> np.ndarray:
     def numbers(column: str, missing: float = math.nan) -> np.ndarray:
         return runs[column].to_numpy(float, na_value=missing) if column in runs else np.full(len(runs), missing)
 
-    status, test_loss, run_id = runs["status"].to_numpy(object), numbers("test_loss"), runs["run_id"].to_numpy(object)
-    fields = {
-        "run_id": run_id,
-        "lr": numbers("lr"),
-        "seed": numbers("seed").astype(int),
-        "validation_loss": numbers("validation_loss"),
-        "test_loss": test_loss,
-        "done": (status == "done") & np.isfinite(test_loss),
-        "diverged": status == "diverged",
-        "n": numbers("n_seeds", 1).astype(int),
-        "sd": numbers("final_test_nll_sd"),
-        "label": run_id,
-        "x": numbers("lr"),
-    }
-    array = np.empty(len(runs), [(name, values.dtype) for name, values in fields.items()])
-    for name, values in fields.items():
-        array[name] = values
+    types = {"run_id": object, "label": object, "seed": int, "n": int, "done": bool, "diverged": bool}
+    array = np.empty(len(runs), [*types.items(), *((name, float) for name in ("lr", "x", *_LOSSES, "sd"))])
+    for name in ("lr", "seed", *_LOSSES):
+        array[name] = numbers(name)
+    array["run_id"], array["n"], array["sd"] = runs["run_id"], numbers("n_seeds", 1), numbers("final_test_nll_sd")
+    array["done"] = runs["status"].eq("done") & np.isfinite(array["test_loss"])
+    array["diverged"] = runs["status"].eq("diverged")
     return array
+
+
+_LOSSES = ("validation_loss", "test_loss")
 
 
 @dataclass(frozen=True)
@@ -62,18 +52,16 @@ class ArmGrid:
     window: np.ndarray
     """Indices of the LRs that count for the fit."""
     edge: float | None
-    """If no finished or diverged run bounds the lowest loss on one side, the LR to add there; else None. This is so for
-    the lowest test loss, which is fitted, as for the lowest mean of validation and test loss."""
+    """The LR to add on a side where no finished or diverged run bounds the lowest loss: the mean of validation and test
+    loss, or the test loss, which is fitted."""
     coarse: float | None
-    """If a neighbour of the lowest loss is more than MAX_STEP away or diverged, the LR to add between; else None."""
+    """The LR to add between the lowest loss and a neighbour that is more than MAX_STEP away or diverged."""
     diverged: np.ndarray
     """LRs at which the run of the first seed diverged, ascending."""
 
     def lr_to_add(self, optimum: float) -> float | None:
-        """Return the LR to add if a fitted optimal LR lies at an end of the window; None if it lies within.
-
-        It is halfway to the next LR on a logarithmic axis, or a step of the grid further where there is no next LR.
-        """
+        """Return the LR to add if a fitted optimal LR lies at an end of the window: halfway to the next LR on a
+        logarithmic axis, or a step of the grid further where there is none; None if it lies within."""
         for end, inwards in ((self.window[0], 1), (self.window[-1], -1)):
             if not math.isclose(optimum, self.lrs[end], rel_tol=1e-6):
                 continue
@@ -108,9 +96,7 @@ def arm_grid(runs: np.ndarray) -> ArmGrid | None:
         return best
 
     # A table with one evaluation set has one of the two losses.
-    both = np.array([counted["validation_loss"], counted["test_loss"]])
-    known = np.isfinite(both)
-    centre = lowest_at(np.where(known, both, 0.0).sum(0) / known.sum(0))
+    centre = lowest_at(np.nanmean([counted["validation_loss"], counted["test_loss"]], axis=0))
     last = len(lrs) - 1
     diverged = np.sort(runs["lr"][first & runs["diverged"]])
     reach = MAX_STEP * 1.001
@@ -145,24 +131,20 @@ class Solution:
     design: np.ndarray
     """(runs, coefficients), each row times the square root of its number of seeds."""
     covariance: np.ndarray
-    """The runs' covariance over the variance of e, (runs, runs)."""
+    """The runs' covariance over the variance of e, (runs, runs); below that of the coefficients."""
     unscaled: np.ndarray
-    """Covariance over the variance of e, (coefficients, coefficients)."""
     variance: float
-    """Variance of e."""
+    """Variance of e, the ratio of that of v to it, and the degrees of freedom of both."""
     ratio: float
-    """Variance of v over that of e."""
     dof: int
-    """Degrees of freedom of the variance."""
 
 
 class Bend(NamedTuple):
-    """Where and how much the asymmetry bends the parabola of an arm."""
+    """How the asymmetry bends the parabola of an arm: the position from which the third power is measured, and the
+    arm's curvature over the mean of all."""
 
     centre: float
-    """The position from which the third power is measured."""
     size: float
-    """The arm's curvature over the mean of all."""
 
 
 @dataclass(frozen=True)
@@ -176,17 +158,14 @@ class FitRows:
     ends: dict[str, tuple[float, float]]
     """The lowest and the highest x of each arm."""
     seeds: list[int]
-    """The seeds, ascending."""
     cells: np.ndarray
     """The number of the cell of each run, one for each arm and seed, (runs,)."""
     weights: np.ndarray
     """The square root of the number of seeds in each row, (runs,); weighted rows all have the variance of a run."""
 
     def design(self, curvatures: Sequence[Sequence[str]], bends: Mapping[str, Bend] | None = None) -> np.ndarray:
-        """Return the columns: an intercept and a slope by arm, a curvature by group of arms, contrasts of seeds.
-
-        With bends, by arm, the third power of the distance from their centres, times their sizes, is the last column.
-        """
+        """Return the columns: an intercept and a slope by arm, a curvature by group of arms, contrasts of seeds, and
+        with bends, by arm, the third power of the distance from their centres, times their sizes."""
         columns = []
         for in_arm in self.in_arm.values():
             columns += [in_arm.astype(float), in_arm * self.runs["x"]]
@@ -262,8 +241,6 @@ def counted_rows(arms: Mapping[str, np.ndarray], grids: Mapping[str, ArmGrid]) -
         return None
     runs = np.concatenate(parts)
     in_arm = {label: np.asarray(runs["label"] == label, bool) for label in dict.fromkeys(runs["label"].tolist())}
-    x, pairs = runs["x"], runs[["label", "seed"]].tolist()
+    x, cells = runs["x"], pd.factorize(pd.MultiIndex.from_arrays([runs["label"], runs["seed"]]))[0]
     ends = {label: (float(x[chosen].min()), float(x[chosen].max())) for label, chosen in in_arm.items()}
-    place = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
-    cells, weights = np.array([place[pair] for pair in pairs], int), np.sqrt(runs["n"].astype(float))
-    return FitRows(runs, in_arm, ends, sorted(set(runs["seed"].tolist())), cells, weights)
+    return FitRows(runs, in_arm, ends, sorted(set(runs["seed"].tolist())), cells, np.sqrt(runs["n"].astype(float)))

@@ -1,16 +1,14 @@
 """Parametrization of LoRA: runs that its invariances make equivalent, and measures of how far runs differ.
 
-LoRA has four hyperparameters: alpha, the initial scale of A and the LRs of A and B. Two are redundant: with Adam at
+LoRA has four hyperparameters: alpha, the initial scale of A (`init_a`, in units of 1/sqrt(d_in)) and the LRs of A
+(`lr`) and B (`lr * lr_ratio`). Two are redundant, according to the paper's section on parametrization: with Adam at
 epsilon 0, training depends on them only through the update scale alpha * init_a * LR_B, the size of the first updates
-of W, and the time scale init_a / LR_A, the number of steps until A has moved away from its initial value, according to
-the paper's section on parametrization and invariances. LR_A is `lr`, LR_B is `lr * lr_ratio`, and init_a is in units of
-1/sqrt(d_in).
+of W, and the time scale init_a / LR_A, the number of steps until A has moved away from its initial value.
 """
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -39,10 +37,8 @@ def with_scales(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the LoRA runs with `update_scale` and `time_scale`; a null of STANDARD becomes its value."""
     runs = with_arm_columns(runs)
     lora = runs[runs["method"] == "lora"].astype(dict.fromkeys(STANDARD, float)).fillna(STANDARD)
-    lr = lora["lr"].astype(float)
-    return lora.assign(
-        update_scale=lora["alpha"] * lora["init_a"] * lr * lora["lr_ratio"], time_scale=lora["init_a"] / lr
-    )
+    lr, init_a = lora["lr"].astype(float), lora["init_a"]
+    return lora.assign(update_scale=lora["alpha"] * init_a * lr * lora["lr_ratio"], time_scale=init_a / lr)
 
 
 def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -75,10 +71,9 @@ def invariance_pairs(runs: pd.DataFrame, plus: bool = False) -> pd.DataFrame:
     has the same settings and seeds. With `plus`, one run of equivalent pairs has unequal LRs of A and B (LoRA+).
     """
     pairs = run_pairs(runs)
-    wanted = pairs["equivalent"]
+    wanted, eps = pairs["equivalent"], pairs["eps"].astype(float)
     if plus:
         wanted &= pairs["lr_ratio_fast"].eq(1.0) ^ pairs["lr_ratio_slow"].eq(1.0)
-    eps = pairs["eps"].astype(float)
     smallest = eps[wanted].min()
     at_eps = eps.isna() if math.isnan(smallest) else eps == smallest
     tested = (wanted & at_eps).groupby([pairs[name] for name in (*PAIR_SETTING, "seed")], dropna=False).transform("any")
@@ -92,11 +87,8 @@ def tenfold_pairs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def fixed_a_controls(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the pairs of `tenfold_pairs` whose fast run is standard and whose slow run has the same initial A.
-
-    In the slow run A hardly moves in comparison, so that later differences between their updates are due to the
-    movement of A.
-    """
+    """Return the pairs of `tenfold_pairs` whose fast run is standard and whose slow run has the same initial A, which
+    hardly moves in comparison, so that later differences between their updates are due to the movement of A."""
     pairs = tenfold_pairs(runs)
     standard = {f"{name}_fast": value for name, value in STANDARD.items()} | {"init_a_slow": STANDARD["init_a"]}
     return pairs[pairs[list(standard)].eq(pd.Series(standard)).all(axis=1)]
@@ -154,20 +146,19 @@ def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     cells = first.groupby([*_BATCHES, "rank", "alpha", "seed"], dropna=False, as_index=False).agg(
         descent=("descent", "mean"), run_ids=("run_id", list)
     )
-    columns = [*_BATCHES, "rule", "rank", "alpha", "seed", "descent", "run_ids"]
-    parts = [pd.DataFrame(columns=columns)]
+    columns, parts = [*_BATCHES, "rule", "rank", "alpha", "seed", "descent", "run_ids"], []
     for _, rows in cells.groupby(_BATCHES, dropna=False):
-        for power, rule in RULES.items():
+        standard = rows["alpha"] == STANDARD["alpha"]
+        parts.append(rows[standard].assign(rule=RULES[0.0]))
+        for power, rule in list(RULES.items())[1:]:
             # Rounding makes factors equal that differ only by the inexact square roots of ranks.
             factor = (rows["alpha"] / rows["rank"].astype(float) ** power).map(lambda value: float(f"{value:.9g}"))
-            followed = [same for _, same in rows.groupby(factor) if same["rank"].nunique() > 1]
-            followed = [same for same in followed if (same["alpha"] != STANDARD["alpha"]).any()]
-            if not power:
-                followed = [rows[rows["alpha"] == STANDARD["alpha"]]]
-            if followed:
-                most = max(followed, key=lambda same: int(same["rank"].nunique()))
-                parts.append(most.assign(rule=rule)[columns])
-    return pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
+            followed = [same for _, same in rows.groupby(factor) if not standard[same.index].all()]
+            most = max(followed, key=lambda same: int(same["rank"].nunique()), default=rows.iloc[:0])
+            if most["rank"].nunique() > 1:
+                parts.append(most.assign(rule=rule))
+    parts = [part[columns] for part in parts if len(part)]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
 def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
@@ -182,13 +173,12 @@ def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
         by_rank = {group["rank"].iloc[0]: group.set_index("seed") for _, group in rule_rows.groupby("rank")}
         top = by_rank[max(by_rank)]
         for rank, group in by_rank.items():
-            seeds = group.index.intersection(top.index)
-            pair = group.loc[seeds], top.loc[seeds]
-            own, highest = (rows["descent"].to_numpy(float) for rows in pair)
+            both = group.merge(top, on="seed", suffixes=("", "_top"))
+            own, highest = both["descent"].to_numpy(float), both["descent_top"].to_numpy(float)
             ratio = ratio_of_means(own, highest, "/".join(map(str, (*key, rank))))
             low, high = (math.nan, math.nan) if group is top else ratio.interval()
-            run_ids = [run_id for rows in pair for ids in rows["run_ids"] for run_id in ids]
-            ratios.append((*key, rank, ratio, ratio.value, low, high, len(seeds), sorted(set(run_ids))))
+            run_ids = {run_id for ids in (*both["run_ids"], *both["run_ids_top"]) for run_id in ids}
+            ratios.append((*key, rank, ratio, ratio.value, low, high, len(both), sorted(run_ids)))
     columns = [*_BATCHES, "rule", "rank", "estimate", "ratio", "low", "high", "n_seeds", "run_ids"]
     return pd.DataFrame(ratios, columns=columns)
 
@@ -205,11 +195,10 @@ def move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     for run_id, points in train_curves(scaled, curves, "a_moved").groupby("run_id"):
         steps, values = points["step"].to_numpy(float), points["value"].to_numpy(float)
         limit, bound = (steps[values >= 1][0], -1) if (values >= 1).any() else (steps[-1], 1)
-        moved = values > 0
-        for (before, low), (after, high) in pairwise(zip(np.log(steps[moved]), np.log(values[moved]), strict=True)):
-            if low < 0 <= high:
-                limit, bound = math.exp(before - low / (high - low) * (after - before)), 0
-                break
+        steps, values = np.log(steps[values > 0]), np.log(values[values > 0])
+        if len(crossings := np.flatnonzero((values[:-1] < 0) & (values[1:] >= 0))):
+            around = slice(crossings[0], crossings[0] + 2)
+            limit, bound = math.exp(np.interp(0.0, values[around], steps[around])), 0
         times.append((run_id, float(limit), bound))
     timed = scaled.merge(pd.DataFrame(times, columns=["run_id", "limit", "bound"]), on="run_id")
     return timed.assign(step=timed["limit"].where(timed["bound"] == 0))

@@ -8,8 +8,7 @@ where the third power is that of the distance from the optimum of a fit without 
 asymmetry from another optimum and curvature, so d is known before the runs to be about 0. The curvatures c_a differ
 from their mean by a random effect, whose size is known before the runs, too: few noisy LRs can't tell whether arms have
 one curvature, and a test that mostly keeps one biases minima and makes intervals too short. The fit is generalized
-least squares. statsmodels' `MixedLM` finds the most likely ratio of the variances of v and e by descent; a test holds
-the two together. It gives no t intervals, which matter with three seeds, and takes a hundred times as long.
+least squares. statsmodels' `MixedLM`, which a test holds it to, gives no t intervals and takes a hundred times as long.
 
 A row may also be the mean of n seeds with their standard deviation. It then counts n times, and if there are only such
 rows, the seed noise is that of their deviations, pooled.
@@ -29,7 +28,7 @@ import pandas as pd
 from scipy.linalg import helmert
 
 from lorabench.analysis import estimate
-from lorabench.analysis.arms import arm_label, arm_places, kept, with_arm_columns, with_losses
+from lorabench.analysis.arms import arm_label, each_arm, kept, with_losses
 from lorabench.analysis.estimate import N_DRAWS, Estimate, ExampleLosses
 from lorabench.analysis.fit_rows import ArmGrid, Bend, FitRows, Solution, arm_grid, counted_rows, run_array
 
@@ -52,10 +51,6 @@ The logarithm of an estimated standard deviation is then off by 0.64. Between th
 and of `overnight`, that of the noise of seeds differs by 0.8 and 0.5 beyond its own error.
 """
 
-Places = dict[str, list[int]]
-"""By arm, the places of its intercept, slope, curvature and asymmetry, if any, among the coefficients of a fit."""
-
-
 FEW_GROUPS = 10
 """The number of groups of test examples below which a reason names it: the error is then uncertain itself, and the
 groups hardly stand for others."""
@@ -63,14 +58,12 @@ groups hardly stand for others."""
 
 @dataclass(frozen=True)
 class Noise:
-    """Seed noise that was measured elsewhere."""
+    """Seed noise that was measured elsewhere: the standard deviation of the final test loss over seeds, in the unit of
+    the loss, its degrees of freedom, and where it was measured, for the reason of a verdict."""
 
     sigma: float
-    """Standard deviation of the final test loss over seeds, in the unit of the loss."""
     dof: int
-    """Its degrees of freedom."""
     source: str
-    """Where it was measured, for the reason of a verdict."""
 
     @classmethod
     def borrowed(cls, sigma: float, dof: float, source: str) -> Noise:
@@ -87,50 +80,43 @@ class ByArm(UserDict[str, Any]):
 
 @dataclass(frozen=True)
 class LossFit:
-    """The fit of one comparison."""
+    """The fit of one comparison; mappings are by arm label."""
 
     grids: Mapping[str, ArmGrid]
-    """The LRs of each arm, by arm label."""
     lowest: Mapping[str, tuple[float, float]]
-    """The natural logarithm of the optimal LR of each arm, and its lowest loss, both without their errors."""
+    """The natural logarithm of the optimal LR, and the lowest loss, both without their errors."""
     measured: Mapping[str, tuple[float, float]]
-    """The lowest mean loss of each arm at an LR, without the effects of seeds that all arms share, and its standard
-    error."""
+    """The lowest mean loss at an LR, without the effects of seeds that all arms share, and its standard error."""
     sigma: float
-    """Standard deviation of a run's loss without the effect of its seed that all arms share."""
+    """Standard deviation of a run's loss without the effect of its seed that all arms share, and its degrees of freedom
+    below."""
     dof: int
-    """Degrees of freedom of sigma."""
     curvature: Mapping[str, float]
-    """The curvature of each arm, in the unit of the loss per squared unit of ln LR."""
+    """In the unit of the loss per squared unit of ln LR."""
     seeds: Mapping[str, frozenset[int]] = field(repr=False)
-    """The seeds of each arm with a run that counts."""
+    """The seeds with a run that counts, and below these runs."""
     run_ids: Mapping[str, tuple[str, ...]] = field(repr=False)
-    """The runs of each arm that count."""
     noise_text: str
     """What a reason says at its end about the errors: where the seed noise was measured, if not by these runs, and from
     how many groups the test examples come, if from fewer than FEW_GROUPS."""
     optima: Mapping[str, Estimate] = field(repr=False)
-    """The natural logarithm of the optimal LR of each arm."""
+    """The natural logarithm of the optimal LR, and below the lowest loss."""
     minima: Mapping[str, Estimate] = field(repr=False)
-    """The lowest loss of each arm, in the unit of the loss."""
     resolved: Mapping[str, bool] = field(repr=False)
-    """Whether the optimum of each arm lies between LRs of its grid with a probability of 95% or more."""
+    """Whether the optimum lies between LRs of the grid with a probability of 95% or more."""
 
     @kept
-    def gap(self, label: str, other: str) -> Estimate:
+    def gap(self, label: str, other: str, of: str = "minima") -> Estimate:
         """Return the minimum of one arm minus that of another; the seeds are those that both have."""
-        return self._difference(self.minima, label, other)
-
-    @kept
-    def log_ratio(self, label: str, other: str) -> Estimate:
-        """Return the natural logarithm of the ratio of the optimal LRs of two arms."""
-        return self._difference(self.optima, label, other)
-
-    def _difference(self, numbers: Mapping[str, Estimate], label: str, other: str) -> Estimate:
+        numbers = getattr(self, of)
         if label not in numbers or other not in numbers:
             return estimate.unknown()
         difference = estimate.combined(np.subtract, numbers[label], numbers[other])
         return replace(difference, n_seeds=len(self.seeds[label] & self.seeds[other]))
+
+    def log_ratio(self, label: str, other: str) -> Estimate:
+        """Return the natural logarithm of the ratio of the optimal LRs of two arms."""
+        return self.gap(label, other, "optima")
 
 
 def fit_losses(
@@ -151,21 +137,19 @@ def fit_losses(
         test_split: names the test split. Fits with one test split draw the same examples, whose error cancels in
             differences.
     """
-    runs = with_arm_columns(with_losses(runs))
-    every_run = run_array(runs)
-    arms = {arm_label(arm): every_run[places] for arm, places in arm_places(runs)}
+    arms = {arm_label(arm): run_array(rows) for arm, rows in each_arm(with_losses(runs))}
     grids = {label: grid for label, rows in arms.items() if (grid := arm_grid(rows))}
-    counted = counted_rows(arms, grids)
-    if counted is not None and len(counted.seeds) > 1:
+    nothing = LossFit(grids, {}, {}, math.nan, 0, {}, {}, {}, "", {}, {}, {})
+    if (counted := counted_rows(arms, grids)) is None:
+        return nothing
+    means = counted.runs[(counted.runs["n"] > 1) & np.isfinite(counted.runs["sd"])]
+    if len(counted.seeds) > 1:
         noise = None
-    elif counted is not None:
-        means = counted.runs[(counted.runs["n"] > 1) & np.isfinite(counted.runs["sd"])]
-        if len(means):
-            pooled = math.sqrt(float(((means["n"] - 1) * means["sd"] ** 2).sum() / (means["n"] - 1).sum()))
-            noise = Noise(pooled, int((means["n"] - 1).sum()), "the standard deviations in the table")
-    fitted = None if counted is None else _fitted(counted, noise)
-    if counted is None or fitted is None:
-        return LossFit(grids, {}, {}, math.nan, 0, {}, {}, {}, "", {}, {}, {})
+    elif len(means):
+        pooled = math.sqrt(float(((means["n"] - 1) * means["sd"] ** 2).sum() / (means["n"] - 1).sum()))
+        noise = Noise(pooled, int((means["n"] - 1).sum()), "the standard deviations in the table")
+    if (fitted := _fitted(counted, noise)) is None:
+        return nothing
     solution, places_by_arm, bends = fitted
     sigma, dof = math.nan, 0
     if len(counted.seeds) > 1 or noise is not None:
@@ -211,20 +195,14 @@ def fit_losses(
         if seed_parts:
             chosen = [order.index(place) for place in places]
             drawn = np.asarray(sum(estimate.multivariate_student(*part, chosen) for part in seed_parts))
-        value, by_seed, by_example = _vertex(own, ends, bend), _vertex(own + drawn, ends, bend), None
+        value = np.array(_vertex(own, ends, bend))
+        by_seed = np.array(_vertex(own + drawn, ends, bend)) - value[:, None]
+        by_example = np.array([None, None])
         if influences is not None:
-            by_example = _vertex(own + estimate.example_draws(influences[places], test_split), ends, bend)
-        position, minimum = (
-            Estimate(
-                float(value[part]),
-                by_seed[part] - value[part],
-                None if by_example is None else by_example[part] - value[part],
-                len(seeds[label]),
-                n_examples,
-                n_groups,
-            )
-            for part in (0, 1)
-        )
+            drawn = estimate.example_draws(influences[places], test_split)
+            by_example = np.array(_vertex(own + drawn, ends, bend)) - value[:, None]
+        counts = len(seeds[label]), n_examples, n_groups
+        position, minimum = (Estimate(float(value[part]), by_seed[part], by_example[part], *counts) for part in (0, 1))
         optimum = replace(position, value=lowest[label][0])
         outside = (position.draws <= ends[0] + 1e-9) | (position.draws >= ends[1] - 1e-9)
         bounded = grid.edge is None and grid.coarse is None and curvature[label] > 0
@@ -240,12 +218,12 @@ def fit_losses(
     return LossFit(grids, lowest, measured, sigma, dof, curvature, seeds, run_ids, text, optima, minima, resolved)
 
 
-def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[str, Bend]] | None:
+def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, dict[str, list[int]], dict[str, Bend]] | None:
     """Fit with one asymmetry and a curvature for each arm, which differs from the mean of all by a random effect.
 
     Returns:
-        The solution; the places of the arms' numbers; and, where there is an asymmetry, how it bends each arm. None if
-        the runs determine no fit.
+        The solution; by arm, the places of its intercept, slope, curvature and asymmetry, if any, among the
+        coefficients; and, where there is an asymmetry, how it bends each arm. None if the runs determine no fit.
     """
     labels = list(rows.in_arm)
     arms = len(labels)
@@ -278,7 +256,8 @@ def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[
         design = rows.design([[label] for label in labels], bends)
         # The rows of `helmert` are independent differences of the curvatures, each with the variance of one of them.
         differences = np.zeros((arms - 1, design.shape[1]))
-        differences[:, 2 * arms : 3 * arms] = _weight(noisy, SPREAD * curvature, LEAST_WEIGHTS[0]) * helmert(arms)
+        weight = max(math.sqrt(noisy.variance) / (SPREAD * curvature), LEAST_WEIGHTS[0])
+        differences[:, 2 * arms : 3 * arms] = weight * helmert(arms)
         solution = rows.solve(design, np.vstack([differences, _known_asymmetry(noisy, design, curvature)]), noisy.ratio)
         if solution is None:
             return None
@@ -293,12 +272,8 @@ def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, Places, dict[
 
 def _known_asymmetry(noisy: Solution, design: np.ndarray, curvature: float) -> np.ndarray:
     """Return what is known of the asymmetry, the last column of a design, as a row for `FitRows.solve`."""
-    return _weight(noisy, ASYMMETRY * curvature, LEAST_WEIGHTS[1]) * np.eye(design.shape[1])[-1:]
-
-
-def _weight(noisy: Solution, deviation: float, least: float) -> float:
-    """Return the standard deviation of e over that of a number before the runs, but at least a least weight."""
-    return max(math.sqrt(noisy.variance) / deviation, least)
+    weight = max(math.sqrt(noisy.variance) / (ASYMMETRY * curvature), LEAST_WEIGHTS[1])
+    return weight * np.eye(design.shape[1])[-1:]
 
 
 def _seed_parts(

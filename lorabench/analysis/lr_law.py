@@ -3,24 +3,24 @@
 LR = base * M * (2000 / hidden size) ** exponent, where M is 1 for FullFT
 
 All constants are in the authors' later code, `get_lr` of `hyperparam_utils` in thinking-machines-lab/tinker-cookbook.
-The paper fits the law by the summed regret, which is the rise of the loss at the predicted LR as a share of the lowest
-loss. Here the losses of an arm are a parabola in ln LR (see `loss_fit`), so its regret is the curvature over the lowest
-loss times the squared error of ln LR. The fit is therefore weighted least squares, and its constants are linear in the
-optima, so that draws of the optima's errors give those of the law's predictions.
+The paper fits the law by the summed regret, the rise of the loss at the predicted LR as a share of the lowest loss.
+Here losses are parabolas in ln LR (see `loss_fit`), so a regret is the curvature over the lowest loss times the squared
+error of ln LR. The fit is therefore weighted least squares, and its constants are linear in the optima, so that draws
+of the optima's errors give those of the law's predictions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from lorabench.analysis.arms import arm_label
-from lorabench.analysis.comparison import Arm, Comparison, require
+from lorabench.analysis.comparison import Arm, Comparison
 from lorabench.analysis.estimate import Estimate, combined, student, unknown
 from lorabench.analysis.rules import Problem
 
@@ -30,14 +30,12 @@ PIVOT = 2000.0
 
 @dataclass(frozen=True)
 class LrLaw:
-    """The constants of the law."""
+    """The constants of the law: the optimal LR of FullFT at hidden size PIVOT, M, which is the optimal LR of LoRA over
+    that of FullFT, and the exponent of each lineage."""
 
     base: float
-    """Optimal LR of FullFT at hidden size PIVOT."""
     multiplier: float
-    """M: the optimal LR of LoRA divided by that of FullFT."""
     exponents: Mapping[str, float]
-    """The exponent of each lineage (see `lineage`)."""
 
 
 PUBLISHED = LrLaw(base=5e-5, multiplier=10.0, exponents={"llama": 0.781, "qwen": 0.0775})
@@ -69,11 +67,11 @@ def predict_lr(law: LrLaw, family: str, hidden_size: float, method: str) -> floa
 
 def fit_lr_law(optima: Sequence[ArmOptimum]) -> LrLaw | None:
     """Fit the law whose predictions have the lowest summed regret, the criterion of the paper's fit, if determined."""
-    from_optima = _constants_from(_design(optima), optima)
+    lineages, design = _design(optima)
+    from_optima = _constants_from(design, optima)
     if from_optima is None:
         return None
     log_base, log_multiplier, *exponents = (from_optima @ [optimum.log_lr for optimum in optima]).tolist()
-    lineages = sorted({optimum.lineage for optimum in optima})
     return LrLaw(math.exp(log_base), math.exp(log_multiplier), dict(zip(lineages, exponents, strict=True)))
 
 
@@ -83,7 +81,7 @@ def prediction_errors(optima: Sequence[ArmOptimum], left_out: Sequence[Hashable]
     By default the law is fitted to all optima. With a label for each in `left_out`, an optimum is predicted by the law
     that is fitted to the optima with other labels. A row is NaN where the law is not determined.
     """
-    design, n = _design(optima), len(optima)
+    (_, design), n = _design(optima), len(optima)
     labels = [None] * n if left_out is None else list(left_out)
     errors = np.full((n, n), math.nan)
     for label in dict.fromkeys(labels):
@@ -96,15 +94,14 @@ def prediction_errors(optima: Sequence[ArmOptimum], left_out: Sequence[Hashable]
     return errors
 
 
-def _design(optima: Sequence[ArmOptimum]) -> np.ndarray:
-    """Return the design matrix of the law in ln LR; its columns belong to ln base, ln M and each lineage's exponent."""
+def _design(optima: Sequence[ArmOptimum]) -> tuple[list[str], np.ndarray]:
+    """Return the lineages, and the design matrix of the law in ln LR, whose columns belong to ln base, ln M and each
+    lineage's exponent."""
     lineages = sorted({optimum.lineage for optimum in optima})
-    rows = [
-        [1.0, optimum.method == "lora"]
-        + [math.log(PIVOT / optimum.hidden_size) * (optimum.lineage == name) for name in lineages]
-        for optimum in optima
-    ]
-    return np.array(rows, dtype=float).reshape(len(optima), 2 + len(lineages))
+    constant, lora = np.ones(len(optima)), [optimum.method == "lora" for optimum in optima]
+    sizes = np.log([PIVOT / optimum.hidden_size for optimum in optima])
+    of_lineages = [sizes * [optimum.lineage == name for optimum in optima] for name in lineages]
+    return lineages, np.column_stack([constant, lora, *of_lineages])
 
 
 def _constants_from(design: np.ndarray, optima: Sequence[ArmOptimum]) -> np.ndarray | None:
@@ -178,21 +175,19 @@ def swept_models(comparisons: Sequence[Comparison]) -> list[list[SweptModel]]:
 
     LoRA is taken at the highest rank above 1 that all models of a group have, or else at each model's highest.
     """
-    by_data: dict[tuple[object, ...], list[Comparison]] = {}
+    by_data: dict[tuple[object, ...], list[SweptModel]] = {}
     for comparison in comparisons:
-        known = comparison.runs["family"].notna() & comparison.runs["hidden_size"].notna()
-        if comparison.fullft and comparison.highest and known.any():
-            key = tuple(comparison.fullft[name] for name in ("dataset", "batch_size", "steps"))
-            by_data.setdefault(key, []).append(comparison)
+        known = comparison.runs[["family", "hidden_size"]].dropna()
+        fullft, lora = comparison.fullft, comparison.highest
+        if fullft and lora and len(known):
+            family, hidden_size = known.to_numpy()[0]
+            model = SweptModel(comparison, fullft, lora, lineage(str(family)), int(hidden_size))
+            by_data.setdefault(tuple(fullft[name] for name in ("dataset", "batch_size", "steps")), []).append(model)
     groups = []
-    for group in by_data.values():
-        shared = set.intersection(*(set(comparison.lora) for comparison in group)) - {1}
-        models = []
-        for comparison in group:
-            lora = comparison.lora[max(shared)] if shared else comparison.highest
-            fullft, lora = require(("FullFT", comparison.fullft), ("LoRA", lora))
-            family, hidden_size = (comparison.runs[name].dropna().iloc[0] for name in ("family", "hidden_size"))
-            models.append(SweptModel(comparison, fullft, lora, lineage(str(family)), int(hidden_size)))
+    for models in by_data.values():
+        shared = set.intersection(*(set(model.comparison.lora) for model in models)) - {1}
+        if shared:
+            models = [replace(model, lora=model.comparison.lora[max(shared)]) for model in models]
         groups.append(sorted(models, key=lambda model: (model.lineage, model.hidden_size, model.name)))
     return groups
 
@@ -212,11 +207,6 @@ def run_ids(models: Sequence[SweptModel]) -> list[str]:
     return [run_id for model in models for run_id in model.comparison.run_ids([model.fullft, model.lora])]
 
 
-def fitted_law(models: Sequence[SweptModel]) -> LrLaw | None:
-    """Fit the law to the optima of models, if they determine it."""
-    return fit_lr_law([optimum for model in models for method in METHODS if (optimum := model.arm_optimum(method))])
-
-
 def slope_over_models(x: Sequence[float], y: Sequence[Estimate], groups: Sequence[Hashable], name: str) -> Estimate:
     """Estimate the slope of numbers of models on a property of the models, with an intercept for each group.
 
@@ -224,21 +214,17 @@ def slope_over_models(x: Sequence[float], y: Sequence[Estimate], groups: Sequenc
     larger; then `n_seeds` is 0, since it is models that are too few. The slope is unknown if no group has two values of
     the property x, or the error of a number y is unknown.
     """
-    places = np.asarray(x, float)
+    places, values = np.asarray(x, float), np.array([estimate.value for estimate in y])
     own = np.array([[group == other for other in groups] for group in groups])
-    centred = places - own @ places / own.sum(1)
+    means = own / own.sum(1)[:, None]
+    centred = places - means @ places
     squares = float((centred**2).sum())
     if not squares > 1e-12:
         return unknown()
-    weights = centred / squares
-    slope = combined(lambda *numbers: np.tensordot(weights, np.array(numbers), 1), *y)
-    values = np.array([estimate.value for estimate in y])
-    residual = values - own @ values / own.sum(1) - slope.value * centred
+    slope = combined(lambda *numbers: np.tensordot(centred / squares, np.array(numbers), 1), *y)
     dof = len(y) - len(set(groups)) - 1
     if not slope.known or dof < 1:
         return slope
-    scatter = float((residual**2).sum()) / dof
+    scatter = float(((values - means @ values - slope.value * centred) ** 2).sum()) / dof
     explained = float(np.mean([estimate.seed_error**2 + estimate.example_error**2 for estimate in y]))
-    if scatter <= explained:
-        return slope
-    return student(slope.value, math.sqrt(scatter / squares), dof, name)
+    return slope if scatter <= explained else student(slope.value, math.sqrt(scatter / squares), dof, name)

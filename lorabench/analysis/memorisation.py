@@ -26,10 +26,7 @@ _NEEDED = ["entropy_bits", "final_test_nll", "test_scored_tokens", "trainable_pa
 
 def is_memorisation(runs: pd.DataFrame) -> pd.Series[bool]:
     """Return which runs memorize random facts; none do in a table without `entropy_bits`."""
-    if "entropy_bits" not in runs:
-        return pd.Series(False, index=runs.index)
-    facts: pd.Series[bool] = runs["entropy_bits"].notna()
-    return facts
+    return runs.reindex(columns=["entropy_bits"])["entropy_bits"].notna()
 
 
 def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
@@ -67,9 +64,9 @@ def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
             bits = stored(minimum, float(first["entropy_bits"]), float(first["test_scored_tokens"]))
             low, high = bits.interval()
             numbers = [first["lr"], len(chosen), first["trainable_params"], bits.value, low, high]
-            rows.append(arm | dict(zip(columns, numbers, strict=True)) | {"run_ids": list(chosen["run_id"])})
-    table = arm_table(rows, [*columns, "bits_per_parameter", "run_ids"])
-    return table.assign(bits_per_parameter=table["bits_stored"].astype(float) / table["trainable_params"].astype(float))
+            row = arm | dict(zip(columns, numbers, strict=True)) | {"run_ids": list(chosen["run_id"])}
+            rows.append(row | {"bits_per_parameter": bits.value / first["trainable_params"]})
+    return arm_table(rows, [*columns, "bits_per_parameter", "run_ids"])
 
 
 def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:

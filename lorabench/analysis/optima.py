@@ -1,7 +1,7 @@
 """At the fitted optima of arms: ratios of LRs, seed noise, curves, and the step at which one curve leaves another.
 
-The optimum lies between the LRs of a grid, and half a step of the grid costs about as much as the margin of a loss.
-Where enough seeds have the three LRs around it, their curves are therefore interpolated at the optimum.
+Half a step of a grid costs about as much as the margin of a loss. Where enough seeds have the three LRs around the
+optimum, their curves are therefore interpolated there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.special import ndtri
 
 from lorabench.analysis.alpha_rules import judged_arms
-from lorabench.analysis.arms import ARM, arm_label, kept, with_arm_columns
+from lorabench.analysis.arms import arm_label, kept
 from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, Judging, comparisons
 from lorabench.analysis.curves import LrError, PairedCurves, curves_by_seed, log_windows, paired
 from lorabench.analysis.estimate import N_DRAWS, Estimate, normal
@@ -51,18 +51,16 @@ def _around(comparison: Comparison, arm: Arm) -> pd.DataFrame | None:
     the optimum, and the coefficients of the distance from it in ln LR and of its square.
     """
     label = arm_label(arm)
-    grid, fitted = comparison.fit.grids.get(label), comparison.fit.optima.get(label)
+    grid, fitted, runs = comparison.fit.grids.get(label), comparison.fit.optima.get(label), comparison.rows[label]
     if grid is None or fitted is None or len(grid.window) < 3:
         return None
-    distance = np.log(grid.lrs[grid.window]) - fitted.value
+    lrs = grid.lrs[grid.window]
+    distance = np.log(lrs) - fitted.value
     around = np.sort(np.argsort(np.abs(distance), kind="stable")[:3])
-    powers = np.linalg.inv(np.vander(distance[around], increasing=True))
-    lrs = grid.lrs[grid.window][around]
-    runs = comparison.rows[label]
-    runs = runs[(runs["status"] == "done") & runs["lr"].isin(lrs.tolist())]
+    powers = pd.DataFrame(np.linalg.inv(np.vander(distance[around], increasing=True)).T, lrs[around])
+    runs = runs[(runs["status"] == "done") & runs["lr"].isin(powers.index)]
     complete = runs[runs.groupby("seed")["lr"].transform("nunique") == 3]
-    weights = {power: complete["lr"].map(dict(zip(lrs, powers[power], strict=True))) for power in range(3)}
-    return None if complete.empty else pd.concat([complete, pd.DataFrame(weights)], axis=1)
+    return None if complete.empty else complete.join(powers, on="lr")
 
 
 @kept
@@ -86,29 +84,23 @@ def curves_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
 
 @kept
 def lr_error(comparison: Comparison, arm: Arm) -> LrError | None:
-    """Return what the error of an arm's optimal LR does to its training NLL there; None if no seed has the LRs around
-    it.
-
-    How the curve changes with the LR is a parabola through these three LRs, as a mean over the seeds that have them.
-    """
+    """Return what the error of an arm's optimal LR does to its training NLL there, by a parabola through the three LRs
+    around it, as a mean over the seeds that have them; None if no seed has."""
     around = _around(comparison, arm)
     if around is None:
         return None
-    points = comparison.points("train", "nll")
-    by_power = {
-        power: curves_by_seed(around.rename(columns={power: "weight"}), points).mean(axis=1) for power in (1, 2)
-    }
-    optimum = comparison.fit.optima[arm_label(arm)]
-    return LrError(optimum.draws - optimum.value, pd.DataFrame(by_power))
+    points, optimum = comparison.points("train", "nll"), comparison.fit.optima[arm_label(arm)]
+    by_power = (curves_by_seed(around.assign(weight=around[power]), points).mean(axis=1) for power in (1, 2))
+    return LrError(optimum.draws - optimum.value, pd.concat(by_power, axis=1))
 
 
 @kept
 def pair_at_optimum(comparison: Comparison, arm: Arm, other: Arm) -> PairedCurves:
     """Pair the training NLL of two arms, each at its fitted optimum (see `runs_at_optimum`), whose error they carry."""
+    runs, others = runs_at_optimum(comparison, arm), runs_at_optimum(comparison, other)
     name = f"{comparison.label} {arm_label(arm)} - {arm_label(other)}"
-    runs, others = (runs_at_optimum(comparison, compared) for compared in (arm, other))
-    curves = paired(runs, others, curves_at_optimum(comparison, arm), curves_at_optimum(comparison, other), name)
-    return replace(curves, lr_errors=lr_errors(comparison, arm, other))
+    apart = paired(runs, others, curves_at_optimum(comparison, arm), curves_at_optimum(comparison, other), name)
+    return replace(apart, lr_errors=lr_errors(comparison, arm, other))
 
 
 def lr_errors(comparison: Comparison, arm: Arm, other: Arm) -> tuple[LrError, ...]:
@@ -128,8 +120,8 @@ def coupled(short: Comparison, full: Comparison, from_short: Estimate, from_full
     """
     if not (from_short.known and from_full.known):
         return from_full
-    parts = {}
-    for key, part in (("short", short), ("full", full)):
+    parts = []
+    for part in (short, full):
         off = []
         for label, run_ids in part.fit.run_ids.items():
             rows, (optimum, minimum) = part.rows[label].set_index("run_id").loc[list(run_ids)], part.fit.lowest[label]
@@ -137,23 +129,19 @@ def coupled(short: Comparison, full: Comparison, from_short: Estimate, from_full
             parabola = minimum + part.fit.curvature[label] * distance**2
             off.append(rows[["seed"]].assign(residual=rows["final_test_nll"].astype(float) - parabola))
         by_run = pd.concat(off)
-        parts[key] = by_run["residual"] - by_run.groupby("seed")["residual"].transform("mean")
-    residuals = pd.concat(parts, axis=1)
-    common = residuals.dropna()
-    products = float((common["short"] * common["full"]).sum())
-    squares = float((common["short"] ** 2).sum() * (common["full"] ** 2).sum())
+        parts.append(by_run["residual"] - by_run.groupby("seed")["residual"].transform("mean"))
+    residuals = pd.concat(parts, axis=1).to_numpy()
+    common = residuals[np.isfinite(residuals).all(1)]
+    products = common.T @ common
+    squares = float(products[0, 0] * products[1, 1])
     dof, correlation = min(short.fit.dof, full.fit.dof), 0.0
     if dof >= 2 and squares > 0:
         # No correlation above 0.999 is believed.
-        lower = math.tanh(math.atanh(min(products / math.sqrt(squares), 0.999)) - 1 / math.sqrt(dof - 1))
+        lower = math.tanh(math.atanh(min(products[0, 1] / math.sqrt(squares), 0.999)) - 1 / math.sqrt(dof - 1))
         correlation = max(0.0, lower) * len(common) / len(residuals)
-    order = np.argsort(from_short.seed_part, kind="stable")
-    scores = np.empty(N_DRAWS)
-    scores[order] = ndtri((np.arange(N_DRAWS) + 0.5) / N_DRAWS)
+    scores = ndtri((from_short.seed_part.argsort(kind="stable").argsort() + 0.5) / N_DRAWS)
     scores = correlation * scores + math.sqrt(1 - correlation**2) * normal(f"coupled {name}")
-    reordered = np.empty(N_DRAWS)
-    reordered[np.argsort(scores, kind="stable")] = np.sort(from_full.seed_part)
-    return replace(from_full, seed_part=reordered)
+    return replace(from_full, seed_part=np.sort(from_full.seed_part)[scores.argsort(kind="stable").argsort()])
 
 
 def in_window(comparison: Comparison, low: int, high: int) -> Comparison:
@@ -166,24 +154,18 @@ def in_window(comparison: Comparison, low: int, high: int) -> Comparison:
     points = comparison.points("train", "nll")
     inside = points[points["step"].between(low, high)].astype({"value": float}).groupby("run_id")["value"]
     means = inside.mean()[inside.size() == inside.size().max()]
-    # The columns that a fit reads: selecting runs with all columns takes as long as the fit.
-    names = ["run_id", *ARM, "lr", "seed", "status", "task", "n_seeds", "final_test_nll_sd"]
-    runs = comparison.runs[[name for name in names if name in comparison.runs]]
-    loss = runs["run_id"].map(means).astype(float)
+    loss = comparison.runs["run_id"].map(means).astype(float)
     known = np.isfinite(loss)
-    runs = runs.assign(
-        status=runs["status"].mask(known, "done"), final_valid_nll=loss.where(known), final_test_nll=loss.where(known)
-    )
+    loss, status = loss.where(known), comparison.runs["status"].mask(known, "done")
+    runs = comparison.runs.assign(status=status, final_valid_nll=loss, final_test_nll=loss)
     # The losses by test example, and seed noise from elsewhere, are those of final losses.
     judging = Judging(comparison.judging.margins)
     return Comparison(comparison.label, runs[known | (runs["status"] == "diverged")], comparison.curves, judging)
 
 
 def seeds_at_best(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
-    """Return a problem for each arm whose LR nearest to its fitted optimum has fewer than MIN_SEEDS seeds.
-
-    Further seeds are trained around the LR that is best at the end, and not where another one is best in a window.
-    """
+    """Return a problem for each arm whose LR nearest to its fitted optimum has fewer than MIN_SEEDS seeds: further ones
+    are trained around the LR that is best at the end, and not where another one is best in a window."""
     problems = []
     for label in map(arm_label, arms):
         runs, fitted = comparison.rows[label], comparison.fit.optima.get(label)
@@ -197,10 +179,8 @@ def seeds_at_best(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
 
 
 def off_optimum(comparison: Comparison, arm: Arm, other: Arm, effect: float) -> list[Problem]:
-    """Return the reasons against comparing the curves of two arms at the LRs that they are from.
-
-    `effect` is the least difference that matters to the comparison, in nats per token.
-    """
+    """Return the reasons against comparing the curves of two arms at the LRs that they are from; `effect` is the least
+    difference that matters to the comparison, in nats per token."""
     added = 0.0
     for compared, sign in ((arm, 1), (other, -1)):
         label, runs = arm_label(compared), runs_at_optimum(comparison, compared)
@@ -233,12 +213,12 @@ class Departure:
 
     @property
     def left(self) -> bool:
+        """Whether it has left."""
         return self.first is not None
 
 
 def paired_departure(curves: PairedCurves, margin: float) -> Departure:
-    """Find where one arm's loss leaves another's because the arm runs out of capacity, given their difference and the
-    margin.
+    """Find where one arm's loss leaves another's for lack of capacity, given their difference and the margin.
 
     The gap must lie above the margin in each window to the end, with an interval above 0 that holds for all WINDOWS
     windows at once. LoRA starts slowly, since B is zero, and a gap that shrinks again is no lack of capacity; so the
@@ -303,16 +283,11 @@ def fitted_noise(parts: Sequence[Comparison]) -> pd.DataFrame:
 
 
 def pooled_noise(runs: pd.DataFrame, source: str) -> Noise:
-    """Return the seed noise of supervised runs: each `LossFit`'s variance, weighted by its degrees of freedom.
-
-    Random facts are left out, since the loss on memorized text varies far more. `source` says where the runs are from.
-
-    Raises:
-        UserError: the table lacks a column, or no comparison has two seeds.
-    """
+    """Return the seed noise of supervised runs: each `LossFit`'s variance, weighted by its degrees of freedom. Random
+    facts are left out, since the loss on memorized text varies far more. `source` says where the runs are from; a
+    UserError, if the table lacks a column or no comparison has two seeds."""
     if missing := [name for name in NEEDED_BY["sft"] if name not in runs]:
         raise UserError(f"{source}: the runs table has no column {', '.join(missing)}, so its seed noise is not known")
-    runs = with_arm_columns(runs)
     chosen = runs[~is_rl(runs) & judged_arms(runs) & ~is_memorisation(runs)]
     repeated = [part for part in comparisons(chosen, pd.DataFrame()) if part.runs["seed"].nunique() > 1]
     fits = [part.fit for part in repeated if part.fit.dof >= 1 and part.fit.sigma > 0]
@@ -338,14 +313,13 @@ def in_words(log_ratio: Estimate) -> str:
 def ratio_text(comparison: Comparison, arm: Arm, other: Arm) -> str:
     """Return the ratio of two optimal LRs with its interval and both LRs as text."""
     labels, fit = (arm_label(arm), arm_label(other)), comparison.fit
-    ratio = in_words(fit.log_ratio(*labels))
     both = " / ".join(f"{math.exp(fit.optima[label].value):.2g}" if label in fit.optima else "?" for label in labels)
-    return f"optimal LR {labels[0]} / {labels[1]} = {ratio} ({both}){fit.noise_text}"
+    return f"optimal LR {' / '.join(labels)} = {in_words(fit.log_ratio(*labels))} ({both}){fit.noise_text}"
 
 
 def as_ratio(judged: Finding) -> Finding:
     """Return a finding on the logarithm of a ratio with its numbers as ratios."""
-    return in_unit(judged, exponential, exponential)
+    return replace(in_unit(judged, exponential), detectable=exponential(judged.detectable))
 
 
 def judge_ratio(comparison: Comparison, arm: Arm, other: Arm, rule: Rule, margin_rule: str = "") -> Finding:

@@ -39,10 +39,8 @@ def paper_numbers() -> dict[str, float]:
 
 
 def published_sweeps() -> pd.DataFrame:
-    """Return published final test losses by LR (SWEEP_COLUMNS), a mean for each model, method, rank, placement and LR.
-
-    The source `tinker-cookbook` has the whole LR grid of LoRA, `michaelbzhu` the best LR of each arm.
-    """
+    """Return published final test losses by LR (SWEEP_COLUMNS), a mean for each model, method, rank, placement and LR:
+    of `tinker-cookbook` the whole LR grid of LoRA, of `michaelbzhu` the best LR of each arm."""
     sweep = pd.read_csv(REFERENCE / "tinker_sft_sweep.csv")
     cells = sweep.groupby(["model", "rank", "lr"], as_index=False).agg(nll=("test_nll", "mean"))
     cells = cells.assign(source=_TINKER, dataset="tulu3", method="lora", placement="all")

@@ -17,9 +17,8 @@ class RandomEffects:
 
     mean: float
     error: float
-    """Standard error of the mean."""
+    """Standard error of the mean, and below the ends of its 95% interval; NaN with one source."""
     low: float
-    """Lower end of the 95% interval of the mean; NaN with one source."""
     high: float
     predicted_low: float
     """Lower end of the 95% prediction interval of a further source; NaN with fewer than three sources."""
@@ -31,27 +30,21 @@ class RandomEffects:
     p_alike: float
     """The probability of so much variation if all sources had one true value (Cochran's Q)."""
     k: int
-    """The number of sources."""
 
 
 def random_effects(values: Sequence[float], errors: Sequence[float]) -> RandomEffects:
-    """Summarize the measurements of several sources, with standard errors.
+    """Summarize the measurements of several sources, with standard errors above 0.
 
     The true value of each source is a draw from a normal distribution around a mean. The variance between sources is
     estimated by the method of Paule and Mandel, the interval of the mean is that of Hartung and Knapp (t, k - 1 degrees
     of freedom), and the prediction interval (t, k - 2) is where the true value of a further source would lie.
     statsmodels' `combine_effects` has the first two, and takes long to import; a test holds them together.
-
-    Raises:
-        ValueError: there is no source, or a standard error is not above 0.
     """
     value, variance = np.asarray(values, float), np.asarray(errors, float) ** 2
     k = len(value)
-    if not k or not (np.isfinite(value).all() and (variance > 0).all()):
-        raise ValueError("every source needs a number and an error above 0")
     if k == 1:
         nan = math.nan
-        return RandomEffects(float(value[0]), math.sqrt(variance[0]), nan, nan, nan, nan, nan, nan, nan, 1)
+        return RandomEffects(values[0], errors[0], nan, nan, nan, nan, nan, nan, nan, k)
 
     def weighted(between: float) -> tuple[np.ndarray, float, float]:
         """Return the weights at a variance between sources, the mean, and the weighted sum of squares around it."""

@@ -1,14 +1,12 @@
 """Rewards of reinforcement learning: health of runs, error rates as losses, curves, and what a missed LR costs.
 
-A policy that gives one answer to all problems, or follows a cheap rule, solves no problem, but may have a peak over
-learning rates as any other. The accuracies of the best constant answer and of the best cheap rule are the controls of a
-problem set. The rules of this module are the only place that compares runs with them.
+A policy that gives one answer to all problems, or follows a cheap rule, solves no problem, but may have a peak over LRs
+as any other. The accuracies of the best constant answer and of the best cheap rule are the controls of a problem set.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -55,16 +53,11 @@ def is_sick(runs: pd.DataFrame) -> pd.Series[bool]:
     accuracy is exactly that of the base, as after no reward at all, is no peak and not sick.
     """
     columns = ["final_truncated", "final_entropy", "base_reward", "final_reward", *CONTROLS]
-    truncated, entropy, base, final, *controls = _numbers(runs, columns)
-    broken = (entropy < COLLAPSED) | (base - final >= MIN_GAIN)
-    collapsed = broken & (final <= np.fmax.reduce(controls))
-    return pd.Series((final != base) & ((truncated > MAX_TRUNCATED) | collapsed), index=runs.index)
-
-
-def _numbers(runs: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
-    """Return columns as numbers, (columns, runs); null values, and columns that the runs lack, are NaN."""
-    unknown = np.full(len(runs), math.nan)
-    return np.array([runs[name].to_numpy(float, na_value=math.nan) if name in runs else unknown for name in columns])
+    numbers = runs.reindex(columns=columns).astype(float)
+    final, base = numbers["final_reward"], numbers["base_reward"]
+    broken = (numbers["final_entropy"] < COLLAPSED) | (base - final >= MIN_GAIN)
+    collapsed = broken & (final <= numbers[[*CONTROLS]].max(axis=1))
+    return (final != base) & ((numbers["final_truncated"] > MAX_TRUNCATED) | collapsed)
 
 
 def beyond_controls(runs: pd.DataFrame) -> pd.Series[bool]:
@@ -80,14 +73,12 @@ def leads(runs: pd.DataFrame) -> pd.DataFrame:
         One row per model, dataset and method: accuracy (the best mean over seeds at one LR, of any rank and placement),
         constant_reward, rule_reward, and lead (accuracy minus the higher control; NaN where no control is known).
     """
-    method, numbers = ["model", "dataset", "method"], [*CONTROLS, "final_reward"]
-    known = runs[[*method, "rank", "placement", "lr"]].assign(
-        **dict(zip(numbers, _numbers(runs, numbers), strict=True))
-    )
-    known["accuracy"] = known["final_reward"].where(runs["status"].isin(["done", "collapsed"]) & ~is_sick(runs))
-    by_lr = known.groupby([*method, "rank", "placement", "lr"], dropna=False, sort=False)["accuracy"].mean()
-    table = by_lr.groupby(method, sort=False).max().reset_index()
-    table = table.join(known.groupby(method[:2])[list(CONTROLS)].max(), on=method[:2])
+    method = ["model", "dataset", "method"]
+    accuracy = runs["final_reward"].where(runs["status"].isin(["done", "collapsed"]) & ~is_sick(runs)).astype(float)
+    cells = [runs[name] for name in (*method, "rank", "placement", "lr")]
+    highest = accuracy.groupby(cells, dropna=False, sort=False).mean().groupby(method, sort=False).max()
+    controls = runs.reindex(columns=[*method[:2], *CONTROLS]).astype(dict.fromkeys(CONTROLS, float))
+    table = highest.rename("accuracy").reset_index().join(controls.groupby(method[:2]).max(), on=method[:2])
     return table.assign(lead=table["accuracy"].fillna(0.0) - table[list(CONTROLS)].max(axis=1))
 
 
@@ -120,9 +111,8 @@ def runs_above_max_kl(curves: pd.DataFrame) -> set[str]:
 def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
     """Return the RL runs with their error rates as losses.
 
-    A run that never got a reward counts as finished: its policy is the base model, whose accuracies it has. So does one
-    that got none any more: its policy would have stayed as it was. A sick run (see `is_sick`) counts as diverged,
-    whatever its accuracy, so that it is never an optimum.
+    A run that never got a reward, or none any more, counts as finished: its policy is the base model's, or would have
+    stayed as it was. A sick run (see `is_sick`) counts as diverged, so that it is never an optimum.
 
     The test accuracy is that after the last step (`final_reward`), or at the evaluation with the best validation
     accuracy (`best_reward`). With either, the LR is picked by the validation accuracy after the last step.
@@ -186,21 +176,17 @@ def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
         within_noise.append(exact[-1] or bool(abs(errors[lr].mean() - best.mean()) <= close))
     for alike, least in ((exact, 2), (within_noise, 3)):
         # The unbroken stretch of equally good LRs around the best one.
-        low = high = grid.centre
-        while low > 0 and alike[low - 1]:
-            low -= 1
-        while high + 1 < len(alike) and alike[high + 1]:
-            high += 1
-        if high + 1 - low >= least:
-            return [float(lr) for lr in grid.lrs[low : high + 1]]
+        broken = [-1, *np.flatnonzero(~np.array(alike)).tolist(), len(alike)]
+        after = next(place for place in broken if place > grid.centre)
+        flat = grid.lrs[broken[broken.index(after) - 1] + 1 : after]
+        if len(flat) >= least:
+            return [float(lr) for lr in flat]
     return []
 
 
 def missing_lrs(comparison: Comparison, arm: Arm) -> list[float]:
-    """Return the LRs that an arm with a fitted optimum lacks for its `cost_of_a_miss`, ascending.
-
-    Its LRs must reach FAR to both sides of the optimum, up to UNSEEN, in steps of at most MAX_STEP.
-    """
+    """Return the LRs that an arm with a fitted optimum lacks for its `cost_of_a_miss`, ascending: its LRs must reach
+    FAR to both sides of the optimum, up to UNSEEN, in steps of at most MAX_STEP."""
     lrs = _by_lr(comparison, arm)["lr"].unique()
     optimum = math.exp(comparison.fit.optima[arm_label(arm)].value)
     lacking = [optimum / 10**FAR] if lrs[0] > optimum / 10 ** (FAR - UNSEEN) else []
@@ -271,10 +257,8 @@ def _by_lr(comparison: Comparison, arm: Arm) -> pd.DataFrame:
 
 
 def _mean_weights(decades: np.ndarray, reach: float) -> np.ndarray:
-    """Return the weight of each LR in the mean accuracy over log LR from -reach to reach, (LRs,).
-
-    The LRs are in decades from the middle, ascending, two or more; so is the reach.
-    """
+    """Return the weight of each LR in the mean accuracy over log LR from -reach to reach, (LRs,); both are in decades
+    from the middle, and the LRs two or more, ascending."""
     ends = np.union1d(decades[np.abs(decades) < reach], [-reach, reach])
     left = np.clip(np.searchsorted(decades, ends) - 1, 0, len(decades) - 2)
     share = (ends - decades[left]) / (decades[left + 1] - decades[left])

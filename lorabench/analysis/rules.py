@@ -1,8 +1,5 @@
-"""Decision rules: from an estimate and a margin that was written down before the runs to a verdict, or to a remedy.
-
-A rule judges an estimate as it is, or as new runs of the same design would give it (see `finding`). docs/verdicts.md
-explains the rules.
-"""
+"""Decision rules: from an estimate and a margin that was written down before the runs to a verdict, or to a remedy
+(docs/verdicts.md). A rule judges an estimate as it is, or as new runs of the same design give it (see `finding`)."""
 
 from __future__ import annotations
 
@@ -34,19 +31,16 @@ LEVEL = 0.05
 
 
 class NewRuns(NamedTuple):
-    """Other runs, whose estimates follow from one that is known: it is shifted, and its error is larger or smaller."""
+    """Other runs, whose estimates follow from one that is known: `shifts` are added to it, and `widths` are the errors
+    over its own, (runs,) each."""
 
     shifts: np.ndarray
-    """What is added to the estimate, (runs,)."""
     widths: np.ndarray
-    """The error over that of the estimate, (runs,)."""
 
     def interval(self, estimate: Estimate, level: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the lower and the upper ends of their intervals of a level, (runs,) each."""
-        low, high = (
-            estimate.value + self.shifts + self.widths * (end - estimate.value) for end in estimate.interval(level)
-        )
-        return low, high
+        low, high = (self.widths * (end - estimate.value) for end in estimate.interval(level))
+        return estimate.value + self.shifts + low, estimate.value + self.shifts + high
 
     def share_below(self, estimate: Estimate, limit: float, side: Literal["left", "right"]) -> np.ndarray:
         """Return the shares of their draws below a limit (`left`), or at most at it (`right`), (runs,)."""
@@ -58,12 +52,22 @@ AS_IT_IS = NewRuns(np.zeros(1), np.ones(1))
 """The runs that gave the estimate."""
 
 
+class Answers(NamedTuple):
+    """What a rule says of a claim by the numbers of runs, (runs,) each."""
+
+    confirmed: np.ndarray
+    against: np.ndarray
+    """The smallest levels at which the runs contradict the claim (p-values)."""
+    right_sign: np.ndarray
+    """Which runs have the claimed sign if they contradict."""
+
+
 @dataclass(frozen=True)
 class Within:
     """The claim that a number lies in a band, such as that two losses are equal; an end may be infinite.
 
     It is confirmed by two one-sided tests, that is if the 90% interval lies inside the band, and contradicted if the
-    95% interval lies wholly outside.
+    95% interval lies wholly outside. An equality claims no sign.
     """
 
     low: float
@@ -79,30 +83,22 @@ class Within:
         """The ends of the band that confirms, or the margin and infinity."""
         return self.low, self.high
 
-    def confirmed(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> np.ndarray:
-        """Return which runs confirm the claim, (runs,)."""
+    def answers(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> Answers:
+        """Return what the numbers of runs say of the claim."""
         low, high = runs.interval(estimate, 1 - 2 * LEVEL)
-        return np.asarray((self.low <= low) & (high <= self.high))
-
-    def against(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> np.ndarray:
-        """Return the smallest levels at which runs contradict the claim (p-values), (runs,)."""
         below = runs.share_below(estimate, self.high, "right")
         above = 1 - runs.share_below(estimate, self.low, "left")
-        return np.asarray(np.minimum(1.0, 2 * np.minimum(below, above)))
-
-    def right_sign(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> np.ndarray:
-        """Return which runs have the claimed sign if they contradict, (runs,); an equality claims none."""
-        return np.zeros(len(runs.shifts), bool)
+        against = np.minimum(1.0, 2 * np.minimum(below, above))
+        return Answers((self.low <= low) & (high <= self.high), against, np.zeros(len(runs.shifts), bool))
 
     def strain(self, estimate: Estimate) -> float:
         """Return how near the claim is to failing, as a share of the margin; larger is nearer."""
-        ends = [end for end in self.margins if math.isfinite(end)]
-        if not ends:
-            return math.nan
-        middle, half = float(np.mean(ends)), (max(ends) - min(ends)) / 2
-        if half > 0:
+        middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
+        if 0 < half < math.inf:
             return abs(estimate.value - middle) / half
-        return (estimate.value if ends == [self.high] else -estimate.value) / max(abs(middle), 1e-12)
+        if half > 0 and math.isfinite(self.high):
+            return estimate.value / max(abs(self.high), 1e-12)
+        return -estimate.value / max(abs(self.low), 1e-12)
 
     def power(self, truth: float, error: float, dof: float, tests: int) -> tuple[float, float]:
         """Return the probabilities of a confirmation and of a contradiction of the truth by an estimate with a standard
@@ -130,30 +126,20 @@ class Above:
     def margins(self) -> tuple[float, float]:
         return self.margin, math.inf
 
-    @property
-    def _sides(self) -> int:
-        return 1 if self.margin > 0 else 2
-
-    def confirmed(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> np.ndarray:
+    def answers(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> Answers:
         # With few degrees of freedom the two-sided interval is the stricter one where the estimate is large.
-        low, lowest = runs.interval(estimate, 1 - 2 * LEVEL)[0], runs.interval(estimate, 1 - LEVEL)[0]
-        above_half = low >= self.margin / 2 if self.margin > 0 else True
-        return np.asarray((estimate.value + runs.shifts >= self.margin) & above_half & (lowest > 0))
-
-    def against(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> np.ndarray:
+        low, positive = runs.interval(estimate, 1 - 2 * LEVEL)[0], runs.interval(estimate, 1 - LEVEL)[0] > 0
+        above_half = (low >= self.margin / 2) | (self.margin <= 0)
+        confirmed = (estimate.value + runs.shifts >= self.margin) & above_half & positive
         above = 1 - runs.share_below(estimate, self.margin, "left")
-        return np.asarray(np.minimum(1.0, self._sides * above))
-
-    def right_sign(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> np.ndarray:
-        return np.asarray(runs.interval(estimate, 1 - LEVEL)[0] > 0)
+        return Answers(confirmed, np.minimum(1.0, above if self.margin > 0 else 2 * above), positive)
 
     def strain(self, estimate: Estimate) -> float:
         return -estimate.value / self.margin if self.margin > 0 else -estimate.value
 
     def power(self, truth: float, error: float, dof: float, tests: int) -> tuple[float, float]:
-        one_sided, two_sided, contradicts = (
-            float(stdtrit(dof, 1 - level)) for level in (LEVEL, LEVEL / 2, LEVEL / self._sides / tests)
-        )
+        sides = 1 if self.margin > 0 else 2
+        one_sided, two_sided, contradicts = stdtrit(dof, 1 - LEVEL / np.array([1, 2, sides * tests])).tolist()
         above_half = self.margin / 2 + one_sided * error if self.margin > 0 else 0.0
         least = max(self.margin, above_half, two_sided * error)
         contradicted = stdtr(dof, (self.margin - truth) / error - contradicts)
@@ -202,24 +188,16 @@ class Plan:
     rule: Rule
     value: float
     seed_error: float
-    """The standard error from the seeds that there are."""
-    example_error: float
+    """The standard error from the seeds that there are, and its degrees of freedom below."""
     dof: float
-    """The degrees of freedom of the error from seeds."""
+    example_error: float
     n_seeds: int
     n_examples: int
     n_groups: int
-    """The number of groups of test examples; `n_examples` where each example is its own group."""
     tests: int = 1
     """The number of comparisons that share the level of a contradiction."""
     open: int = 1
     """The number of comparisons that need more seeds; a confirmation needs all of them."""
-
-    @property
-    def holds(self) -> bool:
-        """Whether the claim is true, if the estimate is."""
-        low, high = self.rule.margins
-        return low <= self.value <= high
 
     def decides(self, n_seeds: float, more_examples: float = 1.0) -> bool:
         """Return whether a number of seeds, and so many times as many examples, decide with a probability of POWER."""
@@ -233,10 +211,15 @@ class Plan:
 
     def remedy(self) -> Remedy:
         """Return the least number of seeds, or else of test examples, that decides."""
+
+        def least_seeds(more_examples: float) -> int | None:
+            numbers = range(self.n_seeds + 1, MANY_SEEDS + 1)
+            at = bisect_left(numbers, True, key=lambda n_seeds: self.decides(n_seeds, more_examples))
+            return numbers[at] if at < len(numbers) else None
+
         if not self.decides(1e12, 1e24):
             return Remedy("no number of seeds decides it: the estimate lies at the margin", plan=self)
-        now = f"(now {self.n_seeds})"
-        seeds = self._seeds()
+        now, seeds = f"(now {self.n_seeds})", least_seeds(1.0)
         if seeds is not None:
             return Remedy(f"{seeds} seeds {now}", seeds=seeds, plan=self)
         if not self.decides(MANY_SEEDS, 1e24):
@@ -251,16 +234,10 @@ class Plan:
         text = f"{examples} test examples (now {self.n_examples})"
         if self.n_groups < self.n_examples:
             text = f"{math.ceil(self.n_groups * more)} groups of test examples (now {self.n_groups})"
-        seeds = self._seeds(more)
+        seeds = least_seeds(more)
         if self.decides(self.n_seeds, more) or seeds is None:
             return Remedy(text, test_examples=examples, plan=self)
         return Remedy(f"{text} and {seeds} seeds {now}", seeds=seeds, test_examples=examples, plan=self)
-
-    def _seeds(self, more_examples: float = 1.0) -> int | None:
-        """Return the least number of seeds, above those that there are, that decides; None above MANY_SEEDS."""
-        numbers = range(self.n_seeds + 1, MANY_SEEDS + 1)
-        at = bisect_left(numbers, True, key=lambda n_seeds: self.decides(n_seeds, more_examples))
-        return numbers[at] if at < len(numbers) else None
 
 
 @dataclass(frozen=True)
@@ -278,11 +255,6 @@ class Remedy:
     plan: Plan | None = None
     """What the number of seeds or examples follows from, so that other comparisons can be added."""
 
-    @property
-    def size(self) -> tuple[bool, int, int]:
-        """How much the remedy asks for; a larger one decides what a smaller one does."""
-        return not (self.seeds or self.test_examples), self.test_examples or 0, self.seeds or 0
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -296,9 +268,9 @@ def cheapest(rule: Rule, estimate: Estimate) -> Remedy | None:
     """Return the least number of seeds, or else of test examples, that would decide, if the estimate is the truth."""
     if not estimate.known or estimate.n_seeds < 1:
         return None
-    error, dof = student_shape(estimate.seed_part)
     numbers = estimate.n_seeds, estimate.n_examples, estimate.n_groups or estimate.n_examples
-    return Plan(rule, estimate.value, error, estimate.example_error, dof, *numbers).remedy()
+    shape = student_shape(estimate.seed_part)
+    return Plan(rule, estimate.value, *shape, estimate.example_error, *numbers).remedy()
 
 
 _DOFS = np.geomspace(1, 1000, 200)

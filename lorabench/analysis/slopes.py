@@ -15,18 +15,14 @@ from lorabench.analysis.estimate import Estimate, student, t_quantile, unknown
 
 @dataclass(frozen=True)
 class Line:
-    """A least-squares line on logarithmic axes; a number that the points do not determine is NaN."""
+    """A least-squares line on logarithmic axes: the exponent of a power law with its 95% t interval, log10(y) at x = 1
+    (with groups, of the line through the mean of all points), and the number of points used; NaN if not determined."""
 
     slope: float
-    """The exponent of a power law."""
     low: float
-    """Lower end of the 95% t interval of the slope; NaN without a degree of freedom."""
     high: float
-    """Upper end of that interval."""
     intercept: float
-    """log10(y) at x = 1; with groups, of the line through the mean of all points."""
     n: int
-    """Number of points used."""
 
 
 def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | None = None) -> Line:
@@ -55,15 +51,12 @@ def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | 
 
 
 def slopes_by_seed(curves: pd.DataFrame) -> pd.Series[float]:
-    """Return the slope of each column's values, by least squares, against log10 of the index, the steps from 1 up.
-
-    Null values are left out; a column with fewer than two steps has NaN.
-    """
+    """Return the slope of each column's values, by least squares, against log10 of the index, the steps from 1 up; null
+    values are left out, and a column with fewer than two steps has NaN."""
     values, steps = curves.to_numpy(float, na_value=math.nan), np.log10(curves.index.to_numpy(float))[:, None]
-    known = ~np.isnan(values)
     with np.errstate(invalid="ignore"):  # a column without values
-        centred = np.where(known, steps - mean_log_step(curves), 0.0)
-        slopes = (centred * np.where(known, values, 0.0)).sum(0) / (centred**2).sum(0)
+        centred = np.where(np.isnan(values), 0.0, steps - mean_log_step(curves))
+        slopes = np.nansum(centred * values, axis=0) / (centred**2).sum(0)
     return pd.Series(slopes, curves.columns)
 
 
@@ -97,12 +90,10 @@ def censored_slope(
     if not len(x) or np.linalg.matrix_rank(design[known]) < design.shape[1]:
         return unknown()
     dof = int(known.sum()) - design.shape[1]
-    coefficients = np.linalg.lstsq(design[known], y[known], rcond=None)[0]
-    sigma = floor
+    coefficients, sigma = np.linalg.lstsq(design[known], y[known], rcond=None)[0], floor
     solver = np.linalg.pinv(design)
     for _ in range(5000):
-        fitted = design @ coefficients
-        completed, left = _completed(y, bound, fitted, sigma)
+        completed, left = _completed(y, bound, design @ coefficients, sigma)
         renewed = solver @ completed
         squares = float(((completed - design @ renewed) ** 2).sum() + sigma**2 * left.sum())
         sigma = max(floor, math.sqrt(squares / len(y)))
@@ -111,8 +102,7 @@ def censored_slope(
         if moved < 1e-10:
             break
     weight = 1 - _completed(y, bound, design @ coefficients, sigma)[1]
-    information = design.T @ (weight[:, None] * design)
-    spread = math.sqrt(max(0.0, float(np.linalg.inv(information)[-1, -1])))
+    spread = math.sqrt(max(0.0, float(np.linalg.inv(design.T @ (weight[:, None] * design))[-1, -1])))
     # The likelihood takes sigma over all values; with few it is too low.
     wider = math.sqrt(known.sum() / dof) if dof > 0 else math.nan
     return student(float(coefficients[-1]), sigma * spread * wider, dof, name)

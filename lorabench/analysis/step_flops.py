@@ -9,7 +9,6 @@ import pandas as pd
 
 from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes, metric_points
 from lorabench.errors import UserError
-from lorabench.store.checks import refuse_rows
 
 FLOPS_COLUMNS = ["model", "method", "rank", "effective_width", "linear_flops"]
 """Columns of the table `compute` that the ratio of FLOPs needs."""
@@ -36,19 +35,10 @@ def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
         row.
 
     Raises:
-        UserError: A column of FLOPS_COLUMNS is missing, a method is unknown, LoRA has no rank, an arm appears twice in
-            one setting, or a number is not positive.
+        UserError: A column of FLOPS_COLUMNS is missing, or an arm appears twice in one setting.
     """
     if missing := [name for name in FLOPS_COLUMNS if name not in compute]:
         raise UserError(f"the compute table has no column {', '.join(missing)}")
-    lora, fullft = compute["method"].eq("lora"), compute["method"].eq("fullft")
-    refuse_rows(compute, ~(lora | fullft), "model", "method", "fullft, lora")
-    unranked = lora & ~compute["rank"].ge(1).fillna(False).astype(bool)
-    refuse_rows(compute, unranked, "model", "rank", "whole numbers from 1 up for lora")
-    for name in ("effective_width", *_MEASURED):
-        if name in compute:
-            numbers = compute[name].astype(float)
-            refuse_rows(compute, numbers.le(0) | np.isinf(numbers), "model", name, "numbers above 0")
     arm = [name for name in (*COMPUTE_SETTING, "method", "rank", "placement") if name in compute]
     for row in compute[compute.duplicated(arm)].to_dict("records"):
         values = ", ".join(f"{name} {row[name]}" for name in arm[1:] if not pd.isna(row[name]))
@@ -56,7 +46,8 @@ def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
 
     columns = [*COMPUTE_SETTING, "placement", "rank", "effective_width"]
     numbered = compute.reindex(columns=[*columns, *_MEASURED]).astype(dict.fromkeys(_MEASURED, float))
-    both = numbered[lora].merge(numbered[fullft], on=COMPUTE_SETTING, how="left", suffixes=("", "_fullft"))
+    lora, fullft = (numbered[compute["method"] == method] for method in ("lora", "fullft"))
+    both = lora.merge(fullft, on=COMPUTE_SETTING, how="left", suffixes=("", "_fullft"))
     formula = 2 / 3 + 2 * both["rank"].astype(float) / both["effective_width"].astype(float)
     ratios = {name: both[measured] / both[f"{measured}_fullft"] for measured, name in _MEASURED.items()}
     difference = ratios["flops_ratio"] / formula - 1
@@ -65,10 +56,8 @@ def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
 
 
 def each_setting(ratios: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Split the rows of `flops_ratio` by model, placement and setting, and name each part.
-
-    The name is the model's name with the columns, and their values, in which the model's settings differ.
-    """
+    """Split the rows of `flops_ratio` by model, placement and setting, each with the model's name and the columns, and
+    their values, in which the model's settings differ."""
     named = []
     for model, rows_of_model in ratios.groupby("model"):
         varied = [name for name in (*COMPUTE_SETTING[1:], "placement") if rows_of_model[name].nunique(dropna=False) > 1]

@@ -77,7 +77,7 @@ def _same_curve(comparison: Comparison) -> Finding:
     agree: int | str = "none"
     for window in [] if margin.problem else reversed([*early, *windows]):
         gap, problems, _ = envelope_gap(*window)
-        if problems or not rule.confirmed(gap):
+        if problems or not rule.answers(gap).confirmed:
             break
         agree = window[0]
     decisive = worst(findings)

@@ -256,7 +256,7 @@ def import_source(
     out: Annotated[Path, Option(help="Folder for the tidy tables.")],
 ) -> None:
     """Read runs that others have published, as their source.yaml describes them, into the tidy tables."""
-    from lorabench.sources.studies import import_source as read
+    from lorabench.sources.source import import_source as read
     from lorabench.store.io import write_frame
 
     imported = read(source)[1]

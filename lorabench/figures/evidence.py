@@ -21,7 +21,7 @@ from lorabench.analysis.rules import DECIDED
 from lorabench.figures import style
 from lorabench.sources.lr_optima import known_optima, optima_table
 from lorabench.sources.measurements import MEASURES, Z, holds_again, matrix, measurement_table, summary_table
-from lorabench.sources.studies import judge, read_studies, source_folders
+from lorabench.sources.source import judge, read_sources, source_folders
 from lorabench.store.io import write_csv
 from lorabench.store.published import NOT_PUBLISHED
 from lorabench.utils import formats
@@ -41,15 +41,15 @@ def evidence_tables(
     Raises:
         UserError: a source is refused; then nothing is judged.
     """
-    studies = read_studies(source_folders(*more))
-    claims = pd.concat([judge(study) for study in studies], ignore_index=True)
-    measurements = measurement_table(studies, claims, own)
+    sources = read_sources(source_folders(*more))
+    claims = pd.concat([judge(source) for source in sources], ignore_index=True)
+    measurements = measurement_table(sources, claims, own)
     return {
         "claims": claims.drop(columns=list(NOT_PUBLISHED)),
         "matrix": matrix(claims, own),
         "measurements": measurements,
         "summary": summary_table(measurements),
-        "lr_optima": optima_table(known_optima(studies, presets)),
+        "lr_optima": optima_table(known_optima(sources, presets)),
     }
 
 

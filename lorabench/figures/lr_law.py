@@ -11,7 +11,16 @@ from matplotlib.artist import Artist
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.lr_law import PUBLISHED, LrLaw, SweptModel, fitted_law, lineage, predict_lr, swept_models
+from lorabench.analysis.lr_law import (
+    METHODS,
+    PUBLISHED,
+    LrLaw,
+    SweptModel,
+    fit_lr_law,
+    lineage,
+    predict_lr,
+    swept_models,
+)
 from lorabench.analysis.published import paper_numbers, published_sweeps
 from lorabench.figures import grid, style
 from lorabench.figures.grid import ARM_COLUMNS, diverged_runs, only, tidy
@@ -35,7 +44,10 @@ def draw(tables: Tables) -> style.Drawn:
     """
     runs = tables.runs[judged_arms(tables.runs)]
     groups = swept_models(grid.compared(tables, runs))
-    laws = [fitted_law(models) for models in groups]
+    laws = [
+        fit_lr_law([best for model in models for method in METHODS if (best := model.arm_optimum(method))])
+        for models in groups
+    ]
     parts = [_rows(models, law) for models, law in zip(groups, laws, strict=True)]
     diverged = tidy({"diverged": diverged_runs(runs).drop(columns=["family", "hidden_size"])}, _COLUMNS)
     plotted = pd.concat([*parts, diverged], ignore_index=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
-from lorabench.analysis.arms import arm_label, arm_labels, each_arm, first_seed, is_standard
+from lorabench.analysis.arms import arm_label, arm_labels, each_arm, is_standard
 from lorabench.analysis.comparison import MIN_LRS, Judging, comparisons
 from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.rewards import is_sick, sampler_mismatch, with_error_rates
@@ -103,7 +103,7 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
         fit = comparison.fit
         for arm in comparison.arms:
             label = arm_label(arm)
-            grid = first_seed(comparison.rows[label])
+            grid = comparison.rows[label].loc[lambda rows: rows["seed"] == rows["seed"].min()]
             row: dict[str, Any] = arm | unknown | (optimum(comparison, arm) or {})
             if label in fit.optima:
                 # At the edge of a grid too, it is the optimum of which the ratio and the recipe are.

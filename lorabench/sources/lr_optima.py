@@ -33,7 +33,7 @@ from lorabench.errors import UserError
 from lorabench.models.specs import dimensions, shipped_folder
 from lorabench.runs import lowest
 from lorabench.sources.measurements import PROJECT, Z
-from lorabench.sources.studies import Study
+from lorabench.sources.source import SourceModel
 from lorabench.store.checks import is_rl
 from lorabench.store.io import with_all_columns
 from lorabench.store.tables import Tables
@@ -93,17 +93,11 @@ class LrOptimum:
         return cls(**known | {"lr": rounded(known["lr"])})
 
 
-def known_optima(studies: Sequence[Study], presets: Sequence[Path] = ()) -> list[LrOptimum]:
-    """Return all known optima.
-
-    Args:
-        presets: folders of published presets, such as paper_figures/published/laptop.
-
-    Raises:
-        UserError: a figure's table names a model that the preset does not have.
-    """
-    optima = [optimum for study in studies for optimum in _study_optima(study)]
-    optima += [*_authors_optima(), *_stated_optima({study.source for study in studies})]
+def known_optima(sources: Sequence[SourceModel], presets: Sequence[Path] = ()) -> list[LrOptimum]:
+    """Return all known optima, also those of folders of published presets, such as paper_figures/published/laptop; a
+    UserError says if a figure's table names a model that the preset does not have."""
+    optima = [optimum for source in sources for optimum in _source_optima(source)]
+    optima += [*_authors_optima(), *_stated_optima({source.folder for source in sources})]
     # A condition that several figures or presets show counts once.
     own: dict[tuple[Any, ...], LrOptimum] = {}
     for optimum in (optimum for folder in presets for optimum in _preset_optima(folder)):
@@ -111,15 +105,15 @@ def known_optima(studies: Sequence[Study], presets: Sequence[Path] = ()) -> list
     return optima + list(own.values())
 
 
-def _study_optima(study: Study) -> list[LrOptimum]:
-    """Return the optima of a study: for each condition of FullFT, and of LoRA's highest rank with a grid."""
-    attributes = study.description.attributes
-    about: dict[str, Any] = {"source": study.source, "family": study.about.family, "width": study.about.hidden_size}
-    about |= {"mean_lr": mean_lr(attributes.schedule), "rl": study.is_rl}
+def _source_optima(source: SourceModel) -> list[LrOptimum]:
+    """Return the optima of a source: for each condition of FullFT, and of LoRA's highest rank with a grid."""
+    attributes = source.file.attributes
+    about: dict[str, Any] = {"source": source.folder, "family": source.about.family, "width": source.about.hidden_size}
+    about |= {"mean_lr": mean_lr(attributes.schedule), "rl": source.is_rl}
     # An alpha may also be a rule, in place of a number.
     alpha = pd.to_numeric(attributes.alpha, errors="coerce")
     optima = []
-    for runs in study.conditions():
+    for runs in source.conditions():
         first = {name: runs[name].iloc[0] for name in _CONDITION} | about
         swept = runs[runs.groupby(["method", "rank"], dropna=False)["lr"].transform("nunique") >= MIN_LRS]
         fullft, lora = (swept[swept["method"] == method] for method in ("fullft", "lora"))
@@ -243,8 +237,7 @@ def _preset_optima(folder: Path) -> list[LrOptimum]:
         if figure != "lr_law" and len(grids):
             fitted = fitted.join(grids, on=arms)
         for row in fitted.to_dict("records"):
-            spec = models.get(row["model"])
-            if spec is None:
+            if (spec := models.get(row["model"])) is None:
                 allowed = ", ".join(models)
                 raise UserError(f"{folder}: model {row['model']!r} is none of the preset {folder.name}: {allowed}")
             family = _family(spec.id.rsplit("/", 1)[-1]) if isinstance(spec, HubModel) else ""

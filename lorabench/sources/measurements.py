@@ -1,6 +1,6 @@
 """What the sources and own presets say together: the matrix of claims by scale, and measurements that several repeat.
 
-The measurements of a study are taken at the best learning rates of its grids, since most sources have one seed:
+The measurements of a source are taken at the best learning rates of its grids, since most sources have one seed:
 
 - `lr_ratio`: the natural logarithm of LoRA's optimal LR over that of full fine-tuning (FullFT), SFT and RL. An optimum
   lies anywhere between the LRs that the noise does not tell from the best, and half a step beyond them; its error is
@@ -33,7 +33,7 @@ from lorabench.analysis.random_effects import p_of_groups, random_effects
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS
 from lorabench.runs import lowest
-from lorabench.sources.studies import REWARD_SD, Study
+from lorabench.sources.source import REWARD_SD, SourceModel
 from lorabench.store.io import read_claims
 from lorabench.store.published import NOT_PUBLISHED, read_held_out, read_provenance
 from lorabench.store.tables import MIXED, UNKNOWN
@@ -88,40 +88,24 @@ def read_own(folder: Path, name: str) -> pd.DataFrame:
     Returns:
         The claims without run_ids, and the columns origin (the preset's name), explored (False where all seeds are
         held out), held_out (the verdict on held-out seeds, null without them; the verdict itself where all seeds are),
-        scale (as `8B`) and parameters, which are those at the start of the claim's scope; null for a claim that was
-        judged on no models.
-
-    Raises:
-        UserError: there is no such table, or it is from another version.
+        scale (as `8B`) and parameters: those at the start of the claim's scope, such as `0.83M parameters, 50 steps`,
+        the larger one of a range; null for a claim that was judged on no models.
     """
     claims = read_claims(folder, without=NOT_PUBLISHED)
-    scales = pd.DataFrame(map(_scale, claims["scope"]), columns=["scale", "parameters"], index=claims.index)
+    stated = claims["scope"].astype(str).str.extract(r"^(?:[\d.]+[kMB] to )?([\d.]+)([kMB]) parameters")
+    number, unit = stated[0].astype(float), stated[1]
+    parameters = number * unit.map(_SIZES).astype(float)
+    scale = (number.map(lambda n: f"{n:.2g}" if n < 10 else f"{n:.0f}") + unit).mask(parameters < BELOW, TINY)
     again = read_held_out(folder)
     held_out = None if again is None else claims["claim_id"].map(again.set_index("claim_id")["held_out"])
     explored = "frozen" not in read_provenance(folder)
-    if not explored:
-        held_out = claims["verdict"]
-    return claims.join(scales).assign(origin=name, explored=explored, held_out=held_out)
+    held_out = held_out if explored else claims["verdict"]
+    return claims.assign(scale=scale, parameters=parameters, origin=name, explored=explored, held_out=held_out)
 
 
 def holds_again(cell: Mapping[Any, Any]) -> bool:
     """Return whether a decided verdict of a cell of the matrix was reached on held-out seeds, alone or again."""
     return cell["verdict"] in DECIDED and cell["held_out"] == cell["verdict"]
-
-
-def _scale(scope: object) -> tuple[str | None, float]:
-    """Return the scale and the number of parameters at the start of a scope such as `0.83M parameters, 50 steps`.
-
-    Of a range, as in `0.27M to 0.83M parameters`, the larger one counts.
-    """
-    match = re.match(r"(?:[\d.]+[kMB] to )?([\d.]+)([kMB]) parameters", str(scope))
-    if match is None:
-        return None, math.nan
-    number, unit = float(match[1]), match[2]
-    parameters = number * _SIZES[unit]
-    if parameters < BELOW:
-        return TINY, parameters
-    return (f"{number:.2g}{unit}" if number < 10 else f"{number:.0f}{unit}"), parameters
 
 
 def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFrame:
@@ -131,7 +115,7 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
     comparisons (see `lorabench.analysis.finding.SEVERITY`). Without any runs behind it a verdict is `not tested`.
 
     Args:
-        judged: the claims of all studies, as from `studies.judge`.
+        judged: the claims of all sources, as from `source.judge`.
         own: presets of one's own, each as from `read_own`.
     """
     every = pd.concat([judged.assign(origin=judged["source"]), *own], ignore_index=True)
@@ -140,11 +124,8 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
     # Models of nearly one size share a column, whose place is that of the smallest.
     every["parameters"] = every.groupby("scale")["parameters"].transform("min")
     # Of equal verdicts, one with a number is shown.
-    order = every.assign(
-        claim=every["claim_id"].map(_CLAIMS.index),
-        rank=-every["verdict"].map(SEVERITY.index),
-        unknown=every["estimate"].isna(),
-    )
+    ranks = -every["verdict"].map(SEVERITY.index)
+    order = every.assign(claim=every["claim_id"].map(_CLAIMS.index), rank=ranks, unknown=every["estimate"].isna())
     every = order.sort_values(["claim", "parameters", "scale", "rank", "unknown"], kind="stable")
     cell = every.groupby(["claim_id", "scale"])
     every[["n_hold", "n_parts"]] = cell[["n_hold", "n_parts"]].transform("sum")
@@ -159,11 +140,8 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
 
 
 class _Best(NamedTuple):
-    """The best learning rate of an arm: the geometric middle of those that may be the best.
-
-    `log_error` is the standard error of ln LR, NaN at an edge of the grid or without a grid. `loss` is the lowest loss,
-    in RL the error rate, of `n` seeds.
-    """
+    """The best learning rate of an arm, the geometric middle of those that may be the best, with the standard error of
+    ln LR, NaN at an edge of the grid or without a grid, and the lowest loss, in RL the error rate, of n seeds."""
 
     lr: float
     log_error: float
@@ -172,37 +150,35 @@ class _Best(NamedTuple):
     n: int
 
 
-def measurement_table(studies: Sequence[Study], claims: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFrame:
-    """Measure presets and studies, in their order.
-
-    Args:
-        claims: as from `studies.judge`, of all studies.
-        own: presets of one's own, each as from `read_own`; of those only the comparison that decides a claim counts.
-    """
+def measurement_table(
+    sources: Sequence[SourceModel], claims: pd.DataFrame, own: Sequence[pd.DataFrame] = ()
+) -> pd.DataFrame:
+    """Measure presets (each as from `read_own`), of which only the comparison that decides a claim counts, and sources,
+    given their claims (as from `source.judge`), in their order."""
     rows = [row for preset in own for row in _measured_preset(preset)]
-    for study in studies:
-        for runs in study.conditions():
-            if study.has_losses:
-                rows += _measured(study, runs, ["lr_ratio", "loss_gap"], rates=False)
-            if study.by_accuracy and study.has_losses:
-                rows += _measured(study, runs.assign(loss=1 - runs["final_reward"]), ["accuracy_gap"], rates=True)
-            if not study.has_losses:
-                measures = ["lr_ratio"] if study.is_rl else ["lr_ratio", "accuracy_gap"]
-                rows += _measured(study, runs, measures, rates=True)
-    for study in studies:
-        judged = claims[(claims["source"] == study.source) & (claims["model"] == study.model)]
+    for source in sources:
+        for runs in source.conditions():
+            if source.has_losses:
+                rows += _measured(source, runs, ["lr_ratio", "loss_gap"], rates=False)
+            if source.by_accuracy and source.has_losses:
+                rows += _measured(source, runs.assign(loss=1 - runs["final_reward"]), ["accuracy_gap"], rates=True)
+            if not source.has_losses:
+                measures = ["lr_ratio"] if source.is_rl else ["lr_ratio", "accuracy_gap"]
+                rows += _measured(source, runs, measures, rates=True)
+    for source in sources:
+        judged = claims[(claims["source"] == source.folder) & (claims["model"] == source.model)]
         growth = _fitted(judged, "D1", "gap_growth")
         if growth is not None:
-            runs = study.tables.runs
+            runs = source.tables.runs
             batches = f"batch {runs['batch_size'].min()} to {runs['batch_size'].max()}"
-            rows.append(growth | _about(study) | {"task": "sft", "dataset": f"{runs['dataset'].iloc[0]}, {batches}"})
+            rows.append(growth | _about(source) | {"task": "sft", "dataset": f"{runs['dataset'].iloc[0]}, {batches}"})
     return pd.DataFrame(rows, columns=_MEASUREMENT).astype({"batch_size": "Int64"})
 
 
-def _about(study: Study) -> dict[str, Any]:
-    about: dict[str, Any] = {"source": study.source, "study": study.name, "scale": study.about.scale}
-    about |= {"parameters": study.about.parameters, "task": "rl" if study.is_rl else "sft"}
-    return about | {name: getattr(study.description.attributes, name) for name in ATTRIBUTES if name != "task"}
+def _about(source: SourceModel) -> dict[str, Any]:
+    about: dict[str, Any] = {"source": source.folder, "study": source.name, "scale": source.about.scale}
+    about |= {"parameters": source.about.parameters, "task": "rl" if source.is_rl else "sft"}
+    return about | {name: getattr(source.file.attributes, name) for name in ATTRIBUTES if name != "task"}
 
 
 def _fitted(claims: pd.DataFrame, claim_id: str, measure: str) -> dict[str, Any] | None:
@@ -240,7 +216,7 @@ def _measured_preset(claims: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def _measured(study: Study, runs: pd.DataFrame, measures: Sequence[str], rates: bool) -> list[dict[str, Any]]:
+def _measured(source: SourceModel, runs: pd.DataFrame, measures: Sequence[str], rates: bool) -> list[dict[str, Any]]:
     """Take measurements of a condition, the runs of one dataset, batch size and length; its losses may be rates."""
     # The deviation between seeds is that of the runs' own, pooled over arms and LRs, or that which a source states,
     # which is one of what it is judged by.
@@ -254,8 +230,8 @@ def _measured(study: Study, runs: pd.DataFrame, measures: Sequence[str], rates: 
     noise_remark = "" if sigma > 0 else "noise between seeds not known"
     if not sigma > 0:
         sigma = math.nan
-        if study.noise and (rates or not study.by_accuracy):
-            sigma, noise_remark = study.noise.sigma, f"noise from {study.noise.source}"
+        if source.noise and (rates or not source.by_accuracy):
+            sigma, noise_remark = source.noise.sigma, f"noise from {source.noise.source}"
     fullft_runs = runs[runs["method"] == "fullft"]
     fullft = _best(fullft_runs, sigma)
     if fullft is None:
@@ -265,7 +241,7 @@ def _measured(study: Study, runs: pd.DataFrame, measures: Sequence[str], rates: 
     chosen: list[tuple[str, pd.DataFrame]] = []
     if swept and fullft_runs["lr"].nunique() >= MIN_LRS:
         chosen += [(measure, arms[max(swept)]) for measure in measures]
-    if study.is_rl and 1 in arms:
+    if source.is_rl and 1 in arms:
         chosen.append(("rank_1_gap", arms[1]))
     rows = []
     for measure, arm in chosen:
@@ -284,7 +260,7 @@ def _measured(study: Study, runs: pd.DataFrame, measures: Sequence[str], rates: 
             remarks += [noise_remark] if noise_remark else []
         row = {"measure": measure, "dataset": runs["dataset"].iloc[0], "batch_size": runs["batch_size"].iloc[0]}
         row |= {"value": value, "error": error, "counts": not edges and math.isfinite(error)}
-        rows.append(_about(study) | row | {"remark": "; ".join(remarks)})
+        rows.append(_about(source) | row | {"remark": "; ".join(remarks)})
     return rows
 
 
@@ -300,7 +276,7 @@ def _best(arm: pd.DataFrame, sigma: float) -> _Best | None:
     lrs = np.log(cells.index.to_numpy(float))
     losses, n = cells["loss"].to_numpy(float), cells["n"].to_numpy(float)
     best = cells.index.tolist().index(lowest(dict(zip(cells.index, losses.tolist(), strict=True))))
-    alike = 0.0 if math.isnan(sigma) else 2 * sigma * np.sqrt(1 / n + 1 / n[best])
+    alike = np.nan_to_num(2 * sigma * np.sqrt(1 / n + 1 / n[best]))
     # The LRs next to the best, up to the first on each side that the noise tells from it.
     far = np.flatnonzero(losses - losses[best] > alike)
     low, high = max(far[far < best], default=-1) + 1, min(far[far > best], default=len(lrs)) - 1
@@ -315,15 +291,13 @@ def _best(arm: pd.DataFrame, sigma: float) -> _Best | None:
 
 
 def summary_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the summaries over sources: one row for each measure, and for each of its groups by an attribute.
+    """Return the summaries over sources: one row for each measure of a `measurement_table`, and for each of its groups
+    by an attribute.
 
     The measurements of one source share data and model, so their mean counts once, with the mean of their errors; SFT
     and RL of a source count apart. An attribute explains as far as two groups of it have two sources each;
     `p_of_groups` is then the probability of group means so far apart by chance, and otherwise null. Sources whose
     attribute is unknown or mixed are no group that could explain anything.
-
-    Args:
-        table: as from `measurement_table`.
     """
     rows: list[dict[str, Any]] = []
     for measure in MEASURES:

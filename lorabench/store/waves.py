@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
-from lorabench.runs import Run, Sweep, best_lr, ending, finished_losses, next_runs, validation_loss
+from lorabench.runs import Run, Sweep, best_lr, finished_losses, next_runs, validation_loss
 from lorabench.store.collect import sweep_table
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
@@ -72,10 +72,13 @@ def end_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], Non
     """Delete the weights of a finished sweep that the preset does not keep; return its runs as rows of JOB."""
     losses = finished_losses(sweep, lambda run: _loss(run, layout))
     folders = {(lr, seed): RunFolder(layout.runs, Run(sweep.condition, lr, seed).run_id) for lr, seed in losses}
+    best = best_lr(sweep, losses)
     if sweep.lattice is not None:
-        say(f"{sweep.condition.label} {ending(sweep, losses)}")
+        say(
+            f"{sweep.condition.label} ended at {len({lr for lr, _ in losses})} LRs, "
+            + ("all diverged" if best is None else f"the lowest loss at lr {best:.3g}")
+        )
     if plan.preset.execution.keep_weights == "best":
-        best = best_lr(sweep, losses)
         for folder in (folder for (lr, _), folder in folders.items() if lr != best):
             shutil.rmtree(folder.weights, ignore_errors=True)
     return sweep_table(list(folders.values()), sweep)

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes, log_windows, metric_points, paired, scan
-from lorabench.analysis.estimate import generator
 from lorabench.analysis.rules import Within
 
 from ..handmade.lora import lora_run, lora_tables, nll
@@ -103,12 +102,6 @@ def test_means_and_slopes_are_over_seeds():
     assert not of({0: np.zeros(9)}).means([(2, 9)])[0].known
 
 
-def simulated(random, seeds=3, steps=200, mean=0.0):
-    """Make a gap that is noisy by step, and that a seed shifts ever more as training goes on."""
-    log = np.log10(np.arange(1, steps + 1))[:, None] / math.log10(steps)
-    return mean + 0.02 * random.standard_normal((steps, seeds)) + 0.01 * log * random.standard_normal(seeds)
-
-
 @pytest.mark.parametrize(
     ("lift", "verdict"),
     [((0, 0, 0, 0), "confirmed"), ((0, 0, 0, 0.1), "contradicted"), ((0, 0, 0, 0.02), "inconclusive")],
@@ -121,13 +114,3 @@ def test_a_scan_needs_every_window(lift, verdict):
     assert judged.verdict == verdict
     assert judged.estimate == pytest.approx(max(lift))
     assert f"in steps {'1 to 50' if not any(lift) else '151 to 200'} (one of 4 windows" in judged.reason
-
-
-def test_intervals_of_paired_curves_hold_the_truth_as_often_as_they_say():
-    random, held = generator("paired"), []
-    for number in range(120):
-        curves = of(dict(enumerate(simulated(random, mean=0.03).T)), f"world {number}")
-        intervals = [(curves.means([(20, 60)])[0].interval(), 0.03), (curves.slope(20).interval(), 0.0)]
-        held.append([low <= truth <= high for (low, high), truth in intervals])
-    # Two binomial standard errors around 95%.
-    assert ((np.mean(held, axis=0) >= 0.91) & (np.mean(held, axis=0) < 1)).all()

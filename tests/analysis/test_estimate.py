@@ -21,7 +21,6 @@ from lorabench.analysis.estimate import (
     multivariate_student,
     ratio_of_means,
     student,
-    t_quantile,
     without_run_noise,
 )
 
@@ -68,32 +67,6 @@ def test_ends_of_sums_of_errors_are_those_of_student_within_1_percent_of_the_wid
         shares.append(np.abs(np.array(Estimate(0.0, draws @ weights).interval()) - expected) / np.ptp(expected))
     assert np.sqrt(np.mean(np.square(shares))) < 0.005
     assert np.max(shares) < 0.015
-
-
-def test_a_loss_has_the_error_of_its_groups_of_examples_and_single_examples_miss_it():
-    random = np.random.default_rng(3)
-    shares = {}
-    for n_groups in (6, 12, 24):
-        sizes = np.resize([31, 22, 13, 12, 10, 8], n_groups)
-        group = np.repeat(np.arange(n_groups), sizes)
-        inside = {"by group": 0, "singly": 0}
-        for _ in range(WORLDS):
-            tokens = random.integers(10, 40, len(group)).astype(float)
-            # Examples of one group have a part in common, as the functions of a package have.
-            losses = random.normal(0, 1, n_groups)[group] + random.normal(0, 1, len(group))
-            given = {"a": losses * tokens}, {"a": tokens}
-            for name, numbers in {"by group": ({"a": group},), "singly": ()}.items():
-                influences = ExampleLosses(*given, *numbers).influences(["a"])
-                error, n = np.sqrt((influences**2).sum()), influences.shape[1]
-                low, high = (losses @ tokens / tokens.sum() + error * side * t_quantile(n - 1) for side in (-1, 1))
-                inside[name] += low <= 0 <= high
-        shares[n_groups] = {name: count / WORLDS for name, count in inside.items()}
-    for share in shares.values():
-        assert 0.91 <= share["by group"] <= 0.98
-        assert share["singly"] < 0.7
-
-
-WORLDS = 600
 
 
 @pytest.mark.parametrize("n", [2, 6, 300])

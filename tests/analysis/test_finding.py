@@ -8,16 +8,8 @@ import pytest
 from scipy.stats import norm
 
 from lorabench.analysis.estimate import student
-from lorabench.analysis.finding import (
-    N_AGAIN,
-    Finding,
-    decide,
-    exponential,
-    in_unit,
-    together,
-    with_parts,
-    without,
-)
+from lorabench.analysis.finding import N_AGAIN, Finding, decide, exponential, in_unit, together, with_parts, without
+from lorabench.analysis.optima import as_ratio
 from lorabench.analysis.rules import Above, Within
 
 RULE = Within.margin(0.01)
@@ -25,11 +17,6 @@ RULE = Within.margin(0.01)
 
 def judged(value, error=0.001, name="a"):
     return decide(RULE, student(value, error, 20, name, 6), name, [name])
-
-
-def again(rule, value, error=0.001, name="a", dof=1e6):
-    """Return the finding on a number with a t distributed error."""
-    return decide(rule, student(value, error, dof, name, 6), "text", ["run"])
 
 
 @pytest.mark.parametrize(
@@ -49,7 +36,7 @@ def again(rule, value, error=0.001, name="a", dof=1e6):
 def test_the_probability_of_the_same_verdict_is_that_of_a_normal_number_with_twice_the_variance(
     rule, value, verdict, low, high
 ):
-    judged, new = again(rule, value), norm(value, 0.001 * math.sqrt(2))
+    judged, new = decide(rule, student(value, 0.001, 1e6, "a", 6), "", []), norm(value, 0.001 * math.sqrt(2))
     assert judged.verdict == verdict
     expected = new.cdf(high) - new.cdf(low)
     assert judged.p_again == pytest.approx(expected, abs=3 * math.sqrt(expected * (1 - expected) / N_AGAIN))
@@ -63,12 +50,8 @@ def test_the_sign_is_right_in_all_comparisons_only_if_none_is_open_or_contradict
         for value, name in ((0.004, "small"), (0.02, "large"), (0.0095, "open"), (0.0, "none"))
     )
     sign = "right sign, below the margin"
-    assert [each.verdict for each in (small, large, open_one, none)] == [
-        sign,
-        "confirmed",
-        "inconclusive",
-        "contradicted",
-    ]
+    verdicts = [each.verdict for each in (small, large, open_one, none)]
+    assert verdicts == [sign, "confirmed", "inconclusive", "contradicted"]
     assert together([small, large]).verdict == sign
     assert together([small, open_one, large]).verdict == "inconclusive"
     assert together([small, none, open_one]).verdict == "contradicted"
@@ -88,7 +71,7 @@ def test_a_finding_on_several_comparisons_says_how_many_hold():
 
 def test_a_finding_may_change_its_unit():
     judged = decide(Within(-math.log(2), math.log(2)), student(math.log(1.5), 0.1, 10, "ratio"), "", [])
-    ratio = in_unit(judged, exponential, exponential)
+    ratio = as_ratio(judged)
     assert (ratio.verdict, ratio.estimate) == ("confirmed", pytest.approx(1.5))
     assert (ratio.margin_low, ratio.margin_high) == pytest.approx((0.5, 2))
     assert (ratio.ci_low, ratio.detectable) == pytest.approx((math.exp(judged.ci_low), math.exp(judged.detectable)))

@@ -59,22 +59,18 @@ def test_without_noise_optima_minima_and_curvature_are_exact():
     assert math.exp(fit.log_ratio("LoRA r64", "FullFT").value) == pytest.approx(2.2 / 0.7)
 
 
-@pytest.mark.parametrize(
-    ("asymmetry", "spread", "noise", "worlds"),
-    [pytest.param(0.0, 0.0, {}, 200, marks=pytest.mark.slow), (0.2, 0.1, {"own": 0.002, "run": 0.002}, 100)],
-)
-def test_intervals_hold_the_truth_as_often_as_they_say(asymmetry, spread, noise, worlds):
+def test_intervals_hold_the_truth_as_often_as_they_say():
     """An asymmetry that arms share, over their curvature and about as it was measured, moves no minima and optima."""
     random, held = np.random.default_rng(3), []
-    for number in range(worlds):
-        runs = world(random, arms=("FullFT", "LoRA r64", "LoRA r8"), **noise)
+    for number in range(60):
+        runs = world(random, arms=("FullFT", "LoRA r64", "LoRA r8"), own=0.002, run=0.002)
         steps = np.log(runs["lr"] / runs["run_id"].str.split("/").str[0].map(OPTIMA))
-        runs["final_test_nll"] += CURVATURE * random.normal(asymmetry, spread) * steps**3
+        runs["final_test_nll"] += CURVATURE * random.normal(0.2, 0.1) * steps**3
         fit = fit_losses(runs, name=str(number))
         gap, ratio = (number("LoRA r64", "FullFT").interval() for number in (fit.gap, fit.log_ratio))
         held.append((gap[0] <= 0.02 <= gap[1], ratio[0] <= math.log(2.2 / 0.7) <= ratio[1]))
-    # Three binomial standard errors below 95%, or two.
-    assert (np.mean(held, axis=0) >= 0.90).all()
+    # Two binomial standard errors below 95%.
+    assert (np.mean(held, axis=0) >= 0.89).all()
 
 
 def test_variances_are_those_of_statsmodels():
@@ -118,15 +114,12 @@ def test_arms_have_their_own_curvature():
 def test_an_optimum_at_the_edge_is_flagged_with_the_lr_to_add():
     runs = world()
     lower = runs[~((runs["method"] == "fullft") & (runs["lr"] > 7e-4))]
-    grid = fit_losses(lower).grids["FullFT"]
-    assert grid.edge == pytest.approx(6e-4 * 2.5)
-    assert not fit_losses(lower).resolved["FullFT"]
     # A diverged run above bounds the optimum, but leaves it unresolved between the two.
     diverged = pd.DataFrame([row("FullFT", 1.5e-3, 0, math.nan, status="diverged")])
-    bounded = fit_losses(pd.concat([lower, diverged]))
-    assert bounded.grids["FullFT"].edge is None
+    fit, bounded = fit_losses(lower), fit_losses(pd.concat([lower, diverged]))
+    assert not any(each.resolved["FullFT"] for each in (fit, bounded))
+    assert (fit.grids["FullFT"].edge, bounded.grids["FullFT"].edge) == (pytest.approx(6e-4 * 2.5), None)
     assert bounded.grids["FullFT"].coarse == pytest.approx(math.sqrt(6e-4 * 1.5e-3))
-    assert not bounded.resolved["FullFT"]
     # A grid that is coarser than half a decade resolves nothing.
     cells = [(lr, seed) for lr in (7e-5, 7e-4, 7e-3) for seed in range(3)]
     coarse = pd.DataFrame([row("FullFT", lr, seed, loss_at("FullFT", lr)) for lr, seed in cells])
@@ -182,32 +175,29 @@ def test_a_minimum_far_below_all_runs_is_flagged(steep):
     assert all("no LR has less than" in problem.text and problem.remedy.lrs for problem in problems)
 
 
-@pytest.mark.parametrize(("seeds", "lrs"), [(3, 3), (6, 5)])
-def test_one_arm_alone_has_the_errors_of_its_optimum_within_seeds_and_of_its_minimum_over_new_ones(seeds, lrs):
-    random, held, resolved = np.random.default_rng(seeds), [], []
-    steps = range(-(lrs // 2), lrs // 2 + 1)
+def test_one_arm_alone_has_the_errors_of_its_optimum_within_seeds_and_of_its_minimum_over_new_ones():
+    random, held = np.random.default_rng(3), []
     for number in range(40):
-        luck, optimum = random.normal(0, 0.02, seeds), random.uniform(-0.4, 0.4)
-        rises = {
-            step: CURVATURE * ((step - optimum) ** 2 + random.normal(0.1, 0.1) * (step - optimum) ** 3)
-            for step in steps
-        }
-        losses = {
-            (step, seed): 2 + rises[step] + random.normal(0, 0.004) for step, seed in product(steps, range(seeds))
-        }
-        fits = []
-        for shared in (luck, 10 * luck):
-            rows = [row("FullFT", math.exp(step), seed, loss + shared[seed]) for (step, seed), loss in losses.items()]
-            fits.append(fit_losses(pd.DataFrame(rows), name=str(number)))
-        fit, other = fits
+        luck, optimum = random.normal(0, 0.02, 3), random.uniform(-0.4, 0.4)
+        x = np.arange(-1, 2) - optimum
+        losses = 2 + CURVATURE * (x**2 + random.normal(0.1, 0.1) * x**3) + random.normal(0, 0.004, (3, 3))
+        fit, other = (
+            fit_losses(
+                pd.DataFrame(
+                    row("FullFT", math.exp(step), seed, losses[seed, step + 1] + shared[seed])
+                    for step, seed in product(range(-1, 2), range(3))
+                ),
+                name=str(number),
+            )
+            for shared in (luck, 10 * luck)
+        )
         position, minimum = fit.optima["FullFT"].interval(), fit.minima["FullFT"].interval()
-        held.append((position[0] <= optimum <= position[1], minimum[0] <= 2 <= minimum[1]))
-        resolved.append(fit.resolved["FullFT"])
+        resolved = fit.resolved["FullFT"]
+        held.append((position[0] <= optimum <= position[1], minimum[0] <= 2 <= minimum[1], resolved))
         # Effects of seeds, however large, do not move the optimum.
         assert other.optima["FullFT"].interval() == pytest.approx(position)
     # Two binomial standard errors below 95%.
     assert (np.mean(held, axis=0) >= 0.88).all()
-    assert np.mean(resolved) >= 0.9
 
 
 def test_one_seed_has_no_error_unless_its_noise_is_known_from_elsewhere():
@@ -221,59 +211,56 @@ def test_one_seed_has_no_error_unless_its_noise_is_known_from_elsewhere():
     assert 0.01 <= gap.seed_error <= 0.0155
 
 
-def test_the_error_from_test_examples_is_that_of_new_examples():
-    random = np.random.default_rng(8)
-    runs, n = world(), 400
+def with_examples(runs, random, of_run, n):
+    """Return the losses by test example of runs, whose mean losses they become, and the tokens of each example."""
     tokens = random.integers(5, 50, n).astype(float)
-    common = random.normal(0, 0.2, n)
-    arm_part = {"FullFT": 0.0, "LoRA r64": random.normal(0, 0.1, n)}
-    nats = {}
-    for run in runs.itertuples():
-        label = "FullFT" if run.method == "fullft" else "LoRA r64"
-        nats[run.run_id] = (run.final_test_nll + common + arm_part[label]) * tokens
+    nats = {run.run_id: (run.final_test_nll + of_run(run)) * tokens for run in runs.itertuples()}
     runs["final_test_nll"] = [nats[run_id].sum() / tokens.sum() for run_id in runs["run_id"]]
-    gap = fit_losses(runs, ExampleLosses(nats, dict.fromkeys(nats, tokens))).gap("LoRA r64", "FullFT")
+    return nats, dict.fromkeys(nats, tokens)
+
+
+def test_the_error_from_test_examples_is_that_of_new_examples():
+    random, runs, n = np.random.default_rng(8), world(), 400
+    common, arm_part = random.normal(0, 0.2, n), random.normal(0, 0.1, n)
+    nats, tokens = with_examples(runs, random, lambda run: common + arm_part * (run.method == "lora"), n)
+    gap = fit_losses(runs, ExampleLosses(nats, tokens)).gap("LoRA r64", "FullFT")
     # What all arms share cancels; an arm's own part averages over examples, weighted by their tokens.
-    weights = tokens / tokens.sum()
-    assert gap.example_error == pytest.approx(0.1 * math.sqrt((weights**2).sum()), rel=0.15)
-    assert gap.n_examples == n
+    weights = next(iter(tokens.values()))
+    expected = 0.1 * math.sqrt((weights**2).sum()) / weights.sum()
+    assert (gap.example_error, gap.n_examples) == (pytest.approx(expected, rel=0.15), n)
     assert fit_losses(runs).gap("LoRA r64", "FullFT").example_part is None
 
 
 def test_few_groups_of_test_examples_are_named_and_one_group_leaves_the_verdict_open():
     random = np.random.default_rng(8)
-    runs, tokens = world(random), np.full(60, 10.0)
-    arm_part, steepness = {"fullft": np.zeros(6), "lora": random.normal(0, 0.5, 6)}, random.normal(0, 0.04, 6)
-    group = np.repeat(np.arange(6), 10)
-    nats = {}
-    for run in runs.itertuples():
-        by_group = arm_part[run.method] + steepness * math.log(run.lr / 2e-3) * (run.method == "lora")
-        nats[run.run_id] = (run.final_test_nll + by_group[group] + random.normal(0, 0.02, 60)) * tokens
-    runs["final_test_nll"] = [nats[run_id].mean() / 10 for run_id in runs["run_id"]]
-    scored = dict.fromkeys(nats, tokens)
+    runs, group = world(random), np.repeat(np.arange(6), 10)
+    arm_part, steepness = random.normal(0, 0.5, 6), random.normal(0, 0.04, 6)
+
+    def of_run(run):
+        by_group = (arm_part + steepness * math.log(run.lr / 2e-3)) * (run.method == "lora")
+        return by_group[group] + random.normal(0, 0.02, 60)
+
+    nats, tokens = with_examples(runs, random, of_run, 60)
 
     def compared(groups):
-        judging = Judging(examples=ExampleLosses(nats, scored, dict.fromkeys(nats, groups)))
+        judging = Judging(examples=ExampleLosses(nats, tokens, dict.fromkeys(nats, groups)))
         (comparison,) = comparisons(runs, pd.DataFrame(), judging)
         return comparison, comparison.gap(comparison.lora[64], comparison.fullft)
 
     _, singly = compared(np.arange(60))
     comparison, gap = compared(group)
-    assert gap.example_error == pytest.approx(1.11 * arm_part["lora"].std(ddof=1) / math.sqrt(6), rel=0.1)
     assert gap.example_error > 2 * singly.example_error
     assert (gap.n_examples, gap.n_groups, singly.n_groups) == (60, 6, 60)
-    text = comparison.gap_text(comparison.lora[64], comparison.fullft)
-    assert text.endswith("; the 60 test examples come from 6 groups")
+    arms = [comparison.lora[64], comparison.fullft]
+    assert comparison.gap_text(*arms).endswith("; the 60 test examples come from 6 groups")
     # Each group has its own optimal LR, so further seeds would not tell where that of all is.
-    (problem,) = comparison.problems([comparison.lora[64]], resolved=True)
+    (problem,) = comparison.problems(arms[:1], resolved=True)
     assert (problem.remedy.text, problem.remedy.test_examples) == ("12 groups of test examples (now 6)", 120)
-    finding = comparison.equal_losses(comparison.lora[64], comparison.fullft)
-    assert "groups of test examples (now 6)" in finding.remedy.text
+    assert "groups of test examples (now 6)" in comparison.equal_losses(*arms).remedy.text
     comparison, gap = compared(np.zeros(60))
-    assert (gap.known, gap.n_groups) == (False, 1)
-    (problem,) = comparison.problems([comparison.lora[64], comparison.fullft])
-    assert "all of them are of one group" in problem.text
-    assert comparison.equal_losses(comparison.lora[64], comparison.fullft).verdict == "inconclusive"
+    (problem,) = comparison.problems(arms)
+    assert (gap.known, gap.n_groups, "all of them are of one group" in problem.text) == (False, 1, True)
+    assert comparison.equal_losses(*arms).verdict == "inconclusive"
 
 
 def as_means(runs, **changes):

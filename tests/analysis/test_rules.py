@@ -12,15 +12,7 @@ from scipy.stats import t
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.estimate import N_DRAWS, Estimate, exact, student
 from lorabench.analysis.finding import Finding, decide, together, worst
-from lorabench.analysis.rules import (
-    LEVEL,
-    Above,
-    NewRuns,
-    Within,
-    cheapest,
-    gain_margin,
-    student_shape,
-)
+from lorabench.analysis.rules import LEVEL, Above, NewRuns, Within, cheapest, gain_margin, student_shape
 
 from ..handmade.sft import arm, tables
 
@@ -68,11 +60,12 @@ def verdicts_on(rule, truth, error, dof=1e6, worlds=20_000):
     shifts = truth + error * np.random.default_rng(1).standard_normal(worlds)
     base = estimate(0.0, error, dof)
     runs = NewRuns(shifts, np.ones(worlds))
-    confirmed, fails = rule.confirmed(base, runs), rule.against(base, runs) <= LEVEL
-    return confirmed, ~confirmed & fails, ~confirmed & fails & rule.right_sign(base, runs)
+    confirmed, against, right_sign = rule.answers(base, runs)
+    fails = ~confirmed & (against <= LEVEL)
+    return confirmed, fails, fails & right_sign
 
 
-@pytest.mark.parametrize("error", [0.003, 0.01, 0.03, 0.1])
+@pytest.mark.parametrize("error", [0.003, 0.1])
 @pytest.mark.parametrize(
     ("verdict", "rule", "truth"),
     [
@@ -101,8 +94,7 @@ def worlds_with(seeds: int, truth: float, worlds: int = 20_000) -> tuple[np.ndar
     return runs.mean(1), runs.std(1, ddof=1) / math.sqrt(seeds)
 
 
-@pytest.mark.parametrize("truth", [0.0, 0.02, 0.1, 0.16])
-@pytest.mark.parametrize("comparisons", [1, 8])
+@pytest.mark.parametrize(("truth", "comparisons"), [(0.0, 1), (0.0, 8), (0.02, 8), (0.1, 1), (0.16, 8)])
 def test_the_seeds_of_a_remedy_decide_with_the_power_that_they_promise_if_the_estimate_is_the_truth(truth, comparisons):
     # Of eight comparisons with this truth either all must hold, or one must fail at the eighth part of the level.
     margin = 0.06
@@ -116,7 +108,6 @@ def test_the_seeds_of_a_remedy_decide_with_the_power_that_they_promise_if_the_es
         holds = (np.abs(means) + one_sided * errors < margin).mean() ** comparisons
         fails = (np.abs(means) - level * errors > margin).mean()
         powers.append(max(holds, fails))
-    print(truth, comparisons, seeds, powers)
     assert powers[0] > 0.77
     assert powers[1] < 0.83
 
@@ -156,9 +147,8 @@ def test_a_margin_is_a_share_of_the_gain_if_there_is_one():
     margin = gain_margin(0.02, 0.5, "FullFT")
     assert (margin.value, margin.problem) == (pytest.approx(0.01), None)
     assert margin.rule == "2% of the gain from the base to FullFT (0.500 nats)"
-    assert gain_margin(0.1, 0.5, "FullFT", rewarded=True).rule.endswith(
-        "gain in accuracy from the base to FullFT (0.500)"
-    )
+    in_rl = gain_margin(0.1, 0.5, "FullFT", rewarded=True)
+    assert in_rl.rule.endswith("gain in accuracy from the base to FullFT (0.500)")
     for gain in (-0.2, math.nan):
         assert math.isnan(gain_margin(0.02, gain, "FullFT").value)
         assert "no gain" in gain_margin(0.02, gain, "FullFT").problem

@@ -11,7 +11,7 @@ from lora_advice.theory import FACTS
 from advice.benchmarks.audit_regret import alarms, curvatures, evidence, held_to, inside, measured_runs, rounded
 from advice.benchmarks.lr_left_out import by_source, compared, left_out
 from lorabench.sources.lr_optima import known_optima
-from lorabench.sources.studies import read_studies, source_folders
+from lorabench.sources.source import read_sources, source_folders
 from lorabench.store.published import evidence_folders
 
 from ..conftest import REPOSITORY
@@ -21,7 +21,7 @@ EVIDENCE = REPOSITORY / "paper_figures/published/evidence"
 
 @pytest.fixture(scope="module")
 def published():
-    return read_studies(source_folders()), evidence_folders(REPOSITORY)
+    return read_sources(source_folders()), evidence_folders(REPOSITORY)
 
 
 @pytest.fixture(scope="module")

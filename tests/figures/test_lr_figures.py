@@ -8,7 +8,7 @@ import pytest
 
 from lorabench.analysis import published
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.lr_law import PUBLISHED, LrLaw, fitted_law, predict_lr, swept_models
+from lorabench.analysis.lr_law import METHODS, PUBLISHED, LrLaw, fit_lr_law, predict_lr, swept_models
 from lorabench.figures.grid import optima
 
 from ..handmade.sft import CURVATURE, OFFSETS, arm, tables
@@ -52,7 +52,8 @@ def test_law_draws_the_optima_and_ratios_of_the_tables():
     assert ratio["ratio"].to_dict() == pytest.approx(dict.fromkeys(MODELS, 8.0))
     # Lines are those of the fit and of the published constants.
     [group] = swept_models(comparisons(runs.assign(eps=None, alpha=None, init_a=None, lr_ratio=None), curves))
-    for element, law in (("law", fitted_law(group)), ("published_law", PUBLISHED)):
+    fitted = fit_lr_law([model.arm_optimum(method) for model in group for method in METHODS])
+    for element, law in (("law", fitted), ("published_law", PUBLISHED)):
         points = only(plotted, element)
         assert len(points) == 2 * 2 * 2
         for point in points.to_dict("records"):

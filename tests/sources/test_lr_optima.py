@@ -9,7 +9,7 @@ import pytest
 
 from lorabench.errors import UserError
 from lorabench.sources.lr_optima import known_optima, measured_optima
-from lorabench.sources.studies import read_studies
+from lorabench.sources.source import read_sources
 from lorabench.store.tables import Tables
 
 from ..conftest import REPOSITORY
@@ -20,8 +20,8 @@ from .conftest import row
 def test_the_optimum_of_a_grid(source):
     attributes = {"precision": "fp32 weights", "schedule": "constant", "alpha": "16", "base_kind": "base"}
     models = {"m": {"scale": "1B", "parameters": 10**9, "hidden_size": 2048}}
-    [study] = read_studies([source(models=models, attributes=attributes)])
-    fullft, lora = (optimum for optimum in known_optima([study]) if optimum.source == "made-up")
+    [own] = read_sources([source(models=models, attributes=attributes)])
+    fullft, lora = (optimum for optimum in known_optima([own]) if optimum.source == "made-up")
     # Losses 2.1, 2.0, 2.2 an octave apart: the parabola's lowest point is 1/6 of an octave below the middle.
     assert fullft.lr == pytest.approx(2e-5 * 2 ** (-1 / 6), rel=1e-3)
     assert lora.lr == pytest.approx(2e-4 * 2 ** (-1 / 6), rel=1e-3)
@@ -32,8 +32,8 @@ def test_the_optimum_of_a_grid(source):
 
 def test_an_edge_does_not_count_and_a_diverged_neighbour_bounds(source):
     falling = [row("fullft", lr, loss) for lr, loss in ((1e-5, 2.2), (2e-5, 2.1), (4e-5, 2.0))]
-    [study] = read_studies([source(falling)])
-    optima = known_optima([study])
+    [own] = read_sources([source(falling)])
+    optima = known_optima([own])
     [edge] = [optimum for optimum in optima if optimum.source == "made-up"]
     assert (edge.lr, edge.counts) == (4e-5, False)
     assert math.isnan(edge.error)

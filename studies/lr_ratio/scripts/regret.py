@@ -29,7 +29,7 @@ from lorabench.analysis.lr_law import lineage, predict_lr
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.sources.lr_optima import AUTHORS, LrOptimum, known_optima
 from lorabench.sources.measurements import PROJECT
-from lorabench.sources.studies import Study, read_studies, source_folders
+from lorabench.sources.source import SourceModel, read_sources, source_folders
 from lorabench.store.io import write_csv
 from lorabench.store.published import PUBLISHED, evidence_folders
 
@@ -93,13 +93,13 @@ def regrets(optima: Sequence[LrOptimum], before: dict[Base, float]) -> pd.DataFr
     return pd.DataFrame(rows).sort_values(["task", "width", "steps"], ascending=[False, True, True], kind="stable")
 
 
-def losses_before_training(studies: Sequence[Study], presets: Sequence[Path]) -> dict[Base, float]:
+def losses_before_training(sources: Sequence[SourceModel], presets: Sequence[Path]) -> dict[Base, float]:
     """Return the losses before training, in RL the error rates, of sources and published presets."""
     before: dict[Base, float] = {}
-    for study in studies:
-        runs, curves = study.tables.runs, study.tables.curves
+    for source in sources:
+        runs, curves = source.tables.runs, source.tables.curves
         for dataset, rows in runs.groupby("dataset"):
-            if study.is_rl:
+            if source.is_rl:
                 value = 1 - float(rows["base_reward"].astype(float).mean()) if "base_reward" in rows else math.nan
             else:
                 losses = curves[curves["run_id"].isin(rows["run_id"]) & curves["metric"].eq("nll")]
@@ -108,7 +108,7 @@ def losses_before_training(studies: Sequence[Study], presets: Sequence[Path]) ->
                     # The loss of the first batch, before the first step.
                     first = losses[losses["split"].eq("train") & losses["step"].eq(1)]
                 value = float(first["value"].astype(float).mean())
-            before[study.source, study.model, str(dataset)] = value
+            before[source.folder, source.model, str(dataset)] = value
     for folder in presets:
         for figure, element, column in (
             ("fig1_envelopes", "before_training", "nll"),
@@ -124,8 +124,8 @@ def losses_before_training(studies: Sequence[Study], presets: Sequence[Path]) ->
 
 def main() -> None:
     """Write and print the costs in all shipped sources and published presets."""
-    studies, presets = read_studies(source_folders()), evidence_folders(Path())
-    costs = regrets(known_optima(studies, presets), losses_before_training(studies, presets))
+    sources, presets = read_sources(source_folders()), evidence_folders(Path())
+    costs = regrets(known_optima(sources, presets), losses_before_training(sources, presets))
     write_csv(costs, Path() / PUBLISHED / "evidence" / "lr_ratio_regret.csv")
     print(costs.to_string(index=False, float_format="{:.3g}".format))
 

@@ -1,4 +1,4 @@
-"""Sources, runs that others have published, and the studies that are judged: the runs of one model in one source.
+"""Sources, runs that others have published, which are judged by model.
 
 A source is a folder with tidy tables, `runs.csv` and perhaps `curves.csv`, and a file `source.yaml` that says where
 they are from, what a reader must know of them, and the SHA-256 of each table. The shipped sources also hold the tables
@@ -8,10 +8,10 @@ as they were published, and the script `convert.py` that wrote the tidy ones fro
 from __future__ import annotations
 
 import math
-import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import Annotated, Any, Literal
 
 import pandas as pd
@@ -28,16 +28,13 @@ from lorabench.config.fields import NotNegative, Positive, PositiveFloat, Strict
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.errors import UserError
 from lorabench.store.checks import check_curves, check_table, is_rl, refuse_rows
-from lorabench.store.io import read_table, typed_columns
+from lorabench.store.io import read_table, typed_columns, with_all_columns
 from lorabench.store.schemas import CURVES, RUNS
 from lorabench.store.tables import MIXED, ONE_SET, REMARK, UNKNOWN, Tables, with_stand_ins
 from lorabench.utils.files import REFERENCE, file_sha256
 from lorabench.utils.yaml_files import read_yaml
 
 SOURCE_FILE = "source.yaml"
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel = 2
 
 REWARD_SD = "final_reward_sd"
 """A column of runs that only sources have, the deviation over seeds of a mean accuracy; it is no tidy column."""
@@ -105,7 +102,7 @@ class Attributes(Strict):
     """In RL without controls: a share of problems that no constant answer or cheap rule can exceed."""
 
 
-class Source(Strict):
+class SourceFile(Strict):
     """The file `source.yaml`."""
 
     about: str
@@ -124,7 +121,7 @@ class Source(Strict):
     """The SHA-256 of each table, so that a change is noticed."""
 
 
-def import_source(folder: Path) -> tuple[Source, Tables]:
+def import_source(folder: Path) -> tuple[SourceFile, Tables]:
     """Return the file of a source, and its runs and curves as published: nothing stands in for a loss that they lack.
 
     Raises:
@@ -132,14 +129,25 @@ def import_source(folder: Path) -> tuple[Source, Tables]:
             changed, or a table has something that is not explained: an unknown column, a share above 1, or two runs
             with equal settings and seed.
     """
-    source = _source_file(folder / SOURCE_FILE)
-    for name, stated in source.sha256.items():
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: there is no such file")
-        if (measured := file_sha256(folder / name)) != stated:
-            raise UserError(
-                f"{folder / name} has changed: its SHA-256 is {measured}, and {folder / SOURCE_FILE} says {stated}"
-            )
+    path = folder / SOURCE_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is no source, since it has no file {SOURCE_FILE}")
+    stated = read_yaml(path)
+    if not isinstance(stated, dict):
+        raise UserError(f"{path}: a mapping of {', '.join(SourceFile.model_fields)} is needed, not {short(stated)}")
+    try:
+        source = SourceFile.model_validate(stated)
+    except ValidationError as error:
+        sentences = []
+        for problem in error.errors():
+            value = "" if problem["type"] in ("missing", "value_error") else f" = {short(problem['input'])}"
+            sentences.append(f"{'.'.join(map(str, problem['loc']))}{value}: {problem['msg']}")
+        raise UserError(f"{path}: {'; '.join(sentences)}") from error
+    for table, sha256 in source.sha256.items():
+        if not (folder / table).is_file():
+            raise UserError(f"{folder / table}: there is no such file")
+        if (measured := file_sha256(folder / table)) != sha256:
+            raise UserError(f"{folder / table} has changed: its SHA-256 is {measured}, and {path} says {sha256}")
     runs = _runs(folder / "runs.csv", source)
     curves = read_table(folder, "curves") if "curves.csv" in source.sha256 else pd.DataFrame(columns=CURVES.names)
     curves = curves_of(curves, runs).reset_index(drop=True)
@@ -147,31 +155,15 @@ def import_source(folder: Path) -> tuple[Source, Tables]:
         check_table(with_stand_ins(runs))
         check_curves(curves)
         if source.outcome == "accuracy":
-            wrong = runs["status"].eq("done") & runs.reindex(columns=["final_reward"])["final_reward"].isna()
-            refuse_rows(runs.reindex(columns=[*runs, "final_reward"]), wrong, "run_id", "final_reward", "a share")
+            rewards = runs.reindex(columns=["run_id", "final_reward"])
+            wrong = runs["status"].eq("done") & rewards["final_reward"].isna()
+            refuse_rows(rewards, wrong, "run_id", "final_reward", "a share")
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     return source, Tables(runs, curves)
 
 
-def _source_file(path: Path) -> Source:
-    if not path.is_file():
-        raise UserError(f"{path.parent} is no source, since it has no file {SOURCE_FILE}")
-    stated = read_yaml(path)
-    if not isinstance(stated, dict):
-        raise UserError(f"{path}: a mapping of {', '.join(Source.model_fields)} is needed, not {_SHORT.repr(stated)}")
-    try:
-        return Source.model_validate(stated)
-    except ValidationError as error:
-        sentences = []
-        for problem in error.errors():
-            place, message = ".".join(map(str, problem["loc"])), problem["msg"]
-            value = "" if problem["type"] in ("missing", "value_error") else f" = {_SHORT.repr(problem['input'])}"
-            sentences.append(f"{place}{value}: {message[0].lower()}{message[1:]}")
-        raise UserError(f"{path}: {'; '.join(sentences)}") from error
-
-
-def _runs(path: Path, source: Source) -> pd.DataFrame:
+def _runs(path: Path, source: SourceFile) -> pd.DataFrame:
     """Read the runs, and add what the file says of the source and of its models where a run does not say it itself."""
     runs = read_table(path.parent, "runs")
     if absent := [repr(name) for name in _NEEDED if name not in runs]:
@@ -180,38 +172,30 @@ def _runs(path: Path, source: Source) -> pd.DataFrame:
         raise UserError(f"{path}: no columns of the tidy table `runs`: {', '.join(strange)}")
     if undescribed := sorted(set(runs["model"].dropna()) - set(source.models)):
         raise UserError(f"{path}: model {', '.join(map(repr, undescribed))} is not described under `models`")
-    attributes = source.attributes
-    alpha = attributes.alpha if attributes.alpha in (UNKNOWN, MIXED) else f"alpha {attributes.alpha}"
-    added: dict[str, Any] = {
-        **attributes.model_dump(exclude={"alpha", "guessed"}),
-        "alpha_convention": alpha,
-        "constant_reward": attributes.guessed,
-        "rule_reward": attributes.guessed,
-        "seed": 0,
-    }
+    said = source.attributes
+    added: dict[str, Any] = {**said.model_dump(exclude={"alpha", "guessed"}), "seed": 0}
+    added["alpha_convention"] = said.alpha if said.alpha in (UNKNOWN, MIXED) else f"alpha {said.alpha}"
+    added |= dict.fromkeys(("constant_reward", "rule_reward"), said.guessed)
     for column, name in (("base_params", "parameters"), ("family", "family"), ("hidden_size", "hidden_size")):
         added[column] = runs["model"].map({model: getattr(about, name) for model, about in source.models.items()})
     kept = {name: value for name, value in added.items() if name not in runs and value is not None}
     runs = typed_columns(runs.assign(**kept), "runs", path)
     cell = [name for name in _CELL if name in runs]
-    if len(same := runs[runs.duplicated(cell, keep=False)]):
-        settings = ", ".join(f"{name} {value}" for name, value in same[cell].iloc[0].dropna().items())
-        raise UserError(
-            f"{path}: has several runs with {settings}; give them seeds of their own, or their mean as one run"
-        )
+    for _, row in runs.loc[runs.duplicated(cell), cell].iterrows():
+        settings = ", ".join(f"{name} {value}" for name, value in row.dropna().items())
+        raise UserError(f"{path}: has several runs with {settings}; give them seeds, or their mean as one run")
     return runs
 
 
 @dataclass(frozen=True)
-class Study:
+class SourceModel:
     """The runs of one model in one source."""
 
-    source: str
-    """The name of the source, that of its folder."""
-    description: Source
+    folder: str
+    """The name of the source's folder."""
+    file: SourceFile
     model: str
     about: ModelOf
-    """What the source says of the model."""
     tables: Tables
     """Its runs, with the losses that stand in for others, and their curves."""
     is_rl: bool
@@ -221,7 +205,7 @@ class Study:
     @property
     def by_accuracy(self) -> bool:
         """Whether its supervised fine-tuning is judged by accuracies."""
-        return self.description.outcome == "accuracy" and not self.is_rl
+        return self.file.outcome == "accuracy" and not self.is_rl
 
     @property
     def has_losses(self) -> bool:
@@ -232,7 +216,7 @@ class Study:
     @property
     def name(self) -> str:
         """The source and the model's name without its owner."""
-        return f"{self.source}/{self.model.rsplit('/', 1)[-1]}"
+        return f"{self.folder}/{self.model.rsplit('/', 1)[-1]}"
 
     def conditions(self) -> list[pd.DataFrame]:
         """Return the runs of each dataset, batch size and number of steps, with LoRA on all layers if it has LoRA.
@@ -240,13 +224,12 @@ class Study:
         Random facts are left out. The column `loss` is the test loss, in RL and without losses the error rate, and a
         sick run of RL counts as diverged, as it does in the claims.
         """
-        runs = self.tables.runs
-        columns = ("lr", "steps", "batch_size", "placement", "data_kind", "final_reward", "final_test_nll")
-        runs = runs.reindex(columns=list(dict.fromkeys([*runs, *columns])))
+        runs = with_all_columns(self.tables.runs, "runs")
         runs = runs.assign(loss=runs["final_test_nll"] if self.has_losses else 1 - runs["final_reward"])
         if self.is_rl:
             runs = runs.assign(status=runs["status"].mask(is_sick(runs), "diverged"))
-        runs = runs[(runs["placement"].isna() | runs["placement"].eq("all")) & ~runs["data_kind"].eq("facts")]
+        facts = runs["data_kind"].eq("facts").fillna(False).astype(bool)
+        runs = runs[(runs["placement"].isna() | runs["placement"].eq("all")) & ~facts]
         return [rows for _, rows in runs.groupby(["dataset", "batch_size", "steps"], dropna=False)]
 
 
@@ -256,58 +239,46 @@ def source_folders(*more: Path) -> list[Path]:
     Raises:
         UserError: a folder holds no source, or two sources have one name.
     """
-    folders: list[Path] = []
+    folders: dict[str, Path] = {}
     for folder in (REFERENCE, *more):
-        is_source = (folder / SOURCE_FILE).is_file()
-        inner = [folder] if is_source else [path.parent for path in sorted(folder.glob(f"*/{SOURCE_FILE}"))]
-        if not inner:
+        files = [*folder.glob(SOURCE_FILE), *sorted(folder.glob(f"*/{SOURCE_FILE}"))]
+        if not files:
             raise UserError(f"{folder} is no source, since it has no file {SOURCE_FILE}")
-        folders += inner
-    names = [folder.name for folder in folders]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"two sources have the name {twice[0]}: the name of a source is that of its folder")
-    return folders
+        for inner in (file.parent for file in files):
+            if inner.name in folders:
+                raise UserError(f"two sources have the name {inner.name}: that of a source is that of its folder")
+            folders[inner.name] = inner
+    return list(folders.values())
 
 
-def read_studies(folders: Sequence[Path]) -> list[Study]:
-    """Read sources and return their studies.
+def read_sources(folders: Sequence[Path]) -> list[SourceModel]:
+    """Read sources and return their models; noise may be that of a source that is shipped and not read.
 
     Raises:
         UserError: a source is refused (see `import_source`), or takes its noise from one that is not there or has none.
     """
-    sources = {folder: import_source(folder) for folder in folders}
-    published = {folder.name: tables.runs for folder, (_, tables) in sources.items()}
-    studies = []
-    for folder, (source, imported) in sources.items():
-        for model, about in source.models.items():
-            runs = imported.runs[imported.runs["model"] == model]
+    imported = {folder: import_source(folder) for folder in folders}
+    published = {folder.name: tables.runs for folder, (_, tables) in imported.items()}
+    models = []
+    for folder, (file, tables) in imported.items():
+        for model, about in file.models.items():
+            runs = tables.runs[tables.runs["model"] == model]
             if runs.empty:
                 raise UserError(f"{folder}: no runs of the model {model!r}")
-            stated, rl = about.noise or source.noise, bool(is_rl(runs).all())
+            stated, rl = about.noise or file.noise, bool(is_rl(runs).all())
             noise = None if stated is None else _noise(stated, folder, published, rl)
-            tables = Tables(with_stand_ins(runs.reset_index(drop=True)), curves_of(imported.curves, runs))
-            studies.append(Study(folder.name, source, model, about, tables, rl, noise))
-    return sorted(studies, key=lambda study: (study.about.parameters, study.name))
+            own = Tables(with_stand_ins(runs.reset_index(drop=True)), curves_of(tables.curves, runs))
+            models.append(SourceModel(folder.name, file, model, about, own, rl, noise))
+    return sorted(models, key=lambda model: (model.about.parameters, model.name))
 
 
-def studies_of(folder: Path) -> list[Study]:
-    """Return the studies of one source, which may take its noise from a shipped one.
-
-    Raises:
-        UserError: see `read_studies`.
-    """
-    source = _source_file(folder / SOURCE_FILE)
-    noises = [source.noise, *(about.noise for about in source.models.values())]
-    others = {noise.other for noise in noises if noise is not None and noise.other is not None} - {folder.name}
-    shipped = [REFERENCE / name for name in sorted(others) if (REFERENCE / name / SOURCE_FILE).is_file()]
-    return [study for study in read_studies([folder, *shipped]) if study.source == folder.name]
-
-
-def _noise(stated: NoiseOf, folder: Path, published: Mapping[str, pd.DataFrame], rl: bool) -> Noise:
+def _noise(stated: NoiseOf, folder: Path, published: dict[str, pd.DataFrame], rl: bool) -> Noise:
     """Return the noise that a source states, or that of another source; in RL from deviations of mean accuracies."""
     if stated.sd is not None and stated.dof is not None and stated.source is not None:
         return Noise(stated.sd, stated.dof, stated.source)
     name = str(stated.other)
+    if name not in published and (REFERENCE / name / SOURCE_FILE).is_file():
+        published[name] = import_source(REFERENCE / name)[1].runs
     if name not in published:
         raise UserError(f"{folder}: takes its noise from {name!r}, which is none of {', '.join(published)}")
     if not rl:
@@ -323,25 +294,25 @@ def _noise(stated: NoiseOf, folder: Path, published: Mapping[str, pd.DataFrame],
 BY_ACCURACY = "the test accuracy stands in for the test loss, so that losses are error rates"
 
 
-def judge(study: Study, claims: Sequence[Claim] = CLAIMS, margins: Margins | None = None) -> pd.DataFrame:
-    """Judge claims on a study; LoRA is that of the ranks up to the highest one with a grid of LRs.
+def judge(source: SourceModel, claims: Sequence[Claim] = CLAIMS, margins: Margins | None = None) -> pd.DataFrame:
+    """Judge claims on a source; LoRA is that of the ranks up to the highest one with a grid of LRs.
 
     Without margins, DEFAULT_MARGINS hold.
 
     Returns:
         The table `claims` with the columns source, model, scale, parameters and doubts before its own.
     """
-    noise, reward_noise = (None, study.noise) if study.is_rl else (study.noise, None)
-    tables = study.tables
+    noise, reward_noise = (None, source.noise) if source.is_rl else (source.noise, None)
+    tables = source.tables
     # The claims compare LoRA's highest rank at its optimal LR, of which fewer LRs say nothing. Without a rank that has
     # MIN_LRS of them, in a comparison and placement, all runs stay.
-    runs = tables.runs.reindex(columns=list(dict.fromkeys([*tables.runs, *COMPARED, "rank", "placement", "lr"])))
+    runs = with_all_columns(tables.runs, "runs")
     ranks = runs["rank"].astype(float).where(runs["method"].eq("lora"))
     cells = [runs[name] for name in (*COMPARED, "placement")]
     n_lrs = runs.groupby([*cells, ranks], dropna=False)["lr"].transform("nunique")
     above = ranks > ranks.where(n_lrs >= MIN_LRS).groupby(cells, dropna=False).transform("max")
     tables = replace(tables, runs=tables.runs[~above])
-    if study.by_accuracy:
+    if source.by_accuracy:
         # The margin of accuracies is a share of the gain, as in RL, however low the error rate.
         stated = margins or DEFAULT_MARGINS
         of_accuracy = stated.model_copy(update={"loss": stated.reward, "final_loss": 1.0})
@@ -351,15 +322,15 @@ def judge(study: Study, claims: Sequence[Claim] = CLAIMS, margins: Margins | Non
             judged[column] = judged[column].str.replace(r"\bnats\b", "in error rate", regex=True)
     else:
         judged = judge_claims(tables, claims, margins, noise, reward_noise)
-    about: dict[str, Any] = {"source": study.source, "model": study.model, "scale": study.about.scale}
-    about |= {"parameters": study.about.parameters, "doubts": "; ".join(study.description.doubts)}
+    about: dict[str, Any] = {"source": source.folder, "model": source.model, "scale": source.about.scale}
+    about |= {"parameters": source.about.parameters, "doubts": "; ".join(source.file.doubts)}
     return judged.assign(**about)[[*about, *judged]]
 
 
 def _error_rates_as_losses(tables: Tables) -> Tables:
     """Return tables whose losses are error rates, and whose curves start at that of the base; other losses go.
 
-    So do random facts, as in `Study.conditions`: they are learned to the last, so that their error rates are 0.
+    So do random facts, as in `SourceModel.conditions`: they are learned to the last, so that their error rates are 0.
     """
     runs = tables.runs
     runs = runs[~runs["data_kind"].eq("facts").fillna(False)] if "data_kind" in runs else runs

@@ -10,46 +10,16 @@ import pytest
 
 from lorabench.errors import UserError
 from lorabench.sources.measurements import matrix, measurement_table, read_own, summary_table
-from lorabench.sources.studies import import_source, judge, read_studies, source_folders
+from lorabench.sources.source import import_source, judge, read_sources, source_folders
 
 from ..conftest import REPOSITORY
 from .conftest import COLUMNS, ROWS
 
 
-@pytest.fixture(scope="module")
-def studies():
-    return read_studies(source_folders())
-
-
-@pytest.fixture(scope="module")
-def claims(studies):
-    return pd.concat([judge(study) for study in studies], ignore_index=True)
-
-
 @pytest.mark.slow
-def test_known_verdicts_of_sources(claims):
-    rows = claims.set_index(["source", "claim_id"])
-    ratio = rows.loc[("nhckdvrl", "B1")]
-    # The interval lies above 16, but not at the level of one of three comparisons, with borrowed noise.
-    assert (ratio["verdict"], ratio["n_parts"]) == ("inconclusive", 3)
-    assert ratio["estimate"] == pytest.approx(39.0, abs=0.5)
-    assert ratio["ci_low"] > 16
-    assert "seed noise from nayyirahsan" in ratio["reason"]
-    # SQL is judged by accuracy: LoRA of rank 64, the highest with a grid, has 0.8513 where full fine-tuning has 0.8613,
-    # and a margin is a tenth of the gain from 0.318.
-    same = rows.loc[("nayyirahsan", "B2")]
-    assert (same["verdict"], same["unit"], same["n_seeds"]) == ("confirmed", "error rate", 3)
-    assert same["estimate"] == pytest.approx(0.8613 - 0.8513, abs=0.006)
-    assert same["margin_high"] == pytest.approx(0.1 * (0.8613 - 0.318), abs=1e-3)
-    assert "nats" not in same["reason"] + same["margin_rule"]
-    # Theories of alpha 32 are not asked about another alpha.
-    assert set(rows.loc["nayyirahsan"].loc[["P2", "P3", "P4"], "verdict"]) == {"not tested"}
-    assert rows.loc[("nhckdvrl", "P4"), "estimate"] == pytest.approx(3.9, abs=0.1)
-
-
-@pytest.mark.slow
-def test_measurements_are_those_of_the_grids(studies, claims):
-    table = measurement_table(studies, claims)
+def test_measurements_are_those_of_the_grids():
+    sources = read_sources(source_folders())
+    table = measurement_table(sources, pd.concat([judge(source) for source in sources], ignore_index=True))
     gap = table[(table["measure"] == "rank_1_gap") & (table["dataset"] == "MATH outcome reward")].iloc[0]
     deviations = (0.022, 0.071, 0.019, 0.031, 0.040, 0.029)
     pooled = math.sqrt(sum(sd**2 for sd in deviations) / len(deviations))
@@ -70,19 +40,6 @@ def test_measurements_are_those_of_the_grids(studies, claims):
     assert overall.loc["lr_ratio", "k"] == table[table["counts"] & (table["measure"] == "lr_ratio")]["source"].nunique()
 
 
-@pytest.mark.slow
-def test_the_matrix_has_a_column_for_each_scale_and_the_worst_verdict_of_several_sources(claims):
-    own = read_own(REPOSITORY / "paper_figures/published/laptop", "laptop")
-    cells = matrix(claims, [own])
-    scales = list(dict.fromkeys(cells.sort_values("parameters")["scale"]))
-    assert scales == ["tiny", "0.6B", "1.7B", "3B", "8B", "70B"]
-    at = cells.set_index(["claim_id", "scale"])
-    assert at.loc[("B2", "0.6B"), "origin"] == "nhckdvrl"
-    assert at.loc[("B2", "0.6B"), "others"] == "nayyirahsan: confirmed"
-    assert at.loc[("F1", "70B"), "verdict"] == "not tested"
-    assert at.loc[("B3", "tiny"), "verdict"] == own.set_index("claim_id").loc["B3", "verdict"]
-
-
 def test_a_cell_counts_the_comparisons_of_all_its_sources():
     own = read_own(REPOSITORY / "paper_figures/published/laptop", "laptop")
     nothing = own.iloc[:0].assign(source=None)
@@ -100,12 +57,12 @@ def test_a_cell_counts_the_comparisons_of_all_its_sources():
 def test_a_source_of_ones_own_stands_next_to_the_shipped_ones(source):
     folder = source(noise={"sd": 0.001, "dof": 9, "source": "made-up repeats"})
     assert source_folders(folder)[-1] == source_folders(folder.parent)[-1] == folder
-    [study] = read_studies([folder])
-    row = judge(study).set_index("claim_id").loc["B1"]
+    [own] = read_sources([folder])
+    row = judge(own).set_index("claim_id").loc["B1"]
     assert (row["verdict"], row["doubts"]) == ("confirmed", "one seed")
     assert row["estimate"] == pytest.approx(10)
     assert "seed noise from made-up repeats" in row["reason"]
-    [alone] = read_studies([source()])
+    [alone] = read_sources([source()])
     assert judge(alone).set_index("claim_id").loc["B1", "verdict"] == "inconclusive"
 
 
@@ -128,27 +85,27 @@ def accuracies(full: float, lora: float) -> list[str]:
 def test_accuracies_of_supervised_runs_are_judged_as_error_rates(source):
     # Full fine-tuning gains 0.5, so that the margin is 0.05. Rank 16, at one LR, is not compared.
     for lora, verdict in ((0.79, "confirmed"), (0.7, "contradicted")):
-        [study] = read_studies([source(accuracies(0.8, lora), ACCURACIES, outcome="accuracy")])
-        claims = judge(study)
+        [own] = read_sources([source(accuracies(0.8, lora), ACCURACIES, outcome="accuracy")])
+        claims = judge(own)
         row = claims.set_index("claim_id").loc["B2"]
         assert (row["verdict"], row["unit"]) == (verdict, "error rate")
         assert row["estimate"] == pytest.approx(0.8 - lora, abs=1e-3)
         assert row["margin_high"] == pytest.approx(0.05, abs=1e-3)
         assert "LoRA r8 - FullFT" in row["reason"]
-        measured = measurement_table([study], claims).set_index("measure")
+        measured = measurement_table([own], claims).set_index("measure")
         # Without losses, learning rates are those of the error rates.
         assert measured.loc["lr_ratio", "value"] == pytest.approx(math.log(10))
         assert measured.loc["accuracy_gap", "value"] == pytest.approx(lora - 0.8)
         assert "loss_gap" not in measured.index
     with pytest.raises(UserError, match="final_reward = missing"):
-        read_studies([source(outcome="accuracy")])
+        read_sources([source(outcome="accuracy")])
 
 
 def test_folders_and_noise_that_are_not_there_are_refused(source, tmp_path):
     with pytest.raises(UserError, match="takes its noise from 'nobody', which is none of made-up"):
-        read_studies([source(noise={"from": "nobody"})])
+        read_sources([source(noise={"from": "nobody"})])
     with pytest.raises(UserError, match="made-up: no comparison has repeated seeds"):
-        read_studies([source(noise={"from": "made-up"})])
+        read_sources([source(noise={"from": "made-up"})])
     for read in (source_folders, import_source):
         with pytest.raises(UserError, match=r"empty is no source, since it has no file source\.yaml"):
             read(tmp_path / "empty")
