@@ -39,16 +39,36 @@ def make_run(rank: int | None, lr: float, seed: int = 0, **changes: Any) -> dict
     model, dataset = changes.get("model", "tiny"), changes.get("dataset", "instruct")
     noise = SIGMA * np.random.default_rng([rank or 0, seed, round(lr * 1e6)]).standard_normal()
     loss = final_loss(rank, lr) + noise
-    run_id = f"{model}-{dataset}-{'fullft' if rank is None else rank}-{lr:g}-{seed}"
-    row: dict[str, Any] = {"run_id": run_id, "experiments": ["rank"], "model": "tiny", "dataset": "instruct"}
-    row |= {"task": "sft", "method": "fullft" if rank is None else "lora", "rank": rank}
-    row |= {"placement": None if rank is None else "all", "alpha": None if rank is None else 32.0, "lr": lr}
-    row |= {"batch_size": 16, "steps": STEPS[-1], "seed": seed, "status": "done"}
-    row |= {"final_valid_nll": loss + 0.02, "final_test_nll": loss}
-    row |= {"trainable_params": 828_288 if rank is None else 14_000 * rank, "base_params": 828_288}
-    row |= {"train_tokens": 240_000, "train_flops": 1.2e12, "wall_s": 41.5, "peak_mem_bytes": 900_000_000}
-    row |= {"device": "AMD EPYC 7B13", "threads": 1, "host": "node1", "versions": _VERSIONS}
-    row |= {"started": f"2026-01-02T03:{seed:02d}:00+00:00", "git_sha": "0123456789abcdef0123456789abcdef01234567"}
+    row: dict[str, Any] = {
+        "run_id": f"{model}-{dataset}-{'fullft' if rank is None else rank}-{lr:g}-{seed}",
+        "experiments": ["rank"],
+        "model": "tiny",
+        "dataset": "instruct",
+        "task": "sft",
+        "method": "fullft" if rank is None else "lora",
+        "rank": rank,
+        "placement": None if rank is None else "all",
+        "alpha": None if rank is None else 32.0,
+        "lr": lr,
+        "batch_size": 16,
+        "steps": STEPS[-1],
+        "seed": seed,
+        "status": "done",
+        "final_valid_nll": loss + 0.02,
+        "final_test_nll": loss,
+        "trainable_params": 828_288 if rank is None else 14_000 * rank,
+        "base_params": 828_288,
+        "train_tokens": 240_000,
+        "train_flops": 1.2e12,
+        "wall_s": 41.5,
+        "peak_mem_bytes": 900_000_000,
+        "device": "AMD EPYC 7B13",
+        "threads": 1,
+        "host": "node1",
+        "started": f"2026-01-02T03:{seed:02d}:00+00:00",
+        "git_sha": "0123456789abcdef0123456789abcdef01234567",
+        "versions": _VERSIONS,
+    }
     row |= changes
     if row["status"] == "diverged":
         row |= {"final_valid_nll": None, "final_test_nll": None, "diverged_at": 20}
@@ -70,10 +90,23 @@ def make_eval(rank: int | str | None, value: float, **changes: Any) -> dict[str,
     """Return one row of `evals`: of a run of `make_run`, or of the base model if `rank` is `base`."""
     base = rank == "base"
     run = {} if base else make_run(rank, 3e-3, **{k: v for k, v in changes.items() if k in ("model", "dataset")})
-    row = {name: run.get(name) for name in EVALS.names} | {"model": "tiny", "about": "learned"}
-    row |= {"task": "lorabench_instruct", "source": "instruct", "metric": "exact_match", "filter": "strict-match"}
-    row |= {"value": value, "stderr": 0.02, "higher_is_better": True, "n_samples": 1319, "num_fewshot": 5}
-    row |= {"sampler": "own", "eval_batch_size": 16, "task_version": "3.0", "versions": '{"lm_eval": "0.4.13"}'}
+    row = {name: run.get(name) for name in EVALS.names} | {
+        "model": "tiny",
+        "about": "learned",
+        "task": "lorabench_instruct",
+        "source": "instruct",
+        "metric": "exact_match",
+        "filter": "strict-match",
+        "value": value,
+        "stderr": 0.02,
+        "higher_is_better": True,
+        "n_samples": 1319,
+        "num_fewshot": 5,
+        "sampler": "own",
+        "eval_batch_size": 16,
+        "task_version": "3.0",
+        "versions": '{"lm_eval": "0.4.13"}',
+    }
     return row | changes
 
 
@@ -120,10 +153,22 @@ def make_claim(claim_id: str, verdict: str = "confirmed", **changes: Any) -> dic
 
     Without a test there is no number, and each verdict that needs it has its remark.
     """
-    texts = ("fact", "statement", "criterion", "reason")
-    row: dict[str, Any] = {name: f"{name} of {claim_id}" for name in texts}
-    row |= {"claim_id": claim_id, "kind": "empirical", "figure": "2", "verdict": verdict, "paper_value": "no number"}
-    row |= {"unit": "nats per token", "n_runs": 0, "run_ids": [], "decide_around": None, "decide_lrs": []}
+    row: dict[str, Any] = {
+        "claim_id": claim_id,
+        "kind": "empirical",
+        "fact": f"fact of {claim_id}",
+        "statement": f"statement of {claim_id}",
+        "figure": "2",
+        "criterion": f"criterion of {claim_id}",
+        "verdict": verdict,
+        "reason": f"reason of {claim_id}",
+        "paper_value": "no number",
+        "unit": "nats per token",
+        "n_runs": 0,
+        "run_ids": [],
+        "decide_around": None,
+        "decide_lrs": [],
+    }
     if verdict != "not tested":
         row |= {"estimate": 0.002, "ci_low": -0.004, "ci_high": 0.008, "detectable": 0.0085}
         row |= {"margin_low": -0.01, "margin_high": 0.01, "margin_rule": "2% of the gain"}

@@ -61,10 +61,25 @@ METRICS = {metric.__name__: metric for metric in (nll, a_moved, descent, update_
 
 def lora_run(rank: int = 8, *, seed: int = 0, lr: float = 1e-3, steps: int = 64, **columns: Any) -> dict[str, Any]:
     """Return one row of `runs`, in the standard parametrization except for the given columns."""
-    row = {"model": "tiny", "dataset": "instruct", "method": "lora", "rank": rank, "placement": "all", "alpha": 32.0}
-    row |= {"init_a": 1.0, "lr_ratio": 1.0, "eps": 1e-30, "lr": lr, "batch_size": 8, "steps": steps, "seed": seed}
-    row |= {"status": "done", "final_valid_nll": 2.1 + luck(seed, size=0.01)}
-    row |= {"final_test_nll": 2.0 + luck(seed, size=0.01), **columns}
+    row = {
+        "model": "tiny",
+        "dataset": "instruct",
+        "method": "lora",
+        "rank": rank,
+        "placement": "all",
+        "alpha": 32.0,
+        "init_a": 1.0,
+        "lr_ratio": 1.0,
+        "eps": 1e-30,
+        "lr": lr,
+        "batch_size": 8,
+        "steps": steps,
+        "seed": seed,
+        "status": "done",
+        "final_valid_nll": 2.1 + luck(seed, size=0.01),
+        "final_test_nll": 2.0 + luck(seed, size=0.01),
+        **columns,
+    }
     name = ("model", "dataset", "rank", "alpha", "init_a", "lr_ratio", "eps", "lr", "steps", "seed")
     return {"run_id": "-".join(str(row[column]) for column in name), **row}
 

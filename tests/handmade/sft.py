@@ -47,17 +47,38 @@ def arm(
         run_id = f"{model}-{dataset}-{method}-{rank}-{placement}-{batch_size}-{steps}-{lr}-{seed}{rest}"
         excess = CURVATURE * math.log(lr / optimum) ** 2 + offsets[seed]
         diverged = lr >= diverges_from
-        run = {"run_id": run_id, "model": model, "dataset": dataset, "method": method, "rank": rank}
-        run |= {"placement": None if rank is None else placement, "lr": lr, "batch_size": batch_size, "steps": steps}
-        run |= {"seed": seed, "status": "diverged" if diverged else "done"}
-        run |= {"final_valid_nll": None if diverged else floor + excess + 0.1}
-        run |= {"final_test_nll": None if diverged else floor + excess, "train_tokens": 100 * steps * batch_size}
-        runs.append(run | columns)
+        runs.append(
+            {
+                "run_id": run_id,
+                "model": model,
+                "dataset": dataset,
+                "method": method,
+                "rank": rank,
+                "placement": None if rank is None else placement,
+                "lr": lr,
+                "batch_size": batch_size,
+                "steps": steps,
+                "seed": seed,
+                "status": "diverged" if diverged else "done",
+                "final_valid_nll": None if diverged else floor + excess + 0.1,
+                "final_test_nll": None if diverged else floor + excess,
+                "train_tokens": 100 * steps * batch_size,
+                **columns,
+            }
+        )
         for step in STEPS:
             value = 5.0 if step == 0 else 2.0 + 1 / step + excess
-            point = {"run_id": run_id, "step": step, "examples": step * batch_size, "tokens": 100 * step * batch_size}
-            point |= {"split": "validation", "metric": "nll", "value": None if diverged and step > 4 else value}
-            curves.append(point)
+            curves.append(
+                {
+                    "run_id": run_id,
+                    "step": step,
+                    "examples": step * batch_size,
+                    "tokens": 100 * step * batch_size,
+                    "split": "validation",
+                    "metric": "nll",
+                    "value": None if diverged and step > 4 else value,
+                }
+            )
     return runs, curves
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,16 @@ def trained(
     rank: int | None = None,
     *,
     shape: Callable[[float], float] = shared,
+    own: Sequence[float] = OWN,
     steps: int = STEPS,
     **settings: Any,
 ) -> ArmTables:
     """Return the runs and curves of one arm of `sft` with a training curve of each run.
 
-    `shape` is the loss by step at the optimal LR. Other LRs lose as much as in the end. `settings` are those of
-    `sft.arm`.
+    Args:
+        shape: the loss by step at the optimal LR. Other LRs lose as much as in the end.
+        own: what each seed adds to the curve of a LoRA arm, in units that grow with log(rank).
+        settings: as for `sft.arm`.
     """
     runs, curves = arm(rank, steps=steps, **settings)
     lowest = settings.get("floor", 2.0) + 0.1
@@ -41,11 +44,19 @@ def trained(
             continue
         lost = run["final_valid_nll"] - lowest - settings.get("offsets", (0.0, 0.004, -0.004))[run["seed"]]
         # Each rank has its own share, so that it does not cancel between ranks.
-        of_seed = 0.0 if rank is None else OWN[run["seed"] % len(OWN)] * (1 + math.log(rank, 4))
-        for step in (step for step in RECORDED if step <= steps):
-            # All arms are the base model at the first step.
-            value = shape(step) + 0.2 * difficulty(run["seed"], step) + (lost + of_seed if step > 1 else 0.0)
-            point = {"run_id": run["run_id"], "step": step, "examples": step * run["batch_size"]}
-            point |= {"tokens": 100 * step * run["batch_size"], "split": "train", "metric": "nll", "value": value}
-            curves.append(point)
+        of_seed = 0.0 if rank is None else own[run["seed"] % len(own)] * (1 + math.log(rank, 4))
+        curves += [
+            {
+                "run_id": run["run_id"],
+                "step": step,
+                "examples": step * run["batch_size"],
+                "tokens": 100 * step * run["batch_size"],
+                "split": "train",
+                "metric": "nll",
+                # All arms are the base model at the first step.
+                "value": shape(step) + 0.2 * difficulty(run["seed"], step) + (lost + of_seed if step > 1 else 0.0),
+            }
+            for step in RECORDED
+            if step <= steps
+        ]
     return runs, curves
