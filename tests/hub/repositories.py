@@ -37,7 +37,7 @@ class Copy(FetchedRepository):
 def copies(root: Path) -> dict[str, FetchedRepository]:
     """Return all repositories in a folder as if they had been fetched."""
     names = ["/".join(folder.parts[-2:]) for folder in root.glob("*/*")]
-    return {name: Copy("dataset", name, "main", "0" * 40, {}, {}, root) for name in names}
+    return {name: Copy("dataset", name, "0" * 40, {}, root) for name in names}
 
 
 def write_card(folder: Path, configs: Mapping[str, Mapping[str, str]]) -> None:

@@ -101,7 +101,7 @@ def test_an_unfinished_sweep_is_restored_and_runs_of_another_version_or_settings
     assert save_runs(plan, layout)[0] == 1
     protocol = plan.preset.protocol.model_copy(update={"clip_norm": 0.5})
     other = make_plan(plan.preset.model_copy(update={"protocol": protocol}))
-    with pytest.raises(UserError, match="none of the 1 runs in .* is in the plan of preset mine: its models"):
+    with pytest.raises(UserError, match="no run in .* is in the plan of preset mine: its models"):
         restore_runs(other, layout)
     with monkeypatch.context() as patch:
         patch.setattr(saved_runs, "PROTOCOL_VERSION", 99)
