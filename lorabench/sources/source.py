@@ -1,8 +1,8 @@
 """Sources, runs that others have published, which are judged by model.
 
-A source is a folder with tidy tables, `runs.csv` and perhaps `curves.csv`, and a file `source.yaml` that says where
-they are from, what a reader must know of them, and the SHA-256 of each table. The shipped sources also hold the tables
-as they were published, and the script `convert.py` that wrote the tidy ones from them.
+A source is a folder with tidy tables, `runs.csv` and perhaps `curves.csv` or `curves.parquet`, and a file `source.yaml`
+that says where they are from, what a reader must know of them, and the SHA-256 of each table. The shipped sources also
+hold the tables as they were published, and the script `convert.py` that wrote the tidy ones from them.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class SourceFile(Strict):
     outcome: Literal["loss", "accuracy"] = "loss"
     """What supervised fine-tuning is judged by. Of an accuracy, `final_reward` of the runs is the test accuracy, and
     `base_reward` that of the base. Learning rates are still those of the loss, where there is one."""
-    sha256: dict[Literal["runs.csv", "curves.csv"], str]
+    sha256: dict[Literal["runs.csv", "curves.csv", "curves.parquet"], str]
     """The SHA-256 of each table, so that a change is noticed."""
 
 
@@ -149,7 +149,7 @@ def import_source(folder: Path) -> tuple[SourceFile, Tables]:
         if (measured := file_sha256(folder / table)) != sha256:
             raise UserError(f"{folder / table} has changed: its SHA-256 is {measured}, and {path} says {sha256}")
     runs = _runs(folder / "runs.csv", source)
-    curves = read_table(folder, "curves") if "curves.csv" in source.sha256 else pd.DataFrame(columns=CURVES.names)
+    curves = read_table(folder, "curves") if len(source.sha256) > 1 else pd.DataFrame(columns=CURVES.names)
     curves = curves_of(curves, runs).reset_index(drop=True)
     try:
         check_table(with_stand_ins(runs))

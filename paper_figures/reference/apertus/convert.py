@@ -1,4 +1,4 @@
-"""Writes the tidy tables runs.csv and curves.csv of this source from raw_runs.csv and raw_curves.csv.gz.
+"""Writes the tidy tables runs.csv and curves.parquet of this source from raw_runs.csv and raw_curves.csv.gz.
 
 Full fine-tuning of the 70B model stops at 100 steps. Since the learning rate is constant, the other runs of this model
 are also read as runs of 100 steps, whose final loss is the mean training loss of the last 20 of them.
@@ -29,4 +29,4 @@ curves = pd.concat(
     [curves[curves["run_id"].isin(whole["run_id"])], points.assign(run_id=points["run_id"] + f"@{SHORT}")]
 )
 runs.to_csv(FOLDER / "runs.csv", index=False)
-curves.to_csv(FOLDER / "curves.csv", index=False)
+curves.to_parquet(FOLDER / "curves.parquet", index=False, compression="zstd")
