@@ -63,9 +63,8 @@ def test_save_writes_what_draw_returns_with_the_same_bytes_each_time(name: str, 
 
 SPARSE = {
     "an arm with all runs diverged": make_sweep(None) + make_sweep(1, diverged_from=0.0),
-    "one learning rate": [make_run(None, 1e-3), make_run(8, 1e-3)],
     "no full fine-tuning": make_sweep(8),
-    "no batch size in common": make_sweep(None, batch_size=4) + make_sweep(8),
+    "one learning rate and no batch size in common": [make_run(None, 1e-3, batch_size=4), make_run(8, 1e-3)],
     "neither placement nor counts": [
         row | {"placement": None, "trainable_params": None} for rank in (None, 16) for row in make_sweep(rank)
     ],
@@ -91,12 +90,8 @@ def test_panels_never_mix_models_datasets_or_batch_sizes():
     rows = make_sweep(8, diverged_from=5e-3) + make_sweep(8, dataset="worked") + make_sweep(8, model="owner/other")
     rows += [row | {"run_id": f"{row['run_id']}-b32", "batch_size": 32} for row in make_sweep(8)]
     figure, plotted = drawn("fig2_lr_by_rank", rows)
-    assert titles(figure) == [
-        "other · instruct · batch 16",
-        "tiny · instruct · batch 16",
-        "tiny · instruct · batch 32",
-        "tiny · worked · batch 16",
-    ]
+    panels = ["other · instruct · batch 16", "tiny · instruct · batch 16", "tiny · instruct · batch 32"]
+    assert titles(figure) == [*panels, "tiny · worked · batch 16"]
     assert plotted.groupby(["model", "dataset", "batch_size"]).ngroups == 4
     lost = {row["run_id"] for row in rows if row["status"] == "diverged"}
     assert set(only(plotted, "diverged")["run_id"]) == lost
@@ -120,7 +115,6 @@ def test_fig2_hides_no_loss_above_the_range_and_never_the_best_of_an_arm():
     above = plotted[plotted["above_range"].eq(True)]
     assert above["nll"].tolist() == [40.0]
     assert figure.axes[0].get_ylim()[1] < 10
-    assert [line.get_xdata()[0] for line in lines(figure.axes[0], marker="^")] == [1e-4]
     rows = make_sweep(8) + [make_run(1, lr, final_test_nll=9.0 + lr, final_valid_nll=9.0 + lr) for lr in LRS]
     _, plotted = drawn("fig2_lr_by_rank", rows)
     best = plotted[(plotted["element"] == "loss") & (plotted["arm"] == "LoRA r1")].sort_values("nll").iloc[0]

@@ -8,8 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.curves import early_difference
-
 from ..handmade.lora import a_moved, lora_run, lora_tables, nll, update_norm
 from ..handmade.sft import arm, tables
 from .layout import DIVERGED, draw, lay_out, lines, only
@@ -47,8 +45,6 @@ def test_early_curves_are_means_over_seeds_and_differences_show_their_sign():
     [below] = lines(right, markerfacecolor="white")
     assert list(below.get_xdata()) == list(range(1, 10))
     assert (below.get_ydata() > 0).all()
-    sigma = early_difference(*early_tables()).sigma_batch
-    assert only(plotted, "sigma")["difference"].item() == pytest.approx(2 * sigma)
 
 
 CONFIGURATIONS = [
@@ -67,20 +63,12 @@ def wobble(run, step):
     return nll(run, step) + (1e-7 * step if run["lr_ratio"] != 1 else 0.0)
 
 
-@pytest.fixture(scope="module")
-def parametrization():
-    return draw("parametrization", *lora_tables(grid(*CONFIGURATIONS), nll=wobble))
-
-
-def test_first_descents_by_rule(parametrization):
-    rows = only(parametrization[1], "first_descent").set_index(["rule", "rank"])["value"]
+def test_descents_by_rule_equivalent_pairs_and_times_until_a_moves():
+    figure, plotted = draw("parametrization", *lora_tables(grid(*CONFIGURATIONS), nll=wobble))
+    rows = only(plotted, "first_descent").set_index(["rule", "rank"])["value"]
     assert rows["alpha / r", 1] == pytest.approx(1.0, abs=0.05)
     assert rows["alpha / sqrt(r)", 1] == pytest.approx(1 / 4, rel=0.05)
     assert rows["constant factor", 1] == pytest.approx(1 / 16, rel=0.05)
-
-
-def test_equivalent_pairs_and_others(parametrization):
-    figure, plotted = parametrization
     last = only(plotted, "equivalent", step=50)
     assert last["value"].item() == pytest.approx(5e-6, rel=1e-4)
     assert last["n"].item() == len(SEEDS)
@@ -88,28 +76,20 @@ def test_equivalent_pairs_and_others(parametrization):
     # The four configurations of the setting have five other pairs.
     assert others["n"].item() == 5 * len(SEEDS)
     assert 1e-5 < others["value"].item() == others["low"].item() < others["high"].item()
-    assert [line.get_ydata()[0] for line in lines(figure.axes[1], linestyle=":")] == [1e-5]
-
-
-def test_times_until_a_moves_and_sizes_of_updates(parametrization):
-    figure, plotted = parametrization
     moved = only(plotted, "a_moved", time_scale=250)
     assert a_moved({"init_a": 1.0, "lr": 4e-3}, 1 + 12.5) == pytest.approx(1.0)
     assert moved["value"].item() == pytest.approx(13.5, rel=0.03)
     assert only(plotted, "a_not_moved")["value"].tolist() == [64]
+    assert only(plotted, "update_norm", arm="LoRA r16", step=1)["value"].item() == pytest.approx(1.0)
     triangles = lines(figure.axes[2], marker="^")
     assert [line.get_xdata()[0] for line in triangles] == [pytest.approx(1e5)]
-    sizes = only(plotted, "update_norm", arm="LoRA r16").set_index("step")
-    assert sizes.loc[1, "value"] == pytest.approx(1.0)
 
 
 def test_sizes_of_updates_beside_runs_in_which_a_is_still():
-    figure, plotted = draw("parametrization", *lora_tables(grid({}, {"lr": 1e-4, "lr_ratio": 10.0})))
+    _, plotted = draw("parametrization", *lora_tables(grid({}, {"lr": 1e-4, "lr_ratio": 10.0})))
     still = only(plotted, "still_a").set_index("step")
     norms = [update_norm({"lr": 1e-4, "seed": seed}, 16) / 1e-3 for seed in SEEDS]
     assert still.loc[16, "value"] == pytest.approx(np.mean(norms))
-    [line] = lines(figure.axes[3], linestyle="--")
-    np.testing.assert_allclose(line.get_ydata(), still.sort_index()["value"].astype(float))
 
 
 def variant_tables(*configurations, **columns):
@@ -121,9 +101,7 @@ def variant_tables(*configurations, **columns):
 
 
 def test_variants_are_those_of_the_tables():
-    figure, plotted = draw(
-        "variants", *variant_tables({"alpha": 8.0, "floor": 2.1, "optimum": 1.1e-3}, {"lr_ratio": 4.0})
-    )
+    _, plotted = draw("variants", *variant_tables({"alpha": 8.0, "floor": 2.1, "optimum": 1.1e-3}, {"lr_ratio": 4.0}))
     rows = only(plotted, "variant").set_index("arm")
     assert list(rows.index) == ["LoRA r16 LR_B/LR_A 4", "LoRA r16", "LoRA r16 alpha 8"]
     # The fitted minimum, not the loss at the best LR of the grid.
@@ -133,12 +111,10 @@ def test_variants_are_those_of_the_tables():
     assert band["nll_high"].item() == pytest.approx(rows.loc["LoRA r16", "nll"])
     # 2% of the gain from 5 nats, that of the base.
     assert band["nll_high"].item() - band["nll_low"].item() == pytest.approx(0.02 * (5 - 2.1), rel=0.01)
-    assert {line.get_xdata()[0] for line in figure.axes[1].get_lines()} == set(rows["lr"])
 
 
 ODD = {
     "no curve table": lambda runs, curves: (runs, pd.DataFrame()),
-    "one run": lambda runs, curves: (runs.iloc[:1], curves),
     "NaN": lambda runs, curves: (runs, curves.assign(value=math.nan)),
     "every run diverged": lambda runs, curves: (runs.assign(**DIVERGED), curves),
     "no parametrization": lambda runs, curves: (runs.drop(columns=["alpha", "init_a", "lr_ratio", "eps"]), curves),
