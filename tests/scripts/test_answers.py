@@ -37,7 +37,6 @@ def batches(*cells: dict[str, Any]) -> str:
     [
         ("confirmed", "Keep batches small.", f"*Yes* on tiny models ({GROWS})."),
         ("right sign, below the margin", AS_ALWAYS, f"*Yes, but by less than matters* on tiny models ({GROWS})."),
-        ("not seen here", AS_ALWAYS, f"*No* on tiny models ({GROWS})."),
         ("inconclusive", "Compare two batch sizes.", "*Undecided* on tiny models."),
         ("not tested", "Compare two batch sizes.", "No runs in the paper's setting answer this."),
     ],
@@ -59,9 +58,7 @@ def test_answers_are_grouped_and_the_largest_models_with_a_decision_say_what_to_
         "and at 3B. *Yes* at 1B (the gap grows by 0.010 to 0.070 nats; undecided on held-out seeds) "
         "and at 8B (not tested on held-out seeds)."
     )
-
-
-def test_a_verdict_without_explored_seeds_did_not_come_out_again():
+    # Without explored seeds a verdict did not come out again.
     once = cell("confirmed", p_again=0.26, held_out="confirmed", explored=False)
     assert batches(once).endswith(f" *Yes* on tiny models ({GROWS}; borderline, all seeds held out).")
 
@@ -87,11 +84,8 @@ def test_core_claims_are_counted_by_size():
     )
 
 
-def test_the_picture_has_the_same_questions():
-    assert [question.claim_id for question in QUESTIONS] == list(DRAWN)
-
-
 def test_the_picture_says_the_answers_of_sizes_that_are_drawn_together():
+    assert [question.claim_id for question in QUESTIONS] == list(DRAWN)
     # Of two sizes the one that is nearer to failing decides.
     cells = [cell(verdict) | {"claim_id": q.claim_id} for q, verdict in zip(QUESTIONS, VERDICTS, strict=False)]
     cells += [cell("confirmed", "1B", source="a"), cell("contradicted", "3B"), cell("not tested", "8B")]

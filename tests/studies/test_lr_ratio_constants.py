@@ -12,6 +12,7 @@ import pytest
 
 from lorabench.store.tables import Tables
 from studies.lr_ratio.predictions import MovementTheory, Predictions
+from studies.lr_ratio.scripts import a_without_mean
 from studies.lr_ratio.scripts.constants import factors, fitted, variants
 from studies.lr_ratio.theories import Setting, predicted
 
@@ -45,6 +46,11 @@ def test_the_factors_on_the_pages_are_those_of_the_theory():
     said = re.search(r"by (\d+) \(0\.6B\), (\d+) \(1B\) or (\d+) \(8B\)", (REPOSITORY / "README.md").read_text())
     expected = [table.loc[width, "rank 32, 1000 steps"] for width in (1024, 2048, 4096)]
     assert [float(number) for number in said.groups()] == pytest.approx(expected, rel=0.07)
+
+
+def test_the_table_of_runs_without_the_mean_input_is_that_of_the_published_preset():
+    table = pd.read_csv(REPOSITORY / a_without_mean.PUBLISHED_RATIOS)
+    assert a_without_mean.page_part(table) in (REPOSITORY / a_without_mean.PAGE).read_text()
 
 
 def test_theories_are_told_apart_by_variants():

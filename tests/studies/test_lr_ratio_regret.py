@@ -26,7 +26,6 @@ def test_the_cost_of_a_ratio_by_hand():
     assert row["fifteen_share"] == pytest.approx(0.1 * math.log(3) ** 2, rel=0.01)
     # The other sources have the same LR, so that the pooled one is nearly right.
     assert row["recommend_cost"] == pytest.approx(0, abs=0.01)
-    assert not row["ten_at_least"]
     # Another alpha is converted as in pooling: ten times is 10 (64/32)^-0.75 times.
     halved = [replace(optimum, alpha=64) if optimum.method == "lora" else optimum for optimum in optima]
     [row] = regrets(halved, {}).to_dict("records")

@@ -30,15 +30,15 @@ COLUMNS = {
 }
 
 
-def sweep(variant, *, factor=1.0, lower=0.0, curvature=CURVATURE, first_update=1.0, seeds=range(4), shift=0):
+def sweep(variant, *, factor=1.0, lower=0.0, curvature=CURVATURE, first_update=1.0, seeds=range(4)):
     """Make the runs of an arm and its curves: five LRs around an optimum, and seeds at the three best.
 
     The optimum is `factor` times that of LoRA, and the loss there lower by `lower`.
     """
     runs, curves, optimum = [], [], LR * factor
-    lrs = [round(LR * STEP ** (round(math.log(factor, STEP)) + k), 9) for k in range(-2 + shift, 3 + shift)]
+    lrs = [round(LR * STEP ** (round(math.log(factor, STEP)) + k), 9) for k in range(-2, 3)]
     for lr in lrs:
-        for seed in seeds if lr in lrs[1 - shift : 4 - shift] else seeds[:1]:
+        for seed in seeds if lr in lrs[1:4] else seeds[:1]:
             noise = 0.5 * luck(seed, size=0.004) + luck(seed, list(COLUMNS).index(variant), round(lr * 1e7), size=0.001)
             loss = 2.0 - lower + curvature * math.log(lr / optimum) ** 2 + noise
             columns = {"steps": 50, "hidden_size": 128, "final_test_nll": loss, "final_valid_nll": loss + 0.1}
@@ -56,9 +56,8 @@ def world(changes=None, without=()):
     for variant in VARIANT_NAMES:
         if variant in without:
             continue
-        made = {"factor": PREDICTED.get(variant, 1.0)} | (changes or {}).get(variant, {})
-        made.setdefault("first_update", 1 / PREDICTED.get(variant, 1.0))
-        own = sweep(variant, **made)
+        ratio = PREDICTED.get(variant, 1.0)
+        own = sweep(variant, **({"factor": ratio, "first_update": 1 / ratio} | (changes or {}).get(variant, {})))
         runs += own[0]
         curves += own[1]
     return typed(pd.DataFrame(runs), pd.DataFrame(curves, columns=["run_id", "step", "split", "metric", "value"]))
@@ -83,22 +82,18 @@ def test_all_predictions_are_confirmed_where_they_hold():
     assert claims.loc[["X2", "X4", "X5"], "estimate"].tolist() == pytest.approx([1.0] * 3, abs=0.15)
     # 2% of the gain from the base's 3.4 nats to 2.1.
     assert claims.loc["X1", "margin_low"] == pytest.approx(-0.026, abs=0.002)
-    assert "where 0.62 is predicted" in claims.loc["X2", "reason"]
-    assert "where 0.10 is predicted" in claims.loc["X2", "reason"]
 
 
 @pytest.mark.parametrize(
     ("claim", "changes", "verdict", "reason"),
     [
         ("X1", {"dora": {"lower": 0.06}}, "contradicted", "instruct DoRA r4: DoRA r4 - LoRA r4 = -0.06"),
-        ("X1", {"pissa": {"shift": 2}}, "inconclusive", "PiSSA r4: best LR at the edge"),
         ("X2", {"lora_plus": {"factor": 1 / 16 / 2.15}}, "contradicted", "the measured ratio over the predicted"),
         ("X3", {"qlora": {"factor": 2.6}}, "contradicted", "QLoRA r4 / LoRA r4 = 2."),
         ("X4", {"pissa": {"first_update": 1.0}}, "contradicted", "where 1.00 is predicted"),
         ("X5", {"olora": {"seeds": range(2)}}, "inconclusive", "2 paired seeds"),
         ("X6", {"olora": {"curvature": CURVATURE / 9}}, "contradicted", "OLoRA r4: range of good LRs 2."),
         ("X6", {"pissa": {"seeds": range(1)}}, "inconclusive", "1 seeds at three neighbouring LRs, 3 needed"),
-        ("X6", {"olora": {"curvature": CURVATURE * 5}}, "confirmed", "OLoRA r4: range of good LRs 0.4"),
     ],
 )
 def test_one_variant_decides(claim, changes, verdict, reason):
@@ -137,7 +132,6 @@ def test_an_arm_says_which_variant_it_is():
         ({"alpha": 64.0, "rank": 16}, None),
         ({"lr_ratio": 16.0}, "lora_plus"),
         ({"lr_ratio": 4.0}, None),
-        ({"init_a": 4.0}, None),
         ({"method": "dora"}, "dora"),
         ({"method": "dora", "alpha": 64.0}, None),
         ({"method": "fullft", "rank": None, "alpha": None, "init_a": None, "lr_ratio": None}, None),
@@ -151,7 +145,6 @@ def test_an_arm_says_which_variant_it_is():
         ({}, "confirmed", "DoRA r8 - FullFT = "),
         ({"lora": 0.6}, "contradicted", "tiny/problems: DoRA r8 - LoRA r8 = -0.2"),
         ({"fullft": 0.6}, "contradicted", "tiny/problems: DoRA r8 - FullFT = -0.1999"),
-        ({"dora": 0.5}, "confirmed", "DoRA r8 - LoRA r8 = +0."),
         ({"dora": None}, "inconclusive", "no runs of DoRA beside LoRA of its rank"),
     ],
 )

@@ -34,13 +34,11 @@ def adapters(rank, **columns):
 
 def test_gaps_and_ratios_are_to_lora_of_the_same_rank():
     size = {"hidden_size": 128, "steps": 50}
-    figure, plotted = draw(
-        "variants_of_lora", *tables([arm(optimum=4e-4, **size), *adapters(4, **size), *adapters(16, **size)])
-    )
+    arms = [arm(optimum=4e-4, **size), *adapters(4, **size), *adapters(16, **size)]
+    figure, plotted = draw("variants_of_lora", *tables(arms))
     gaps = only(plotted, "gap")
-    assert list(zip(gaps["variant"], gaps["rank"], strict=True)) == [
-        (variant, rank) for variant in ("fullft", "rslora", "pissa") for rank in (4, 16)
-    ]
+    assert gaps["variant"].tolist() == ["fullft", "fullft", "rslora", "rslora", "pissa", "pissa"]
+    assert gaps["rank"].tolist() == [4, 16] * 3
     assert gaps["gap"].tolist() == pytest.approx([0.0, 0.0, -0.1, -0.1, 0.1, 0.1], abs=1e-6)
     assert gaps["lr_ratio"].tolist() == pytest.approx([0.2, 0.2, 1 / 2, 1 / 4, 0.25, 0.25])
     # LR sqrt(1 + (LR / 1.69e-3)^2) is 3.10e-3 for LoRA, and half of it at 1.247e-3, for rsLoRA at rank 4.
@@ -50,10 +48,7 @@ def test_gaps_and_ratios_are_to_lora_of_the_same_rank():
     assert gaps["margin"].tolist() == pytest.approx([0.02 * (5 - 2.1)] * 6, rel=0.01)
     assert gaps[["comparable", "resolved"]].all(axis=None)
     assert not plotted["arm"].str.contains("alpha 8").any()
-    left, right = figure.axes[2:]
-    names = [text.get_text() for text in left.get_yticklabels()]
-    assert names == ["FullFT, r4", "FullFT, r16", "rsLoRA, r4", "rsLoRA, r16", "PiSSA, r4", "PiSSA, r16"]
-    for axes, value in ((left, "gap"), (right, "lr_ratio")):
+    for axes, value in zip(figure.axes[2:], ("gap", "lr_ratio"), strict=True):
         marks = [line.get_xdata()[0] for line in axes.get_lines() if line.get_marker() in ("s", "<", "v")]
         assert marks == gaps[value].tolist()
 
@@ -71,13 +66,11 @@ def test_in_rl_gaps_are_of_error_rates():
     arms = [rl.arm(optimum=1e-4, experiments=None), rl.arm(64, optimum=1e-3, **columns)]
     arms += [rl.arm(1, optimum=1e-3, peak=0.7, **columns)]
     arms += [method("dora", rl.arm(64, optimum=2e-3, peak=0.75, **columns))]
-    figure, plotted = draw("variants_of_lora_rl", *tables(arms))
+    _, plotted = draw("variants_of_lora_rl", *tables(arms))
     gaps = only(plotted, "gap").set_index(["variant", "rank"])
-    assert gaps["gap"].to_dict() == pytest.approx(
-        {("fullft", 1): -0.1, ("fullft", 64): 0.0, ("dora", 64): 0.05}, abs=0.005
-    )
+    wanted = {("fullft", 1): -0.1, ("fullft", 64): 0.0, ("dora", 64): 0.05}
+    assert gaps["gap"].to_dict() == pytest.approx(wanted, abs=0.005)
     assert gaps.loc[("dora", 64), "lr_ratio"] == pytest.approx(2.0, rel=0.05)
-    assert figure.axes[2].get_xlabel() == "lowest error rate minus LoRA's"
 
 
 def test_lora_alone_has_no_panels_of_gaps():
