@@ -41,8 +41,6 @@ def test_power():
 
 def test_verdicts_that_lack_something_have_a_remark_and_borderline_ones_say_so():
     assert claim_text.remark(make_claim("B1", would_decide="x", missing="y")) == ""
-    assert claim_text.remark(make_claim("B1", "inconclusive")) == "to decide: 6 seeds (now 3)"
-    assert claim_text.remark(make_claim("B1", "setting not met", missing="natural text")) == "needs natural text"
     assert claim_text.verdict(make_claim("B1", p_again=0.7)) == "confirmed, borderline"
     assert claim_text.verdict_again(make_claim("B1", p_again=0.7)) == "confirmed, 70% again"
     # A claim of an older table is not known to be borderline.

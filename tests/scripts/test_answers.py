@@ -13,8 +13,7 @@ from lorabench.figures.evidence import QUESTIONS as DRAWN
 from lorabench.figures.evidence import draw_matrix
 from lorabench.report.claim_text import VERDICTS
 
-BATCHES = next(question for question in QUESTIONS if question.claim_id == "D1")
-ACCURACY = next(question for question in QUESTIONS if question.claim_id == "F1")
+QUESTION = {question.claim_id: question for question in QUESTIONS}
 GROWS, AS_ALWAYS = "the gap grows by 0.050 nats [0.040, 0.060]", "Choose the batch size as for full fine-tuning."
 ASKED = "Do large batches harm LoRA more than full fine-tuning?"
 SIZES = {"tiny": 3e5, "0.13B": 1.3e8, "1B": 1e9, "3B": 3e9, "8B": 8e9}
@@ -29,7 +28,7 @@ def cell(verdict: str, scale: str = "tiny", **columns: Any) -> dict[str, Any]:
 
 
 def batches(*cells: dict[str, Any]) -> str:
-    return answer(BATCHES, pd.DataFrame(cells))
+    return answer(QUESTION["D1"], pd.DataFrame(cells))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +65,7 @@ def test_answers_are_grouped_and_the_largest_models_with_a_decision_say_what_to_
 def test_a_difference_of_accuracies_has_the_sign_of_rank_1():
     worse = cell("not seen here", unit="error rate", estimate=0.12, ci_low=0.1, ci_high=0.15) | {"claim_id": "F1"}
     expected = "*No* on tiny models (rank 1 minus full fine-tuning: -12.0 percentage points [-15.0, -10.0])."
-    assert answer(ACCURACY, pd.DataFrame([worse])).endswith(expected)
+    assert answer(QUESTION["F1"], pd.DataFrame([worse])).endswith(expected)
 
 
 def test_core_claims_are_counted_by_size():
