@@ -107,10 +107,10 @@ def test_fig8_shows_each_further_set_and_kl_without_its_sign_and_runs_above_the_
     assert texts(figure, 3) == "3 seeds · 1 run above 0.01"
 
 
-NO_REWARD = dict.fromkeys(("base_reward", "final_valid_reward", "final_reward", "best_reward"), 0.0)
+REWARDS = ("final_valid_reward", "final_reward", "best_reward")
 ODD = {
-    "every run diverged": lambda: arms((None, 16), diverges_from=0.0),
-    "out of reach": lambda: arms((None, 16), status="unrewarded", **NO_REWARD),
+    "every run diverged": lambda: arms((None, 16), status="diverged", **dict.fromkeys(REWARDS)),
+    "out of reach": lambda: arms((None, 16), status="unrewarded", base_reward=0.0, **dict.fromkeys(REWARDS, 0.0)),
     "base not measured": lambda: arms((None, 16), base_reward=None, peak=1.0, curvature=0.0),
     "one set of two further": lambda: (
         arms((None, 16), dataset="a", sets={}) + arms((None, 16), model="$y", dataset="<b>$x^$&", sets={"x^$": 0.2})
