@@ -36,7 +36,6 @@ def lay_out(name: str, runs: Tables | pd.DataFrame, curves: pd.DataFrame | None 
 
 
 def only(plotted: pd.DataFrame, element: str, **values: Any) -> pd.DataFrame:
-    """Return the rows of one element with the given values."""
     rows = plotted[plotted["element"] == element]
     for column, value in values.items():
         rows = rows[rows[column] == value]
@@ -44,21 +43,17 @@ def only(plotted: pd.DataFrame, element: str, **values: Any) -> pd.DataFrame:
 
 
 def lines(axes: Axes, **properties: Any) -> list[Line2D]:
-    """Return the lines and marks of a panel with the given properties."""
     return [line for line in axes.get_lines() if all(getattr(line, f"get_{k}")() == v for k, v in properties.items())]
 
 
 def texts(figure: Figure, panel: int | None = None) -> str:
-    """Return the texts in all panels of a figure, or in one."""
     panels = figure.axes if panel is None else [figure.axes[panel]]
     return " ".join(text.get_text() for axes in panels for text in axes.texts)
 
 
 def legend(figure: Figure) -> list[str]:
-    """Return the entries of a figure's legends."""
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
 def titles(figure: Figure) -> list[str]:
-    """Return the titles of a figure's panels."""
     return [axes.get_title(loc="left") for axes in figure.axes]

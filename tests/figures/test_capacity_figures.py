@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.memorisation import best_stored, stored_bits
+from lorabench.analysis.memorisation import best_stored
 from lorabench.analysis.slopes import log_log
 from lorabench.store.tables import Tables
 
@@ -59,19 +59,36 @@ def facts(stored) -> Tables:
 
 @pytest.fixture(scope="module")
 def drawn():
-    return draw("capacity", learning())
+    """Draw the figure of learning, beside which there are facts and another parametrization."""
+    other = learning((16,), alpha=8.0)
+    other.runs["run_id"] += "-alpha8"
+    other.curves["run_id"] += "-alpha8"
+    parts = [learning(), facts({1: 2_000.0}), other]
+    runs, curves = (pd.concat([getattr(part, name) for part in parts]) for name in ("runs", "curves"))
+    return draw("capacity", Tables(runs.reset_index(drop=True), curves))
 
 
 def test_departures_and_thresholds_are_those_of_the_verdicts(drawn):
     figure, plotted = drawn
+    assert set(plotted["dataset"]) == {"long"}
+    assert set(plotted["arm"].dropna()) == {"FullFT", "LoRA r1", "LoRA r4", "LoRA r16", "LoRA r64"}
     [comparison] = comparisons(learning().runs, learning().curves)
     assert only(plotted, "departure").set_index("rank")["step"].to_dict() == LEAVES
     assert set(only(plotted, "noise_band")["excess"]) == {2 * comparison.fit.sigma}
-    threshold = only(plotted, "threshold").set_index("rank")
-    assert threshold["trainable_params"].to_dict() == {rank: 1000 * rank for rank in LEAVES}
+    threshold = only(plotted, "threshold")
+    assert threshold["trainable_params"].tolist() == [1000 * rank for rank in LEAVES]
     assert threshold["tokens"].between(threshold["tokens_low"], threshold["tokens_high"]).all()
     marks = {(line.get_xdata()[0], line.get_ydata()[0]) for line in lines(figure.axes[1], marker="o")}
     assert marks == set(zip(threshold["trainable_params"], threshold["tokens"], strict=True))
+    slope = only(plotted, "slope")
+    fit = log_log(threshold["trainable_params"], threshold["tokens"])
+    assert slope["slope"].tolist() == pytest.approx([fit.slope] * 3)
+    fitted = 10 ** (fit.intercept + fit.slope * np.log10(slope["trainable_params"].astype(float)))
+    np.testing.assert_allclose(slope["tokens"].astype(float), fitted, rtol=1e-3)
+    # The description length is where two bits per parameter hold it.
+    [held] = only(plotted, "description_length").to_dict("records")
+    assert held["bits"] == pytest.approx(9e4 / math.log(2))
+    assert held["trainable_params"] == round(9e4 / math.log(2) / 2)
     _, first = draw("fig1_envelopes", learning())
     assert only(first, "departure").set_index("rank")["step"].to_dict() == LEAVES
 
@@ -84,52 +101,21 @@ def test_a_rank_that_never_leaves_is_a_triangle():
     assert [line.get_xdata()[0] for line in lines(figure.axes[1], marker="^")] == [32_000]
 
 
-def test_the_fitted_line_and_the_description_length(drawn):
-    figure, plotted = drawn
-    threshold, slope = only(plotted, "threshold"), only(plotted, "slope")
-    fit = log_log(threshold["trainable_params"], threshold["tokens"])
-    assert slope["slope"].tolist() == pytest.approx([fit.slope] * 3)
-    fitted = 10 ** (fit.intercept + fit.slope * np.log10(slope["trainable_params"].astype(float)))
-    np.testing.assert_allclose(slope["tokens"].astype(float), fitted, rtol=1e-3)
-    row = slope.iloc[0]
-    assert f"slope {row['slope']:.2f} [{row['slope_low']:.2f}, {row['slope_high']:.2f}]" in texts(figure)
-    # The description length is where two bits per parameter hold it.
-    [held] = only(plotted, "description_length").to_dict("records")
-    assert held["bits"] == pytest.approx(9e4 / math.log(2))
-    assert held["trainable_params"] == round(9e4 / math.log(2) / 2)
-
-
-def test_facts_and_other_parametrizations_are_not_in_the_capacity_figure(drawn):
-    other, more = learning((16,), alpha=8.0), facts({1: 2_000.0})
-    other.runs["run_id"] += "-alpha8"
-    other.curves["run_id"] += "-alpha8"
-    parts = [learning(), more, other]
-    runs, curves = (pd.concat([getattr(part, name) for part in parts]) for name in ("runs", "curves"))
-    _, plotted = draw("capacity", Tables(runs.reset_index(drop=True), curves))
-    assert set(plotted["dataset"]) == {"long"}
-    assert set(plotted["arm"].dropna()) == set(drawn[1]["arm"].dropna())
-
-
 def test_bits_stored_are_those_of_the_tables():
-    tables = facts({None: 39_000.0, 1: 20_000.0, 4: 35_000.0})
+    tables = facts({None: 39_000.0, 1: -30_000.0, 4: 20_000.0})
     figure, plotted = draw("memorisation", tables)
+    assert "stored nothing: LoRA r1" in texts(figure)
+    seeds = only(plotted, "seed").groupby("rank", dropna=False)["bits"]
+    assert seeds.max().tolist() == pytest.approx([-30_000, 20_000, 39_000])
     stored, expected = only(plotted, "stored"), best_stored(tables.runs)
     for name in ("bits", "bits_low", "bits_high"):
         np.testing.assert_allclose(stored[name], expected[name.replace("bits", "bits_stored")])
-    seeds = only(plotted, "seed").set_index("run_id")["bits"]
-    assert len(seeds) == 3 * 3
-    np.testing.assert_allclose(seeds, stored_bits(tables.runs).set_index("run_id")["bits_stored"][seeds.index])
     assert only(plotted, "entropy")["bits"].tolist() == [ENTROPY]
     ends = only(plotted, "per_parameter")
     assert sorted(ends["bits"] / ends["trainable_params"]) == [1, 1, 2, 2]
-    assert "3 diverged" in texts(figure)
-    [square] = lines(figure.axes[0], marker="s")
-    assert square.get_xdata()[0] == 828_288
 
 
 def test_what_cannot_be_shown_is_said():
-    figure, _ = draw("memorisation", facts({1: -30_000.0, 4: 20_000.0}))
-    assert "stored nothing: LoRA r1" in texts(figure)
     for name, tables, sentence in (
         ("memorisation", learning((None, 1)), "no runs on a dataset of random facts"),
         ("capacity", facts({1: 2_000.0}), "no runs on a dataset other"),

@@ -1,18 +1,22 @@
-"""What all figures of runs have in common, and figures 1 and 2, from tables made by hand."""
+"""What all figures of runs have in common, and figures 1 to 5 and those about compute, from tables made by hand."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from lorabench.analysis.comparison import comparisons
+from lorabench.analysis.step_flops import loss_by_flops
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES, save_figure
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.store.tables import Tables
 
+from ..claims.test_compute import compute_table
 from ..conftest import slow_but
 from ..handmade import LRS, curves_of, make_run, make_sweep, runs_table
 from .layout import draw, lay_out, lines, only, texts, titles
@@ -63,9 +67,8 @@ def test_save_writes_what_draw_returns_with_the_same_bytes_each_time(name: str, 
 
 SPARSE = {
     "an arm with all runs diverged": make_sweep(None) + make_sweep(1, diverged_from=0.0),
-    "one learning rate": [make_run(None, 1e-3), make_run(8, 1e-3)],
     "no full fine-tuning": make_sweep(8),
-    "no batch size in common": make_sweep(None, batch_size=4) + make_sweep(8),
+    "one learning rate and no batch size in common": [make_run(None, 1e-3, batch_size=4), make_run(8, 1e-3)],
     "neither placement nor counts": [
         row | {"placement": None, "trainable_params": None} for rank in (None, 16) for row in make_sweep(rank)
     ],
@@ -91,12 +94,8 @@ def test_panels_never_mix_models_datasets_or_batch_sizes():
     rows = make_sweep(8, diverged_from=5e-3) + make_sweep(8, dataset="worked") + make_sweep(8, model="owner/other")
     rows += [row | {"run_id": f"{row['run_id']}-b32", "batch_size": 32} for row in make_sweep(8)]
     figure, plotted = drawn("fig2_lr_by_rank", rows)
-    assert titles(figure) == [
-        "other · instruct · batch 16",
-        "tiny · instruct · batch 16",
-        "tiny · instruct · batch 32",
-        "tiny · worked · batch 16",
-    ]
+    panels = ["other · instruct · batch 16", "tiny · instruct · batch 16", "tiny · instruct · batch 32"]
+    assert titles(figure) == [*panels, "tiny · worked · batch 16"]
     assert plotted.groupby(["model", "dataset", "batch_size"]).ngroups == 4
     lost = {row["run_id"] for row in rows if row["status"] == "diverged"}
     assert set(only(plotted, "diverged")["run_id"]) == lost
@@ -120,8 +119,111 @@ def test_fig2_hides_no_loss_above_the_range_and_never_the_best_of_an_arm():
     above = plotted[plotted["above_range"].eq(True)]
     assert above["nll"].tolist() == [40.0]
     assert figure.axes[0].get_ylim()[1] < 10
-    assert [line.get_xdata()[0] for line in lines(figure.axes[0], marker="^")] == [1e-4]
     rows = make_sweep(8) + [make_run(1, lr, final_test_nll=9.0 + lr, final_valid_nll=9.0 + lr) for lr in LRS]
     _, plotted = drawn("fig2_lr_by_rank", rows)
     best = plotted[(plotted["element"] == "loss") & (plotted["arm"] == "LoRA r1")].sort_values("nll").iloc[0]
     assert not best["above_range"]
+
+
+PER_RANK = {"attn": 5_500, "mlp": 9_000, "all": 14_000}
+
+
+def by_size(sizes=(4, 16, 64), **changes):
+    rows = []
+    for size in sizes:
+        for rank in (None, 8):
+            sweep = make_sweep(rank, batch_size=size, steps=640 // size, **changes)
+            rows += [row | {"run_id": f"{row['run_id']}-b{size}"} for row in sweep]
+    return rows
+
+
+def test_losses_and_gaps_by_batch_size_are_those_of_the_fits():
+    rows = by_size()
+    figure, plotted = drawn("fig3_batch_size", rows)
+    final = only(plotted, "final").set_index(["batch_size", "arm"])
+    gaps = only(plotted, "gap").set_index("batch_size")
+    for comparison in comparisons(runs_table(rows), pd.DataFrame()):
+        size = comparison.arms[0]["batch_size"]
+        expected = comparison.fit.gap("LoRA r8", "FullFT")
+        numbers = gaps.loc[size, ["gap", "low", "high"]].astype(float)
+        np.testing.assert_allclose(numbers, [expected.value, *expected.interval()])
+        for label, minimum in comparison.fit.minima.items():
+            numbers = final.loc[(size, label), ["nll", "low", "high"]].astype(float)
+            np.testing.assert_allclose(numbers, [minimum.value, *minimum.interval()])
+    [line] = lines(figure.axes[4], linestyle="--")
+    np.testing.assert_allclose(line.get_ydata(), gaps["gap"].astype(float))
+    points = only(plotted, "envelope", arm="LoRA r8", batch_size=64)
+    [line] = lines(figure.axes[2], linestyle="--")
+    np.testing.assert_allclose(line.get_xydata(), points[["examples", "nll"]].to_numpy(float))
+
+
+def test_each_model_and_dataset_has_its_block():
+    rows = by_size(sizes=(4, 16)) + by_size(sizes=(4,), dataset="$worked$")
+    figure, _ = drawn("fig3_batch_size", rows)
+    assert [place.get_suptitle() for place in figure.subfigs] == ["tiny · $worked$", "tiny · instruct"]
+    assert titles(figure) == ["batch 4", "", "", "batch 4", "batch 16", "", ""]
+
+
+def test_losses_by_parameters_are_those_of_the_fit():
+    rows = make_sweep(None)
+    for placement, rank in (("attn", 16), ("attn", 27), ("mlp", 16), ("all", 16)):
+        sweep = make_sweep(rank, placement=placement, trainable_params=PER_RANK[placement] * rank)
+        rows += [row | {"run_id": f"{row['run_id']}-{placement}"} for row in sweep]
+    figure, plotted = draw("fig4_placement", runs_table(rows))
+    [comparison] = comparisons(runs_table(rows), pd.DataFrame())
+    best = only(plotted, "best")
+    expected = [[minimum.value, *minimum.interval()] for minimum in map(comparison.fit.minima.get, best["arm"])]
+    np.testing.assert_allclose(best[["nll", "nll_low", "nll_high"]].astype(float), expected)
+    band = only(plotted, "margin_band").iloc[0]
+    assert band["nll_low"] == pytest.approx(best["nll"].min())
+    assert band["nll_high"] - band["nll_low"] == pytest.approx(comparison.margin.value)
+    # Placement is line style, and rank is colour.
+    assert len({line.get_color() for line in lines(figure.axes[0], linestyle=":")}) == 2
+
+
+NOTHING = pd.DataFrame()
+
+
+def draw_compute(compute: pd.DataFrame):
+    return draw("compute", Tables(NOTHING, NOTHING, compute=compute))
+
+
+def test_compute_draws_the_ratios_of_the_table_and_the_formula():
+    figure, plotted = draw_compute(compute_table(step_s=[2.0, 1.0, 1.4, 3.0]))
+    flops, measured = figure.axes
+    wanted = {"counted": [0.68, 2 / 3 + 16 / 150, 2 / 3 + 128 / 150]}
+    wanted |= {"step_time": [0.5, 0.7, 1.5], "memory": [0.5, 0.5, 0.5]}
+    for axes, marker, element in ((flops, "o", "counted"), (measured, "s", "step_time"), (measured, "^", "memory")):
+        [line] = lines(axes, marker=marker)
+        rows = only(plotted, element)
+        np.testing.assert_array_equal(line.get_xydata(), rows[["rank", "ratio"]].to_numpy(float))
+        assert rows["rank"].tolist() == [1, 8, 64]
+        np.testing.assert_allclose(rows["ratio"], wanted[element])
+    formula = only(plotted, "formula")
+    np.testing.assert_allclose(formula["ratio"], 2 / 3 + 2 * formula["rank"] / 150)
+
+
+def test_odd_compute_tables_are_drawn():
+    nothing = dict.fromkeys(("linear_flops", "effective_width", "step_s", "peak_mem_bytes"), math.nan)
+    for compute in (compute_table().iloc[1:], compute_table(**nothing, model="<b>$x^$&", device="$_{$")):
+        draw_compute(compute)
+    for compute, message in ((NOTHING, "no table compute"), (compute_table().iloc[:1], "no LoRA")):
+        with pytest.raises(UserError, match=message):
+            draw_compute(compute)
+
+
+def test_loss_by_flops_draws_each_envelope_over_its_flops():
+    runs = runs_table(make_sweep(None, train_flops=3e12) + make_sweep(8, train_flops=2.1e12))
+    figure, plotted = draw("loss_by_flops", Tables(runs, curves_of(runs)))
+    wanted = loss_by_flops(runs, curves_of(runs))
+    for label, style in arm_styles(plotted).items():
+        points = wanted[wanted["method"] == ("fullft" if label == "FullFT" else "lora")]
+        [line] = lines(figure.axes[0], color=style.colour)
+        np.testing.assert_array_equal(line.get_xydata(), points[["flops", "value"]].to_numpy(float))
+        rows = only(plotted, "envelope", arm=label)
+        np.testing.assert_array_equal(rows["flops"].astype(float), points["flops"])
+        # At the last step, the FLOPs are those of the whole run.
+        assert rows["flops"].max() == {"FullFT": 3e12, "LoRA r8": 2.1e12}[label]
+    unknown = runs[runs["status"] == "done"].drop(columns="train_flops")
+    with pytest.raises(UserError, match="no validation curves of runs whose training FLOPs are known"):
+        draw("loss_by_flops", Tables(unknown, curves_of(unknown)))

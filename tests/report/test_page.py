@@ -72,8 +72,6 @@ def test_every_claim_has_one_place_with_what_it_was_judged_by_and_links_to_its_r
             assert " ".join(text.split()) in shown.text
         assert f"({'fig. ' if claim.figure[0].isdigit() else ''}{claim.figure})" in shown.text
         assert sorted(re.findall(r'href="#run-([^"]+)"', shown.source)) == sorted(claim.run_ids)
-    assert "Does LoRA match full fine-tuning here?" in page.header.text
-    assert "From 21 runs of tiny" in page.header.text
     verdicts = page.section("verdicts")
     for verdict, number in claims["verdict"].value_counts().drop("not tested").items():
         [row] = re.findall(rf"</span> {verdict}</span></dt><dd>(.*?)</dd>", verdicts.source)
@@ -90,52 +88,38 @@ def test_the_page_of_an_own_preset_leads_with_answer_and_recipe_and_names_only_t
     assert sorted(own.claims) == sorted(tested)
     assert "untested" not in own.ids
     assert own.ids.index("answer") < own.ids.index("recipe") < own.ids.index("verdicts")
-    cost = "LoRA r16 trains 0.22M of 0.83M parameters; a run takes 41.5 s and 900 MB of memory"
-    assert cost in own.header.text
-    assert cost in own.section("recipe").text
+    assert "LoRA r16 trains 0.22M of 0.83M parameters; a run takes 41.5 s and 900 MB of memory" in own.header.text
     # The index of all reports reads the answer in the head.
     [answer] = [attributes["content"] for _, attributes in own.tags if attributes.get("name") == "abstract"]
     assert answer.startswith("These runs cannot decide. The loss of the best, LoRA r16 at a learning rate of 2.20e-3")
     assert answer in own.header.text
 
 
-JUDGED = [
-    make_claim("B1"),
-    make_claim("B3", "inconclusive"),
-    make_claim("B5", "contradicted", fact="fact of B1", margin_low=0.02, margin_high=math.inf),
-    make_claim("D1", "setting not met"),
-    make_claim("G1", "not tested", kind="count"),
-    make_claim("C5", kind="derivation"),
-]
-
-
 def test_a_claim_is_a_line_with_what_it_says_its_verdict_and_number_and_a_sentence(report, rows):
-    page = report(rows, claims=lambda table: claims_table(JUDGED), shipped=True)
-    lines = {
-        name: Page(claim.source.split("</summary>")[0].partition(">")[2]).text for name, claim in page.claims.items()
-    }
-    number = "0.00200 nats [-0.00400, 0.00800]"
-    assert lines["B1"] == (
-        "B1 statement of B1 It holds: the difference is 0.00200 nats, and up to 0.01 counts as none. "
-        f"\N{CHECK MARK} confirmed {number}"
-    )
-    assert lines["B3"].endswith(f"These runs cannot say. To decide: 6 seeds (now 3). ? inconclusive {number}")
-    assert lines["G1"].endswith("\N{EN DASH} not tested")
+    claims = [
+        make_claim("B1"),
+        make_claim("B3", "inconclusive"),
+        make_claim("B5", "contradicted", fact="fact of B1", margin_low=0.02, margin_high=math.inf),
+        make_claim("D1", "setting not met"),
+    ]
+    page = report(rows, claims=lambda table: claims_table(claims), shipped=True)
+    for name, line in {
+        "B1": "It holds: the difference is 0.00200 nats, and up to 0.01 counts as none. ✓ confirmed",
+        "B3": "These runs cannot say. To decide: 6 seeds (now 3). ? inconclusive",
+    }.items():
+        summary = page.claims[name].source.split("</summary>")[0].partition(">")[2]
+        assert Page(summary).text == f"{name} statement of {name} {line} 0.00200 nats [-0.00400, 0.00800]"
     # A claim without the setting that it needs is closed below the others, and claims of one fact name each other.
     assert "1 claim about other settings than these runs have: D1" in page.section("batch-size").text
     assert "fact of B1, as B5" in page.claims["B1"].text
-    assert "at least 0.02 nats" in page.claims["B5"].text
     assert "0.0085 nats would have been seen" in page.claims["B1"].text
 
 
 def test_links_resolve_and_the_policy_allows_only_the_pages_own_script_and_style(own, rows):
-    first = own.section("rank")
-    assert first.ids.index("fig1_envelopes") < first.ids.index("claim-A7")
     assert len(own.ids) == len(set(own.ids))
     targets = {href[1:] for href in own.all("a", "href") if href.startswith("#")}
     labels = {attributes["aria-labelledby"] for _, attributes in own.tags if "aria-labelledby" in attributes}
     assert targets | labels | {f"run-{row['run_id']}" for row in rows} <= set(own.ids)
-    assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in own.tags}
     assert not own.all("script", "src")
     assert not own.all("form", "action")
     outward = [href for href in own.all("a", "href") if not href.startswith(("#", "data:"))]
@@ -176,19 +160,15 @@ def test_scores_are_shown_by_arm_base_first_with_both_filters(own):
         "FullFT 3e-3 0.2600 ± 0.0200 0.3500 1.5100 ± 0.0200",
         "LoRA r16 3e-3 0.2500 ± 0.0200 0.3500 1.5000 ± 0.0200",
     ]
-    assert "Arm LR Learned: lorabench_instruct exact_match, strict-match higher is better" in section.text
     assert "Forgotten: pretraining bits_per_byte lower is better n 1,319, 0-shot" in section.text
     assert "perplexity" not in section.text
-    assert "lm-eval 0.4.13, sampler own, 16 sequences at once" in section.text
 
 
 def test_verdicts_that_turn_at_other_margins_are_shown_without_a_script(own):
-    judged = judged_claims().set_index("claim_id")["verdict"]
-    turns = judged.index[judged == "inconclusive"]
+    claims = judged_claims()
     section = own.section("margins")
-    assert f"{len(turns)} of {(~judged.isin(UNTESTED)).sum()} verdicts turn" in section.text
     shown = re.findall(r'<tr data-claim="(.+?)">(.+?)</tr>', section.source, re.DOTALL)
-    assert [claim_id for claim_id, _ in shown] == list(turns)
+    assert [claim_id for claim_id, _ in shown] == claims.query("verdict == 'inconclusive'")["claim_id"].tolist()
     wanted = [("now same", "1", "inconclusive"), ("", "2", "confirmed")]
     for _, row in shown:
         assert re.findall(r'class="([^"]*)" data-times="(.).*?data-verdict="(.*?)"', row) == wanted
@@ -201,10 +181,9 @@ def test_text_from_outside_stays_text(report):
     for table in ("runs", "evals", "claims"):
         for column in columns(table):
             assert " ".join(f"{column}{HOSTILE}".split()) in page.text, f"{table}.{column}"
-    assert f"description{HOSTILE}".split()[0] in page.text
     assert f"description{HOSTILE}" in page.all("meta", "content")
     assert [attributes.get("type") for tag, attributes in page.tags if tag == "script"] == ["application/json", None]
-    assert "x-evil" not in {tag for tag, _ in page.tags}
+    assert not {"x-evil", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
     assert all(source.startswith("data:image/") for source in page.all("img", "src"))
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     known = ("#", "data:", "https://doi.org/", "../../index.html")
@@ -224,9 +203,7 @@ def test_recipe_says_what_to_use_or_that_nothing_matches_or_can_be_compared(repo
     page = report([row for rank in (None, 1, 64) for row in make_sweep(rank, seeds=24)])
     answer = r"\byes LoRA matches full fine-tuning from rank 64 on: at a learning rate of 2\.\d+e-3 its loss is within"
     assert re.search(answer, page.header.text)
-    section = page.section("recipe")
-    assert "tiny on instruct, batch 16, 150 steps" in section.text
-    assert [row.split()[1] for row in section.rows] == ["r1", "r64"]
+    assert [row.split()[1] for row in page.section("recipe").rows] == ["r1", "r64"]
     page = report([row for rank in (None, 1) for row in make_sweep(rank)])
     assert "No rank that was tried matches full fine-tuning. The best, LoRA r1" in page.header.text
     two = [row for name in ("instruct", "worked") for rank in (None, 1) for row in make_sweep(rank, dataset=name)]
@@ -276,8 +253,8 @@ def test_what_is_missing_is_a_dash_and_uncommitted_changes_and_limits_are_shown(
         assert not re.search(r"\b(nan|NaN|None|<NA>|NaT)\b", shown)
     changed = [row | {"git_dirty_patch": "abc123"} for row in make_sweep(1)]
     page = report(make_sweep(None) + changed, limits=["It cannot fly."])
-    for text in ("7 runs with uncommitted changes", "abc123", "It cannot fly."):
-        assert text in page.text
+    assert "7 runs with uncommitted changes" in page.text
+    assert "It cannot fly." in page.text
 
 
 @pytest.mark.slow
@@ -288,8 +265,6 @@ def test_same_tables_give_the_same_page_and_an_error_leaves_the_old_one(layout):
     # The commands are for a shell, and for this preset.
     build(plan, layout, "my presets/mine.yaml", other)
     assert f"{other} --config 'preset=my presets/mine.yaml'" in Page(other.read_text()).text
-    build(plan, layout, "laptop", other)
-    assert "--config" not in Page(other.read_text()).section("cost").text
     # A page without evaluation needs no scores.
     for file in (*layout.figures.glob("learned_forgotten.*"), *layout.tables().glob("evals.*")):
         file.unlink()
@@ -309,17 +284,12 @@ def test_each_figure_and_each_claim_has_one_place():
     placed = [name for section in SECTIONS for name in section["figures"]]
     assert sorted([*placed, "verdicts"]) == sorted(FIGURES)
     assert sorted(claim for section in SECTIONS for claim in section["claims"]) == sorted(claim.id for claim in CLAIMS)
-    # A claim on a figure of the paper is where the figure is.
-    numbered = {claim.id: f"fig{claim.figure[0]}_" for claim in CLAIMS if claim.figure[0].isdigit()}
-    for section in SECTIONS:
-        for claim in numbered.keys() & set(section["claims"]):
-            assert any(name.startswith(numbered[claim]) for name in section["figures"]), claim
     ids = [section["id"] for section in SECTIONS]
     assert len({*ids, *FIGURES}) == len(ids) + len(FIGURES)
     # What is in no section comes last, and empty sections are left out.
     figures, claims = [{"name": "new_figure"}, {"name": "fig1_envelopes"}], [{"claim_id": "Z1"}, {"claim_id": "B1"}]
-    first, second, last = arrange(figures, claims)
-    assert [first["about"]["id"], second["about"]["id"], last["about"]["id"]] == ["rank", "learning-rate", "further"]
+    *sections, last = arrange(figures, claims)
+    assert [section["about"]["id"] for section in sections] == ["rank", "learning-rate"]
     assert (last["figures"], last["claims"]) == ([figures[0]], [claims[0]])
 
 
@@ -334,11 +304,10 @@ def test_curves_are_those_of_the_table():
         assert drawn["grids"][grid] == tuple(points["step"])
         assert values == pytest.approx(list(points["value"]), rel=1e-3)
     # Of a long curve there are the ends and points that are spaced by logarithm.
-    long = curves.iloc[[0] * 10_001].assign(step=range(10_001))
-    [steps] = map(np.array, curves_to_draw(runs, long)["grids"])
+    [steps] = curves_to_draw(runs, curves.iloc[[0] * 10_001].assign(step=range(10_001)))["grids"]
     assert (steps[0], steps[-1]) == (0, 10_000)
     assert 40 < len(steps) <= 60
-    assert 8 <= ((steps > 100) & (steps <= 1000)).sum() <= 16
+    assert 8 <= sum(100 < step <= 1000 for step in steps) <= 16
     # Unknown runs and values that are no numbers are left out.
     odd = curves.head(3).assign(run_id=["stranger", *curves["run_id"][1:3]], value=[1.0, np.inf, np.nan], step=999)
     assert curves_to_draw(runs, pd.concat([curves, odd]))["curves"] == drawn["curves"]
@@ -357,10 +326,8 @@ def test_tables_are_embedded_compressed_where_large_and_named_where_too_large(tm
     assert gzip.decompress(packed) == (tmp_path / "evals.csv").read_bytes()
     assert huge == {"file": "curves.csv", "bytes": 400_000, "embedded": False, "uri": "../curves.csv"}
     assert parquet == {"file": "counts.parquet", "bytes": 7, "embedded": False, "uri": "../counts.parquet"}
+    # What is larger still is not read.
     monkeypatch.setattr(pages, "MAX_READ", 399_999)
     monkeypatch.setattr(pages.gzip, "compress", None)
-    assert [table["embedded"] for table in table_downloads(tmp_path, tmp_path, without=("evals",))] == [
-        True,
-        False,
-        False,
-    ]
+    tables = table_downloads(tmp_path, tmp_path, without=("evals",))
+    assert [table["embedded"] for table in tables] == [True, False, False]

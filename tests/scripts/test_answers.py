@@ -13,8 +13,7 @@ from lorabench.figures.evidence import QUESTIONS as DRAWN
 from lorabench.figures.evidence import draw_matrix
 from lorabench.report.claim_text import VERDICTS
 
-BATCHES = next(question for question in QUESTIONS if question.claim_id == "D1")
-ACCURACY = next(question for question in QUESTIONS if question.claim_id == "F1")
+QUESTION = {question.claim_id: question for question in QUESTIONS}
 GROWS, AS_ALWAYS = "the gap grows by 0.050 nats [0.040, 0.060]", "Choose the batch size as for full fine-tuning."
 ASKED = "Do large batches harm LoRA more than full fine-tuning?"
 SIZES = {"tiny": 3e5, "0.13B": 1.3e8, "1B": 1e9, "3B": 3e9, "8B": 8e9}
@@ -29,7 +28,7 @@ def cell(verdict: str, scale: str = "tiny", **columns: Any) -> dict[str, Any]:
 
 
 def batches(*cells: dict[str, Any]) -> str:
-    return answer(BATCHES, pd.DataFrame(cells))
+    return answer(QUESTION["D1"], pd.DataFrame(cells))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +36,6 @@ def batches(*cells: dict[str, Any]) -> str:
     [
         ("confirmed", "Keep batches small.", f"*Yes* on tiny models ({GROWS})."),
         ("right sign, below the margin", AS_ALWAYS, f"*Yes, but by less than matters* on tiny models ({GROWS})."),
-        ("not seen here", AS_ALWAYS, f"*No* on tiny models ({GROWS})."),
         ("inconclusive", "Compare two batch sizes.", "*Undecided* on tiny models."),
         ("not tested", "Compare two batch sizes.", "No runs in the paper's setting answer this."),
     ],
@@ -59,9 +57,7 @@ def test_answers_are_grouped_and_the_largest_models_with_a_decision_say_what_to_
         "and at 3B. *Yes* at 1B (the gap grows by 0.010 to 0.070 nats; undecided on held-out seeds) "
         "and at 8B (not tested on held-out seeds)."
     )
-
-
-def test_a_verdict_without_explored_seeds_did_not_come_out_again():
+    # Without explored seeds a verdict did not come out again.
     once = cell("confirmed", p_again=0.26, held_out="confirmed", explored=False)
     assert batches(once).endswith(f" *Yes* on tiny models ({GROWS}; borderline, all seeds held out).")
 
@@ -69,7 +65,7 @@ def test_a_verdict_without_explored_seeds_did_not_come_out_again():
 def test_a_difference_of_accuracies_has_the_sign_of_rank_1():
     worse = cell("not seen here", unit="error rate", estimate=0.12, ci_low=0.1, ci_high=0.15) | {"claim_id": "F1"}
     expected = "*No* on tiny models (rank 1 minus full fine-tuning: -12.0 percentage points [-15.0, -10.0])."
-    assert answer(ACCURACY, pd.DataFrame([worse])).endswith(expected)
+    assert answer(QUESTION["F1"], pd.DataFrame([worse])).endswith(expected)
 
 
 def test_core_claims_are_counted_by_size():
@@ -87,11 +83,8 @@ def test_core_claims_are_counted_by_size():
     )
 
 
-def test_the_picture_has_the_same_questions():
-    assert [question.claim_id for question in QUESTIONS] == list(DRAWN)
-
-
 def test_the_picture_says_the_answers_of_sizes_that_are_drawn_together():
+    assert [question.claim_id for question in QUESTIONS] == list(DRAWN)
     # Of two sizes the one that is nearer to failing decides.
     cells = [cell(verdict) | {"claim_id": q.claim_id} for q, verdict in zip(QUESTIONS, VERDICTS, strict=False)]
     cells += [cell("confirmed", "1B", source="a"), cell("contradicted", "3B"), cell("not tested", "8B")]

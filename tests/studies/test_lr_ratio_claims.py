@@ -79,15 +79,13 @@ def conditions(runs, curves):
 
 
 def test_the_beginnings_of_long_runs_are_conditions_that_count_in_no_verdict():
-    table = conditions(*world(following("scale")))
-    assert list(table.columns) == COLUMNS
-    by_scale = table[table["theory"] == "scale"]
-    np.testing.assert_allclose(by_scale["off_by"], 1.0, rtol=0.01)
-    np.testing.assert_allclose(table["off_by"], table["ratio"] / table["predicted"], rtol=1e-6)
     runs, curves = world(following("scale"), [(64, 400, 8, 32.0)])
     curves = pd.concat([curves, curves[curves["step"] == 32].assign(step=25)])
     # In the curves of these runs the loss at every step has the optimum of the end.
-    table = conditions(runs, curves).query("theory == 'movement'").set_index(["runs", "steps"])
+    every = conditions(runs, curves)
+    assert list(every.columns) == COLUMNS
+    np.testing.assert_allclose(every["off_by"], every["ratio"] / every["predicted"], rtol=1e-6)
+    table = every.query("theory == 'movement'").set_index(["runs", "steps"])
     assert list(table.index) == [("own", 400), ("prefix", 25)]
     np.testing.assert_allclose(table["ratio"], following("scale")(Setting(64, 400, 8, 32.0)), rtol=1e-3)
     # The theory of A's movement predicts other ratios at both lengths from the same optimal LRs.
@@ -123,14 +121,10 @@ def test_the_figure_has_conditions_theories_and_published_ratios():
     runs, curves = world(following("scale"))
     _, plotted = draw("lr_ratio", runs, curves)
     conditions = only(plotted, "condition")
-    assert len(conditions[conditions["theory"] == "scale"]) == len(CONDITIONS)
-    np.testing.assert_allclose(conditions["ratio"] / conditions["off_by"], conditions["predicted"], rtol=1e-6)
-    factors = only(plotted, "theory").set_index("theory")["rms_factor"]
-    assert factors["scale"] == pytest.approx(1.0, abs=0.01)
-    assert (factors.drop("scale") > 1.05).all()
-    published = only(plotted, "published").set_index("source")["predicted"]
-    assert "Orbit E4" in published
+    by_scale = conditions[conditions["theory"] == "scale"]
+    assert by_scale["off_by"].tolist() == pytest.approx([1.0] * len(CONDITIONS), rel=0.01)
     # At the paper's own LRs the theory of A's movement gives about the paper's ratio.
+    published = only(plotted, "published").set_index("source")["predicted"]
     assert published["LoRA Without Regret"].between(5, 20).all()
     figure, _ = draw("lr_ratio", runs[runs["method"] == "lora"], curves)
     assert "no condition" in texts(figure)
