@@ -23,8 +23,8 @@ def test_the_optimum_of_a_grid(source):
     [own] = read_sources([source(models=models, attributes=attributes)])
     fullft, lora = (optimum for optimum in known_optima([own]) if optimum.source == "made-up")
     # Losses 2.1, 2.0, 2.2 an octave apart: the parabola's lowest point is 1/6 of an octave below the middle.
-    assert fullft.lr == pytest.approx(2e-5 * 2 ** (-1 / 6), rel=1e-3)
-    assert lora.lr == pytest.approx(2e-4 * 2 ** (-1 / 6), rel=1e-3)
+    lowest = 2 ** (-1 / 6)
+    assert [fullft.lr, lora.lr] == pytest.approx([2e-5 * lowest, 2e-4 * lowest], rel=1e-3)
     assert fullft.error == pytest.approx(math.log(2) / math.sqrt(12))
     assert (fullft.width, fullft.batch_size, fullft.steps, fullft.counts, lora.rank) == (2048, 8, 200, True, 8)
     assert fullft.losses == (2.1, 2.0, 2.2)
