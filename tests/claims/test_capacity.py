@@ -160,6 +160,7 @@ OPPOSITE = {("short", 64): {"floor": 2.116}, ("long", 64): {"floor": 1.884}}
 def test_better_on_one_dataset_and_worse_on_another(changes, every, verdict):
     row = judged("A6", *world(changes, every))
     assert row["verdict"] == verdict
+    assert row["estimate"] == pytest.approx(2 if changes == OPPOSITE else 0, abs=0.01)
 
 
 def test_the_first_epochs_bits():

@@ -24,22 +24,16 @@ RUNS = pd.DataFrame(
     {
         "run_id": ["a", "b", "c"],
         "model": ["small", "small", "large"],
-        "dataset": "worked",
-        "data_kind": "worked",
         "method": ["fullft", "lora", "lora"],
         "rank": pd.array([None, 4, 4], "Int64"),
         "placement": [None, "all", "all"],
         "batch_size": [8, 32, 32],
         "steps": [50, 12, 12],
         "lr": [1e-3, 1e-3, 2e-3],
-        "seed": 0,
-        "status": "done",
         "hidden_size": [128, 128, 2048],
         "base_params": [800_000, 800_000, 1_000_000_000],
-        "final_valid_nll": 1.0,
-        "final_test_nll": 1.0,
     }
-)
+).assign(dataset="worked", data_kind="worked", seed=0, status="done", final_valid_nll=1.0, final_test_nll=1.0)
 LENGTHS = {"step": [1, 2], "value": [3.0, 6.0]}
 CURVES = pd.DataFrame(LENGTHS).assign(run_id="a", split="train", metric="response_length")
 
