@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 
 from lorabench.claims.judge import judge_claims
@@ -40,8 +39,7 @@ def test_a_change_of_losses_by_one_in_a_million_moves_no_end_by_half_a_percent(p
     """The accuracies of `laptop_more` are often equal at several LRs, between which only rounding could choose."""
     monkeypatch.chdir(REPOSITORY)
     plan, layout = plan_and_layout(preset)
-    parts = list(saved_tables(plan, layout))
-    tables = Tables.of({table: pa.concat_tables([part[table] for part in parts]).to_pandas() for table in parts[0]})
+    tables = Tables.of({name: table.to_pandas() for name, table in saved_tables(plan, layout).items()})
     by = {"margins": plan.preset.margins, "predictions": plan.preset.predictions}
     before, after = (judge_claims(each, **by).set_index("claim_id") for each in (tables, changed(tables)))
     width = before["ci_high"] - before["ci_low"]
