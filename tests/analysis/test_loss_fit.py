@@ -57,6 +57,9 @@ def test_without_noise_optima_minima_and_curvature_are_exact():
         assert fit.curvature[label] == pytest.approx(CURVATURE)
     assert fit.gap("LoRA r64", "FullFT").value == pytest.approx(0.02)
     assert math.exp(fit.log_ratio("LoRA r64", "FullFT").value) == pytest.approx(2.2 / 0.7)
+    # Arms have curvatures of their own.
+    curvatures = {"FullFT": 0.03, "LoRA r64": 0.088}
+    assert fit_losses(world(seeds=6, curvatures=curvatures)).curvature == pytest.approx(curvatures, rel=0.05)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -103,14 +106,6 @@ def test_variances_are_those_of_statsmodels():
     assert fit.gap("LoRA r64", "FullFT").value == pytest.approx(minima["lora"] - minima["fullft"], abs=5e-4)
 
 
-def test_arms_have_their_own_curvature():
-    random = np.random.default_rng(6)
-    curvatures = {"FullFT": 0.03, "LoRA r64": 0.088}
-    fit = fit_losses(world(random, seeds=6, curvatures=curvatures, own=0.0005, run=0.0005))
-    for label, curvature in curvatures.items():
-        assert fit.curvature[label] == pytest.approx(curvature, rel=0.15)
-
-
 def test_an_optimum_at_the_edge_is_flagged_with_the_lr_to_add():
     runs = world()
     lower = runs[~((runs["method"] == "fullft") & (runs["lr"] > 7e-4))]
@@ -126,53 +121,23 @@ def test_an_optimum_at_the_edge_is_flagged_with_the_lr_to_add():
     assert not fit_losses(coarse).resolved.get("FullFT", False)
 
 
-@pytest.mark.parametrize(
-    ("at_highest", "added"),
-    [
-        ("done", math.sqrt(1.5e-3 * 4e-3)),
-        ("diverged", math.sqrt(1.5e-3 * 4e-3)),
-        ("missing", 1.5e-3**2 / 6e-4),
-        ("well within", None),
-    ],
-)
-def test_an_optimum_at_the_end_of_the_window_asks_for_an_lr_and_not_for_seeds(at_highest, added):
+@pytest.mark.parametrize(("optimum", "added"), [(2.2e-3, math.sqrt(1.5e-3 * 4e-3)), (1.2e-3, None)])
+def test_an_optimum_at_the_end_of_the_window_asks_for_an_lr_and_not_for_seeds(optimum, added):
     """Validation losses, which have their optimum at lower LRs, have centred the window there."""
     random, rows = np.random.default_rng(5), []
-    best = {"FullFT": {"well within": 1.2e-3, "done": 2.2e-3}.get(at_highest, 4e-3), "LoRA r64": 2.2e-3}
+    best = {"FullFT": optimum, "LoRA r64": 2.2e-3}
     cells = [(label, lr, seed) for label in best for lr in LRS[label] for seed in range(3)]
     for label, lr, seed in cells:
         loss = 0.2 + CURVATURE * math.log(lr / best[label]) ** 2 + random.normal(0, 0.02)
         rows.append(row(label, lr, seed, loss, validation=5 * math.log(lr / OPTIMA[label]) ** 2))
-    runs = pd.DataFrame(rows)
-    highest = runs["lr"] == 4e-3
-    if at_highest == "missing":
-        runs = runs[~highest]
-    elif at_highest == "diverged":
-        runs.loc[highest, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
-    (comparison,) = comparisons(runs, pd.DataFrame())
+    (comparison,) = comparisons(pd.DataFrame(rows), pd.DataFrame())
     (problem,) = comparison.problems([comparison.fullft], resolved=True)
     if added is None:
         assert (problem.remedy.seeds, problem.remedy.lrs) == (6, ())
         assert not comparison.problems([comparison.fullft])
     else:
-        assert comparison.problems([comparison.fullft]) == [problem] or at_highest == "diverged"
+        assert comparison.problems([comparison.fullft]) == [problem]
         assert (problem.remedy.lrs, problem.remedy.seeds) == ((("FullFT", pytest.approx(added)),), None)
-
-
-@pytest.mark.parametrize("steep", [False, True])
-def test_a_minimum_far_below_all_runs_is_flagged(steep):
-    """A loss that is flat and then rises seems to have a minimum below all runs; an optimum between LRs is none."""
-    random, rows = np.random.default_rng(2), []
-    for label, step, seed in product(("FullFT", "LoRA r64"), range(-2, 3), range(3)):
-        x = step * math.log(2.4)
-        rise = CURVATURE * (x - 0.4) ** 2
-        if steep and label == "FullFT":
-            rise = (0.6 if step > 0 else 0.005) * x**2
-        rows.append(row(label, 2.4**step, seed, 2.5 + rise + random.normal(0, 0.001)))
-    (comparison,) = comparisons(pd.DataFrame(rows), pd.DataFrame())
-    problems = comparison.problems(comparison.arms)
-    assert [problem.text.split(":")[0] for problem in problems] == ["FullFT"] * steep
-    assert all("no LR has less than" in problem.text and problem.remedy.lrs for problem in problems)
 
 
 def test_one_arm_alone_has_the_errors_of_its_optimum_within_seeds_and_of_its_minimum_over_new_ones():
@@ -263,13 +228,13 @@ def test_few_groups_of_test_examples_are_named_and_one_group_leaves_the_verdict_
     assert comparison.equal_losses(*arms).verdict == "inconclusive"
 
 
-def as_means(runs, **changes):
+def as_means(runs):
     """Return one row for each arm and LR: the mean of its seeds with their number and standard deviation."""
     by_cell = runs.groupby(["method", "lr"], sort=False)
     first = by_cell.head(1).set_index(["method", "lr"])
     means = by_cell[["final_valid_nll", "final_test_nll"]].mean()
     counted = {"n_seeds": by_cell["seed"].nunique(), "final_test_nll_sd": by_cell["final_test_nll"].std()}
-    return first.assign(**means, **counted, **changes).reset_index()
+    return first.assign(**means, **counted).reset_index()
 
 
 def test_rows_that_are_means_of_seeds_count_as_that_many_with_their_own_noise():
@@ -287,6 +252,4 @@ def test_rows_that_are_means_of_seeds_count_as_that_many_with_their_own_noise():
     assert (gap.n_seeds, fit.noise_text) == (5, "; seed noise from the standard deviations in the table")
     # The same noise from elsewhere on single runs: the error is larger by the root of five.
     alone = fit_losses(runs[runs["seed"] == 2], noise=Noise(fit.sigma, fit.dof, "elsewhere"))
-    wide = alone.gap("LoRA r64", "FullFT")
-    assert alone.noise_text == "; seed noise from elsewhere"
-    assert wide.seed_error / gap.seed_error == pytest.approx(math.sqrt(5), rel=0.02)
+    assert alone.gap("LoRA r64", "FullFT").seed_error / gap.seed_error == pytest.approx(math.sqrt(5), rel=0.02)

