@@ -42,19 +42,14 @@ class ModuleUpdate:
     """LoRA on one module; of a stack of experts, on all of them together."""
 
     module: str
-    rank: int
-    """The rank of each expert's LoRA, of a stack of experts."""
+    rank: int  # the rank of each expert's LoRA, of a stack of experts
     experts: int
     d_in: int
     d_out: int
-    scale: float
-    """alpha/r, or alpha/sqrt(r) with rsLoRA."""
-    norm: float
-    """Frobenius norm of scale B A."""
-    numerical_rank: int
-    """Directions of B A of at least 1e-5 of the strongest one; the smallest number of all experts."""
-    effective_rank: float
-    """The exponential of the entropy of the singular values (Roy and Vetterli), the mean over experts."""
+    scale: float  # alpha/r, or alpha/sqrt(r) with rsLoRA
+    norm: float  # Frobenius norm of scale B A
+    numerical_rank: int  # directions of B A of at least 1e-5 of the strongest one; the smallest number of all experts
+    effective_rank: float  # exponential of the entropy of the singular values (Roy and Vetterli), mean over experts
 
 
 @dataclass(frozen=True)
@@ -70,12 +65,10 @@ class Adapter:
     dora: bool
     targets: tuple[str, ...] | str | None
     target_parameters: tuple[str, ...]
-    dtypes: dict[str, int]
-    """The number of tensors by their type."""
+    dtypes: dict[str, int]  # the number of tensors by their type
     parameters: int
     modules: tuple[ModuleUpdate, ...]
-    saved_whole: dict[str, int]
-    """The number of parameters of each tensor that is no part of LoRA."""
+    saved_whole: dict[str, int]  # the number of parameters of each tensor that is no part of LoRA
     findings: tuple[Finding, ...]
 
 

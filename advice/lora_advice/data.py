@@ -36,16 +36,11 @@ class UserData:
     """A user's data file, which was read once."""
 
     path: Path
-    form: str
-    """One of FORMATS."""
-    usable: int
-    """The number of distinct usable examples."""
-    tokens: float
-    """A guess of the number of scored tokens: those of the last turns, or all of a text."""
-    unusable: Counter[str]
-    """The number of rows that can't be used, by the reason."""
-    one_answer: bool
-    """Whether each example has one turn of the assistant, the last."""
+    form: str  # one of FORMATS
+    usable: int  # the number of distinct usable examples
+    tokens: float  # a guess of the number of scored tokens: those of the last turns, or all of a text
+    unusable: Counter[str]  # the number of rows that can't be used, by the reason
+    one_answer: bool  # whether each example has one turn of the assistant, the last
 
     def __str__(self) -> str:
         reasons = "".join(f"; {count} left out: {reason}" for reason, count in self.unusable.most_common())

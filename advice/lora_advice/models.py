@@ -126,11 +126,9 @@ class Dimensions:
     heads: int
     kv_heads: int
     head_dim: int
-    intermediate: int
-    """Width of a dense MLP, or of an expert."""
+    intermediate: int  # width of a dense MLP, or of an expert
     vocabulary: int
-    tied: bool = False
-    """Whether embedding and unembedding are one matrix."""
+    tied: bool = False  # whether embedding and unembedding are one matrix
     experts: int = 0
     active_experts: int = 0
 
@@ -172,28 +170,19 @@ class Dimensions:
 class ModelFacts:
     """A base model; null is what is not known."""
 
-    name: str
-    """As the configuration names it."""
-    family: str
-    """The `model_type` of transformers; of an estimate the beginning of one, or an empty string."""
-    width: int
-    """The hidden size."""
-    source: str
-    """Where this is known from, for a reader."""
+    name: str  # as the configuration names it
+    family: str  # the `model_type` of transformers; of an estimate the beginning of one, or an empty string
+    width: int  # the hidden size
+    source: str  # where this is known from, for a reader
     parameters: int | None = None
     vocabulary: int | None = None
-    max_length: int | None = None
-    """The longest sequence in tokens."""
-    tied: bool | None = None
-    """Whether embedding and unembedding are one matrix."""
-    mixture: bool = False
-    """Whether it is a mixture of experts."""
+    max_length: int | None = None  # the longest sequence in tokens
+    tied: bool | None = None  # whether embedding and unembedding are one matrix
+    mixture: bool = False  # whether it is a mixture of experts
     experts: int | None = None
     active_experts: int | None = None
-    width_error: float = 0.0
-    """The standard error of the logarithm of the width, of an estimate from the model's size."""
-    sizes: Dimensions | None = None
-    """The sizes of all matrices."""
+    width_error: float = 0.0  # the standard error of the logarithm of the width, of an estimate from the model's size
+    sizes: Dimensions | None = None  # the sizes of all matrices
 
     @property
     def fused_experts(self) -> bool:

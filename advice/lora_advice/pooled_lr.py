@@ -52,12 +52,9 @@ _BETWEEN, _WITHIN = np.linspace(0.0, 3.0, 31), np.linspace(0.0, 1.2, 13)
 class Place:
     """Where a learning rate is to be optimal."""
 
-    log_law: float
-    """The natural logarithm of the law's LR there (see `at`)."""
-    law_error: float
-    """Its standard error where the law does not say: of a family without an exponent, or of an unknown width."""
-    batch_size: float
-    """NaN where a source does not say, as is `steps`."""
+    log_law: float  # the natural logarithm of the law's LR there (see `at`)
+    law_error: float  # its standard error, of a family without an exponent or an unknown width
+    batch_size: float  # NaN where a source does not say, as is `steps`
     steps: float
 
     @classmethod
@@ -96,12 +93,10 @@ class Optimum:
     """The measured optimal LR of one condition of a source, stated at ALPHA."""
 
     source: str
-    model: str
-    """The model; all optima of one model in a source share its deviation."""
+    model: str  # the model; all optima of one model in a source share its deviation
     place: Place
     log_lr: float
-    error: float
-    """The standard error of `log_lr`, above 0."""
+    error: float  # the standard error of `log_lr`, above 0
 
 
 @dataclass(frozen=True)
@@ -111,8 +106,7 @@ class Prediction:
     mean: float
     low: float
     high: float
-    weights: dict[str, float]
-    """By source: how much the prediction moves if all its ln LRs rise by 1."""
+    weights: dict[str, float]  # by source: how much the prediction moves if all its ln LRs rise by 1
 
 
 class PooledLr:

@@ -42,8 +42,7 @@ class Setting:
     what: str
     value: float | int | str
     source: str
-    low: float | None = None
-    """The ends of its interval, of a learning rate."""
+    low: float | None = None  # the ends of its interval, of a learning rate
     high: float | None = None
 
     @property
@@ -57,11 +56,9 @@ class Setting:
 class Recommendation:
     """The recommended settings for a model and its data; as a dict it is what `--json` prints."""
 
-    model: dict[str, str | int | None]
-    """The model's name, family, number of parameters and hidden size."""
+    model: dict[str, str | int | None]  # the model's name, family, number of parameters and hidden size
     settings: dict[str, Setting]
-    sources_of_lr: dict[str, LrSources]
-    """By method, the sources that its learning rate rests on."""
+    sources_of_lr: dict[str, LrSources]  # by method, the sources that its learning rate rests on
     notes: tuple[str, ...]
 
 

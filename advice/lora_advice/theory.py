@@ -59,10 +59,8 @@ class LoraSetting:
     width: float
     steps: float
     alpha: float
-    rank: float = 16
-    """16 stands for any high rank, where a published source does not give it."""
-    mean_lr: float = 1.0
-    """The mean LR of a run over its highest."""
+    rank: float = 16  # 16 stands for any high rank, where a published source does not give it
+    mean_lr: float = 1.0  # the mean LR of a run over its highest
 
     @property
     def scale(self) -> float:

@@ -44,16 +44,12 @@ _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 class Choices:
     """What the user chose for a folder."""
 
-    lr: float | None = None
-    """None for the recommended learning rate."""
+    lr: float | None = None  # none for the recommended learning rate
     rank: int | None = None
     alpha: float | None = None
-    steps: int | None = None
-    """None for an epoch, or in RL for the usual number."""
-    full: bool = False
-    """Whether all weights are trained, in place of LoRA."""
-    columns: str | None = None
-    """The column of the turns of a dataset on the hub, `messages` or `conversations`."""
+    steps: int | None = None  # none for an epoch, or in RL for the usual number
+    full: bool = False  # whether all weights are trained, in place of LoRA
+    columns: str | None = None  # the column of the turns of a dataset on the hub, `messages` or `conversations`
 
 
 def write_folder(

@@ -37,14 +37,10 @@ TABLE = FACTS / "variant_lrs.csv"
 class LrFactor:
     """The best LR of a variant over that of LoRA."""
 
-    value: float
-    """The middle of what was measured at the nearest rank; 1 if all that was measured is within the factor up to which
-    two LRs count as the same."""
-    low: float
-    """The ends of what was measured at any rank."""
+    value: float  # the middle of what was measured at the nearest rank; 1 if all of it counts as the same LR
+    low: float  # the ends of what was measured at any rank
     high: float
-    where: str
-    """The ranks and widths of the measurements."""
+    where: str  # the ranks and widths of the measurements
 
     @property
     def log_error(self) -> float:

@@ -43,8 +43,7 @@ class NotRead:
     """A file that was not read."""
 
     path: str
-    reason: str
-    """A sentence in which the file is `it`."""
+    reason: str  # a sentence in which the file is `it`
 
 
 def read_paths(

@@ -28,10 +28,8 @@ class Report:
     configs: list[TrainingConfig]
     findings: list[Finding]
     not_read: list[NotRead]
-    counts: dict[Level, int]
-    """Number of findings by level."""
-    version: int = 3
-    """It is raised when a field changes its meaning or goes."""
+    counts: dict[Level, int]  # number of findings by level
+    version: int = 3  # it is raised when a field changes its meaning or goes
 
     def lines(self, show_all: bool) -> Iterator[str]:
         """Yield the text: runs with their findings, files that were not read, and counts; of many runs not all.

@@ -57,13 +57,10 @@ def _rows(name: str) -> list[dict[str, str]]:
 class Adapted:
     """The layers with LoRA, by what a configuration says of them."""
 
-    names: frozenset[str]
-    """Last parts of names of modules; without those that `all_linear` stands for."""
-    kinds: frozenset[Kind | None]
-    """None stands for modules whose kind the name does not say."""
+    names: frozenset[str]  # last parts of names of modules; without those that `all_linear` stands for
+    kinds: frozenset[Kind | None]  # None stands for modules whose kind the name does not say
     all_linear: bool = False
-    by_default: bool = False
-    """Whether PEFT chooses them, since the file does not."""
+    by_default: bool = False  # whether PEFT chooses them, since the file does not
 
 
 def adapted(config: TrainingConfig, model: ModelFacts | None) -> Adapted | None:
