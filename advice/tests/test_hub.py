@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from lora_advice import hub
+from lora_advice import models
 from lora_advice.errors import UserError
 
 
@@ -16,9 +16,9 @@ def test_a_file_is_fetched_or_one_sentence_says_why_not(monkeypatch, tmp_path):
         return str(tmp_path / file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert hub.look_up("owner/name", "config.json") == "{}"
+    assert models.look_up("owner/name", "config.json") == "{}"
     with pytest.raises(UserError, match=r"^model a/b can't be fetched from \S+: 404 is what$"):
-        hub.look_up("a/b", "config.json")
+        models.look_up("a/b", "config.json")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"needs the hub: pip install 'lora-advice\[hub\]'"):
-        hub.look_up("a/b", "config.json")
+        models.look_up("a/b", "config.json")

@@ -187,7 +187,6 @@ def test_json_and_table_say_the_same(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         ("recommend nosuch", "model 'nosuch' is no folder, no hub id"),
-        ("recommend a.gguf", "is a GGUF file: name the folder or hub id of the model it was made from"),
         ("recommend tiny --data x.json", "x.json can't be read: No such file"),
         ("recommend tiny --data own.jsonl --batch-size 64", "batch size 64 is more than the 20 training examples"),
         ("convert tiny --variant eva", "variant 'eva' is not known; allowed: lora, rslora"),

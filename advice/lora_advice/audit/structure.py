@@ -17,16 +17,11 @@ from pathlib import Path
 
 from lora_advice import formats
 from lora_advice.audit.config import TrainingConfig, say
+from lora_advice.audit.readers.options import frameworks
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
 from lora_advice.limits import matching
 from lora_advice.models import FUSED, Kind, ModelFacts, module_kind
-
-QUERIES_AND_VALUES = (
-    *("llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
-    *("opt", "gptj", "gpt_neo"),
-)
-"""The families of which PEFT adapts `q_proj` and `v_proj` where no targets are said."""
 
 # The frameworks that hand their targets to PEFT; the first two look for the names of all linear layers themselves.
 _OWN_NAMES = ("axolotl", "llamafactory")
@@ -72,7 +67,8 @@ def adapted(config: TrainingConfig, model: ModelFacts | None) -> Adapted | None:
     if config.method != "lora":
         return None
     if config.targets is None:
-        if config.format == "trl" and model is not None and model.family in QUERIES_AND_VALUES:
+        families_of_two = frameworks()["peft"]["queries_and_values"]
+        if config.format == "trl" and model is not None and model.family in families_of_two:
             return Adapted(frozenset({"q_proj", "v_proj"}), frozenset({"attention"}), by_default=True)
         return None
     all_linear = "all-linear" in config.targets

@@ -101,11 +101,6 @@ def frameworks() -> dict[str, dict[str, Any]]:
     return frameworks
 
 
-def at(data: Any, key: str) -> Any:
-    """Return the value of a mapping at a key, or null of what is none."""
-    return data.get(key) if isinstance(data, Mapping) else None
-
-
 def number(value: Any) -> float | None:
     """Return a number, also of text such as `2e-4`; null if it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
