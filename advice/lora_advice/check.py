@@ -24,8 +24,7 @@ from lora_advice.finding import Finding, Level
 from lora_advice.foreign import typed
 
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-"""What PEFT writes before the name of each module."""
+PREFIX = "base_model.model."  # what PEFT writes before the name of each module
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 """The types of tensors that are read, as numpy has them; it has no bf16."""
 _DIRECTION = 1e-5
@@ -33,8 +32,7 @@ _DIRECTION = 1e-5
 _LORA = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 _OTHER = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_B.bias", "lora_A.bias")
 _LAYER = re.compile(r"\.(\d+)\.")
-_SHOWN, _LONGEST = 5, 1000
-"""The most names of a list in a message, and the characters of the longest name of a tensor."""
+_SHOWN, _LONGEST = 5, 1000  # the most names of a list in a message, and the characters of the longest name of a tensor
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ CHATS = ("messages", "conversations")
 FORMATS = (*CHATS, "prompt/completion", "prompt/response", "instruction/output", "question/answer", "text")
 """The columns that hold an example; of several, a chat takes precedence over a pair, and a pair over a text."""
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-_CHARS_PER_TOKEN = 3.0
-"""A rough guess: English prose has about 4 characters per token, code and digits about 2."""
+_CHARS_PER_TOKEN = 3.0  # a rough guess: English prose has about 4 characters per token, code and digits about 2
 _NOT_JSON = "not JSON"
 
 Messages = list[dict[str, str]]

@@ -6,8 +6,7 @@ import math
 import sys
 from collections.abc import Collection, Iterable, Sequence
 
-DASH = "\N{EN DASH}"
-"""The text in place of a missing value."""
+DASH = "\N{EN DASH}"  # the text in place of a missing value
 
 
 def printable(text: str) -> str:

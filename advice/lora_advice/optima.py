@@ -22,8 +22,7 @@ from lora_advice.theory import ALPHA, EXPONENTS, FACTS, lineage
 
 OWN, PROJECT = "your own presets", "lorabench"
 """The names of the optima that the user's presets measured, and of those that this project did."""
-PROBABILITY = 0.8
-"""The probability that the optimal LR of a further source lies in the recommended interval."""
+PROBABILITY = 0.8  # the probability that the optimal LR of a further source lies in the recommended interval
 _NEAR = 2.0
 """An attribute is outside of the evidence if the nearest value with evidence is further away than this factor."""
 

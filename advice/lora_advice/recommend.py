@@ -20,13 +20,10 @@ from lora_advice.theory import ALPHA, EXPONENTS, SHORT_RATIO, LoraSetting, conve
 from lora_advice.variants import VARIANT_NAMES, Variant, alpha_factor, lr_rule, measured_factor
 
 TITLES = {"lora": "LoRA", "fullft": "FullFT"}
-DEFAULT_RANK, MAX_RANK = 32, 512
-"""The default rank of the authors' library, and the paper's largest."""
-SHORT_STEPS = 100
-"""Steps below which the paper calls a run short."""
+DEFAULT_RANK, MAX_RANK = 32, 512  # the default rank of the authors' library, and the paper's largest
+SHORT_STEPS = 100  # steps below which the paper calls a run short
 GROUP_SIZE = PROBLEMS_PER_STEP = 16
-RL_STEPS = 50
-"""The number of steps in reinforcement learning where none is given."""
+RL_STEPS = 50  # the number of steps in reinforcement learning where none is given
 SMALLEST_WIDTH = 1000
 """About the hidden size of the smallest model, Qwen3-0.6B with 1024, that the authors' law was shown for."""
 

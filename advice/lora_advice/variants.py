@@ -23,8 +23,7 @@ Variant = Literal["lora", "rslora", "lora_plus", "dora", "pissa", "olora", "qlor
 VARIANT_NAMES: dict[Variant, str] = dict(
     zip(get_args(Variant), ("LoRA", "rsLoRA", "LoRA+", "DoRA", "PiSSA", "OLoRA", "QLoRA"), strict=True)
 )
-LORA_PLUS_RATIO = 16.0
-"""LR of B over LR of A in LoRA+, by its authors' recommendation."""
+LORA_PLUS_RATIO = 16.0  # LR of B over LR of A in LoRA+, by its authors' recommendation
 _LAWS: dict[Variant, str] = {
     "rslora": "rsLoRA counts as LoRA with alpha times the square root of the rank; ",
     "lora_plus": f"LoRA+ counts, for the LR of A, as LoRA with {LORA_PLUS_RATIO:g} times the alpha, and B has "

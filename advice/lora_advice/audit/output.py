@@ -16,8 +16,7 @@ from lora_advice.audit.files import NotRead
 from lora_advice.finding import Finding, Level
 from lora_advice.formats import lr, printable
 
-FEW = 10
-"""Up to so many runs are shown in full."""
+FEW = 10  # up to so many runs are shown in full
 _TASKS = {"sft": "SFT", "rl": "RL", "preference": "preference training", "pretraining": "pretraining"}
 
 

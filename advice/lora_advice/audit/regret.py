@@ -27,14 +27,8 @@ import numpy as np
 from lora_advice.pooled_lr import Place as PooledPlace
 
 EVIDENCE = Path(__file__).parents[1] / "facts" / "lr_evidence.json"
-
-REACH = math.log(6)
-"""Curvatures are those up to this distance from the optimum, in ln LR."""
-
-NEAR = 4.0
-"""A width, batch size or length is near what was measured up to this factor."""
-
-
+REACH = math.log(6)  # curvatures are those up to this distance from the optimum, in ln LR
+NEAR = 4.0  # a width, batch size or length is near what was measured up to this factor
 # Values of equal probability that stand for a normal distribution, such as a curvature, and those for an optimum.
 _NORMAL = np.array([NormalDist().inv_cdf((part + 0.5) / 100) for part in range(100)])
 _PROBABILITIES = (np.arange(200) + 0.5) / 200

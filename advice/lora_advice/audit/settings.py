@@ -19,22 +19,14 @@ from lora_advice.variants import VARIANT_NAMES, lr_factor
 
 ALPHAS = (2.0, 512.0)
 """The optimal learning rate is measured here from alpha 8 to 128; beyond a further factor of 4 nothing is known."""
-
-SHORT = 100
-"""The paper gives another ratio of learning rates for runs of fewer steps."""
-
+SHORT = 100  # the paper gives another ratio of learning rates for runs of fewer steps
 LARGE_BATCH = 256
-
 ALPHA_EXPONENTS = (0.5, 0.75, 1.0)
 """The optimal LR goes as alpha to minus this: while A moves freely, the middle, and while A stands still."""
-
-FAR = 10.0
-"""The factor between two learning rates of the same setting from which one of them must be wrong."""
-
+FAR = 10.0  # the factor between two learning rates of the same setting from which one of them must be wrong
 _MOST, _FEW = 0.8, 0.05
 """The shares of steps kept in bf16 above which nothing is said, and below which little is learned."""
-_TYPICAL_WEIGHT = 0.02
-"""The standard deviation of the weights of large language models, roughly."""
+_TYPICAL_WEIGHT = 0.02  # the standard deviation of the weights of large language models, roughly
 
 
 def _moved(alpha: float, to: float) -> str:

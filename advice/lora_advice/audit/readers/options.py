@@ -20,8 +20,7 @@ from lora_advice.audit.config import TrainingConfig, say
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
 
-LONGEST = 100_000
-"""Characters that references may make of a value."""
+LONGEST = 100_000  # characters that references may make of a value
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast, and not everywhere
 

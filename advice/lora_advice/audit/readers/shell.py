@@ -16,10 +16,8 @@ from typing import NamedTuple
 
 from lora_advice.audit.readers.options import Options
 
-UNKNOWN = "\0"
-"""Stands in a word for the part that only the running script knows."""
-_LONGEST = 10_000
-"""Characters of a variable, since one that holds itself several times grows exponentially."""
+UNKNOWN = "\0"  # stands in a word for the part that only the running script knows
+_LONGEST = 10_000  # characters of a variable, since one that holds itself several times grows exponentially
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _HEREDOC = re.compile(
