@@ -11,7 +11,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import median_high
 
@@ -31,7 +30,6 @@ _DIRECTION = 1e-5
 """A direction whose singular value is below this share of the largest one does not count towards the rank."""
 _LORA = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 _OTHER = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_B.bias", "lora_A.bias")
-_LAYER = re.compile(r"\.(\d+)\.")
 _SHOWN, _LONGEST = 5, 1000  # the most names of a list in a message, and the characters of the longest name of a tensor
 
 
@@ -61,8 +59,6 @@ class Adapter:
     scale: float
     rslora: bool
     dora: bool
-    targets: tuple[str, ...] | str | None
-    target_parameters: tuple[str, ...]
     dtypes: dict[str, int]  # the number of tensors by their type
     parameters: int
     modules: tuple[ModuleUpdate, ...]
@@ -118,8 +114,6 @@ def read_adapter(folder: Path) -> Adapter:
         config.scale(config.r, config.lora_alpha),
         bool(config.use_rslora),
         bool(config.use_dora),
-        config.targets,
-        tuple(sorted(config.target_parameters or ())),
         dict(Counter(dtype for dtype, _ in tensors.values())),
         sum(stored.size for _, stored in tensors.values()),
         tuple(modules),
@@ -185,9 +179,9 @@ def _finding(code: str, level: Level, message: str) -> Finding:
     return Finding(code, level, message, "the adapter's files", "certain")
 
 
-def listed(names: Sequence[str], count: int | None = None) -> str:
-    """Return the first of some names as a part of a sentence; `count` says how many there are if `names` lacks some."""
-    others = (count or len(names)) - _SHOWN
+def listed(names: Sequence[str]) -> str:
+    """Return the first of some names as a part of a sentence."""
+    others = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {others} more" if others > 0 else "")
 
 
@@ -220,16 +214,6 @@ def _findings(
         if unused:
             message = f"targets of {NAME} have no weights in the file: {listed(unused)}"
             yield _finding("keys", "error" if len(unused) == len(config.targets or ()) else "warning", message)
-    by_kind: dict[str, set[int]] = defaultdict(set)
-    for name in set(names.values()):
-        if match := _LAYER.search(f".{name}."):
-            by_kind[f".{name}.".replace(match[0], ".*.", 1).strip(".")].add(int(match[1]))
-    layers = set().union(*by_kind.values())
-    gaps = (f"{kind} of layer {layer}" for kind, own in by_kind.items() for layer in sorted(layers - own))
-    count = sum(len(layers) - len(own) for own in by_kind.values())
-    if count and config.layers_to_transform is None:
-        shown = listed([*islice(gaps, _SHOWN)], count)
-        yield _finding("gap", "warning", f"other layers have LoRA there, but not {shown}")
     if whole:
         message = f"the file also holds {sum(whole.values()):,} parameters that are no LoRA, of modules_to_save or"
         yield _finding("whole", "note", f"{message} PEFT's copy of an embedding: {listed([*whole])}")

@@ -61,11 +61,10 @@ class Place:
     def at(
         cls, family: str, width: float, method: str, batch_size: float, steps: float, width_error: float = 0.0
     ) -> Place:
-        """Return the place of a model and a method, `fullft` or `lora`.
+        """Return the place of a model, by its transformers type, and a method, `fullft` or `lora`.
 
-        The family is the transformers model type; without an exponent of its own, the law is the middle of its
-        families. The width is NaN if it is not known, and its logarithm has a standard error. The batch size is in
-        examples per step, in RL in responses.
+        For a family without an exponent the law is the middle of the others. The width is NaN if it is not known. The
+        batch size is in examples per step, in RL in responses.
         """
         names = [lineage(family)] if lineage(family) in EXPONENTS else list(EXPONENTS)
         ratio = PIVOT / (PIVOT if math.isnan(width) else width)
@@ -113,13 +112,9 @@ class PooledLr:
     """The optima of one method, pooled."""
 
     def __init__(self, optima: Sequence[Optimum]) -> None:
-        """Fit the optima of at least two sources, each with an error above 0 (else ValueError)."""
+        """Fit the optima of at least two sources, each with an error above 0."""
         self.sources = sorted({optimum.source for optimum in optima})
-        if len(self.sources) < 2:
-            raise ValueError(f"pooling needs two sources; there are {len(self.sources)}")
         values = np.array([[optimum.log_lr, optimum.error] for optimum in optima])
-        if not (np.isfinite(values).all() and (values[:, 1] > 0).all()):
-            raise ValueError("every optimum needs a number and an error above 0")
         self._models = [(optimum.source, optimum.model) for optimum in optima]
         self._source = np.array([[source == name for name in self.sources] for source, _ in self._models], float)
         self.design = np.array([optimum.place.terms for optimum in optima])

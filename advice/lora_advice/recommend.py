@@ -16,7 +16,7 @@ from lora_advice import formats
 from lora_advice.errors import UserError
 from lora_advice.models import ModelFacts, find_model, lora_parameters, model_of_config
 from lora_advice.optima import PROBABILITY, KnownOptima, LrSources, SourceShare
-from lora_advice.theory import ALPHA, EXPONENTS, SHORT_RATIO, LoraSetting, converted_lr, lineage
+from lora_advice.theory import ALPHA, SHORT_RATIO, LoraSetting, converted_lr
 from lora_advice.variants import VARIANT_NAMES, Variant, alpha_factor, lr_rule, measured_factor
 
 TITLES = {"lora": "LoRA", "fullft": "FullFT"}
@@ -24,8 +24,6 @@ DEFAULT_RANK, MAX_RANK = 32, 512  # the default rank of the authors' library, an
 SHORT_STEPS = 100  # steps below which the paper calls a run short
 GROUP_SIZE = PROBLEMS_PER_STEP = 16
 RL_STEPS = 50  # the number of steps in reinforcement learning where none is given
-SMALLEST_WIDTH = 1000
-"""About the hidden size of the smallest model, Qwen3-0.6B with 1024, that the authors' law was shown for."""
 
 _LARGEST_BATCH, _SMALLEST_BATCH = 32, 4
 # The data if the user names none: scored tokens, and tokens of an example.
@@ -101,9 +99,8 @@ def recommend(
 ) -> Recommendation:
     """Recommend settings for a model as from `find_model`, the name that it takes, or the content of a `config.json`.
 
-    The data have so many scored tokens and examples, as far as they are known. None stands for the recommended batch
-    size, in examples per step, and for the steps of an epoch, or without data for a length that is not known. The
-    optimal learning rates of your own finished presets in the folder `results` count too. UserError says what is wrong.
+    The data have so many scored tokens and examples, if they are known. None stands for the recommended batch size, in
+    examples per step, and for the steps of an epoch. Your own finished presets in the folder `results` count too.
     """
     if not isinstance(model, ModelFacts):
         model = find_model(model) if isinstance(model, str) else model_of_config(model)
@@ -145,20 +142,10 @@ def recommend(
             f"The run has {length:.0f} steps. Below {SHORT_STEPS} the paper gives an optimal LR of LoRA of "
             f"about {SHORT_RATIO:g} times that of FullFT, in place of 10."
         )
-    if model.width < SMALLEST_WIDTH and lineage(model.family) in EXPONENTS:
+    if tokens is not None and parameters < tokens:
         notes.append(
-            f"Width {model.width} is below the widths that the law was shown for: its form is an extrapolation."
-        )
-    if tokens is not None:
-        if parameters < tokens:
-            notes.append(
-                f"Rank {rank} has {parameters:,} parameters for {tokens:,.0f} scored tokens, and a higher rank is not "
-                "recommended here: LoRA may run out of capacity; compare with full fine-tuning."
-            )
-        # One bit per token and two bits per parameter are the numbers in the paper's discussion of capacity.
-        notes.append(
-            f"About {tokens / 1e6:.3g} Mbit in the data at one bit per token (the cost of memorizing them; "
-            f"generalizing takes less), {2 * parameters / 1e6:.3g} Mbit in the adapter at two bits per parameter."
+            f"Rank {rank} has {parameters:,} parameters for {tokens:,.0f} scored tokens, and a higher rank is not "
+            "recommended here: LoRA may run out of capacity; compare with full fine-tuning."
         )
     notes.append(
         "`lorabench init` writes a preset that measures these settings on your own data, and `lorabench plan` says "
@@ -169,14 +156,9 @@ def recommend(
 
 
 def convert(
-    model: ModelFacts,
-    lr: float | None,
-    here: LoraRun,
-    there: LoraRun,
-    results: Path = Path("results"),
+    model: ModelFacts, lr: float | None, here: LoraRun, there: LoraRun, results: Path = Path("results")
 ) -> Setting:
-    """Convert an optimal LR of LoRA to other settings and another variant; it needs the number of steps (else
-    UserError).
+    """Convert an optimal LR of LoRA to other settings and another variant; without a number of steps it is a UserError.
 
     The theory `movement` converts it to another alpha and rank, and to other steps and batch sizes with FullFT's pooled
     LRs. In it rsLoRA and LoRA+ are LoRA with another alpha. LRs of other variants are LoRA's times what was measured.
@@ -223,7 +205,7 @@ def recommendation_table(recommendation: Recommendation) -> None:
             by_source.setdefault(share.source, {})[method] = share
     rows = []
     for source, shares in sorted(by_source.items(), key=lambda item: -sum(share.weight for share in item[1].values())):
-        weights = [f"{shares[method].weight:.0%}" if method in shares else formats.DASH for method in TITLES]
+        weights = [f"{shares[method].weight:.0%}" if method in shares else "\N{EN DASH}" for method in TITLES]
         rows.append((source, [*shares.values()][-1].widths, *weights))
     formats.print_table(("LRs rest on", "widths", "weight for LoRA", "for FullFT"), rows)
     for note in recommendation.notes:

@@ -113,17 +113,25 @@ def write_folder(
     title = f"Written by `lora-advice trainer {trainer}`: {method} of {model.name}."
     # A comment must not leave its line.
     lines = [f"# {' '.join(line.split())}" for line in (title, f"Start with: {command}")]
-    loader = jinja2.FileSystemLoader(_TEMPLATES)
-    templates = jinja2.Environment(
-        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    templates.filters |= {"yaml": _yaml_text, "shell": shlex.quote}
-    for line in templates.get_template(f"{name}.j2").render(values).splitlines():
+    for line in _rendered(name, values).splitlines():
         # The comment is what follows the last `#`.
         setting, mark, comment = line.rpartition("  # ")
         lines.append(f"{setting:<{_COMMENTS_FROM}}{mark}{comment}" if mark else line)
     write_text("\n".join(lines) + "\n", folder / name)
     return command
+
+
+def _rendered(name: str, values: dict[str, Any]) -> str:
+    loader = jinja2.FileSystemLoader(_TEMPLATES)
+    environment = jinja2.Environment(
+        loader=loader,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"yaml": _yaml_text, "shell": shlex.quote}
+    return environment.get_template(f"{name}.j2").render(values)
 
 
 def _yaml_text(value: object) -> str:

@@ -104,12 +104,11 @@ def test_bf16_is_read_as_its_upper_bits(write: Write):
         (lambda t: t[f"{Q0}.lora_B.weight"][:, 2:].fill(0), [("rank", "warning")], "q_proj (2 of 4)"),
         (lambda t: t[f"{Q0}.lora_A.weight"][:1].fill(np.nan), [("not-finite", "error")], "1 modules"),
         (lambda t: t.pop(f"{Q0}.lora_B.weight"), [("missing", "error")], "have A but no B"),
-        (lambda t: [t.pop(f"{Q0}.lora_{x}.weight") for x in "AB"], [("gap", "warning")], "q_proj of layer 0"),
         (lambda t: t.update({f"{Q0}.lora_B.default.weight": np.ones(1, "f4")}), [("keys", "error")], "1 names"),
         (lambda t: t.update({f"{LAYER}.0.norm.weight": np.ones(3, "f4")}), [("whole", "note")], "no LoRA"),
         (lambda t: t.update({f"{Q0}.lora_A.weight": np.ones((3, 12), "f4")}), [("shape", "error")], "rank 4"),
     ],
-    ids=["zero B", "all zero", "low rank", "NaN", "missing", "gap", "foreign key", "whole", "shape"],
+    ids=["zero B", "all zero", "low rank", "NaN", "missing", "foreign key", "whole", "shape"],
 )
 def test_what_is_wrong_is_found_and_nothing_else(write: Write, change, expected, words):
     tensors = factors()
@@ -172,14 +171,13 @@ def test_names_that_are_no_names_are_refused(write: Write):
 
 
 def test_many_names_take_seconds_and_not_hours(write: Write):
-    """Comparing each target with each module took minutes, and listing all gaps gigabytes."""
+    """Comparing each target with each module took minutes."""
     tensors = {f"{LAYER}.{number}.k{number}.lora_A.weight": np.ones((4, 1), "f4") for number in range(3000)}
     folder = write(tensors, target_modules=[f"m{number}" for number in range(30_000)])
     started = time.process_time()
-    adapter = read_adapter(folder)
+    findings = read_adapter(folder).findings
     assert time.process_time() - started < 5
-    gap = next(finding.message for finding in adapter.findings if finding.code == "gap")
-    assert gap.endswith(f" and {3000 * 2999 - 5} more")
+    assert any(finding.message.endswith(f" and {30_000 - 5} more") for finding in findings)
 
 
 def test_each_expert_of_a_stack_has_an_update_of_its_own(write: Write):

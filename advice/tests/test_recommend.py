@@ -167,9 +167,7 @@ def test_capacity_and_short_runs_are_noted(tmp_path):
     recommendation = recommend("tiny", 10_000_000, results=tmp_path)
     assert recommendation.settings["rank"].value == 64
     notes = recommendation.notes + recommend("tiny", 400.0, 40, results=tmp_path).notes
-    for words in ("LoRA may run out of capacity", "10 Mbit in the data", "1.06 Mbit in the adapter"):
-        assert any(words in note for note in notes)
-    for words in ("an extrapolation", "The run has 10 steps"):
+    for words in ("LoRA may run out of capacity", "an extrapolation", "The run has 10 steps"):
         assert any(words in note for note in notes)
 
 

@@ -83,8 +83,7 @@ class TrainingConfig:
         # `pissa_niter_4` is PiSSA with an approximate decomposition.
         start = (self.variant or "").lower().partition("_niter_")[0]
         used: dict[Variant, bool] = {
-            # At rank 1 rsLoRA is LoRA.
-            "rslora": self.rslora and self.rank != 1,
+            "rslora": self.rslora and self.rank != 1,  # at rank 1 it is LoRA
             "lora_plus": (self.lr_ratio or 0.0) > 0 and self.lr_ratio != 1,
             "dora": self.dora,
             "pissa": start == "pissa",

@@ -117,11 +117,8 @@ def check_layers(config: TrainingConfig, model: ModelFacts | None) -> Iterator[F
         yield from [*_missed(config, model, lora), *fused]
     dense = model is None or not model.mixture
     if lora is not None and lora.kinds == {"attention"} and dense and not fused:
-        which = "attention alone"
-        if lora.names == {"q_proj", "v_proj"}:
-            which = "queries and values alone" + (
-                ", PEFT's default where no targets are said" if lora.by_default else ""
-            )
+        which = "queries and values alone" if lora.names == {"q_proj", "v_proj"} else "attention alone"
+        which += ", PEFT's default where no targets are said" if lora.by_default else ""
         yield say("attention-only", config.line("targets", "rank", "method"), which=which, names=listed(lora.names))
     if config.method == "lora":
         yield from _embeddings(config, model)

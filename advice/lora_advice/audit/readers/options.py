@@ -37,20 +37,6 @@ _OmegaConfLoader.add_implicit_resolver(
 
 _MOST_OPTIONS = 200_000
 
-_COUNT = (1, 1e9, "whole numbers")
-_NUMBERS = {
-    "lr": ("learning rate", 1e-20, 1000, "numbers"),
-    "micro_batch": ("batch size of a device", *_COUNT),
-    "accumulation": ("number of accumulated batches", *_COUNT),
-    "global_batch": ("batch size", *_COUNT),
-    "epochs": ("number of epochs", 1e-9, 1e9, "numbers"),
-    "rank": ("rank", *_COUNT),
-    # That alpha 0 has no effect is another finding.
-    "alpha": ("alpha", 0, 1e9, "numbers"),
-    "dropout": ("dropout", 0, 1, "numbers"),
-}
-"""What numbers may be in all frameworks, by the field of a record."""
-
 
 def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, dict[str, int]]:
     """Return the data of a YAML file, and lines (from 1) by dotted key, such as `optimizer.lr` or `datasets.0.path`.
@@ -259,7 +245,7 @@ def record(
     if fields.get("method") != "lora":
         unused |= _LORA_FIELDS
     wrong = list[Finding]()
-    for field, (noun, low, high, kind) in _NUMBERS.items():
+    for field, (noun, low, high, kind) in frameworks()["all"]["numbers"].items():
         value = options[keys.get(field, "")]
         if field in unused or isinstance(value, bool):
             continue

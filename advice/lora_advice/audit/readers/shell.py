@@ -63,10 +63,7 @@ def _known(text: str) -> str | None:
 
 
 def find_file(path: Path, said: str) -> Path | None:
-    """Return a file that a script names, from the folder of the script or one above it.
-
-    A first folder that is not known, such as `$ROOT`, counts as one of these.
-    """
+    """Return a file that a script names, from its folder or one above it, as which an unknown first folder counts."""
     said = said.removeprefix(f"{UNKNOWN}/")
     if not said or UNKNOWN in said:
         return None
@@ -105,9 +102,9 @@ def read_overrides(words: Sequence[Word]) -> Options:
 
 
 def read_commands(text: str, known: Mapping[str, str] | None = None) -> list[list[Word]]:
-    """Return the words of every command that a script names, in order, without redirections and comments.
+    """Return the words of every command of a script, without redirections; `known` are variables from outside.
 
-    `known` are variables from outside; an array is held as its words in quotes.
+    An array is held as its words in quotes.
     """
     text = _HEREDOC.sub(lambda match: match[2] + "\n" * (1 + match[3].count("\n")), text).replace("\\\n", " \v")
     commands, words, depth, line, variables = list[list[Word]](), list[Word](), 0, 1, dict(known or {})

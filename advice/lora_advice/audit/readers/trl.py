@@ -5,7 +5,6 @@ said has the default of the class, and no line. Of another program, and of a YAM
 options, what is not said is not known. LoRA is off in TRL's own programs and in a YAML file unless `use_peft` is on.
 
 TRL makes a number of a learning rate that YAML reads as text, such as `2e-4`, so `lr-text` is not found here.
-transformers' own `parse_yaml_file` keeps the text, and torch's optimizer then stops with a TypeError.
 """
 
 from __future__ import annotations
