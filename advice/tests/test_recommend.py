@@ -15,7 +15,6 @@ from lora_advice.cli import app
 from lora_advice.errors import UserError
 from lora_advice.models import find_model
 from lora_advice.recommend import LoraRun, convert, recommend
-from lora_advice.theory import FACTS
 from lora_advice.variants import lr_factor
 from typer.testing import CliRunner
 
@@ -55,13 +54,6 @@ def test_the_conversions_are_those_of_before(tmp_path, monkeypatch, known):
     assert [str(setting[name] or "") for name in ("value", "low", "high")] == [
         known[n] for n in ("value", "low", "high")
     ]
-
-
-def test_facts_have_their_hashes():
-    manifest = json.loads((FACTS / "manifest.json").read_text())
-    files = {path.name: sha256(path.read_bytes()).hexdigest() for path in FACTS.iterdir()}
-    del files["manifest.json"]
-    assert manifest == files
 
 
 def test_batch_size_and_length_move_the_learning_rates_and_beyond_the_evidence_it_says_so(tmp_path):

@@ -2,11 +2,12 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 from lora_advice.errors import UserError
-from lora_advice.models import facts, module_kind, public_models
+from lora_advice.models import facts, look_up, module_kind, public_models
 
 
 def test_counted_parameters_are_the_published_ones() -> None:
@@ -92,3 +93,20 @@ def test_the_hub_is_asked_only_if_the_user_allows_it(monkeypatch: pytest.MonkeyP
     assert requests == [("x/own-7b", "config.json"), ("x/other-7b", "config.json")]
     # The table knows this one.
     assert facts("Qwen/Qwen3-8B", hub=True).width == 4096
+
+
+def test_a_file_is_fetched_or_one_sentence_says_why_not(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+
+    def download(name, file, etag_timeout):
+        if name == "a/b":
+            raise OSError("404 is what\nthe server said")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert look_up("owner/name", "config.json") == "{}"
+    with pytest.raises(UserError, match=r"^model a/b can't be fetched from \S+: 404 is what$"):
+        look_up("a/b", "config.json")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"needs the hub: pip install 'lora-advice\[hub\]'"):
+        look_up("a/b", "config.json")
