@@ -145,10 +145,7 @@ def _read_tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
 
 
 def _update(module: str, a: np.ndarray, b: np.ndarray, rank: int, experts: int, scale: float) -> ModuleUpdate:
-    """Describe a module's update by A (experts * rank, d_in), with rows by expert, and B (d_out, rank * experts).
-
-    The columns of B are by direction.
-    """
+    """Describe an update by A (experts * rank, d_in), rows by expert, and B (d_out, rank * experts), by direction."""
     energy, numerical, effective = 0.0, [], []
     columns = b.reshape(len(b), rank, experts).transpose(2, 0, 1)
     for own_a, own_b in zip(a.reshape(experts, rank, -1), columns, strict=True):

@@ -140,10 +140,7 @@ class PooledLr:
     def predict(
         self, place: Place, probability: float = 0.8, measured: tuple[str, str] | None = None, error: float = 0.0
     ) -> Prediction:
-        """Predict the optimum of a further condition, of a further source or of a `measured` source and model.
-
-        The standard error with which the optimum will be measured widens the interval.
-        """
+        """Predict the optimum of a further source, or of a `measured` source and model, measured with an error."""
         terms = place.terms
         at_source = np.array([measured is not None and source == measured[0] for source, _ in self._models], float)
         at_model = np.array([pair == measured for pair in self._models], float)

@@ -17,7 +17,7 @@ from lora_advice.errors import UserError
 from lora_advice.models import ModelFacts, find_model, lora_parameters, model_of_config
 from lora_advice.optima import PROBABILITY, KnownOptima, LrSources, SourceShare
 from lora_advice.theory import ALPHA, SHORT_RATIO, LoraSetting, converted_lr
-from lora_advice.variants import VARIANT_NAMES, Variant, alpha_factor, lr_rule, measured_factor
+from lora_advice.variants import LORA_PLUS_RATIO, VARIANT_NAMES, Variant, lr_rule, measured_factor
 
 TITLES = {"lora": "LoRA", "fullft": "FullFT"}
 DEFAULT_RANK, MAX_RANK = 32, 512  # the default rank of the authors' library, and the paper's largest
@@ -178,7 +178,8 @@ def convert(
     fullft, as_lora, factors, runs = [], [], [], []
     for variant, (alpha, own_rank, steps, size) in ((here.variant, given), (there.variant, wanted)):
         fullft.append(known.recommend("fullft", size, steps)[0][0])
-        as_lora.append(LoraSetting(model.width, steps, alpha * alpha_factor(variant, own_rank), own_rank))
+        alpha_factor = {"rslora": math.sqrt(own_rank), "lora_plus": LORA_PLUS_RATIO}.get(variant, 1.0)
+        as_lora.append(LoraSetting(model.width, steps, alpha * alpha_factor, own_rank))
         factors.append(measured_factor(variant, own_rank))
         name = VARIANT_NAMES[variant]
         runs.append(f"{name} at alpha {alpha:g}, rank {own_rank:g}, {steps:g} steps of {size:g} examples")

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 FACTS = Path(__file__).with_name("facts")
-
 _THEORY: Mapping[str, Any] = json.loads((FACTS / "theory.json").read_text())
 
 ALPHA = float(_THEORY["alpha"])  # the paper's alpha, at which optimal LRs are stated

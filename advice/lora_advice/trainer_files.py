@@ -62,8 +62,7 @@ def write_folder(
 ) -> str:
     """Write a new folder with a trainer's configuration and the data; return the command that starts the training.
 
-    The data are examples; or the id of a dataset on the hub; or an empty text, with which the configuration names a
-    file that the user has to write, as always for verl. UserError says what the trainer does not support.
+    The data are examples, the id of a dataset on the hub, or an empty text, with which the user has to write them.
     """
     if trainer not in TRAINERS:
         raise UserError(f"trainer {trainer!r}: allowed: {', '.join(TRAINERS)}")

@@ -83,11 +83,6 @@ def measured_factor(variant: Variant, rank: float | None) -> LrFactor:
     return LrFactor(1, 1, 1, "") if variant in ("lora", *_LAWS) else lr_factor(variant, rank)
 
 
-def alpha_factor(variant: Variant, rank: float) -> float:
-    """Return the factor on alpha that makes LoRA of rsLoRA, or of LoRA+ for the LR of A."""
-    return {"rslora": math.sqrt(rank), "lora_plus": LORA_PLUS_RATIO}.get(variant, 1.0)
-
-
 def lr_rule(variant: Variant) -> str:
     """Return in words by which rule the best LR of a variant follows from that of LoRA, and what was measured."""
     measured = f"the best LR of {VARIANT_NAMES[variant]} was measured as {lr_factor(variant, None)}"

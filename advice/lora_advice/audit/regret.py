@@ -81,8 +81,7 @@ class LrEvidence:
     def __init__(self, pooled: Mapping[str, Any]) -> None:
         """Take the content of the file of evidence, as `advice.benchmarks.audit_regret.evidence` makes it."""
         self._pooled = pooled
-        self.alpha_exponent = float(pooled["alpha_exponent"])
-        """The optimal LR of LoRA goes as alpha to this power."""
+        self.alpha_exponent = float(pooled["alpha_exponent"])  # the optimal LR of LoRA goes as alpha to this power
         self._optima: dict[tuple[Place, float], tuple[np.ndarray, float]] = {}
         self._curvatures = {
             (task, column): np.exp(log + spread * _NORMAL)

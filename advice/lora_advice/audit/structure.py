@@ -59,11 +59,7 @@ class Adapted:
 
 
 def adapted(config: TrainingConfig, model: ModelFacts | None) -> Adapted | None:
-    """Return which layers have LoRA; None if there are none or unknown.
-
-    Raises:
-        UserError: a target is a regular expression that is not valid or takes too long.
-    """
+    """Return which layers have LoRA, None if none or unknown; a bad regular expression raises UserError."""
     if config.method != "lora":
         return None
     if config.targets is None:

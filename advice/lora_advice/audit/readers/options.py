@@ -183,8 +183,7 @@ class Options:
 def read_yaml(content: str, *, as_omegaconf: bool = False) -> Options:
     """Return the options of a YAML file by dotted name, in which a list is a value.
 
-    As OmegaConf does, `2e-4` is a number, and references such as `${base.dir}` become the values that they name. A file
-    that is no mapping, or has too many options, such as by aliases of aliases, raises UserError.
+    As OmegaConf does, `2e-4` is a number, and references such as `${base.dir}` become the values that they name.
     """
     data, lines = load(content, as_omegaconf=as_omegaconf)
     if not isinstance(data, dict):

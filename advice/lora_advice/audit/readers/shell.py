@@ -39,11 +39,8 @@ _TOKEN = re.compile(
 _PART = re.compile(rf"\\.|{_DOUBLE}|'[^']*'|{_PLACE}", re.DOTALL)
 _PARAMETER = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)(?:\[[@*]\])?(?::?[-=](.*))?\})", re.DOTALL)
 _OVERRIDE = re.compile(r"[+]{0,2}([A-Za-z_][\w@/-]*(?:\.[\w@/-]+)*)=(.*)", re.DOTALL)
-_OPENING, _BETWEEN, _CLOSING = (
-    ("if", "for", "while", "until", "case", "select"),
-    ("else", "elif"),
-    ("fi", "done", "esac"),
-)
+_OPENING, _CLOSING = ("if", "for", "while", "until", "case", "select"), ("fi", "done", "esac")
+_BETWEEN = ("else", "elif")
 _PREFIXES = ("then", "do", "{", "!", "time", "exec", "nohup", "sudo")
 
 
