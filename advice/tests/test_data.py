@@ -46,11 +46,7 @@ def test_an_array_is_read(tmp_path):
         ("a.json", "[1", "can't be read: "),
         ("a.jsonl", '{"x": 1}', "has the columns 'x'; needed are those of one format: messages, "),
         ("a.jsonl", "", "has the columns none"),
-        (
-            "a.jsonl",
-            '{"prompt": "a", "completion": "b", "response": "c"}',
-            "may be read as prompt/completion or prompt",
-        ),
+        ("a.jsonl", '{"prompt": "a", "completion": "b", "response": "c"}', "may be read as prompt/completion or "),
         ("a.jsonl", '{"text": " "}', "none of its rows can be used as text: 1 no text"),
     ],
 )

@@ -100,6 +100,7 @@ def _files(path: Path, not_read: list[NotRead]) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if name not in _SKIPPED and not name.startswith("."))
         for name in sorted(names):
             file = Path(folder, name)
+            # A broken link and a pipe are no files.
             if file.suffix in _SUFFIXES and os.path.isfile(file) and os.path.getsize(file) <= LARGEST:
                 yield file
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,13 @@ def _name(case):
     return case["from"].get("repo") or case["from"]["about"]
 
 
-def write(case, folder):
-    """Write the file of a case, or the one that states its facts in its format."""
-    name = "adapter_config.json" if case["format"] == "peft" else case.get("file", "config.yaml")
-    as_text = json.dumps if case["format"] == "peft" else partial(yaml.safe_dump, sort_keys=False)
-    (folder / name).write_text(case["text"] if "text" in case else as_text(case["facts"]), encoding="utf-8")
-    return folder / name
-
-
 @pytest.mark.parametrize("case", CASES, ids=_name)
 def test_real_config(case, tmp_path):
-    configs, _, not_read = read_paths([write(case, tmp_path)])
+    is_adapter = case["format"] == "peft"
+    path = tmp_path / ("adapter_config.json" if is_adapter else case.get("file", "config.yaml"))
+    as_text = json.dumps if is_adapter else yaml.safe_dump
+    path.write_text(case["text"] if "text" in case else as_text(case["facts"]), encoding="utf-8")
+    configs, _, not_read = read_paths([path])
     if "record" not in case:
         assert configs == []
         assert "states no training run" in not_read[0].reason
