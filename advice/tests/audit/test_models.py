@@ -72,39 +72,28 @@ def test_kinds_of_modules() -> None:
     assert {module: module_kind(module) for module in kinds} == kinds
 
 
-def test_the_hub_is_asked_only_if_the_user_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_only_if_the_user_allows_it(monkeypatch, tmp_path) -> None:
     config = {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     requests = []
 
-    def look_up(name: str, file: str) -> str:
-        requests.append((name, file))
+    def download(name, file, etag_timeout):
+        requests.append(name)
         if name == "x/other-7b":
-            raise UserError("it is not there")
-        return json.dumps(config)
+            raise OSError("404 is what\nthe server said")
+        return str(tmp_path / file)
 
-    monkeypatch.setattr("lora_advice.models.look_up", look_up)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert facts("x/own-7b").width_error > 0
     assert requests == []
     asked = facts("x/own-7b", hub=True)
     assert (asked.width, asked.width_error, asked.source) == (96, 0.0, "its config.json on the hub")
     assert facts("x/other-7b", hub=True).width_error > 0
-    assert requests == [("x/own-7b", "config.json"), ("x/other-7b", "config.json")]
     # The table knows this one.
     assert facts("Qwen/Qwen3-8B", hub=True).width == 4096
-
-
-def test_a_file_is_fetched_or_one_sentence_says_why_not(monkeypatch, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-
-    def download(name, file, etag_timeout):
-        if name == "a/b":
-            raise OSError("404 is what\nthe server said")
-        return str(tmp_path / file)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert look_up("owner/name", "config.json") == "{}"
-    with pytest.raises(UserError, match=r"^model a/b can't be fetched from \S+: 404 is what$"):
-        look_up("a/b", "config.json")
+    assert requests == ["x/own-7b", "x/other-7b"]
+    with pytest.raises(UserError, match=r"^model x/other-7b can't be fetched from \S+: 404 is what$"):
+        look_up("x/other-7b", "config.json")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"needs the hub: pip install 'lora-advice\[hub\]'"):
-        look_up("a/b", "config.json")
+        look_up("x/own-7b", "config.json")
