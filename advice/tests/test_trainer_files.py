@@ -75,13 +75,13 @@ def test_trainers_know_every_key_and_the_audit_reads_what_was_recommended(tmp_pa
     assert all("about the recommended" in finding.message for finding in findings if finding.code == "lr")
 
 
+TURNS = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
 CHATS = {
-    "messages": {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}] * 2},
+    "messages": {"messages": TURNS * 2},
     "conversations": {"conversations": [{"from": "human", "value": "2+2"}, {"from": "gpt", "value": "4"}]},
     "instruction/output": {"instruction": "2+2", "input": "", "output": "4"},
     "text": {"text": "2+2 is 4"},
 }
-TURNS = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
 
 
 @pytest.mark.parametrize("form", CHATS)

@@ -14,25 +14,14 @@ from lora_advice.models import facts
 
 PUBLISHED = Path(__file__).parents[3] / "paper_figures/published"
 CASES = yaml.safe_load(Path(__file__).with_name("checks.yaml").read_text(encoding="utf-8"))
-LLAMA = TrainingConfig(
-    path="a.yaml",
-    format="trl",
-    task="sft",
-    method="lora",
-    model="meta-llama/Llama-3.1-8B",
-    lr=2e-4,
-    rank=16,
-    alpha=32.0,
-    targets=("all-linear",),
-    lines={"targets": 7, "lr": 3},
-)
+LLAMA = TrainingConfig("a.yaml", "trl", task="sft", method="lora", model="meta-llama/Llama-3.1-8B", lr=2e-4, rank=16)
+LLAMA = replace(LLAMA, alpha=32.0, targets=("all-linear",), lines={"targets": 7, "lr": 3})
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def changed(changes):
-    return replace(
-        LLAMA, **{name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
-    )
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    return replace(LLAMA, **fields)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["about"])
@@ -77,8 +66,6 @@ def test_measured_numbers_are_those_that_are_published():
     for preset, (of_e1, of_b9) in said.items():
         with (PUBLISHED / preset / "claims.csv").open() as file:
             claims = {row["claim_id"]: row for row in csv.DictReader(file)}
-        ends = {
-            name: [float(claims[name][column]) for column in ("estimate", "ci_low", "ci_high")] for name in ("E1", "B9")
-        }
-        assert of_e1.format(*ends["E1"]) in attention
-        assert of_b9.format(*ends["B9"]) in short
+        for claim, form, text in (("E1", of_e1, attention), ("B9", of_b9, short)):
+            ends = [float(claims[claim][column]) for column in ("estimate", "ci_low", "ci_high")]
+            assert form.format(*ends) in text

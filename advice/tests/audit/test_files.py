@@ -84,9 +84,6 @@ def test_a_named_file_that_is_not_understood_has_a_reason(tmp_path):
         file.write_text(text)
         _, _, (missing,) = read_paths([file], file_format)
         assert missing.reason.startswith(reason)
-
-
-def test_what_is_not_there_is_an_error(tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
         read_paths([tmp_path / "nothing"])
     with pytest.raises(UserError, match="--format keras: allowed: .*axolotl"):

@@ -19,22 +19,11 @@ from typer.testing import CliRunner
 
 REPOSITORY = Path(__file__).parents[3]
 SCHEMA = REPOSITORY / "advice/docs/audit.schema.json"
-AXOLOTL = """
-base_model: org/model-8b
-load_in_4bit: true
-datasets:
-  - path: org/data
-adapter: qlora
-lora_r: 32
-lora_alpha: 16
-lora_target_linear: true
-peft_use_rslora: true
-micro_batch_size: 2
-gradient_accumulation_steps: 4
-num_epochs: 3
-lr_scheduler: cosine
-learning_rate: 2e-4
-"""
+AXOLOTL = (
+    "\nbase_model: org/model-8b\nload_in_4bit: true\ndatasets:\n  - path: org/data\nadapter: qlora\nlora_r: 32\n"
+    "lora_alpha: 16\nlora_target_linear: true\npeft_use_rslora: true\nmicro_batch_size: 2\n"
+    "gradient_accumulation_steps: 4\nnum_epochs: 3\nlr_scheduler: cosine\nlearning_rate: 2e-4\n"
+)
 
 
 def schema() -> str:

@@ -49,12 +49,6 @@ def test_lines_are_those_of_the_options():
     assert dict(config.lines) == {"model": 1, "method": 2, "rank": 3, "targets": 4, "lr": 5}
 
 
-def test_files_of_others_are_left_to_their_readers():
-    evaluation = "model:\n  _component_: torchtune.models.llama2.llama2_7b\n"
-    assert not recognizes("torchtune", Path("evaluation.yaml"), evaluation)
-    assert not recognizes("trl", Path("a.yaml"), "model_name_or_path: m\nfinetuning_type: lora\n")
-
-
 def test_words_as_bash_makes_them() -> None:
     text = r"""A=(x "y z") B2=2 B= C=$(nproc)
 run "${A[@]}" $B "$(echo "$(date)")" ${C:-1} "${D:-2 3}" 'c"d' "e\"f" $((2 * B2 + 1)) "$@"
