@@ -36,8 +36,6 @@ def factors(d_in: int = 12, d_out: int = 10, rank: int = 4) -> dict[str, np.ndar
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Return a function that writes an adapter and returns its folder."""
-
     def write(tensors: dict[str, np.ndarray], **changes: Any) -> Path:
         config = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 4, "lora_alpha": 8}
         config |= {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": True} | changes

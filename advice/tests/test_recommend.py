@@ -133,6 +133,9 @@ def test_own_optima_are_pooled(tmp_path, shipped):
         assert now < was / 2
     # A base of the same family and sizes with other weights was not measured.
     assert recommend("llama-128-tenth", results=tmp_path, **near).sources_of_lr["fullft"].measured_by is None
+    write_optima(tmp_path / "bad", "w", error=-1)
+    with pytest.raises(UserError, match=r"optima.csv is not a table of optima: an optimum that counts has an LR"):
+        recommend("tiny", results=tmp_path / "bad")
 
 
 def test_the_weights_tell_whether_a_model_was_measured(tmp_path, base):
@@ -188,9 +191,3 @@ def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, arguments, message):
     assert result.exit_code == 2
     assert re.search(re.escape(message), result.stderr)
     assert result.stderr.count("\n") == 1
-
-
-def test_a_table_of_optima_that_is_none_is_named(tmp_path):
-    write_optima(tmp_path, "w", error=-1)
-    with pytest.raises(UserError, match=r"optima.csv is not a table of optima: an optimum that counts has an LR"):
-        recommend("tiny", results=tmp_path)

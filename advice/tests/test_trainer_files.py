@@ -35,7 +35,6 @@ def write_rows(path: Path, count: int) -> Path:
 
 
 def audit(configs):
-    """Return all findings in configurations."""
     return [*(finding for config in configs for finding in check_run(config)), *compare_runs(configs)]
 
 

@@ -122,10 +122,8 @@ def test_a_variant_is_judged_by_its_own_best_learning_rate(name):
     assert variant.message.startswith(f"the learning rate {BEST * factor:g} of {name} is about the recommended")
     clause = "as for LoRA" if factor == 1 else f"which is {factor:.2g} times LoRA's"
     assert f", {clause}; it is" in variant.message
-
-    (low, high), (own_low, own_high) = (
-        [float(finding.sure.split()[n]) for n in (-3, -1)] for finding in (plain, variant)
-    )
+    ends = [float(finding.sure.split()[place]) for finding in (plain, variant) for place in (-3, -1)]
+    low, high, own_low, own_high = ends
     # What depends on the weights is known less well.
     if "variant" in changes:
         assert own_high / own_low > 1.2 * high / low
