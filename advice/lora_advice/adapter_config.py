@@ -83,11 +83,8 @@ class AdapterConfig(Foreign):
 
 def ends(name: str) -> Iterator[str]:
     """Yield a full name, and what is left of it from each of its further parts on: the names that end it."""
-    while True:
-        yield name
-        _, dot, name = name.partition(".")
-        if not dot:
-            return
+    parts = name.split(".")
+    yield from (".".join(parts[start:]) for start in range(len(parts)))
 
 
 def _of_patterns(patterns: Mapping[str, Any], names: Mapping[str, list[str]], default: Any) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import median_high
 
@@ -24,17 +23,14 @@ from lora_advice.finding import Finding, Level
 from lora_advice.foreign import typed
 
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-"""What PEFT writes before the name of each module."""
+PREFIX = "base_model.model."  # what PEFT writes before the name of each module
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 """The types of tensors that are read, as numpy has them; it has no bf16."""
 _DIRECTION = 1e-5
 """A direction whose singular value is below this share of the largest one does not count towards the rank."""
 _LORA = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 _OTHER = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_B.bias", "lora_A.bias")
-_LAYER = re.compile(r"\.(\d+)\.")
-_SHOWN, _LONGEST = 5, 1000
-"""The most names of a list in a message, and the characters of the longest name of a tensor."""
+_SHOWN, _LONGEST = 5, 1000  # the most names of a list in a message, and the characters of the longest name of a tensor
 
 
 @dataclass(frozen=True)
@@ -42,19 +38,14 @@ class ModuleUpdate:
     """LoRA on one module; of a stack of experts, on all of them together."""
 
     module: str
-    rank: int
-    """The rank of each expert's LoRA, of a stack of experts."""
+    rank: int  # the rank of each expert's LoRA, of a stack of experts
     experts: int
     d_in: int
     d_out: int
-    scale: float
-    """alpha/r, or alpha/sqrt(r) with rsLoRA."""
-    norm: float
-    """Frobenius norm of scale B A."""
-    numerical_rank: int
-    """Directions of B A of at least 1e-5 of the strongest one; the smallest number of all experts."""
-    effective_rank: float
-    """The exponential of the entropy of the singular values (Roy and Vetterli), the mean over experts."""
+    scale: float  # alpha/r, or alpha/sqrt(r) with rsLoRA
+    norm: float  # Frobenius norm of scale B A
+    numerical_rank: int  # directions of B A of at least 1e-5 of the strongest one; the smallest number of all experts
+    effective_rank: float  # exponential of the entropy of the singular values (Roy and Vetterli), mean over experts
 
 
 @dataclass(frozen=True)
@@ -68,14 +59,10 @@ class Adapter:
     scale: float
     rslora: bool
     dora: bool
-    targets: tuple[str, ...] | str | None
-    target_parameters: tuple[str, ...]
-    dtypes: dict[str, int]
-    """The number of tensors by their type."""
+    dtypes: dict[str, int]  # the number of tensors by their type
     parameters: int
     modules: tuple[ModuleUpdate, ...]
-    saved_whole: dict[str, int]
-    """The number of parameters of each tensor that is no part of LoRA."""
+    saved_whole: dict[str, int]  # the number of parameters of each tensor that is no part of LoRA
     findings: tuple[Finding, ...]
 
 
@@ -127,8 +114,6 @@ def read_adapter(folder: Path) -> Adapter:
         config.scale(config.r, config.lora_alpha),
         bool(config.use_rslora),
         bool(config.use_dora),
-        config.targets,
-        tuple(sorted(config.target_parameters or ())),
         dict(Counter(dtype for dtype, _ in tensors.values())),
         sum(stored.size for _, stored in tensors.values()),
         tuple(modules),
@@ -160,10 +145,7 @@ def _read_tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
 
 
 def _update(module: str, a: np.ndarray, b: np.ndarray, rank: int, experts: int, scale: float) -> ModuleUpdate:
-    """Describe a module's update by A (experts * rank, d_in), with rows by expert, and B (d_out, rank * experts).
-
-    The columns of B are by direction.
-    """
+    """Describe an update by A (experts * rank, d_in), rows by expert, and B (d_out, rank * experts), by direction."""
     energy, numerical, effective = 0.0, [], []
     columns = b.reshape(len(b), rank, experts).transpose(2, 0, 1)
     for own_a, own_b in zip(a.reshape(experts, rank, -1), columns, strict=True):
@@ -194,9 +176,9 @@ def _finding(code: str, level: Level, message: str) -> Finding:
     return Finding(code, level, message, "the adapter's files", "certain")
 
 
-def listed(names: Sequence[str], count: int | None = None) -> str:
-    """Return the first of some names as a part of a sentence; `count` says how many there are if `names` lacks some."""
-    others = (count or len(names)) - _SHOWN
+def listed(names: Sequence[str]) -> str:
+    """Return the first of some names as a part of a sentence."""
+    others = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {others} more" if others > 0 else "")
 
 
@@ -229,16 +211,6 @@ def _findings(
         if unused:
             message = f"targets of {NAME} have no weights in the file: {listed(unused)}"
             yield _finding("keys", "error" if len(unused) == len(config.targets or ()) else "warning", message)
-    by_kind: dict[str, set[int]] = defaultdict(set)
-    for name in set(names.values()):
-        if match := _LAYER.search(f".{name}."):
-            by_kind[f".{name}.".replace(match[0], ".*.", 1).strip(".")].add(int(match[1]))
-    layers = set().union(*by_kind.values())
-    gaps = (f"{kind} of layer {layer}" for kind, own in by_kind.items() for layer in sorted(layers - own))
-    count = sum(len(layers) - len(own) for own in by_kind.values())
-    if count and config.layers_to_transform is None:
-        shown = listed([*islice(gaps, _SHOWN)], count)
-        yield _finding("gap", "warning", f"other layers have LoRA there, but not {shown}")
     if whole:
         message = f"the file also holds {sum(whole.values()):,} parameters that are no LoRA, of modules_to_save or"
         yield _finding("whole", "note", f"{message} PEFT's copy of an embedding: {listed([*whole])}")

@@ -65,8 +65,7 @@ def audit(
     sarif: Annotated[Path | None, Option(help="Write the findings to this file too, as SARIF for code hosts.")] = None,
     hub: Annotated[bool, Option("--hub", help="Look models up on the hub that are not known here.")] = False,
     skip_unknown: Annotated[
-        bool,
-        Option("--skip-unknown", help="Pass over named files that state no training run of a known format."),
+        bool, Option("--skip-unknown", help="Pass over named files that state no training run of a known format.")
     ] = False,
 ) -> None:
     """Say what is wrong in the configurations of other trainers, from the files alone.

@@ -19,8 +19,7 @@ CHATS = ("messages", "conversations")
 FORMATS = (*CHATS, "prompt/completion", "prompt/response", "instruction/output", "question/answer", "text")
 """The columns that hold an example; of several, a chat takes precedence over a pair, and a pair over a text."""
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-_CHARS_PER_TOKEN = 3.0
-"""A rough guess: English prose has about 4 characters per token, code and digits about 2."""
+_CHARS_PER_TOKEN = 3.0  # a rough guess: English prose has about 4 characters per token, code and digits about 2
 _NOT_JSON = "not JSON"
 
 Messages = list[dict[str, str]]
@@ -36,16 +35,11 @@ class UserData:
     """A user's data file, which was read once."""
 
     path: Path
-    form: str
-    """One of FORMATS."""
-    usable: int
-    """The number of distinct usable examples."""
-    tokens: float
-    """A guess of the number of scored tokens: those of the last turns, or all of a text."""
-    unusable: Counter[str]
-    """The number of rows that can't be used, by the reason."""
-    one_answer: bool
-    """Whether each example has one turn of the assistant, the last."""
+    form: str  # one of FORMATS
+    usable: int  # the number of distinct usable examples
+    tokens: float  # a guess of the number of scored tokens: those of the last turns, or all of a text
+    unusable: Counter[str]  # the number of rows that can't be used, by the reason
+    one_answer: bool  # whether each example has one turn of the assistant, the last
 
     def __str__(self) -> str:
         reasons = "".join(f"; {count} left out: {reason}" for reason, count in self.unusable.most_common())

@@ -13,17 +13,11 @@ Level = Literal["error", "warning", "note"]
 class Finding:
     """One thing that was found, as `--json` prints it."""
 
-    code: str
-    """Which check it is, such as `lr`; advice/docs/audit-codes.md has a heading for each."""
+    code: str  # which check it is, such as `lr`; advice/docs/audit-codes.md has a heading for each
     level: Level
-    message: str
-    """One sentence that names the thing, its value and what would be right."""
-    source: str
-    """Where the knowledge comes from, such as `the file alone` or `optima of 14 sources`."""
-    sure: str
-    """How sure it is, such as `certain` or `95% interval 1.1e-4 to 9e-4`."""
+    message: str  # one sentence that names the thing, its value and what would be right
+    source: str  # where the knowledge comes from, such as `the file alone` or `optima of 14 sources`
+    sure: str  # how sure it is, such as `certain` or `95% interval 1.1e-4 to 9e-4`
     path: str = ""
-    run: str = ""
-    """Which run of the file it is about, where the file has several."""
-    line: int | None = None
-    """From 1; null where it is about the whole file."""
+    run: str = ""  # which run of the file it is about, where the file has several
+    line: int | None = None  # from 1; null where it is about the whole file

@@ -6,9 +6,6 @@ import math
 import sys
 from collections.abc import Collection, Iterable, Sequence
 
-DASH = "\N{EN DASH}"
-"""The text in place of a missing value."""
-
 
 def printable(text: str) -> str:
     """Return foreign text on one line, for a terminal: what is not printable, such as control characters, is escaped.
@@ -22,9 +19,7 @@ def printable(text: str) -> str:
 
 
 def number(value: float) -> str:
-    """Write a number to three significant digits.
-
-    Whole numbers below a million keep all their digits. A power of ten is written only below 1e-4 and from 1e6 on.
+    """Write a number to three significant digits, whole ones below a million with all of theirs.
 
     >>> [number(value) for value in (2.9182, 2.8, 12, 123456.7, 1.5e-7)]
     ['2.92', '2.80', '12', '123,457', '1.50e-7']

@@ -24,8 +24,7 @@ T = TypeVar("T")
 SECONDS, SECONDS_WITH_HUB = 5, 60
 """Of CPU time for a file, which usually takes a hundredth of one; a limit by the clock would fail on a busy machine."""
 _WALL_PER_CPU_SECOND = 6
-MEMORY = 700_000_000
-"""Bytes beyond what this process has already."""
+MEMORY = 700_000_000  # bytes beyond what this process has already
 _LARGEST_ANSWER = 10_000_000
 _LONGEST_REASON = 400
 _TOO_MUCH = f"it takes more than {MEMORY / 1e9:g} GB of memory to read"

@@ -18,55 +18,30 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import yaml
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from lora_advice.errors import UserError
 from lora_advice.foreign import Foreign, typed
-from lora_advice.hub import look_up
 from lora_advice.theory import EXPONENTS, FACTS
 
-# Frameworks name layers differently, and a name that is attention in one family and MLP in another is not listed.
 Kind = Literal["attention", "mlp", "experts", "router", "unembedding", "embedding"]
 
-NAMES: dict[Kind, tuple[str, ...]] = {
-    "attention": (
-        *("q_proj", "k_proj", "v_proj", "o_proj", "output_proj", "qkv_proj", "query_key_value", "Wqkv", "c_attn"),
-        *("linear_qkv", "linear_proj", "wq", "wk", "wv", "wo", "out_proj", "self_attention.dense", "self_attn.dense"),
-        # DeepSeek's latent attention.
-        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
-        # The linear attention of Qwen3-Next and of Qwen3.5.
-        *("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "linear_attn.out_proj"),
-    ),
-    "mlp": (
-        *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "w1", "w2", "w3", "c_fc"),
-        *("dense_h_to_4h", "dense_4h_to_h", "linear_fc1", "linear_fc2", "ffn_up", "ffn_down"),
-    ),
-    "router": ("gate", "router", "shared_expert_gate"),
-    "unembedding": ("lm_head", "embed_out", "output_layer"),
-    "embedding": ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in"),
-}
-"""The last one or two parts of the names of modules, by kind; those of the MLP are experts below `experts`."""
+_MODULES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("modules.yaml").read_text(encoding="utf-8"))
 
-FUSED = {"qkv_proj": frozenset({"q_proj", "k_proj", "v_proj"}), "gate_up_proj": frozenset({"gate_proj", "up_proj"})}
+FUSED = {whole: frozenset(parts) for whole, parts in _MODULES["fused"].items()}
 """Layers that are one in some families, by their parts."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 PUBLIC = Path(__file__).with_name("public_models.csv")
 
-GATED = frozenset(
-    [
-        *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "olmoe", "gemma", "gemma2"),
-        *("gemma3_text", "phi3", "smollm3", "stablelm", "gpt_oss"),
-    ]
-)
-"""Families whose matrices `Dimensions` describes: a gated MLP, no shared experts, and no layers of other kinds."""
-
 _SIZE = re.compile(r"(?<![a-z0-9.])(?:(?P<experts>\d{1,4})x)?(?P<size>\d{1,6}(?:\.\d{1,6})?)(?P<unit>[bm])(?![a-z0-9])")
 _ACTIVE = re.compile(r"(?<![a-z0-9.])a(?P<size>\d{1,6}(?:\.\d{1,6})?)b(?![a-z0-9])")
 # How far a size in a name may be from that of the model that the name matches, as in "DeepSeek-V3-11M".
 _SIZE_FACTOR = 1.5
+_HUB_SECONDS = 2.0  # in which the hub must begin to answer
 _Size = Annotated[int, Field(ge=1, le=1_000_000_000)]
 _Count = Annotated[int, Field(ge=0, le=100_000)]
 
@@ -75,7 +50,7 @@ def module_kind(name: str) -> Kind | None:
     """Return the kind of a module by its name, with or without the path before it; None if the name does not say."""
     parts = name.removesuffix(".weight").split(".")
     ends = {parts[-1], ".".join(parts[-2:])}
-    kind = next((kind for kind, names in NAMES.items() if not ends.isdisjoint(names)), None)
+    kind = next((kind for kind, names in _MODULES["kinds"].items() if not ends.isdisjoint(names)), None)
     return "experts" if kind == "mlp" and "experts" in parts else kind
 
 
@@ -118,7 +93,7 @@ class Linear(NamedTuple):
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes of a decoder of the families `GATED`, dense or a mixture of experts."""
+    """The sizes of a decoder of the gated families of `modules.yaml`, dense or a mixture of experts."""
 
     family: str
     hidden: int
@@ -126,11 +101,9 @@ class Dimensions:
     heads: int
     kv_heads: int
     head_dim: int
-    intermediate: int
-    """Width of a dense MLP, or of an expert."""
+    intermediate: int  # width of a dense MLP, or of an expert
     vocabulary: int
-    tied: bool = False
-    """Whether embedding and unembedding are one matrix."""
+    tied: bool = False  # whether embedding and unembedding are one matrix
     experts: int = 0
     active_experts: int = 0
 
@@ -172,28 +145,19 @@ class Dimensions:
 class ModelFacts:
     """A base model; null is what is not known."""
 
-    name: str
-    """As the configuration names it."""
-    family: str
-    """The `model_type` of transformers; of an estimate the beginning of one, or an empty string."""
-    width: int
-    """The hidden size."""
-    source: str
-    """Where this is known from, for a reader."""
+    name: str  # as the configuration names it
+    family: str  # the `model_type` of transformers; of an estimate the beginning of one, or an empty string
+    width: int  # the hidden size
+    source: str  # where this is known from, for a reader
     parameters: int | None = None
     vocabulary: int | None = None
-    max_length: int | None = None
-    """The longest sequence in tokens."""
-    tied: bool | None = None
-    """Whether embedding and unembedding are one matrix."""
-    mixture: bool = False
-    """Whether it is a mixture of experts."""
+    max_length: int | None = None  # the longest sequence in tokens
+    tied: bool | None = None  # whether embedding and unembedding are one matrix
+    mixture: bool = False  # whether it is a mixture of experts
     experts: int | None = None
     active_experts: int | None = None
-    width_error: float = 0.0
-    """The standard error of the logarithm of the width, of an estimate from the model's size."""
-    sizes: Dimensions | None = None
-    """The sizes of all matrices."""
+    width_error: float = 0.0  # the standard error of the logarithm of the width, of an estimate from the model's size
+    sizes: Dimensions | None = None  # the sizes of all matrices
 
     @property
     def fused_experts(self) -> bool:
@@ -247,7 +211,7 @@ def facts_of_config(config: ModelConfig, name: str, source: str = "its config.js
     tied = next(tie for tie in ties if tie is not None)
     layers, heads, intermediate = text.num_hidden_layers, text.num_attention_heads, text.intermediate_size
     experts, active, sizes = text.num_experts or text.num_local_experts or 0, text.num_experts_per_tok or 0, None
-    complete = family in GATED and (active or not experts)
+    complete = family in _MODULES["gated"] and (active or not experts)
     if complete and layers and heads and isinstance(intermediate, int) and text.vocab_size:
         sizes = Dimensions(
             family=family,
@@ -379,8 +343,6 @@ def find_model(name: str) -> ModelFacts:
                 raise UserError(f"{file} is not a safetensors file") from error
             parameters += sum(map(math.prod, shapes))
         return replace(model, parameters=parameters or model.parameters)
-    if folder.suffix == ".gguf":
-        raise UserError(f"model {name!r} is a GGUF file: name the folder or hub id of the model it was made from")
     known = facts(name)
     if known is not None and not known.width_error:
         return known
@@ -397,6 +359,19 @@ def model_of_config(config: Mapping[str, Any], name: str = "") -> ModelFacts:
     """Return what is known of a model by the content of its `config.json` alone, or raise UserError."""
     shown = name or str(config.get("_name_or_path") or "of this configuration")
     return facts_of_config(typed(ModelConfig, dict(config), f"config.json of model {shown!r}"), shown)
+
+
+def look_up(name: str, file: str) -> str:
+    """Return the text of a small file of a model, from the hub or its cache; raises UserError if that does not work."""
+    try:
+        from huggingface_hub import constants, hf_hub_download
+    except ImportError as error:
+        raise UserError(f"model {name} needs the hub: pip install 'lora-advice[hub]'") from error
+    try:
+        return Path(hf_hub_download(name, file, etag_timeout=_HUB_SECONDS)).read_text(encoding="utf-8")
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"model {name} can't be fetched from {constants.ENDPOINT}: {reason}") from error
 
 
 def lora_parameters(model: ModelFacts, rank: int) -> int:

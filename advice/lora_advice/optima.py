@@ -22,8 +22,7 @@ from lora_advice.theory import ALPHA, EXPONENTS, FACTS, lineage
 
 OWN, PROJECT = "your own presets", "lorabench"
 """The names of the optima that the user's presets measured, and of those that this project did."""
-PROBABILITY = 0.8
-"""The probability that the optimal LR of a further source lies in the recommended interval."""
+PROBABILITY = 0.8  # the probability that the optimal LR of a further source lies in the recommended interval
 _NEAR = 2.0
 """An attribute is outside of the evidence if the nearest value with evidence is further away than this factor."""
 
@@ -37,17 +36,14 @@ class LrOptimum:
     family: str = ""
     method: str = ""
     width: float = math.nan
-    batch_size: float = math.nan
-    """Examples per step; in RL, responses per step."""
+    batch_size: float = math.nan  # examples per step; in RL, responses per step
     steps: float = math.nan
     alpha: float = math.nan
     rl: bool = False
     lr: float = math.nan
-    error: float = math.nan
-    """The standard error of ln LR; NaN where the optimum is at the edge of its grid."""
+    error: float = math.nan  # the standard error of ln LR; NaN where the optimum is at the edge of its grid
     counts: bool = False
-    weights: str = ""
-    """Of own runs: what identifies the model's weights."""
+    weights: str = ""  # of own runs: what identifies the model's weights
 
     @property
     def shift(self) -> float:
@@ -69,20 +65,16 @@ class SourceShare:
     """A source that a recommended LR rests on."""
 
     source: str
-    widths: str
-    """The hidden sizes of its models, such as `64 to 256`."""
-    weight: float
-    """By how much ln of the recommended LR rises if all ln LRs of the source rise by 1."""
+    widths: str  # the hidden sizes of its models, such as `64 to 256`
+    weight: float  # by how much ln of the recommended LR rises if all ln LRs of the source rise by 1
 
 
 @dataclass(frozen=True)
 class LrSources:
     """What a recommended LR rests on."""
 
-    measured_by: str | None
-    """The source that measured this very model, whose deviation is then part of the recommendation."""
-    sources: tuple[SourceShare, ...]
-    """The sources, the heaviest first."""
+    measured_by: str | None  # the source that measured this very model, whose deviation then counts
+    sources: tuple[SourceShare, ...]  # the sources, the heaviest first
 
 
 def read_optima(path: Path) -> list[LrOptimum]:

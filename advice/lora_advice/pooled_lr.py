@@ -52,23 +52,19 @@ _BETWEEN, _WITHIN = np.linspace(0.0, 3.0, 31), np.linspace(0.0, 1.2, 13)
 class Place:
     """Where a learning rate is to be optimal."""
 
-    log_law: float
-    """The natural logarithm of the law's LR there (see `at`)."""
-    law_error: float
-    """Its standard error where the law does not say: of a family without an exponent, or of an unknown width."""
-    batch_size: float
-    """NaN where a source does not say, as is `steps`."""
+    log_law: float  # the natural logarithm of the law's LR there (see `at`)
+    law_error: float  # its standard error, of a family without an exponent or an unknown width
+    batch_size: float  # NaN where a source does not say, as is `steps`
     steps: float
 
     @classmethod
     def at(
         cls, family: str, width: float, method: str, batch_size: float, steps: float, width_error: float = 0.0
     ) -> Place:
-        """Return the place of a model and a method, `fullft` or `lora`.
+        """Return the place of a model, by its transformers type, and a method, `fullft` or `lora`.
 
-        The family is the transformers model type; without an exponent of its own, the law is the middle of its
-        families. The width is NaN if it is not known, and its logarithm has a standard error. The batch size is in
-        examples per step, in RL in responses.
+        For a family without an exponent the law is the middle of the others. The width is NaN if it is not known. The
+        batch size is in examples per step, in RL in responses.
         """
         names = [lineage(family)] if lineage(family) in EXPONENTS else list(EXPONENTS)
         ratio = PIVOT / (PIVOT if math.isnan(width) else width)
@@ -96,12 +92,10 @@ class Optimum:
     """The measured optimal LR of one condition of a source, stated at ALPHA."""
 
     source: str
-    model: str
-    """The model; all optima of one model in a source share its deviation."""
+    model: str  # the model; all optima of one model in a source share its deviation
     place: Place
     log_lr: float
-    error: float
-    """The standard error of `log_lr`, above 0."""
+    error: float  # the standard error of `log_lr`, above 0
 
 
 @dataclass(frozen=True)
@@ -111,21 +105,16 @@ class Prediction:
     mean: float
     low: float
     high: float
-    weights: dict[str, float]
-    """By source: how much the prediction moves if all its ln LRs rise by 1."""
+    weights: dict[str, float]  # by source: how much the prediction moves if all its ln LRs rise by 1
 
 
 class PooledLr:
     """The optima of one method, pooled."""
 
     def __init__(self, optima: Sequence[Optimum]) -> None:
-        """Fit the optima of at least two sources, each with an error above 0 (else ValueError)."""
+        """Fit the optima of at least two sources, each with an error above 0."""
         self.sources = sorted({optimum.source for optimum in optima})
-        if len(self.sources) < 2:
-            raise ValueError(f"pooling needs two sources; there are {len(self.sources)}")
         values = np.array([[optimum.log_lr, optimum.error] for optimum in optima])
-        if not (np.isfinite(values).all() and (values[:, 1] > 0).all()):
-            raise ValueError("every optimum needs a number and an error above 0")
         self._models = [(optimum.source, optimum.model) for optimum in optima]
         self._source = np.array([[source == name for name in self.sources] for source, _ in self._models], float)
         self.design = np.array([optimum.place.terms for optimum in optima])
@@ -151,10 +140,7 @@ class PooledLr:
     def predict(
         self, place: Place, probability: float = 0.8, measured: tuple[str, str] | None = None, error: float = 0.0
     ) -> Prediction:
-        """Predict the optimum of a further condition, of a further source or of a `measured` source and model.
-
-        The standard error with which the optimum will be measured widens the interval.
-        """
+        """Predict the optimum of a further source, or of a `measured` source and model, measured with an error."""
         terms = place.terms
         at_source = np.array([measured is not None and source == measured[0] for source, _ in self._models], float)
         at_model = np.array([pair == measured for pair in self._models], float)

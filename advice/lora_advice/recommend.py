@@ -16,19 +16,14 @@ from lora_advice import formats
 from lora_advice.errors import UserError
 from lora_advice.models import ModelFacts, find_model, lora_parameters, model_of_config
 from lora_advice.optima import PROBABILITY, KnownOptima, LrSources, SourceShare
-from lora_advice.theory import ALPHA, EXPONENTS, SHORT_RATIO, LoraSetting, converted_lr, lineage
-from lora_advice.variants import VARIANT_NAMES, Variant, alpha_factor, lr_rule, measured_factor
+from lora_advice.theory import ALPHA, SHORT_RATIO, LoraSetting, converted_lr
+from lora_advice.variants import LORA_PLUS_RATIO, VARIANT_NAMES, Variant, lr_rule, measured_factor
 
 TITLES = {"lora": "LoRA", "fullft": "FullFT"}
-DEFAULT_RANK, MAX_RANK = 32, 512
-"""The default rank of the authors' library, and the paper's largest."""
-SHORT_STEPS = 100
-"""Steps below which the paper calls a run short."""
+DEFAULT_RANK, MAX_RANK = 32, 512  # the default rank of the authors' library, and the paper's largest
+SHORT_STEPS = 100  # steps below which the paper calls a run short
 GROUP_SIZE = PROBLEMS_PER_STEP = 16
-RL_STEPS = 50
-"""The number of steps in reinforcement learning where none is given."""
-SMALLEST_WIDTH = 1000
-"""About the hidden size of the smallest model, Qwen3-0.6B with 1024, that the authors' law was shown for."""
+RL_STEPS = 50  # the number of steps in reinforcement learning where none is given
 
 _LARGEST_BATCH, _SMALLEST_BATCH = 32, 4
 # The data if the user names none: scored tokens, and tokens of an example.
@@ -42,8 +37,7 @@ class Setting:
     what: str
     value: float | int | str
     source: str
-    low: float | None = None
-    """The ends of its interval, of a learning rate."""
+    low: float | None = None  # the ends of its interval, of a learning rate
     high: float | None = None
 
     @property
@@ -57,11 +51,9 @@ class Setting:
 class Recommendation:
     """The recommended settings for a model and its data; as a dict it is what `--json` prints."""
 
-    model: dict[str, str | int | None]
-    """The model's name, family, number of parameters and hidden size."""
+    model: dict[str, str | int | None]  # the model's name, family, number of parameters and hidden size
     settings: dict[str, Setting]
-    sources_of_lr: dict[str, LrSources]
-    """By method, the sources that its learning rate rests on."""
+    sources_of_lr: dict[str, LrSources]  # by method, the sources that its learning rate rests on
     notes: tuple[str, ...]
 
 
@@ -107,9 +99,8 @@ def recommend(
 ) -> Recommendation:
     """Recommend settings for a model as from `find_model`, the name that it takes, or the content of a `config.json`.
 
-    The data have so many scored tokens and examples, as far as they are known. None stands for the recommended batch
-    size, in examples per step, and for the steps of an epoch, or without data for a length that is not known. The
-    optimal learning rates of your own finished presets in the folder `results` count too. UserError says what is wrong.
+    The data have so many scored tokens and examples, if they are known. None stands for the recommended batch size, in
+    examples per step, and for the steps of an epoch. Your own finished presets in the folder `results` count too.
     """
     if not isinstance(model, ModelFacts):
         model = find_model(model) if isinstance(model, str) else model_of_config(model)
@@ -151,20 +142,10 @@ def recommend(
             f"The run has {length:.0f} steps. Below {SHORT_STEPS} the paper gives an optimal LR of LoRA of "
             f"about {SHORT_RATIO:g} times that of FullFT, in place of 10."
         )
-    if model.width < SMALLEST_WIDTH and lineage(model.family) in EXPONENTS:
+    if tokens is not None and parameters < tokens:
         notes.append(
-            f"Width {model.width} is below the widths that the law was shown for: its form is an extrapolation."
-        )
-    if tokens is not None:
-        if parameters < tokens:
-            notes.append(
-                f"Rank {rank} has {parameters:,} parameters for {tokens:,.0f} scored tokens, and a higher rank is not "
-                "recommended here: LoRA may run out of capacity; compare with full fine-tuning."
-            )
-        # One bit per token and two bits per parameter are the numbers in the paper's discussion of capacity.
-        notes.append(
-            f"About {tokens / 1e6:.3g} Mbit in the data at one bit per token (the cost of memorizing them; "
-            f"generalizing takes less), {2 * parameters / 1e6:.3g} Mbit in the adapter at two bits per parameter."
+            f"Rank {rank} has {parameters:,} parameters for {tokens:,.0f} scored tokens, and a higher rank is not "
+            "recommended here: LoRA may run out of capacity; compare with full fine-tuning."
         )
     notes.append(
         "`lorabench init` writes a preset that measures these settings on your own data, and `lorabench plan` says "
@@ -175,14 +156,9 @@ def recommend(
 
 
 def convert(
-    model: ModelFacts,
-    lr: float | None,
-    here: LoraRun,
-    there: LoraRun,
-    results: Path = Path("results"),
+    model: ModelFacts, lr: float | None, here: LoraRun, there: LoraRun, results: Path = Path("results")
 ) -> Setting:
-    """Convert an optimal LR of LoRA to other settings and another variant; it needs the number of steps (else
-    UserError).
+    """Convert an optimal LR of LoRA to other settings and another variant; without a number of steps it is a UserError.
 
     The theory `movement` converts it to another alpha and rank, and to other steps and batch sizes with FullFT's pooled
     LRs. In it rsLoRA and LoRA+ are LoRA with another alpha. LRs of other variants are LoRA's times what was measured.
@@ -202,7 +178,8 @@ def convert(
     fullft, as_lora, factors, runs = [], [], [], []
     for variant, (alpha, own_rank, steps, size) in ((here.variant, given), (there.variant, wanted)):
         fullft.append(known.recommend("fullft", size, steps)[0][0])
-        as_lora.append(LoraSetting(model.width, steps, alpha * alpha_factor(variant, own_rank), own_rank))
+        alpha_factor = {"rslora": math.sqrt(own_rank), "lora_plus": LORA_PLUS_RATIO}.get(variant, 1.0)
+        as_lora.append(LoraSetting(model.width, steps, alpha * alpha_factor, own_rank))
         factors.append(measured_factor(variant, own_rank))
         name = VARIANT_NAMES[variant]
         runs.append(f"{name} at alpha {alpha:g}, rank {own_rank:g}, {steps:g} steps of {size:g} examples")
@@ -229,7 +206,7 @@ def recommendation_table(recommendation: Recommendation) -> None:
             by_source.setdefault(share.source, {})[method] = share
     rows = []
     for source, shares in sorted(by_source.items(), key=lambda item: -sum(share.weight for share in item[1].values())):
-        weights = [f"{shares[method].weight:.0%}" if method in shares else formats.DASH for method in TITLES]
+        weights = [f"{shares[method].weight:.0%}" if method in shares else "\N{EN DASH}" for method in TITLES]
         rows.append((source, [*shares.values()][-1].widths, *weights))
     formats.print_table(("LRs rest on", "widths", "weight for LoRA", "for FullFT"), rows)
     for note in recommendation.notes:

@@ -22,27 +22,14 @@ from pathlib import Path
 from typing import Any
 
 FACTS = Path(__file__).with_name("facts")
-
 _THEORY: Mapping[str, Any] = json.loads((FACTS / "theory.json").read_text())
 
-ALPHA = float(_THEORY["alpha"])
-"""The paper's alpha, at which optimal LRs are stated."""
-
-MOVEMENT: Mapping[str, float] = _THEORY["movement"]
-"""The constants c, u0 and k of the theory `movement`."""
-
-SAME_LR = float(_THEORY["lr_factor"])
-"""The factor up to which two LRs count as the same."""
-
-SHORT_RATIO = float(_THEORY["short_ratio"])
-"""LoRA's optimal LR over that of FullFT in short runs, by the paper."""
-
-PIVOT = float(_THEORY["law"]["pivot"])
-"""The hidden size at which the law gives the base LR."""
-
-EXPONENTS: Mapping[str, float] = _THEORY["law"]["exponents"]
-"""The law's exponent of each lineage of models."""
-
+ALPHA = float(_THEORY["alpha"])  # the paper's alpha, at which optimal LRs are stated
+MOVEMENT: Mapping[str, float] = _THEORY["movement"]  # the constants c, u0 and k of the theory `movement`
+SAME_LR = float(_THEORY["lr_factor"])  # the factor up to which two LRs count as the same
+SHORT_RATIO = float(_THEORY["short_ratio"])  # LoRA's optimal LR over that of FullFT in short runs, by the paper
+PIVOT = float(_THEORY["law"]["pivot"])  # the hidden size at which the law gives the base LR
+EXPONENTS: Mapping[str, float] = _THEORY["law"]["exponents"]  # the law's exponent of each lineage of models
 BASE_LRS = {"fullft": float(_THEORY["law"]["base"]), "lora": _THEORY["law"]["base"] * _THEORY["law"]["multiplier"]}
 """The law's LR of each method at the pivot."""
 
@@ -59,10 +46,8 @@ class LoraSetting:
     width: float
     steps: float
     alpha: float
-    rank: float = 16
-    """16 stands for any high rank, where a published source does not give it."""
-    mean_lr: float = 1.0
-    """The mean LR of a run over its highest."""
+    rank: float = 16  # 16 stands for any high rank, where a published source does not give it
+    mean_lr: float = 1.0  # the mean LR of a run over its highest
 
     @property
     def scale(self) -> float:

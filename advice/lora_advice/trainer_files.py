@@ -44,16 +44,12 @@ _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 class Choices:
     """What the user chose for a folder."""
 
-    lr: float | None = None
-    """None for the recommended learning rate."""
+    lr: float | None = None  # none for the recommended learning rate
     rank: int | None = None
     alpha: float | None = None
-    steps: int | None = None
-    """None for an epoch, or in RL for the usual number."""
-    full: bool = False
-    """Whether all weights are trained, in place of LoRA."""
-    columns: str | None = None
-    """The column of the turns of a dataset on the hub, `messages` or `conversations`."""
+    steps: int | None = None  # none for an epoch, or in RL for the usual number
+    full: bool = False  # whether all weights are trained, in place of LoRA
+    columns: str | None = None  # the column of the turns of a dataset on the hub, `messages` or `conversations`
 
 
 def write_folder(
@@ -66,8 +62,7 @@ def write_folder(
 ) -> str:
     """Write a new folder with a trainer's configuration and the data; return the command that starts the training.
 
-    The data are examples; or the id of a dataset on the hub; or an empty text, with which the configuration names a
-    file that the user has to write, as always for verl. UserError says what the trainer does not support.
+    The data are examples, the id of a dataset on the hub, or an empty text, with which the user has to write them.
     """
     if trainer not in TRAINERS:
         raise UserError(f"trainer {trainer!r}: allowed: {', '.join(TRAINERS)}")
@@ -126,8 +121,9 @@ def write_folder(
 
 
 def _rendered(name: str, values: dict[str, Any]) -> str:
+    loader = jinja2.FileSystemLoader(_TEMPLATES)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=loader,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -23,8 +23,7 @@ Variant = Literal["lora", "rslora", "lora_plus", "dora", "pissa", "olora", "qlor
 VARIANT_NAMES: dict[Variant, str] = dict(
     zip(get_args(Variant), ("LoRA", "rsLoRA", "LoRA+", "DoRA", "PiSSA", "OLoRA", "QLoRA"), strict=True)
 )
-LORA_PLUS_RATIO = 16.0
-"""LR of B over LR of A in LoRA+, by its authors' recommendation."""
+LORA_PLUS_RATIO = 16.0  # LR of B over LR of A in LoRA+, by its authors' recommendation
 _LAWS: dict[Variant, str] = {
     "rslora": "rsLoRA counts as LoRA with alpha times the square root of the rank; ",
     "lora_plus": f"LoRA+ counts, for the LR of A, as LoRA with {LORA_PLUS_RATIO:g} times the alpha, and B has "
@@ -37,14 +36,10 @@ TABLE = FACTS / "variant_lrs.csv"
 class LrFactor:
     """The best LR of a variant over that of LoRA."""
 
-    value: float
-    """The middle of what was measured at the nearest rank; 1 if all that was measured is within the factor up to which
-    two LRs count as the same."""
-    low: float
-    """The ends of what was measured at any rank."""
+    value: float  # the middle of what was measured at the nearest rank; 1 if all of it counts as the same LR
+    low: float  # the ends of what was measured at any rank
     high: float
-    where: str
-    """The ranks and widths of the measurements."""
+    where: str  # the ranks and widths of the measurements
 
     @property
     def log_error(self) -> float:
@@ -86,11 +81,6 @@ def checked_variant(name: str) -> Variant:
 def measured_factor(variant: Variant, rank: float | None) -> LrFactor:
     """Return what a variant's best LR is multiplied by; 1 for LoRA, and for those that are LoRA with another alpha."""
     return LrFactor(1, 1, 1, "") if variant in ("lora", *_LAWS) else lr_factor(variant, rank)
-
-
-def alpha_factor(variant: Variant, rank: float) -> float:
-    """Return the factor on alpha that makes LoRA of rsLoRA, or of LoRA+ for the LR of A."""
-    return {"rslora": math.sqrt(rank), "lora_plus": LORA_PLUS_RATIO}.get(variant, 1.0)
 
 
 def lr_rule(variant: Variant) -> str:

@@ -36,8 +36,6 @@ def factors(d_in: int = 12, d_out: int = 10, rank: int = 4) -> dict[str, np.ndar
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Return a function that writes an adapter and returns its folder."""
-
     def write(tensors: dict[str, np.ndarray], **changes: Any) -> Path:
         config = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 4, "lora_alpha": 8}
         config |= {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": True} | changes
@@ -104,12 +102,11 @@ def test_bf16_is_read_as_its_upper_bits(write: Write):
         (lambda t: t[f"{Q0}.lora_B.weight"][:, 2:].fill(0), [("rank", "warning")], "q_proj (2 of 4)"),
         (lambda t: t[f"{Q0}.lora_A.weight"][:1].fill(np.nan), [("not-finite", "error")], "1 modules"),
         (lambda t: t.pop(f"{Q0}.lora_B.weight"), [("missing", "error")], "have A but no B"),
-        (lambda t: [t.pop(f"{Q0}.lora_{x}.weight") for x in "AB"], [("gap", "warning")], "q_proj of layer 0"),
         (lambda t: t.update({f"{Q0}.lora_B.default.weight": np.ones(1, "f4")}), [("keys", "error")], "1 names"),
         (lambda t: t.update({f"{LAYER}.0.norm.weight": np.ones(3, "f4")}), [("whole", "note")], "no LoRA"),
         (lambda t: t.update({f"{Q0}.lora_A.weight": np.ones((3, 12), "f4")}), [("shape", "error")], "rank 4"),
     ],
-    ids=["zero B", "all zero", "low rank", "NaN", "missing", "gap", "foreign key", "whole", "shape"],
+    ids=["zero B", "all zero", "low rank", "NaN", "missing", "foreign key", "whole", "shape"],
 )
 def test_what_is_wrong_is_found_and_nothing_else(write: Write, change, expected, words):
     tensors = factors()
@@ -134,10 +131,8 @@ def test_names_are_compared_with_the_configuration(write: Write, changes, expect
     assert not words or words in adapter.findings[0].message
 
 
-@pytest.mark.parametrize("key", ["target_modules", "rank_pattern"])
-def test_a_regular_expression_that_would_take_years_is_one_sentence(write: Write, key):
-    pattern = r"(\w+\.?)+!"
-    folder = write(factors(), **{key: pattern if key == "target_modules" else {pattern: 2}})
+def test_a_regular_expression_that_would_take_years_is_one_sentence(write: Write):
+    folder = write(factors(), rank_pattern={r"(\w+\.?)+!": 2})
     started = time.monotonic()
     with pytest.raises(UserError, match=r"^the regular expression .*: it takes more than 1 s to read$"):
         read_adapter(folder)
@@ -165,21 +160,14 @@ def test_nonsense_in_a_configuration_is_one_sentence_of_both_readers(write: Writ
         reader.read(path, path.read_text())
 
 
-def test_names_that_are_no_names_are_refused(write: Write):
-    for name in ("a." * 600, "a\x1b[31m", "a\nb"):
-        with pytest.raises(UserError, match="allowed: names of up to 1,000 printable characters"):
-            read_adapter(write({f"base_model.model.{name}.lora_A.weight": np.ones((4, 2), "f4")}))
-
-
 def test_many_names_take_seconds_and_not_hours(write: Write):
-    """Comparing each target with each module took minutes, and listing all gaps gigabytes."""
+    """Comparing each target with each module took minutes."""
     tensors = {f"{LAYER}.{number}.k{number}.lora_A.weight": np.ones((4, 1), "f4") for number in range(3000)}
     folder = write(tensors, target_modules=[f"m{number}" for number in range(30_000)])
     started = time.process_time()
-    adapter = read_adapter(folder)
+    findings = read_adapter(folder).findings
     assert time.process_time() - started < 5
-    gap = next(finding.message for finding in adapter.findings if finding.code == "gap")
-    assert gap.endswith(f" and {3000 * 2999 - 5} more")
+    assert any(finding.message.endswith(f" and {30_000 - 5} more") for finding in findings)
 
 
 def test_each_expert_of_a_stack_has_an_update_of_its_own(write: Write):
@@ -201,6 +189,9 @@ def test_each_expert_of_a_stack_has_an_update_of_its_own(write: Write):
 
 
 def test_what_cannot_be_read_is_said(write: Write):
+    for name in ("a." * 600, "a\x1b[31m", "a\nb"):
+        with pytest.raises(UserError, match="allowed: names of up to 1,000 printable characters"):
+            read_adapter(write({f"base_model.model.{name}.lora_A.weight": np.ones((4, 2), "f4")}))
     folder = write(factors())
     (folder / "adapter_model.safetensors").write_text("no")
     with pytest.raises(UserError, match="is not a safetensors file"):

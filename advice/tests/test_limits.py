@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -12,8 +13,7 @@ from pathlib import Path
 
 import pytest
 from lora_advice.audit import audit
-from lora_advice.errors import UserError
-from lora_advice.limits import in_limits
+from lora_advice.limits import in_limits, matching
 
 AXOLOTL = (
     "base_model: Qwen/Qwen3-8B\nadapter: lora\nlora_r: 16\nlora_alpha: 32\nlearning_rate: 0.0002\n"
@@ -58,21 +58,14 @@ ONCE_FAILED: dict[str, tuple[str, str | None]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def once_failed(tmp_path_factory):
-    """The report of a folder with all files that once failed, and the folder."""
-    folder = tmp_path_factory.mktemp("once-failed")
+def test_every_file_stands_on_its_own(tmp_path):
     for name, (text, _) in ONCE_FAILED.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
-    (folder / "right.yml").write_text(AXOLOTL.replace("adapter: lora", "adapter:"))
-    return audit(folder), folder
-
-
-def test_every_file_stands_on_its_own(once_failed):
-    report, folder = once_failed
-    reasons = {Path(missing.path).relative_to(folder).as_posix(): missing.reason for missing in report.not_read}
-    read = {Path(config.path).relative_to(folder).as_posix() for config in report.configs}
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "right.yml").write_text(AXOLOTL.replace("adapter: lora", "adapter:"))
+    report = audit(tmp_path)
+    reasons = {Path(missing.path).relative_to(tmp_path).as_posix(): missing.reason for missing in report.not_read}
+    read = {Path(config.path).relative_to(tmp_path).as_posix() for config in report.configs}
     for name, (_, reason) in ONCE_FAILED.items():
         assert reasons.get(name, "").startswith(reason or ""), name
         assert (name in reasons, name in read) == (bool(reason), reason is None), name
@@ -109,51 +102,32 @@ def test_where_a_number_has_a_meaning_of_its_own_nothing_is_said(tmp_path):
     assert [finding for finding in report.findings if finding.code == "number"] == []
 
 
-def _work(item):
-    """Do what an item asks for, as a reader of a hostile file would."""
-    match item:
-        case "hang":
-            re.fullmatch("(a+)+$", "a" * 64 + "b")
-        case "sleep":
-            time.sleep(60)
-        case "memory":
-            return len(bytearray(4_000_000_000))
-        case "crash":
-            os.kill(os.getpid(), signal.SIGKILL)
-        case "recursion":
-            return _work(item)
-        case "interrupt":
-            os.kill(os.getpid(), signal.SIGINT)
-        case "nan":
-            return float("nan")
-        case "much":
-            return ["a" * 1_000_000] * 11
-        case "bad":
-            raise UserError("it is bad")
-        case "stumble":
-            return {}["key"]
-    return [item]
-
-
 HOSTILE = {
-    "hang": "it takes more than 0.3 s to read",
-    "sleep": "it takes more than 0.3 s to read",
-    "memory": "it takes more than 0.7 GB of memory to read",
-    "crash": "reading it ended with Killed",
-    "recursion": "it is nested too deeply, or refers to itself",
-    "nan": "it is not understood (ValueError: Out of range float values are not JSON compliant",
-    "much": "it states too many runs",
-    "bad": "it is bad",
-    "stumble": "it is not understood (KeyError: 'key')",
+    "hang": (lambda: re.fullmatch("(a+)+$", "a" * 64 + "b"), "it takes more than 0.3 s to read"),
+    "sleep": (lambda: time.sleep(60), "it takes more than 0.3 s to read"),
+    "memory": (lambda: len(bytearray(4_000_000_000)), "it takes more than 0.7 GB of memory to read"),
+    "crash": (lambda: os.kill(os.getpid(), signal.SIGKILL), "reading it ended with Killed"),
+    "recursion": (lambda: work("recursion"), "it is nested too deeply, or refers to itself"),
+    "nan": (lambda: math.nan, "it is not understood (ValueError: Out of range float values are not JSON compliant"),
+    "much": (lambda: ["a" * 1_000_000] * 11, "it states too many runs"),
+    "bad": (lambda: matching(["("], ["a"]), "the regular expression '(': it is not valid"),
+    "stumble": (lambda: {}["key"], "it is not understood (KeyError: 'key')"),
 }
+"""What a reader of a hostile file would do, and what is said of it."""
+
+
+def work(item):
+    if item == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+    return HOSTILE[item][0]() if item in HOSTILE else [item]
 
 
 def test_time_memory_and_errors_are_limited_for_each_item():
     items = ["first", *(item for hostile in HOSTILE for item in (hostile, f"after {hostile}")), "interrupt"]
-    answers = in_limits(_work, items, seconds=0.3)
+    answers = in_limits(work, items, seconds=0.3)
     for item, answer in zip(items, answers, strict=True):
         if item in HOSTILE:
-            assert str(answer).startswith(HOSTILE[item]), item
+            assert str(answer).startswith(HOSTILE[item][1]), item
         else:
             assert answer == [item]
-    assert in_limits(_work, []) == []
+    assert in_limits(work, []) == []

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from lora_advice import pooled_lr
 from lora_advice.pooled_lr import PRIORS, REFERENCE, Optimum, Place, PooledLr
 
 HERE = Place.at("llama", 2000, "fullft", REFERENCE["batch_size"], REFERENCE["steps"])
@@ -35,7 +36,10 @@ def test_the_law_of_a_place():
     assert Place.at("llama", math.nan, "lora", 8, 100).law_error == pytest.approx(0.781 * math.log(2))
 
 
-def test_intervals_hold_as_many_further_sources_as_they_say():
+def test_intervals_hold_as_many_further_sources_as_they_say(monkeypatch):
+    # A coarser grid takes a sixth of the time.
+    monkeypatch.setattr(pooled_lr, "_BETWEEN", np.linspace(0.0, 3.0, 13))
+    monkeypatch.setattr(pooled_lr, "_WITHIN", np.linspace(0.0, 1.2, 5))
     rng = np.random.default_rng(2)
     inside: dict[float, list[bool]] = {0.8: [], 0.95: []}
     for _ in range(25):
@@ -51,12 +55,3 @@ def test_intervals_hold_as_many_further_sources_as_they_say():
     # The flat priors of the deviations err on the wide side.
     assert 0.7 < np.mean(inside[0.8]) < 0.92
     assert np.mean(inside[0.95]) > 0.9
-
-
-def test_mistakes_are_refused():
-    optima = made(np.random.default_rng(5), 2, 0.3)
-    with pytest.raises(ValueError, match="pooling needs two sources; there are 1"):
-        PooledLr(optima[:2])
-    for wrong in ({"error": 0.0}, {"log_lr": math.nan}):
-        with pytest.raises(ValueError, match="a number and an error above 0"):
-            PooledLr([*optima, replace(optima[0], **wrong)])

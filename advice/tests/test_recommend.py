@@ -15,7 +15,6 @@ from lora_advice.cli import app
 from lora_advice.errors import UserError
 from lora_advice.models import find_model
 from lora_advice.recommend import LoraRun, convert, recommend
-from lora_advice.theory import FACTS
 from lora_advice.variants import lr_factor
 from typer.testing import CliRunner
 
@@ -52,16 +51,7 @@ def test_the_conversions_are_those_of_before(tmp_path, monkeypatch, known):
     monkeypatch.chdir(tmp_path)
     result = command("convert", known["model"], *known["options"].split(), "--json")
     setting = json.loads(result.stdout)
-    assert [str(setting[name] or "") for name in ("value", "low", "high")] == [
-        known[n] for n in ("value", "low", "high")
-    ]
-
-
-def test_facts_have_their_hashes():
-    manifest = json.loads((FACTS / "manifest.json").read_text())
-    files = {path.name: sha256(path.read_bytes()).hexdigest() for path in FACTS.iterdir()}
-    del files["manifest.json"]
-    assert manifest == files
+    assert all(str(setting[name] or "") == known[name] for name in ("value", "low", "high"))
 
 
 def test_batch_size_and_length_move_the_learning_rates_and_beyond_the_evidence_it_says_so(tmp_path):
@@ -107,13 +97,11 @@ def test_a_learning_rate_is_converted_to_an_alpha_a_rank_and_a_variant(tmp_path)
 
 
 def test_a_family_without_a_law_has_a_wider_interval(tmp_path, base):
-    llama = recommend(str(base), results=tmp_path).settings["lora_lr"]
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
-    recommendation = recommend(str(base), results=tmp_path)
-    lr = recommendation.settings["lora_lr"]
-    assert lr.high / lr.low > llama.high / llama.low
-    assert any("The law has no exponent for the family 'mistral'" in note for note in recommendation.notes)
+    llama, mistral = (recommend(config | {"model_type": family}, results=tmp_path) for family in ("llama", "mistral"))
+    one, other = (recommendation.settings["lora_lr"] for recommendation in (llama, mistral))
+    assert other.high / other.low > one.high / one.low
+    assert any("The law has no exponent for the family 'mistral'" in note for note in mistral.notes)
 
 
 def write_optima(results, weights, **changes):
@@ -145,6 +133,9 @@ def test_own_optima_are_pooled(tmp_path, shipped):
         assert now < was / 2
     # A base of the same family and sizes with other weights was not measured.
     assert recommend("llama-128-tenth", results=tmp_path, **near).sources_of_lr["fullft"].measured_by is None
+    write_optima(tmp_path / "bad", "w", error=-1)
+    with pytest.raises(UserError, match=r"optima.csv is not a table of optima: an optimum that counts has an LR"):
+        recommend("tiny", results=tmp_path / "bad")
 
 
 def test_the_weights_tell_whether_a_model_was_measured(tmp_path, base):
@@ -167,9 +158,7 @@ def test_capacity_and_short_runs_are_noted(tmp_path):
     recommendation = recommend("tiny", 10_000_000, results=tmp_path)
     assert recommendation.settings["rank"].value == 64
     notes = recommendation.notes + recommend("tiny", 400.0, 40, results=tmp_path).notes
-    for words in ("LoRA may run out of capacity", "10 Mbit in the data", "1.06 Mbit in the adapter"):
-        assert any(words in note for note in notes)
-    for words in ("an extrapolation", "The run has 10 steps"):
+    for words in ("LoRA may run out of capacity", "an extrapolation", "The run has 10 steps"):
         assert any(words in note for note in notes)
 
 
@@ -187,7 +176,6 @@ def test_json_and_table_say_the_same(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         ("recommend nosuch", "model 'nosuch' is no folder, no hub id"),
-        ("recommend a.gguf", "is a GGUF file: name the folder or hub id of the model it was made from"),
         ("recommend tiny --data x.json", "x.json can't be read: No such file"),
         ("recommend tiny --data own.jsonl --batch-size 64", "batch size 64 is more than the 20 training examples"),
         ("convert tiny --variant eva", "variant 'eva' is not known; allowed: lora, rslora"),
@@ -203,9 +191,3 @@ def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, arguments, message):
     assert result.exit_code == 2
     assert re.search(re.escape(message), result.stderr)
     assert result.stderr.count("\n") == 1
-
-
-def test_a_table_of_optima_that_is_none_is_named(tmp_path):
-    write_optima(tmp_path, "w", error=-1)
-    with pytest.raises(UserError, match=r"optima.csv is not a table of optima: an optimum that counts has an LR"):
-        recommend("tiny", results=tmp_path)

@@ -19,6 +19,7 @@ from lora_advice.recommend import recommend
 from lora_advice.trainer_files import Choices, write_folder
 from typer.testing import CliRunner
 
+QWEN = "Qwen/Qwen3-8B"
 TRAINERS = ("trl", "axolotl", "llamafactory")
 KNOWN = {
     trainer: set(keys.split())
@@ -34,7 +35,6 @@ def write_rows(path: Path, count: int) -> Path:
 
 
 def audit(configs):
-    """Return all findings in configurations."""
     return [*(finding for config in configs for finding in check_run(config)), *compare_runs(configs)]
 
 
@@ -51,23 +51,12 @@ def written(trainer, folder, model, *options):
     return yaml.safe_load(text), text, [json.loads(line) for line in lines]
 
 
-@pytest.fixture
-def qwen(tmp_path):
-    """Return a folder with the configuration of Qwen3-8B-Base."""
-    folder = tmp_path / "qwen"
-    folder.mkdir()
-    config = {"model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32}
-    config |= {"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936}
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}))
-    return folder
-
-
 @pytest.mark.parametrize("full", [False, True])
-def test_trainers_know_every_key_and_the_audit_reads_what_was_recommended(tmp_path, qwen, full):
-    recommended = recommend(str(qwen), batch_size=8, steps=500).settings
+def test_trainers_know_every_key_and_the_audit_reads_what_was_recommended(tmp_path, full):
+    recommended = recommend(QWEN, batch_size=8, steps=500).settings
     options = ["--steps", 500, "--batch-size", 8, *(["--full"] if full else [])]
     for trainer in TRAINERS:
-        settings, text, _ = written(trainer, tmp_path / trainer, qwen, *options)
+        settings, text, _ = written(trainer, tmp_path / trainer, QWEN, *options)
         assert trainer == "trl" or settings.keys() <= KNOWN[trainer]
         assert any("lora" in key or value == "lora" for key, value in settings.items()) != full
         assert all(re.fullmatch(r"\w+:", line) for line in text.splitlines() if "# " not in line)
@@ -78,27 +67,27 @@ def test_trainers_know_every_key_and_the_audit_reads_what_was_recommended(tmp_pa
         # A learning rate such as 1e-4 would be text to PyYAML.
         assert config.lr == recommended["fullft_lr" if full else "lora_lr"].value
         assert (config.rank, config.alpha) == ((None, None) if full else (recommended["rank"].value, 32))
-        assert (config.model, config.schedule, config.steps) == (str(qwen), "constant", 500)
+        assert (config.model, config.schedule, config.steps) == (QWEN, "constant", 500)
         assert config.batch_size == 8
     findings = audit(configs)
     assert {finding.level for finding in findings} <= {"note"}
     assert all("about the recommended" in finding.message for finding in findings if finding.code == "lr")
 
 
+TURNS = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
 CHATS = {
-    "messages": {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}] * 2},
+    "messages": {"messages": TURNS * 2},
     "conversations": {"conversations": [{"from": "human", "value": "2+2"}, {"from": "gpt", "value": "4"}]},
     "instruction/output": {"instruction": "2+2", "input": "", "output": "4"},
     "text": {"text": "2+2 is 4"},
 }
-TURNS = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
 
 
 @pytest.mark.parametrize("form", CHATS)
 def test_each_form_of_data_becomes_one_that_the_trainers_read(tmp_path, shipped, form):
     data = tmp_path / "a'b\"c  # \n{x}.jsonl"
     data.write_text(json.dumps(CHATS[form]) + "\n{}\n")
-    for name in ("trl", "axolotl", "llamafactory"):
+    for name in TRAINERS:
         folder = tmp_path / f"# {name}"
         settings, _, [row] = written(name, folder, shipped / "llama-128", "--data", data)
         chats = {"messages": TURNS * (1 + (form == "messages"))}
@@ -119,12 +108,12 @@ def test_each_form_of_data_becomes_one_that_the_trainers_read(tmp_path, shipped,
         assert row == ({"text": "2+2 is 4"} if form == "text" else chats)
 
 
-def test_data_of_the_hub_are_named_and_not_read(tmp_path, qwen):
-    settings, _, _ = written("trl", tmp_path / "trl", qwen, "--data", "owner/chats")
+def test_data_of_the_hub_are_named_and_not_read(tmp_path):
+    settings, _, _ = written("trl", tmp_path / "trl", QWEN, "--data", "owner/chats")
     assert (settings["datasets"], settings["assistant_only_loss"]) == ([{"path": "owner/chats"}], True)
-    settings, _, _ = written("axolotl", tmp_path / "ax", qwen, "--data", "owner/chats", "--format", "conversations")
+    settings, _, _ = written("axolotl", tmp_path / "ax", QWEN, "--data", "owner/chats", "--format", "conversations")
     assert settings["datasets"][0]["message_property_mappings"] == {"role": "from", "content": "value"}
-    written("llamafactory", tmp_path / "lf", qwen, "--data", "owner/chats")
+    written("llamafactory", tmp_path / "lf", QWEN, "--data", "owner/chats")
     info = json.loads((tmp_path / "lf/dataset_info.json").read_text())["train"]
     assert (info["hf_hub_url"], info["columns"]) == ("owner/chats", {"messages": "messages"})
 

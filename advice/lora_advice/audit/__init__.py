@@ -24,11 +24,7 @@ def audit(*paths: str | Path, file_format: str | None = None, hub: bool = False,
 
     Files are recognized, or read as `file_format`, such as `axolotl`. With `hub`, models that are not known here may be
     looked up on the hub. With `skip_unknown`, named files that state no training run are passed over, as those in
-    folders are. A path or a format that does not exist raises UserError.
-
-    Returns:
-        A record with the training runs that were read (`configs`), the `findings`, the files that could not be read
-        (`not_read`), and the number of findings by level (`counts`); advice/docs/audit.schema.json describes it.
+    folders are. A path or a format that does not exist raises UserError. docs/audit.schema.json describes the report.
 
     Examples:
         >>> path = Path("sft.yaml")

@@ -25,33 +25,22 @@ METHODS: dict[Method, str] = {"lora": "LoRA", "fullft": "full fine-tuning"}
 class TrainingConfig:
     """A training run; null is what the file does not say. Nothing is guessed."""
 
-    path: str
-    """The file as the user named it, or the path below the folder that the user named."""
-    format: str
-    """The format it was read as, such as `axolotl`."""
-    name: str = ""
-    """Which run of the file this is, where it has several, such as `line 12`."""
+    path: str  # the file as the user named it, or the path below the folder that the user named
+    format: str  # the format it was read as, such as `axolotl`
+    name: str = ""  # which run of the file this is, where it has several, such as `line 12`
     task: Task | None = None
     method: Method | None = None
-    model: str | None = None
-    """The id on the hub or the path of the base model."""
-    bits: int | None = None
-    """Bits of a quantized base, 4 or 8 (QLoRA)."""
-    rounded: bool = False
-    """Whether full fine-tuning holds its weights in bf16 and in nothing finer, so that each step is rounded."""
+    model: str | None = None  # the id on the hub or the path of the base model
+    bits: int | None = None  # bits of a quantized base, 4 or 8 (QLoRA)
+    rounded: bool = False  # whether full fine-tuning holds its weights in bf16 alone, so that each step is rounded
     lr: float | None = None
-    schedule: str | None = None
-    """The framework's own word, such as `cosine`."""
-    optimizer: str | None = None
-    """The framework's own word, such as `adamw_torch`."""
-    micro_batch: int | None = None
-    """Examples (in RL, responses) per device at once."""
+    schedule: str | None = None  # the framework's own word, such as `cosine`
+    optimizer: str | None = None  # the framework's own word, such as `adamw_torch`
+    micro_batch: int | None = None  # examples (in RL, responses) per device at once
     accumulation: int | None = None
     devices: int | None = None
-    group_size: int | None = None
-    """Responses to each prompt, in RL."""
-    global_batch: int | None = None
-    """Examples (in RL, prompts) per step, of a format that states it in place of micro-batches."""
+    group_size: int | None = None  # responses to each prompt, in RL
+    global_batch: int | None = None  # examples (in RL, prompts) per step, where it is stated in place of micro-batches
     steps: float | None = None
     epochs: float | None = None
     rank: int | None = None
@@ -59,22 +48,14 @@ class TrainingConfig:
     dropout: float | None = None
     rslora: bool = False
     dora: bool = False
-    lr_ratio: float | None = None
-    """The learning rate of B over that of A in LoRA+, where `lr` is that of A."""
-    variant: str | None = None
-    """An other variant or initialization, by its name in PEFT, such as `pissa`."""
-    unsloth: bool = False
-    """Whether unsloth loads the model, which makes the fused layers of Phi-3 separate ones."""
-    targets: tuple[str, ...] | None = None
-    """Names of modules with LoRA; `("all-linear",)` for all but the unembedding. Null if the framework's default."""
-    target_parameters: tuple[str, ...] = ()
-    """Names of parameters with LoRA that are no modules, such as fused experts."""
-    saved_modules: tuple[str, ...] = ()
-    """Modules that are trained whole beside LoRA."""
-    lines: Mapping[str, int] = field(default_factory=dict)
-    """Lines (from 1) where fields of this record are said, by field."""
-    findings: tuple[Finding, ...] = ()
-    """What the reader alone can see, such as a learning rate that YAML reads as text."""
+    lr_ratio: float | None = None  # the learning rate of B over that of A in LoRA+, where `lr` is that of A
+    variant: str | None = None  # an other variant or initialization, by its name in PEFT, such as `pissa`
+    unsloth: bool = False  # whether unsloth loads the model, which makes the fused layers of Phi-3 separate ones
+    targets: tuple[str, ...] | None = None  # modules with LoRA; `("all-linear",)` for all but the unembedding
+    target_parameters: tuple[str, ...] = ()  # names of parameters with LoRA that are no modules, such as fused experts
+    saved_modules: tuple[str, ...] = ()  # modules that are trained whole beside LoRA
+    lines: Mapping[str, int] = field(default_factory=dict)  # lines (from 1) where fields are said, by field
+    findings: tuple[Finding, ...] = ()  # what the reader alone can see, such as a learning rate that YAML reads as text
 
     def line(self, *names: str) -> int | None:
         """Return the line of the first of some fields that the file says."""
@@ -102,8 +83,7 @@ class TrainingConfig:
         # `pissa_niter_4` is PiSSA with an approximate decomposition.
         start = (self.variant or "").lower().partition("_niter_")[0]
         used: dict[Variant, bool] = {
-            # At rank 1 rsLoRA is LoRA.
-            "rslora": self.rslora and self.rank != 1,
+            "rslora": self.rslora and self.rank != 1,  # at rank 1 it is LoRA
             "lora_plus": (self.lr_ratio or 0.0) > 0 and self.lr_ratio != 1,
             "dora": self.dora,
             "pissa": start == "pissa",

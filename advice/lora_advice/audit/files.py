@@ -33,8 +33,7 @@ _SUFFIXES = {
     ".py": "python",
 }
 """The kinds of files."""
-LARGEST = 1_000_000
-"""Bytes; what is larger is data, not a configuration."""
+LARGEST = 1_000_000  # bytes; what is larger is data, not a configuration
 _SKIPPED = frozenset({"node_modules", "__pycache__", "site-packages", "venv"})
 
 
@@ -43,8 +42,7 @@ class NotRead:
     """A file that was not read."""
 
     path: str
-    reason: str
-    """A sentence in which the file is `it`."""
+    reason: str  # a sentence in which the file is `it`
 
 
 def read_paths(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -16,8 +15,7 @@ from lora_advice.audit.files import NotRead
 from lora_advice.finding import Finding, Level
 from lora_advice.formats import lr, printable
 
-FEW = 10
-"""Up to so many runs are shown in full."""
+FEW = 10  # up to so many runs are shown in full
 _TASKS = {"sft": "SFT", "rl": "RL", "preference": "preference training", "pretraining": "pretraining"}
 
 
@@ -28,20 +26,15 @@ class Report:
     configs: list[TrainingConfig]
     findings: list[Finding]
     not_read: list[NotRead]
-    counts: dict[Level, int]
-    """Number of findings by level."""
-    version: int = 3
-    """It is raised when a field changes its meaning or goes."""
+    counts: dict[Level, int]  # number of findings by level
+    version: int = 3  # it is raised when a field changes its meaning or goes
 
-    def lines(self, show_all: bool) -> Iterator[str]:
-        """Yield the text: runs with their findings, files that were not read, and counts; of many runs not all.
+    def lines(self, show_all: bool) -> list[str]:
+        """Return the text: runs with their findings, files that were not read, and counts; of many runs not all.
 
         What names of files and texts in them could tell a terminal, or GitHub's log, is written as an escape sequence.
         """
-        for line in self._lines(show_all or len(self.configs) <= FEW):
-            yield re.sub(r"^(\s*):(?=:)|#(?=#\[)", r"\1\\x3a", printable(line))
-
-    def _lines(self, full: bool) -> Iterator[str]:
+        full, lines = show_all or len(self.configs) <= FEW, list[str]()
         by_run = defaultdict[tuple[str, str], list[Finding]](list)
         for finding in self.findings:
             if full or finding.level != "note":
@@ -52,18 +45,18 @@ class Report:
             if not full and not findings:
                 hidden += 1
                 continue
-            yield heading(config)
+            lines.append(heading(config))
             for finding in findings:
                 line = f"line {finding.line}: " if finding.line is not None else ""
                 said = f"{line}{finding.message} [{finding.source}; {finding.sure}]"
-                yield f"  {finding.level} {finding.code}: {said}"
+                lines.append(f"  {finding.level} {finding.code}: {said}")
         if hidden:
-            yield f"{_count(hidden, 'more run')} without an error or a warning (--all shows them)"
-        for missing in self.not_read:
-            yield f"{missing.path}: not read: {missing.reason}"
+            lines.append(f"{_count(hidden, 'more run')} without an error or a warning (--all shows them)")
+        lines += [f"{missing.path}: not read: {missing.reason}" for missing in self.not_read]
         found = ", ".join(_count(number, level) for level, number in self.counts.items())
         unread = f", {_count(len(self.not_read), 'file')} not read" if self.not_read else ""
-        yield f"{_count(len(self.configs), 'run')}{unread}: {found}"
+        lines.append(f"{_count(len(self.configs), 'run')}{unread}: {found}")
+        return [re.sub(r"^(\s*):(?=:)|#(?=#\[)", r"\1\\x3a", printable(line)) for line in lines]
 
     def sarif(self) -> dict[str, Any]:
         """Return it as SARIF 2.1.0, which code hosts show beside the lines."""

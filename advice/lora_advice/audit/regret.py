@@ -27,14 +27,8 @@ import numpy as np
 from lora_advice.pooled_lr import Place as PooledPlace
 
 EVIDENCE = Path(__file__).parents[1] / "facts" / "lr_evidence.json"
-
-REACH = math.log(6)
-"""Curvatures are those up to this distance from the optimum, in ln LR."""
-
-NEAR = 4.0
-"""A width, batch size or length is near what was measured up to this factor."""
-
-
+REACH = math.log(6)  # curvatures are those up to this distance from the optimum, in ln LR
+NEAR = 4.0  # a width, batch size or length is near what was measured up to this factor
 # Values of equal probability that stand for a normal distribution, such as a curvature, and those for an optimum.
 _NORMAL = np.array([NormalDist().inv_cdf((part + 0.5) / 100) for part in range(100)])
 _PROBABILITIES = (np.arange(200) + 0.5) / 200
@@ -69,26 +63,16 @@ class Place(NamedTuple):
 class Verdict:
     """What a learning rate would cost."""
 
-    log_factor: float
-    """The natural logarithm of the LR over the recommended one."""
-    recommended: Interval
-    """The recommended LR at the run's own alpha and rank, with the ends of the optimum's 95% interval."""
-    outside_80: bool
-    """Whether the LR lies outside of the optimum's 80% interval."""
+    log_factor: float  # the natural logarithm of the LR over the recommended one
+    recommended: Interval  # the recommended LR at the run's own alpha and rank, with the optimum's 95% interval
+    outside_80: bool  # whether the LR lies outside of the optimum's 80% interval
     outside_95: bool
-    share: Interval
-    """The expected regret as a share of the gain. Its interval starts at 0 where the LR may be the optimum, and ends at
-    1 where it may diverge."""
-    loss: Interval
-    """The same in nats per token, in RL in accuracy; where the LR may diverge, the interval has no end."""
-    recommended_share: float
-    """The expected regret of the recommended LR as a share of the gain, since it may not be the optimum either."""
-    margin: float
-    """The smallest share of the gain that matters."""
-    p_margin: float
-    """The probability that the share is above the margin."""
-    may_diverge: bool
-    """Whether the LR may be above the optimum by more than REACH, from where on runs diverge."""
+    share: Interval  # the regret as a share of the gain; from 0 if the LR may be the optimum, to 1 if it may diverge
+    loss: Interval  # the same in nats per token, in RL in accuracy; where the LR may diverge, the interval has no end
+    recommended_share: float  # the share that the recommended LR loses, which may not be the optimum either
+    margin: float  # the smallest share of the gain that matters
+    p_margin: float  # the probability that the share is above the margin
+    may_diverge: bool  # whether the LR may be above the optimum by more than REACH, from where on runs diverge
 
 
 class LrEvidence:
@@ -97,8 +81,7 @@ class LrEvidence:
     def __init__(self, pooled: Mapping[str, Any]) -> None:
         """Take the content of the file of evidence, as `advice.benchmarks.audit_regret.evidence` makes it."""
         self._pooled = pooled
-        self.alpha_exponent = float(pooled["alpha_exponent"])
-        """The optimal LR of LoRA goes as alpha to this power."""
+        self.alpha_exponent = float(pooled["alpha_exponent"])  # the optimal LR of LoRA goes as alpha to this power
         self._optima: dict[tuple[Place, float], tuple[np.ndarray, float]] = {}
         self._curvatures = {
             (task, column): np.exp(log + spread * _NORMAL)

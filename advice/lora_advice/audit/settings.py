@@ -19,22 +19,14 @@ from lora_advice.variants import VARIANT_NAMES, lr_factor
 
 ALPHAS = (2.0, 512.0)
 """The optimal learning rate is measured here from alpha 8 to 128; beyond a further factor of 4 nothing is known."""
-
-SHORT = 100
-"""The paper gives another ratio of learning rates for runs of fewer steps."""
-
+SHORT = 100  # the paper gives another ratio of learning rates for runs of fewer steps
 LARGE_BATCH = 256
-
 ALPHA_EXPONENTS = (0.5, 0.75, 1.0)
 """The optimal LR goes as alpha to minus this: while A moves freely, the middle, and while A stands still."""
-
-FAR = 10.0
-"""The factor between two learning rates of the same setting from which one of them must be wrong."""
-
+FAR = 10.0  # the factor between two learning rates of the same setting from which one of them must be wrong
 _MOST, _FEW = 0.8, 0.05
 """The shares of steps kept in bf16 above which nothing is said, and below which little is learned."""
-_TYPICAL_WEIGHT = 0.02
-"""The standard deviation of the weights of large language models, roughly."""
+_TYPICAL_WEIGHT = 0.02  # the standard deviation of the weights of large language models, roughly
 
 
 def _moved(alpha: float, to: float) -> str:
@@ -94,24 +86,24 @@ def compare_runs(configs: Sequence[TrainingConfig]) -> list[Finding]:
     """Return LoRA runs with the learning rate of full fine-tuning, and like runs with rates a factor of ten apart."""
     findings = list[Finding]()
     full, alike = dict[Hashable, TrainingConfig](), defaultdict[Hashable, list[TrainingConfig]](list)
-    comparable = []
+    of_lora = list[tuple[TrainingConfig, Hashable]]()
     for config in configs:
         # Preference training is several tasks, such as DPO and reward models, with learning rates of their own.
         if config.lr and config.model and config.task in ("sft", "rl"):
             # A model's name without its owner and the folder that it is in.
             model = re.split(r"[/\\]", config.model.rstrip("/\\"))[-1].lower()
-            comparable.append((config, (config.format, model, config.task)))
-    for config, key in comparable:
-        if config.method == "fullft":
-            full.setdefault((*key, config.lr), config)
-        elif config.method == "lora":
-            settings = (config.batch_size, config.optimizer, config.rank, config.alpha, config.rslora, config.dora)
-            alike[*key, *settings, config.lr_ratio, config.variant].append(config)
-    for config, key in comparable:
-        other = full.get((*key, config.lr))
+            key = (config.format, model, config.task)
+            if config.method == "fullft":
+                full.setdefault((*key, config.lr), config)
+            elif config.method == "lora":
+                of_lora.append((config, (*key, config.lr)))
+                settings = (config.batch_size, config.optimizer, config.rank, config.alpha, config.rslora, config.dora)
+                alike[*key, *settings, config.lr_ratio, config.variant].append(config)
+    for config, same in of_lora:
+        other = full.get(same)
         # The best learning rate of some variants may be near that of full fine-tuning.
         moved = any(lr_factor(variant, config.rank).value != 1 for variant in config.variants)
-        if config.method == "lora" and other is not None and not moved:
+        if other is not None and not moved:
             values = {"level": "warning", "ratio": "14 times as high", "sure": "95% interval 3.2 to 61"}
             if config.task == "rl":
                 sure = "in reinforcement learning 2.6 and 43 were measured"

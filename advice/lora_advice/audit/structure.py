@@ -17,16 +17,11 @@ from pathlib import Path
 
 from lora_advice import formats
 from lora_advice.audit.config import TrainingConfig, say
+from lora_advice.audit.readers.options import frameworks
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
 from lora_advice.limits import matching
 from lora_advice.models import FUSED, Kind, ModelFacts, module_kind
-
-QUERIES_AND_VALUES = (
-    *("llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
-    *("opt", "gptj", "gpt_neo"),
-)
-"""The families of which PEFT adapts `q_proj` and `v_proj` where no targets are said."""
 
 # The frameworks that hand their targets to PEFT; the first two look for the names of all linear layers themselves.
 _OWN_NAMES = ("axolotl", "llamafactory")
@@ -57,25 +52,19 @@ def _rows(name: str) -> list[dict[str, str]]:
 class Adapted:
     """The layers with LoRA, by what a configuration says of them."""
 
-    names: frozenset[str]
-    """Last parts of names of modules; without those that `all_linear` stands for."""
-    kinds: frozenset[Kind | None]
-    """None stands for modules whose kind the name does not say."""
+    names: frozenset[str]  # last parts of names of modules; without those that `all_linear` stands for
+    kinds: frozenset[Kind | None]  # None stands for modules whose kind the name does not say
     all_linear: bool = False
-    by_default: bool = False
-    """Whether PEFT chooses them, since the file does not."""
+    by_default: bool = False  # whether PEFT chooses them, since the file does not
 
 
 def adapted(config: TrainingConfig, model: ModelFacts | None) -> Adapted | None:
-    """Return which layers have LoRA; None if there are none or unknown.
-
-    Raises:
-        UserError: a target is a regular expression that is not valid or takes too long.
-    """
+    """Return which layers have LoRA, None if none or unknown; a bad regular expression raises UserError."""
     if config.method != "lora":
         return None
     if config.targets is None:
-        if config.format == "trl" and model is not None and model.family in QUERIES_AND_VALUES:
+        families_of_two = frameworks()["peft"]["queries_and_values"]
+        if config.format == "trl" and model is not None and model.family in families_of_two:
             return Adapted(frozenset({"q_proj", "v_proj"}), frozenset({"attention"}), by_default=True)
         return None
     all_linear = "all-linear" in config.targets
@@ -124,11 +113,8 @@ def check_layers(config: TrainingConfig, model: ModelFacts | None) -> Iterator[F
         yield from [*_missed(config, model, lora), *fused]
     dense = model is None or not model.mixture
     if lora is not None and lora.kinds == {"attention"} and dense and not fused:
-        which = "attention alone"
-        if lora.names == {"q_proj", "v_proj"}:
-            which = "queries and values alone" + (
-                ", PEFT's default where no targets are said" if lora.by_default else ""
-            )
+        which = "queries and values alone" if lora.names == {"q_proj", "v_proj"} else "attention alone"
+        which += ", PEFT's default where no targets are said" if lora.by_default else ""
         yield say("attention-only", config.line("targets", "rank", "method"), which=which, names=listed(lora.names))
     if config.method == "lora":
         yield from _embeddings(config, model)

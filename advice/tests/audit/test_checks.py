@@ -2,39 +2,26 @@
 
 import csv
 import math
-import time
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 
 import pytest
 import yaml
 from lora_advice.audit import check_run, structure
 from lora_advice.audit.config import TrainingConfig, say
-from lora_advice.audit.settings import check_settings, compare_runs
+from lora_advice.audit.settings import compare_runs
 from lora_advice.models import facts
 
 PUBLISHED = Path(__file__).parents[3] / "paper_figures/published"
 CASES = yaml.safe_load(Path(__file__).with_name("checks.yaml").read_text(encoding="utf-8"))
-LLAMA = TrainingConfig(
-    path="a.yaml",
-    format="trl",
-    task="sft",
-    method="lora",
-    model="meta-llama/Llama-3.1-8B",
-    lr=2e-4,
-    rank=16,
-    alpha=32.0,
-    targets=("all-linear",),
-    lines={"targets": 7, "lr": 3},
-)
+LLAMA = TrainingConfig("a.yaml", "trl", task="sft", method="lora", model="meta-llama/Llama-3.1-8B", lr=2e-4, rank=16)
+LLAMA = replace(LLAMA, alpha=32.0, targets=("all-linear",), lines={"targets": 7, "lr": 3})
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def changed(changes):
-    return replace(
-        LLAMA, **{name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
-    )
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    return replace(LLAMA, **fields)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["about"])
@@ -47,17 +34,6 @@ def test_what_is_said_of_runs(case):
         for finding in findings
         if finding.code not in ("lr", "rl-lr", "lr-unknown")
     ] == case["says"]
-
-
-def test_a_regular_expression_that_would_take_years_is_one_sentence():
-    hostile = replace(LLAMA, targets=("q_proj", r"(\w+\.?)+!"))
-    started = time.monotonic()
-    (finding,) = structure.check_layers(hostile, None)
-    assert time.monotonic() - started < 20
-    assert (finding.code, finding.level, finding.line) == ("not-read", "warning", 7)
-    assert finding.message == (
-        r"the regular expression '(\\w+\\.?)+!': it takes more than 1 s to read, so the layers with LoRA are not known"
-    )
 
 
 def counted(run):
@@ -90,37 +66,6 @@ def test_measured_numbers_are_those_that_are_published():
     for preset, (of_e1, of_b9) in said.items():
         with (PUBLISHED / preset / "claims.csv").open() as file:
             claims = {row["claim_id"]: row for row in csv.DictReader(file)}
-        ends = {
-            name: [float(claims[name][column]) for column in ("estimate", "ci_low", "ci_high")] for name in ("E1", "B9")
-        }
-        assert of_e1.format(*ends["E1"]) in attention
-        assert of_b9.format(*ends["B9"]) in short
-
-
-def test_no_value_stops_the_checks():
-    values = {
-        "model": ("Qwen/Qwen3-30B-A3B", "meta-llama/Llama-3.2-1B", "x/0x0b", "a0b-0b", "", "\0", "a" * 5000, None),
-        "targets": ((), ("all-linear",), ("*bad(",), ("",), ("w1", "gate_proj"), ("lm_head", "q_proj"), None),
-        "target_parameters": ((), ("experts.gate_up_proj",), ("",)),
-        "rank": (0, -1, 10**9, None),
-        "alpha": (0.0, -1.0, 1e-300, math.inf, math.nan, None),
-        "lr": (0.0, -1.0, math.inf, math.nan, None),
-        "steps": (0.0, 1e-300, math.inf, math.nan, None),
-        "global_batch": (0, 10**9, None),
-        "rslora": (True, False),
-        "dora": (True, False),
-        "lr_ratio": (16.0, 0.0, -1.0, None),
-        "variant": ("pissa", "", "eva", None),
-        "method": ("lora", "fullft"),
-        "task": ("sft", "rl"),
-        "format": ("axolotl", "trl", "llamafactory", "torchtune"),
-    }
-    random = Random(1)
-    base = replace(LLAMA, epochs=1.0, saved_modules=("lm_head",))
-    odd = [replace(base, **{name: random.choice(options) for name, options in values.items()}) for _ in range(400)]
-    for config in odd:
-        # Those of learning rates read tables, and have tests of their own.
-        found = [*structure.check_layers(config, facts(config.model)), *check_settings(config)]
-        assert all(finding.message for finding in found)
-        compared = compare_runs([config, odd[0], replace(config, path="c.yaml", alpha=64.0)])
-        assert all(finding.message for finding in compared)
+        for claim, form, text in (("E1", of_e1, attention), ("B9", of_b9, short)):
+            ends = [float(claims[claim][column]) for column in ("estimate", "ci_low", "ci_high")]
+            assert form.format(*ends) in text

@@ -17,13 +17,7 @@ AXOLOTL = "base_model: org/model-8b\nadapter: lora\nlora_r: 8\nlearning_rate: 0.
 def test_yaml_has_the_line_of_each_key():
     data, lines = load("a: 1\nb:\n  - c: 2\n    d: [3, 4]\n  - &x {e: 5}\nf: *x\n")
     assert data == {"a": 1, "b": [{"c": 2, "d": [3, 4]}, {"e": 5}], "f": {"e": 5}}
-    assert {key: lines[key] for key in ("a", "b", "b.0.d", "b.1.e", "f")} == {
-        "a": 1,
-        "b": 2,
-        "b.0.d": 4,
-        "b.1.e": 5,
-        "f": 6,
-    }
+    assert [lines[key] for key in ("a", "b", "b.0.d", "b.1.e", "f")] == [1, 2, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -90,9 +84,6 @@ def test_a_named_file_that_is_not_understood_has_a_reason(tmp_path):
         file.write_text(text)
         _, _, (missing,) = read_paths([file], file_format)
         assert missing.reason.startswith(reason)
-
-
-def test_what_is_not_there_is_an_error(tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
         read_paths([tmp_path / "nothing"])
     with pytest.raises(UserError, match="--format keras: allowed: .*axolotl"):

@@ -2,11 +2,12 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 from lora_advice.errors import UserError
-from lora_advice.models import facts, module_kind, public_models
+from lora_advice.models import facts, look_up, module_kind, public_models
 
 
 def test_counted_parameters_are_the_published_ones() -> None:
@@ -35,11 +36,6 @@ def test_names_of_popular_models(name: str, family: str, width: int, billions: f
     assert model.parameters == pytest.approx(billions * 1e9, rel=0.01)
 
 
-def test_a_size_that_contradicts_the_name_is_believed() -> None:
-    tiny = facts("axolotl-ai-co/DeepSeek-V3-11M")
-    assert (tiny.family, tiny.parameters, tiny.source) == ("", 11_000_000, "the size in its name")
-
-
 def test_a_name_with_a_size_gives_an_estimate() -> None:
     model = facts("someone/My-Llama-v7-9B-chat")
     assert (model.family, model.parameters, model.sizes) == ("llama", 9_000_000_000, None)
@@ -48,6 +44,9 @@ def test_a_name_with_a_size_gives_an_estimate() -> None:
     mixture = facts("someone/Thing-100B-A10B")
     assert (mixture.mixture, mixture.fused_experts, mixture.experts) == (True, True, None)
     assert mixture.width < facts("someone/Thing-100B").width
+    # A size that contradicts a known name counts.
+    tiny = facts("axolotl-ai-co/DeepSeek-V3-11M")
+    assert (tiny.family, tiny.parameters, tiny.source) == ("", 11_000_000, "the size in its name")
 
 
 @pytest.mark.parametrize("name", ["./outputs/my-model", "x/model-4bit", "", f"x-{'9' * 5000}x7b", "x\0y"])
@@ -73,22 +72,28 @@ def test_kinds_of_modules() -> None:
     assert {module: module_kind(module) for module in kinds} == kinds
 
 
-def test_the_hub_is_asked_only_if_the_user_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_only_if_the_user_allows_it(monkeypatch, tmp_path) -> None:
     config = {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     requests = []
 
-    def look_up(name: str, file: str) -> str:
-        requests.append((name, file))
+    def download(name, file, etag_timeout):
+        requests.append(name)
         if name == "x/other-7b":
-            raise UserError("it is not there")
-        return json.dumps(config)
+            raise OSError("404 is what\nthe server said")
+        return str(tmp_path / file)
 
-    monkeypatch.setattr("lora_advice.models.look_up", look_up)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert facts("x/own-7b").width_error > 0
     assert requests == []
     asked = facts("x/own-7b", hub=True)
     assert (asked.width, asked.width_error, asked.source) == (96, 0.0, "its config.json on the hub")
     assert facts("x/other-7b", hub=True).width_error > 0
-    assert requests == [("x/own-7b", "config.json"), ("x/other-7b", "config.json")]
     # The table knows this one.
     assert facts("Qwen/Qwen3-8B", hub=True).width == 4096
+    assert requests == ["x/own-7b", "x/other-7b"]
+    with pytest.raises(UserError, match=r"^model x/other-7b can't be fetched from \S+: 404 is what$"):
+        look_up("x/other-7b", "config.json")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"needs the hub: pip install 'lora-advice\[hub\]'"):
+        look_up("x/own-7b", "config.json")

@@ -19,22 +19,11 @@ from typer.testing import CliRunner
 
 REPOSITORY = Path(__file__).parents[3]
 SCHEMA = REPOSITORY / "advice/docs/audit.schema.json"
-AXOLOTL = """
-base_model: org/model-8b
-load_in_4bit: true
-datasets:
-  - path: org/data
-adapter: qlora
-lora_r: 32
-lora_alpha: 16
-lora_target_linear: true
-peft_use_rslora: true
-micro_batch_size: 2
-gradient_accumulation_steps: 4
-num_epochs: 3
-lr_scheduler: cosine
-learning_rate: 2e-4
-"""
+AXOLOTL = (
+    "\nbase_model: org/model-8b\nload_in_4bit: true\ndatasets:\n  - path: org/data\nadapter: qlora\nlora_r: 32\n"
+    "lora_alpha: 16\nlora_target_linear: true\npeft_use_rslora: true\nmicro_batch_size: 2\n"
+    "gradient_accumulation_steps: 4\nnum_epochs: 3\nlr_scheduler: cosine\nlearning_rate: 2e-4\n"
+)
 
 
 def schema() -> str:
@@ -120,11 +109,9 @@ def test_sarif(folder):
 def test_a_named_file_that_is_not_read_ends_with_2_after_the_findings_of_the_others(folder):
     assert audit("bad.yml")[0] == 2
     status, printed = audit("wrong.yml", "bad.yml", "--sarif", "out.sarif")
-    assert (status, "error no-effect" in printed, "bad.yml: not read: it is not valid YAML" in printed) == (
-        2,
-        True,
-        True,
-    )
+    assert status == 2
+    assert "error no-effect" in printed
+    assert "bad.yml: not read: it is not valid YAML" in printed
     assert "no-effect" in (folder / "out.sarif").read_text()
     # A hook names all files.
     (folder / "other.yml").write_text("a: 1")
@@ -140,9 +127,8 @@ def test_names_and_texts_of_files_steer_neither_a_terminal_nor_a_log(folder):
     status, printed = audit(".", "--all", "--sarif", "out.sarif")
     assert status == 1
     assert all(line.isprintable() and not line.lstrip().startswith("::") for line in printed.splitlines())
-    assert [name in printed for name in ("a\\n::error::b.yml", "\\x3a:warning::c.yml", "f\\udcff.yml", "##[")] == [
-        *(True, True, True, False)
-    ]
+    assert all(name in printed for name in ("a\\n::error::b.yml", "\\x3a:warning::c.yml", "f\\udcff.yml"))
+    assert "##[" not in printed
     assert "f%FF.yml" in (folder / "out.sarif").read_text()
 
 

@@ -1,15 +1,12 @@
 """Files of each format are read as their frameworks read them; `cases.yaml` has them with the runs that they state."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import yaml
-from lora_advice.audit import check_run
 from lora_advice.audit.config import TrainingConfig
 from lora_advice.audit.files import READERS, recognizes
-from lora_advice.audit.output import Report
 from lora_advice.audit.readers import adapter
 from lora_advice.audit.readers.options import frameworks
 from lora_advice.audit.readers.shell import UNKNOWN, read_commands
@@ -50,27 +47,6 @@ def test_lines_are_those_of_the_options():
     text = "base_model: m\nadapter: lora\nlora_r: 8\nlora_target_linear: true\nlearning_rate: 1e-4\ndatasets: []\n"
     (config,) = READERS["axolotl"](Path("c.yml"), text)
     assert dict(config.lines) == {"model": 1, "method": 2, "rank": 3, "targets": 4, "lr": 5}
-
-
-@pytest.mark.parametrize("framework", ["axolotl", "llamafactory", "torchtune"])
-def test_odd_values_are_not_known_and_stop_nothing(framework):
-    """Each option in turn has a value of another type than the framework asks for."""
-    odd = (None, [], {"a": 1}, [[1]], 0, -1, True, "x", "${a}", float("nan"), 10**30)
-    case = next(case for case in CASES if case["format"] == framework)
-    data = yaml.safe_load(case["files"][case["file"]])
-    for key in data:
-        for value in odd:
-            changed = yaml.safe_dump(data | {key: value})
-            for config in READERS[framework](Path("c.yaml"), changed):
-                report = Report([config], check_run(config), [], {})
-                json.dumps(dataclasses.asdict(report), allow_nan=False)
-                assert list(report.lines(show_all=True))
-
-
-def test_files_of_others_are_left_to_their_readers():
-    evaluation = "model:\n  _component_: torchtune.models.llama2.llama2_7b\n"
-    assert not recognizes("torchtune", Path("evaluation.yaml"), evaluation)
-    assert not recognizes("trl", Path("a.yaml"), "model_name_or_path: m\nfinetuning_type: lora\n")
 
 
 def test_words_as_bash_makes_them() -> None:

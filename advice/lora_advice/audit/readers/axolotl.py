@@ -5,26 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig, say
-from lora_advice.audit.readers.options import (
-    Options,
-    at,
-    count,
-    flag,
-    frameworks,
-    names,
-    number,
-    read_yaml,
-    record,
-    text,
-)
+from lora_advice.audit.readers.options import Options, count, flag, frameworks, names, number, read_yaml, record, text
 from lora_advice.finding import Finding
 
 # With these, some of the weights are trained, whole.
 _PARTIAL = ("unfrozen_parameters", "lisa_n_layers", "spectrum_top_fraction")
-_TASKS: dict[str, Task] = {
-    **dict.fromkeys(("grpo", "gdpo", "ebft"), "rl"),
-    **dict.fromkeys(("dpo", "ipo", "orpo", "kto", "simpo"), "preference"),
-}
 
 
 def read(path: Path, content: str) -> list[TrainingConfig]:
@@ -64,18 +49,16 @@ def read(path: Path, content: str) -> list[TrainingConfig]:
     else:
         variant = "loftq" if options.has("peft.loftq_config") else "relora" if flag(options["relora"]) else None
     objective, datasets = text(options["rl"]), options["datasets"]
-    datasets = datasets if isinstance(datasets, list) else []
-    task: Task | None = "sft" if objective is None else _TASKS.get(objective)
+    kinds = [isinstance(part, dict) and part.get("type") for part in datasets] if isinstance(datasets, list) else []
+    task: Task | None = "sft" if objective is None else frameworks()["axolotl"]["tasks"].get(objective)
     if flag(options["reward_model"]):
         task = "preference"
     elif flag(options["process_reward_model"]):
         task = None
     elif objective is None and (
-        # Of plain texts, every token is scored.
-        options.has("pretraining_dataset")
-        or (datasets and all(at(dataset, "type") == "completion" for dataset in datasets))
+        options.has("pretraining_dataset") or (kinds and all(kind == "completion" for kind in kinds))
     ):
-        task = "pretraining"
+        task = "pretraining"  # of plain texts, every token is scored
     return [
         record(
             path,

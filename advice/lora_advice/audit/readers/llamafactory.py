@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_advice.audit.config import Method, Task, TrainingConfig
+from lora_advice.audit.config import Method, TrainingConfig
 from lora_advice.audit.readers.options import Options, count, flag, frameworks, names, number, read_yaml, record, text
 from lora_advice.audit.readers.shell import read_commands, read_flags
 from lora_advice.finding import Level
 
-_TASKS: dict[str, Task] = {
-    "pt": "pretraining",
-    "sft": "sft",
-    **dict.fromkeys(("rm", "dpo", "kto"), "preference"),
-    "ppo": "rl",
-}
-"""By the option `stage`."""
 _METHODS: dict[str, Method] = {"lora": "lora", "full": "fullft"}
 _TRAINING = ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "max_steps")
 """Options of which a file has none if it only writes the tokens of datasets into the folder `tokenized_path`."""
@@ -70,7 +63,7 @@ def _run(path: Path, options: Options, name: str) -> list[TrainingConfig]:
             findings=findings,
             name=name,
             lora=kind == "lora" and continued is None,
-            task=_TASKS.get(text(options["stage"]) or "sft"),
+            task=frameworks()["llamafactory"]["tasks"].get(text(options["stage"]) or "sft"),
             method=_METHODS.get(kind),
             bits=count(options["quantization_bit"]),
             rounded=bool(flag(options["pure_bf16"])) and not options.has("deepspeed"),

@@ -20,8 +20,7 @@ from lora_advice.audit.config import TrainingConfig, say
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
 
-LONGEST = 100_000
-"""Characters that references may make of a value."""
+LONGEST = 100_000  # characters that references may make of a value
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast, and not everywhere
 
@@ -37,20 +36,6 @@ _OmegaConfLoader.add_implicit_resolver(
 )
 
 _MOST_OPTIONS = 200_000
-
-_COUNT = (1, 1e9, "whole numbers")
-_NUMBERS = {
-    "lr": ("learning rate", 1e-20, 1000, "numbers"),
-    "micro_batch": ("batch size of a device", *_COUNT),
-    "accumulation": ("number of accumulated batches", *_COUNT),
-    "global_batch": ("batch size", *_COUNT),
-    "epochs": ("number of epochs", 1e-9, 1e9, "numbers"),
-    "rank": ("rank", *_COUNT),
-    # That alpha 0 has no effect is another finding.
-    "alpha": ("alpha", 0, 1e9, "numbers"),
-    "dropout": ("dropout", 0, 1, "numbers"),
-}
-"""What numbers may be in all frameworks, by the field of a record."""
 
 
 def load(text: str, *, as_omegaconf: bool = False) -> tuple[Any, dict[str, int]]:
@@ -99,11 +84,6 @@ def frameworks() -> dict[str, dict[str, Any]]:
     """Return the content of `frameworks.yaml`, which says what is in it."""
     frameworks: dict[str, dict[str, Any]] = load(Path(__file__).with_name("frameworks.yaml").read_text("utf-8"))[0]
     return frameworks
-
-
-def at(data: Any, key: str) -> Any:
-    """Return the value of a mapping at a key, or null of what is none."""
-    return data.get(key) if isinstance(data, Mapping) else None
 
 
 def number(value: Any) -> float | None:
@@ -203,8 +183,7 @@ class Options:
 def read_yaml(content: str, *, as_omegaconf: bool = False) -> Options:
     """Return the options of a YAML file by dotted name, in which a list is a value.
 
-    As OmegaConf does, `2e-4` is a number, and references such as `${base.dir}` become the values that they name. A file
-    that is no mapping, or has too many options, such as by aliases of aliases, raises UserError.
+    As OmegaConf does, `2e-4` is a number, and references such as `${base.dir}` become the values that they name.
     """
     data, lines = load(content, as_omegaconf=as_omegaconf)
     if not isinstance(data, dict):
@@ -265,7 +244,7 @@ def record(
     if fields.get("method") != "lora":
         unused |= _LORA_FIELDS
     wrong = list[Finding]()
-    for field, (noun, low, high, kind) in _NUMBERS.items():
+    for field, (noun, low, high, kind) in frameworks()["all"]["numbers"].items():
         value = options[keys.get(field, "")]
         if field in unused or isinstance(value, bool):
             continue

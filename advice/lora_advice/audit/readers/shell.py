@@ -16,10 +16,8 @@ from typing import NamedTuple
 
 from lora_advice.audit.readers.options import Options
 
-UNKNOWN = "\0"
-"""Stands in a word for the part that only the running script knows."""
-_LONGEST = 10_000
-"""Characters of a variable, since one that holds itself several times grows exponentially."""
+UNKNOWN = "\0"  # stands in a word for the part that only the running script knows
+_LONGEST = 10_000  # characters of a variable, since one that holds itself several times grows exponentially
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _HEREDOC = re.compile(
@@ -41,11 +39,8 @@ _TOKEN = re.compile(
 _PART = re.compile(rf"\\.|{_DOUBLE}|'[^']*'|{_PLACE}", re.DOTALL)
 _PARAMETER = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)(?:\[[@*]\])?(?::?[-=](.*))?\})", re.DOTALL)
 _OVERRIDE = re.compile(r"[+]{0,2}([A-Za-z_][\w@/-]*(?:\.[\w@/-]+)*)=(.*)", re.DOTALL)
-_OPENING, _BETWEEN, _CLOSING = (
-    ("if", "for", "while", "until", "case", "select"),
-    ("else", "elif"),
-    ("fi", "done", "esac"),
-)
+_OPENING, _CLOSING = ("if", "for", "while", "until", "case", "select"), ("fi", "done", "esac")
+_BETWEEN = ("else", "elif")
 _PREFIXES = ("then", "do", "{", "!", "time", "exec", "nohup", "sudo")
 
 
@@ -65,10 +60,7 @@ def _known(text: str) -> str | None:
 
 
 def find_file(path: Path, said: str) -> Path | None:
-    """Return a file that a script names, from the folder of the script or one above it.
-
-    A first folder that is not known, such as `$ROOT`, counts as one of these.
-    """
+    """Return a file that a script names, from its folder or one above it, as which an unknown first folder counts."""
     said = said.removeprefix(f"{UNKNOWN}/")
     if not said or UNKNOWN in said:
         return None
@@ -107,9 +99,9 @@ def read_overrides(words: Sequence[Word]) -> Options:
 
 
 def read_commands(text: str, known: Mapping[str, str] | None = None) -> list[list[Word]]:
-    """Return the words of every command that a script names, in order, without redirections and comments.
+    """Return the words of every command of a script, without redirections; `known` are variables from outside.
 
-    `known` are variables from outside; an array is held as its words in quotes.
+    An array is held as its words in quotes.
     """
     text = _HEREDOC.sub(lambda match: match[2] + "\n" * (1 + match[3].count("\n")), text).replace("\\\n", " \v")
     commands, words, depth, line, variables = list[list[Word]](), list[Word](), 0, 1, dict(known or {})

@@ -5,7 +5,6 @@ said has the default of the class, and no line. Of another program, and of a YAM
 options, what is not said is not known. LoRA is off in TRL's own programs and in a YAML file unless `use_peft` is on.
 
 TRL makes a number of a learning rate that YAML reads as text, such as `2e-4`, so `lr-text` is not found here.
-transformers' own `parse_yaml_file` keeps the text, and torch's optimizer then stops with a TypeError.
 """
 
 from __future__ import annotations
@@ -28,16 +27,6 @@ _COMMANDS = ("sft", "grpo", "dpo", "kto", "reward", "rloo", "distillation")
 _TRAINING = ("learning_rate", "per_device_train_batch_size", "use_peft", "lora_r", "num_train_epochs", "max_steps")
 """A command of an other program than TRL's own is a training run if it has one of these."""
 _OTHER_FRAMEWORKS = ("finetuning_type", "stage", "base_model", "cutoff_len", "template")
-_TASK_OPTIONS: tuple[tuple[Task, tuple[str, ...]], ...] = (
-    ("rl", ("num_generations", "reward_funcs", "reward_weights")),
-    ("sft", ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field")),
-)
-"""Options that only one task has."""
-_TASKS: tuple[tuple[Task, tuple[str, ...]], ...] = (
-    ("rl", ("grpo", "rloo", "ppo", "gspo", "gmpo", "xpo", "nash", "nashmd", "online", "onlinedpo")),
-    ("preference", ("dpo", "kto", "cpo", "orpo", "bco", "tpo", "mpo", "reward", "prm")),
-    ("sft", ("sft",)),
-)
 
 
 @dataclass(frozen=True)
@@ -53,11 +42,6 @@ class _Call:
         """The last name of what is called."""
         return self.function.rpartition(".")[2]
 
-    def first(self, *names: str) -> ast.expr | None:
-        """Return the argument of one of some names, or the first without a name."""
-        unnamed = self.node.args[0] if self.node.args else None
-        return next((self.arguments[name] for name in names if name in self.arguments), unnamed)
-
 
 def read(path: Path, content: str) -> list[TrainingConfig]:
     """Return the runs that a file states."""
@@ -67,7 +51,8 @@ def read(path: Path, content: str) -> list[TrainingConfig]:
         options = read_yaml(content)
         task, _ = _task_of(path.stem, *(parent.name for parent in path.absolute().parents[:2]))
         if task is None:
-            task = next((task for task, names in _TASK_OPTIONS if any(name in options for name in names)), None)
+            own = frameworks()["trl"]["task_options"].items()
+            task = next((task for task, names in own if any(name in options for name in names)), None)
         return [_config(path, "", options, task, "yaml")]
     configs, before = list[TrainingConfig](), None
     for words in read_commands(content):
@@ -94,7 +79,10 @@ def _from_command(path: Path, words: list[Word]) -> TrainingConfig | None:
         if start >= 0:
             break
     launcher, said = read_flags(words[:start]), read_flags(words[start + 1 :])
-    options = _named_file(path, said["config"])
+    options, file = Options(), find_file(path, text(said["config"]) or "")
+    if file is not None:
+        with suppress(UserError):  # it is no such file
+            options.values = read_yaml(file.read_text(encoding="utf-8", errors="replace")).values
     options.values |= said.values
     options.lines |= said.lines
     trained = texts[start - 1] in ("trl", "-m") or any(name in options for name in _TRAINING)
@@ -106,15 +94,6 @@ def _from_command(path: Path, words: list[Word]) -> TrainingConfig | None:
             # A variable that is not known may hold any options.
             options.fill({"use_peft": None})
     return _config(path, f"line {words[0].line}", options, _task_of(name)[0], "command" if own else "script", name)
-
-
-def _named_file(path: Path, said: object) -> Options:
-    """Return the options of another file that a command names, without lines; none if it is no such file."""
-    file = find_file(path, text(said) or "")
-    if file is not None:
-        with suppress(UserError):
-            return Options(read_yaml(file.read_text(encoding="utf-8", errors="replace")).values)
-    return Options()
 
 
 def _config(path: Path, name: str, options: Options, task: Task | None, kind: str, program: str = "") -> TrainingConfig:
@@ -165,7 +144,7 @@ def _task_of(*names: str) -> tuple[Task | None, str]:
     for name in names:
         class_name = re.sub(r"(Config|Trainer)$", "", name)
         words = re.split(r"[^a-z]+", class_name.lower())
-        for task, known in _TASKS:
+        for task, known in frameworks()["trl"]["tasks"].items():
             for word in known:
                 if word in words or (class_name != name and words[-1].endswith(word)):
                     return task, word
@@ -238,7 +217,10 @@ def _from_python(path: Path, content: str) -> list[TrainingConfig]:
     ]
     loaders = [call for call in calls if call.name == "from_pretrained" and "Model" in call.function]
     names_of_model = ("pretrained_model_name_or_path", "model_name", "model")
-    models = {text(literal(call.first(*names_of_model))) for call in loaders or trainers}
+    models = set()
+    for call in loaders or trainers:
+        named = [call.arguments[name] for name in names_of_model if name in call.arguments]
+        models.add(text(literal(next(iter([*named, *call.node.args]), None))))
     makers = ("get_peft_model", "add_adapter")
     loras = [call for call in calls if call.name == "LoraConfig" or (call.name in makers and "r" in call.arguments)]
     given = [value for call in trainers for name, value in call.arguments.items() if name in ("peft_config", "**")]
