@@ -225,16 +225,3 @@ def wait_for(path: Path, is_running: Callable[[], bool]) -> None:
 def command(job_id: str, *options: str) -> list[str]:
     """Return the command that trains a job, or a sweep by its id, of the preset `mine.yaml`."""
     return [sys.executable, "-m", "lorabench.cli", "step", "train", job_id, "--preset", "mine.yaml", *options]
-
-
-def in_two_processes(module: str, *arguments: object) -> None:
-    """Run a module of the tests by torchrun."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "-m", module, *map(str, arguments)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr

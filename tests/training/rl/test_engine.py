@@ -45,18 +45,24 @@ def needs_vllm(test):
 
 
 @pytest.fixture
-def settings(raw_rl_preset, write_preset):
-    """Return a function that gives the settings of the engine in full fine-tuning, or in LoRA of a rank."""
-    raw_rl_preset["experiments"]["rl_arithmetic"][0]["ranks"] = {"all": [1]}
-    raw_rl_preset["execution"] |= {"threads": 2, "sampler": "vllm"}
-    layout = Layout.of(write_preset(raw_rl_preset))
-    plan = make_plan(layout.preset)
+def context_of(raw_rl_preset, write_preset):
+    """Return a function that gives the context of full fine-tuning, or of LoRA of a rank."""
+    raw_rl_preset["experiments"]["rl_arithmetic"][0]["ranks"] = {"all": [1, 2], "attn": [4]}
 
-    def settings_of(rank: int | None = None) -> EngineSettings:
+    def context(rank: int | None = None, **execution) -> SweepContext:
+        raw_rl_preset["execution"] = {"gflops": 1.0, "threads": 2, "sampler": "vllm"} | execution
+        layout = Layout.of(write_preset(raw_rl_preset))
+        plan = make_plan(layout.preset)
         sweep = next(sweep for sweep in plan.sweeps if sweep.condition.rank == rank)
-        return engine_settings(SweepContext(plan, sweep, layout, machine()), 256, rank is None)
+        return SweepContext(plan, sweep, layout, machine())
 
-    return settings_of
+    return context
+
+
+@pytest.fixture
+def settings(context_of):
+    """Return a function that gives the settings of the engine in full fine-tuning, or in LoRA of a rank."""
+    return lambda rank=None: engine_settings(context_of(rank), 256, rank is None)
 
 
 @pytest.fixture(scope="module")
@@ -208,18 +214,7 @@ def test_a_process_ends_when_its_trainer_was_killed(tmp_path):
     raise AssertionError("the process lives on")
 
 
-def test_the_engine_has_the_options_that_the_plan_counts(tmp_path, monkeypatch, raw_rl_preset):
-    monkeypatch.chdir(tmp_path)
-    raw_rl_preset["experiments"]["rl_arithmetic"][0]["ranks"] = {"all": [2, 8], "attn": [4]}
-
-    def context_of(rank: int | None = None, **execution) -> SweepContext:
-        execution = {"gflops": 1.0, "sampler": "vllm"} | execution
-        Path("mine.yaml").write_text(yaml.safe_dump(raw_rl_preset | {"execution": execution}))
-        layout = Layout.of("mine.yaml")
-        plan = make_plan(layout.preset)
-        sweep = next(sweep for sweep in plan.sweeps if sweep.condition.rank == rank)
-        return SweepContext(plan, sweep, layout, machine())
-
+def test_the_engine_has_the_options_that_the_plan_counts(context_of):
     context = context_of(2, gpu="A10", max_cache_tokens=400)
     preset, condition = context.plan.preset, context.sweep.condition
     options = engine_settings(context, 100, False).options
