@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -155,11 +154,8 @@ def ready(tmp_path, raw_preset, monkeypatch, built):
     """Return a function that prepares a preset's data in a new working directory and returns its plan and layout."""
 
     def make(name, execution=None, ranks=(4,), **lrs):
-        raw_preset["experiments"]["rank"][0] |= {
-            "ranks": {"all": list(ranks)},
-            "lrs": {"fullft": [1e-3], "lora": [1e-3]} | lrs,
-            "steps": 5,
-        }
+        [[block]] = raw_preset["experiments"].values()
+        block |= {"ranks": {"all": list(ranks)}, "lrs": {"fullft": [1e-3], "lora": [1e-3]} | lrs, "steps": 5}
         raw_preset["datasets"]["instruct"] = INSTRUCT
         raw_preset["execution"] |= execution or {}
         (tmp_path / name).mkdir()
@@ -211,15 +207,6 @@ def trained(plan, layout, method, processes=1):
         assert done.returncode == 0, done.stderr
         lines = done.stderr.splitlines()
     return pq.read_table(layout.job(Job((sweep,)))).to_pandas(), lines
-
-
-def wait_for(path: Path, is_running: Callable[[], bool]) -> None:
-    """Wait until a training process has written a file."""
-    deadline = time.monotonic() + 240
-    while not path.exists():
-        assert is_running(), "the sweep ended before it could be interrupted"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def command(job_id: str, *options: str) -> list[str]:

@@ -35,7 +35,6 @@ from .conftest import (
     sweep_of,
     train,
     trained,
-    wait_for,
     write_tied,
 )
 
@@ -196,7 +195,9 @@ def test_processes_that_get_a_signal_save_together_and_go_on(ready):
     sweep = sweep_of(plan, "lora")
     process = subprocess.Popen(command(sweep.sweep_id, "--processes", "2"), stderr=subprocess.PIPE, text=True)
     run = sweep.grid()[0]
-    wait_for(layout.progress(run), lambda: process.poll() is None)
+    while not layout.progress(run).exists():
+        assert process.poll() is None, "the sweep ended before it could be interrupted"
+        time.sleep(0.002)
     # As Slurm does, to all processes and several times; the launcher passes the signal on as well.
     for _ in range(4):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -11,11 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from peft import PeftModel
+from safetensors.torch import load_file
 
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.errors import UserError
-from lorabench.models.base import load_model
 from lorabench.models.specs import shipped_folder
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
@@ -26,7 +25,6 @@ from lorabench.training.rl.loop import evaluate
 from lorabench.training.rl.sampler import sample
 
 from ..conftest import command
-from .conftest import TINY
 
 
 def prepare(raw: dict):
@@ -36,12 +34,6 @@ def prepare(raw: dict):
     for name, spec in layout.preset.problems.items():
         write_problems(make_problems(spec), layout.dataset(name))
     return make_plan(layout.preset), layout
-
-
-def learned_layers(weights: Path) -> list[str]:
-    """Return the LoRA layers of an adapter whose B is not zero."""
-    model = PeftModel.from_pretrained(load_model(TINY), weights)
-    return [name for name, p in model.named_parameters() if ".lora_B." in name and p.abs().max() > 0]
 
 
 @pytest.mark.slow
@@ -150,5 +142,6 @@ def test_two_processes_sample_and_learn_as_one(tmp_path, raw_rl_preset, monkeypa
                 assert ours[place] == pytest.approx(value, rel=1e-4), place
             else:
                 assert ours[place] == value, place
-        weights = layout.runs / run_id / "weights"
-        assert learned_layers(weights) if run["method"] == "lora" else (weights / "model.safetensors").is_file()
+        file = "adapter_model" if run["method"] == "lora" else "model"
+        saved = load_file(layout.runs / run_id / f"weights/{file}.safetensors")
+        assert any(weight.any() for name, weight in saved.items() if "lora_A" not in name)
