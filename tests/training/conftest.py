@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -196,17 +195,10 @@ def sweep_of(plan, method: str):
     return next(sweep for sweep in plan.sweeps if sweep.condition.method == method)
 
 
-def trained(plan, layout, method, processes=1):
-    """Train the sweep of one method, here or in several processes; return its rows and the reported lines."""
-    sweep, lines = sweep_of(plan, method), []
-    if processes == 1:
-        run_job(plan, Job((sweep,)), layout, lines.append)
-    else:
-        together = command(sweep.sweep_id, "--processes", str(processes))
-        done = subprocess.run(together, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        lines = done.stderr.splitlines()
-    return pq.read_table(layout.job(Job((sweep,)))).to_pandas(), lines
+def trained(plan, layout, *sweeps):
+    """Train sweeps as one job and return its rows."""
+    run_job(plan, Job(sweeps), layout, lambda line: None)
+    return pq.read_table(layout.job(Job(sweeps))).to_pandas()
 
 
 def command(job_id: str, *options: str) -> list[str]:

@@ -149,8 +149,7 @@ def test_changes_of_the_code_that_are_no_utf_8_are_kept_byte_for_byte(tmp_path, 
     for arguments in (("init", "-q"), ("add", "."), (*who, "commit", "-q", "-m", "first")):
         subprocess.run(["git", "-C", str(repository), *arguments], check=True)
     clean = context.code_state(patches)
-    assert clean["git_sha"]
-    assert clean["git_dirty_patch"] is None
+    assert (bool(clean["git_sha"]), clean["git_dirty_patch"]) == (True, None)
     file.write_bytes("größer\r\n".encode("latin-1"))
     state = context.code_state(patches)
     assert state["git_sha"] == clean["git_sha"]

@@ -73,8 +73,8 @@ def test_a_sweep_starts_each_run_from_the_base_as_it_was(method, raw_preset, rea
     [block] = raw_preset["experiments"].pop("rank")
     raw_preset["experiments"]["variants"] = [block | {"variants": [method], "seeds": 1}]
     plan, layout = ready("here", {"keep_weights": "all"}, ranks=(RANK,), fullft=[], lora=[1e-3, 2e-3])
-    trained(plan, layout, method)
     [sweep] = plan.sweeps
+    trained(plan, layout, sweep)
     for run in sweep.grid():
         folder = RunFolder(layout.runs, run.run_id)
         record = folder.read_record()
