@@ -1,4 +1,4 @@
-"""Attention in blocks equals the formula and PyTorch's kernel, also in models of several families."""
+"""Attention in blocks equals the formula, also with a cache; tests/models/test_passes.py compares whole models."""
 
 from __future__ import annotations
 
@@ -68,29 +68,6 @@ def calls(monkeypatch):
     real = attention.causal_attention
     monkeypatch.setattr(attention, "causal_attention", lambda *given: lengths.append(given[0].shape[2]) or real(*given))
     return lengths
-
-
-def loss_and_gradient(model, ids, **given):
-    model.zero_grad()
-    logits = model(ids[:, :-1], use_cache=False, **given).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize("name", ["moe-128", "gemma"])
-def test_models_have_the_loss_and_gradients_of_pytorchs_kernel(name, calls):
-    model = base_of(name)
-    ids = torch.randint(3, 1000, (2, 190), generator=torch.Generator().manual_seed(0))
-    loss, own = loss_and_gradient(model, ids)
-    assert calls == [189] * model.config.num_hidden_layers
-    model.set_attn_implementation("sdpa")
-    expected, theirs = loss_and_gradient(model, ids)
-    assert len(calls) == model.config.num_hidden_layers
-    assert_close(loss, expected, rtol=1e-6, atol=0)
-    largest = max(gradient.norm() for gradient in theirs.values())
-    for key, gradient in theirs.items():
-        assert (own[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * largest, key
 
 
 def test_what_is_not_plain_stays_with_pytorch(calls):

@@ -1,23 +1,27 @@
-"""The last MLP computes fewer tokens, with the same losses and gradients as transformers' own loss."""
+"""Attention in blocks and a last MLP of fewer tokens have the losses and gradients of transformers and PyTorch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.testing import assert_close
 
+from lorabench.models.attention import attend_in_blocks
 from lorabench.models.passes import computing_only, recompute_activations
 from lorabench.training.loss import IGNORED, Batch, add_gradient
 
 from ..training.conftest import base_of
 
+WIDTH = 190
+
 
 def batch_of(scored: int) -> Batch:
-    """Return two rows of 40 tokens, of which the first has `scored` scored ones and the second has one less."""
-    ids = torch.randint(3, 1000, (2, 41), generator=torch.Generator().manual_seed(0))
-    targets = torch.full((2, 40), IGNORED)
-    targets[0, 10 : 10 + scored] = ids[0, 11 : 11 + scored]
-    targets[1, 40 - (scored - 1) :] = ids[1, 41 - (scored - 1) :]
+    """Return two rows of tokens, of which the first has `scored` scored ones and the second has one less."""
+    ids = torch.randint(3, 1000, (2, WIDTH + 1), generator=torch.Generator().manual_seed(0))
+    targets = ids[:, 1:].clone()
+    targets[0, :10] = targets[0, 10 + scored :] = IGNORED
+    targets[1, : WIDTH - (scored - 1)] = IGNORED
     return Batch(ids[:, :-1], targets)
 
 
@@ -25,20 +29,15 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def by_transformers(model, batch):
-    """Return loss and gradients of the full forward pass with all logits."""
-    model.zero_grad()
-    logits = model(batch.inputs, use_cache=False).logits
-    targets = batch.targets.flatten()
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
-    loss.backward()
-    return loss.detach(), gradients(model)
-
-
 @pytest.mark.parametrize("name", ["moe-128", "gemma"])
 def test_loss_and_gradients_are_those_of_all_tokens(name):
     model, batch = base_of(name), batch_of(7)
-    expected, theirs = by_transformers(model, batch)
+    model.set_attn_implementation("sdpa")
+    logits = model(batch.inputs, use_cache=False).logits.flatten(0, 1)
+    expected = functional.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    expected.backward()
+    theirs = gradients(model)
+    attend_in_blocks(model)
     for prepare in (lambda model: None, recompute_activations):
         model.zero_grad()
         prepare(model)
@@ -58,14 +57,14 @@ def test_the_last_mlp_has_the_scored_tokens_in_front_of_it_and_otherwise_the_mod
     for layer in model.get_decoder().layers:
         layer.mlp.down_proj.register_forward_hook(lambda _, given, result: rows.append(given[0].shape[:-1].numel()))
     add_gradient(model, batch, 1, None, None)
-    assert rows == [80, 80, 7 + 6]
+    assert rows == [2 * WIDTH, 2 * WIDTH, 7 + 6]
     # Outside the context, also after an error, and without a scored token the model's own forward pass is back.
     with pytest.raises(KeyError), computing_only(model, torch.tensor([3])):
         raise KeyError(last.mlp.forward == own)
     assert last.mlp.forward == own
     with computing_only(model, torch.zeros(0, dtype=torch.long)):
         model(batch.inputs)
-    assert rows[3:] == [80] * 3
+    assert rows[3:] == [2 * WIDTH] * 3
     # The same holds for a model whose layers have no MLP of this name.
     last.feed_forward = last.mlp
     del last.mlp

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -155,11 +153,8 @@ def ready(tmp_path, raw_preset, monkeypatch, built):
     """Return a function that prepares a preset's data in a new working directory and returns its plan and layout."""
 
     def make(name, execution=None, ranks=(4,), **lrs):
-        raw_preset["experiments"]["rank"][0] |= {
-            "ranks": {"all": list(ranks)},
-            "lrs": {"fullft": [1e-3], "lora": [1e-3]} | lrs,
-            "steps": 5,
-        }
+        [[block]] = raw_preset["experiments"].values()
+        block |= {"ranks": {"all": list(ranks)}, "lrs": {"fullft": [1e-3], "lora": [1e-3]} | lrs, "steps": 5}
         raw_preset["datasets"]["instruct"] = INSTRUCT
         raw_preset["execution"] |= execution or {}
         (tmp_path / name).mkdir()
@@ -200,41 +195,12 @@ def sweep_of(plan, method: str):
     return next(sweep for sweep in plan.sweeps if sweep.condition.method == method)
 
 
-def trained(plan, layout, method, processes=1):
-    """Train the sweep of one method, here or in several processes; return its rows and the reported lines."""
-    sweep, lines = sweep_of(plan, method), []
-    if processes == 1:
-        run_job(plan, Job((sweep,)), layout, lines.append)
-    else:
-        together = command(sweep.sweep_id, "--processes", str(processes))
-        done = subprocess.run(together, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        lines = done.stderr.splitlines()
-    return pq.read_table(layout.job(Job((sweep,)))).to_pandas(), lines
-
-
-def wait_for(path: Path, is_running: Callable[[], bool]) -> None:
-    """Wait until a training process has written a file."""
-    deadline = time.monotonic() + 240
-    while not path.exists():
-        assert is_running(), "the sweep ended before it could be interrupted"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+def trained(plan, layout, *sweeps):
+    """Train sweeps as one job and return its rows."""
+    run_job(plan, Job(sweeps), layout, lambda line: None)
+    return pq.read_table(layout.job(Job(sweeps))).to_pandas()
 
 
 def command(job_id: str, *options: str) -> list[str]:
     """Return the command that trains a job, or a sweep by its id, of the preset `mine.yaml`."""
     return [sys.executable, "-m", "lorabench.cli", "step", "train", job_id, "--preset", "mine.yaml", *options]
-
-
-def in_two_processes(module: str, *arguments: object) -> None:
-    """Run a module of the tests by torchrun."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "-m", module, *map(str, arguments)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Two processes give the losses, gradient norms, measures and results of one, also after an interruption.
+"""Two processes give the losses, gradient norms, measures and results of one, also after an interruption or a signal.
 
 This module is also the program that runs in each process: `torchrun ... -m tests.training.test_distributed DATA OUT`.
 """
@@ -6,7 +6,11 @@ This module is also the program that runs in each process: `torchrun ... -m test
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +25,17 @@ from lorabench.config.inputs import PathModel, TinyModel
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, join, leave, local_part
 from lorabench.training.loss import MAX_LOGITS
 
-from .conftest import BrokenError, breaking_at, condition_of, in_two_processes, splits_of, train, write_tied
+from ..conftest import REPOSITORY
+from .conftest import (
+    BrokenError,
+    breaking_at,
+    command,
+    condition_of,
+    splits_of,
+    sweep_of,
+    train,
+    write_tied,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -118,7 +132,10 @@ def several(tmp_path_factory, data_folder):
     write_tied(out / "tied")
     for name in CASES:
         (out / name).mkdir()
-    in_two_processes("tests.training.test_distributed", data_folder, out)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = [*launcher, "-m", "tests.training.test_distributed", str(data_folder), str(out)]
+    done = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     return out
 
 
@@ -157,6 +174,44 @@ def test_two_processes_give_the_numbers_of_one(name, several, data, tmp_path, ca
         # Another number of processes starts again.
         run_case(case, data, several, several / name / "broken")
         assert "starts again from step 1: checkpoint " in caplog.text
+
+
+def test_an_error_ends_all_processes_and_is_shown_once(ready):
+    plan, layout = ready("broken")
+    # Both processes find the error when they read the tokens.
+    layout.dataset("instruct").write_bytes(layout.dataset("instruct").read_bytes() + b" ")
+    together = command(sweep_of(plan, "lora").sweep_id, "--processes", "2")
+    done = subprocess.run(together, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("lorabench:")]
+    assert len(errors) == 1
+    assert "token cache" in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_processes_that_get_a_signal_save_together_and_go_on(ready):
+    plan, layout = ready("stopped", {"checkpoint_minutes": 1000, "keep_weights": "all"})
+    sweep = sweep_of(plan, "lora")
+    process = subprocess.Popen(command(sweep.sweep_id, "--processes", "2"), stderr=subprocess.PIPE, text=True)
+    run = sweep.grid()[0]
+    while not layout.progress(run).exists():
+        assert process.poll() is None, "the sweep ended before it could be interrupted"
+        time.sleep(0.002)
+    # As Slurm does, to all processes and several times; the launcher passes the signal on as well.
+    for _ in range(4):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (*map(int, children), process.pid):
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.2)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    errors = [line for line in said.splitlines() if line.startswith("lorabench:")]
+    assert errors == ["lorabench: stopped by SIGTERM; what was done is kept, the same command goes on from there"]
+    assert "Traceback" not in said
+    assert len(list(layout.runs.glob("*.partial/checkpoint.*1-of-2.safetensors"))) == 1
+    assert not layout.lock(run).exists()
+    again = subprocess.run(process.args, capture_output=True, text=True, check=True)
+    assert again.stderr.count("goes on after step") == 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The loss is that of transformers, also in pieces, whose logits are never all in memory; micro-batches cost least."""
+"""The loss is that of transformers; micro-batches cost least; curves on few examples."""
 
 from __future__ import annotations
 
@@ -7,108 +7,26 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lorabench.config.experiments import Protocol
-from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
-from lorabench.models.lora import add_lora, use_fast_products
-from lorabench.models.passes import trained_parameters
 from lorabench.training.loss import (
-    IGNORED,
     MAX_LOGITS,
-    Batch,
-    _nlls,
-    add_gradient,
     check_plain_head,
-    collate,
     example_nlls,
     mean_nll,
     micro_batches,
-    of_tokens,
     scored_by_example,
 )
 from lorabench.training.run import Machine
-from lorabench.training.sft import ValidationCurve, curve_steps
-from lorabench.training.step_cost import NewStorages
+from lorabench.training.sft import curve_steps
 
 from .conftest import TINY, condition_of, series, train
 
 CPU = torch.device("cpu")
-VOCABULARY = 96
-
-
-def tiny(method, tied, vocabulary=VOCABULARY):
-    """Return a model of one layer; B of LoRA is not zero, so that LoRA on the unembedding has an effect."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tied, num_key_value_heads=1, head_dim=8, **sizes)
-    model = AutoModelForCausalLM.from_config(config).train()
-    if method == "lora":
-        model = add_lora(model, 4, "all", 32.0, True, seed=0)
-        use_fast_products(model)
-        with torch.no_grad():
-            for parameter in trained_parameters(model).values():
-                parameter.normal_(std=0.1)
-    return model
-
-
-def batch_of(rows, width, share, seed=0, vocabulary=VOCABULARY):
-    """Return random tokens, of which about `share` are scored."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs, targets = (torch.randint(vocabulary, (rows, width), generator=generator) for _ in range(2))
-    return Batch(inputs, targets.masked_fill(torch.rand((rows, width), generator=generator) > share, IGNORED))
-
-
-def gradients(model, batch, max_logits):
-    """Return the loss, and the gradient of each weight."""
-    nll = add_gradient(model, batch, max(1, batch.scored), None, max_logits)
-    by_name = {name: parameter.grad.clone() for name, parameter in trained_parameters(model).items()}
-    model.zero_grad()
-    return nll, by_name
-
-
-@settings(max_examples=15)
-@given(
-    method=st.sampled_from(["lora", "fullft"]),
-    tied=st.booleans(),
-    rows=st.integers(1, 3),
-    width=st.integers(2, 12),
-    share=st.floats(0, 1),
-    at_once=st.integers(1, 40),
-    seed=st.integers(0, 99),
-)
-def test_pieces_of_any_size_add_up(method, tied, rows, width, share, at_once, seed):
-    model, batch = tiny(method, tied), batch_of(rows, width, share, seed)
-    whole, expected = gradients(model, batch, None)
-    pieces, actual = gradients(model, batch, at_once * VOCABULARY)
-    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=0)
-    # A first token attends to itself only, so its queries and keys have no gradient except rounding errors.
-    scale = max(gradient.norm() for gradient in expected.values())
-    for name, gradient in expected.items():
-        assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6 * scale, name
-
-
-def test_logits_of_all_tokens_are_never_held():
-    vocabulary, at_once = 8192, 32
-    model, batch = tiny("lora", False, vocabulary), batch_of(16, 32, 1.0, vocabulary=vocabulary)
-    logits, peaks = 4 * batch.scored * vocabulary, []
-    # The first pass allocates the gradients.
-    for max_logits in (None, None, at_once * vocabulary):
-        with NewStorages() as new:
-            add_gradient(model, batch, batch.scored, None, max_logits)
-        peaks.append(new.peak)
-    assert peaks[1] > 2 * logits
-    # With 16 pieces a few times the logits of one piece (with gradient, in fp32) and the decoder's activations remain.
-    assert peaks[2] < logits / 2
-    # In a sharded model the backward pass computes each piece again.
-    with NewStorages() as new:
-        tokens = torch.arange(batch.scored)
-        of_tokens(model, {"input_ids": batch.inputs}, tokens, _nlls(batch.targets.flatten()), at_once).sum().backward()
-    assert new.peak < logits / 2
 
 
 def test_nll_is_token_weighted_and_equals_transformers(data, monkeypatch):
@@ -153,22 +71,8 @@ def test_micro_batches_are_the_batch_and_cost_least(lengths, max_tokens, pass_to
     assert np.isfinite(chosen)
 
 
-def test_collate_by_hand():
-    split = TokenizedSplit(
-        ids=np.array([5, 6, 7, 8, 9, 3], np.int32),
-        scored=np.array([False, False, True, True, False, True]),
-        offsets=np.array([0, 4, 6]),
-    )
-    inputs, targets = collate(split, np.array([1, 0]))
-    assert inputs.tolist() == [[9, 0, 0], [5, 6, 7]]
-    assert targets.tolist() == [[3, IGNORED, IGNORED], [IGNORED, 7, 8]]
-    assert collate(split, []).scored == 0
-
-
 def test_curve_steps_by_hand_and_protocol_defaults_that_are_the_papers():
-    assert curve_steps(1000, Protocol(curve_points=4)) == {1, 10, 100, 1000}
-    named = Protocol(curve_points=4, validate_at=[50, 100, 2000])
-    assert curve_steps(1000, named) == {1, 10, 50, 100, 1000}
+    assert curve_steps(1000, Protocol(curve_points=4, validate_at=[50, 100, 2000])) == {1, 10, 50, 100, 1000}
     protocol = Protocol()
     assert (protocol.alpha, protocol.include_unembedding) == (32.0, True)
     assert (protocol.betas, protocol.eps, protocol.weight_decay, protocol.clip_norm) == ([0.9, 0.95], 1e-8, 0.0, None)
@@ -177,23 +81,20 @@ def test_curve_steps_by_hand_and_protocol_defaults_that_are_the_papers():
 def test_a_curve_on_few_examples_falls_as_these_do_from_the_loss_of_all_and_ends_with_that_of_all(data, tmp_path):
     condition, protocol = condition_of("lora", 4, steps=4, batch_size=4), Protocol(curve_points=2, probe_points=3)
     split, machine = data["validation"], Machine(CPU, 16_384)
-    trained_on = [
+    (whole, _), (few, model) = (
         train(condition, data, tmp_path / str(number), 1e-2, protocol=protocol, curve_examples=number)
-        for number in (None, 3, 999)
-    ]
-    outcomes, models = zip(*trained_on, strict=True)
-    curves = [series(outcome, "nll", "validation") for outcome in outcomes]
+        for number in (None, 3)
+    )
+    expected, curve = (series(outcome, "nll", "validation") for outcome in (whole, few))
     # The movement of weights may be recorded at more steps.
-    assert [point.step for point in outcomes[0].curve if point.metric == "a_moved"] == [1, 2, 4]
-    assert list(map(len, curves)) == [3, 3, 3]
-    assert curves[2] == curves[0] != curves[1]
-    assert len({curve[0] for curve in curves}) == len({outcome.final_valid_nll for outcome in outcomes}) == 1
-    assert outcomes[0].final_valid_nll == curves[0][-1]
-    assert len({outcome.final_test_nll for outcome in outcomes}) == 1
+    assert [point.step for point in whole.curve if point.metric == "a_moved"] == [1, 2, 4]
+    assert len(curve) == len(expected) == 3
+    assert curve[0] == expected[0]
+    assert curve != expected
+    assert few.final_valid_nll == whole.final_valid_nll == expected[-1]
+    assert few.final_test_nll == whole.final_test_nll
     # Of the 8 examples in this order, three that are spread evenly.
-    few = [0, 2, 5]
-    base, trained = (example_nlls(model, split, machine)[few] for model in (load_model(TINY), models[1]))
-    fall = (base.sum() - trained.sum()) / scored_by_example(split)[few].sum()
-    assert curves[1][0] - curves[1][-1] == pytest.approx(fall, abs=1e-6)
-    measure = ValidationCurve(split, 3, example_nlls(load_model(TINY), split, machine))
-    assert measure.point(models[1], machine) == pytest.approx(curves[1][-1], abs=1e-6)
+    places = [0, 2, 5]
+    base, trained = (example_nlls(each, split, machine)[places] for each in (load_model(TINY), model))
+    fall = (base.sum() - trained.sum()) / scored_by_example(split)[places].sum()
+    assert curve[0] - curve[-1] == pytest.approx(fall, abs=1e-6)

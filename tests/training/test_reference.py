@@ -13,6 +13,7 @@ from lorabench.models.passes import trained_parameters
 from lorabench.models.specs import shipped_folder
 from lorabench.runs import Run
 from lorabench.training import reference
+from lorabench.training.loss import MAX_LOGITS
 from lorabench.training.rl import loop
 
 from .conftest import BrokenError, base_of, breaking_at, condition_of, series, train
@@ -58,34 +59,34 @@ def test_a_falling_lr(data, tmp_path, monkeypatch):
     assert_same_weights(model, expected)
 
 
-# Rank 128 is computed with merged weights where there are many tokens.
-@pytest.mark.parametrize(("rank", "lr"), [(1, 1e-3), (128, 3e-3), (None, 3e-4)])
-def test_sft(rank, lr, data, tmp_path):
+@pytest.mark.parametrize(
+    ("base", "rank", "lr", "logits"),
+    [
+        ("llama-128", 1, 1e-3, 10_000),
+        # This rank is computed with merged weights where there are many tokens.
+        ("llama-128", 128, 3e-3, 10_000),
+        ("llama-128", None, 3e-4, 16),
+        # Biases and grouped heads.
+        ("qwen2", 4, 1e-3, 7),
+        # Tied and scaled embeddings.
+        ("gemma", 4, 1e-3, 40),
+        ("moe-128", None, 3e-4, 10_000),
+    ],
+)
+def test_sft(base, rank, lr, logits, data, tmp_path, monkeypatch):
+    """The logits of some tokens are computed at once."""
+    monkeypatch.setitem(MAX_LOGITS, "cpu", logits * 1024)
+    model, another = base_of(base), base_of(base)
+    monkeypatch.setattr(reference.AutoModelForCausalLM, "from_pretrained", lambda folder, dtype: another)
     condition = replace(condition_of("fullft" if rank is None else "lora", rank, STEPS, batch_size=4), eps=EPS)
-    outcome, model = train(condition, data, tmp_path, lr, seed=1, max_batch_tokens=300)
-    losses, expected = reference.train_sft(
-        shipped_folder(BASE), examples_of(data["train"]), STEPS, 4, lr, rank, seed=1, eps=EPS
-    )
+    outcome, model = train(condition, data, tmp_path, lr, seed=1, max_batch_tokens=300, model=model)
+    losses, expected = reference.train_sft("", examples_of(data["train"]), STEPS, 4, lr, rank, seed=1, eps=EPS)
     np.testing.assert_allclose(series(outcome, "nll"), losses, rtol=1e-6)
     assert_same_weights(model, expected)
     assert outcome.final_valid_nll < outcome.curve[0].value, "it learns"
     with torch.no_grad():
-        assert outcome.final_test_nll == pytest.approx(
-            reference.nll(expected, examples_of(data["test"])).item(), rel=1e-6
-        )
-
-
-@pytest.mark.parametrize("name", ["qwen2", "gemma", "moe-128"])
-def test_sft_of_other_families(name, data, tmp_path, monkeypatch):
-    """Biases, tied embeddings, grouped heads; experts, which are fully fine-tuned."""
-    rank = None if name == "moe-128" else 4
-    base, another = base_of(name), base_of(name)
-    monkeypatch.setattr(reference.AutoModelForCausalLM, "from_pretrained", lambda folder, dtype: another)
-    condition = replace(condition_of("fullft" if rank is None else "lora", rank, 4, batch_size=4), eps=EPS)
-    outcome, model = train(condition, data, tmp_path, 1e-3, model=base)
-    losses, expected = reference.train_sft("", examples_of(data["train"]), 4, 4, 1e-3, rank, eps=EPS)
-    np.testing.assert_allclose(series(outcome, "nll"), losses, rtol=1e-6)
-    assert_same_weights(model, expected)
+        test_nll = reference.nll(expected, examples_of(data["test"])).item()
+    assert outcome.final_test_nll == pytest.approx(test_nll, rel=1e-6)
 
 
 @pytest.mark.parametrize(("rank", "lr"), [(2, 1e-3), (None, 3e-4)])
@@ -132,21 +133,11 @@ def test_rl(rank, lr, environment, tmp_path, monkeypatch):  # noqa: F811
     assert_same_weights(model, theirs)
 
 
-def test_the_references_own_sampler_learns(environment):  # noqa: F811
-    prompts, _ = zip(*environment.splits["train"], strict=True)
-    [end] = environment.texts.stop.tokens
+def test_the_references_own_sampler_draws_with_the_probabilities_of_its_model(environment):  # noqa: F811
+    prompt, _ = environment.splits["train"][0]
+    model = reference.load(shipped_folder(BASE), None, 32.0, 0)
     torch.manual_seed(0)
-
-    def draw(model, step, problem):
-        return reference.generate(model, prompts[problem], 4, 8, end)
-
-    losses, _, model = reference.train_rl(
-        shipped_folder(BASE), prompts, lambda problem, tokens: float(tokens[-1] == end), draw, 1, 2, 1e-4
-    )
-    # The recorded probabilities are those of the learner, so each ratio is 1 and the loss that of the advantages alone.
-    responses = draw(model, 0, 0)
-    for tokens, sampled in responses:
+    for tokens, sampled in reference.generate(model, prompt, 4, 8, *environment.texts.stop.tokens):
         with torch.no_grad():
-            learned = reference.logprobs(model, [*prompts[0], *tokens])[len(prompts[0]) - 1 :]
+            learned = reference.logprobs(model, [*prompt, *tokens])[len(prompt) - 1 :]
         np.testing.assert_allclose(learned.numpy(), sampled, atol=1e-4)
-    assert len(losses) == 1

@@ -1,17 +1,13 @@
-"""Gradients, their norm and kernels; runs that diverge; bases held in bf16; the record of the code; doctor on a GPU."""
+"""Gradients and kernels; runs that diverge or are resumed; bases held in bf16; the record of the code; a GPU."""
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
-import sys
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from lorabench.config.experiments import Protocol
@@ -26,11 +22,12 @@ from lorabench.runs import Run
 from lorabench.store.layout import Layout
 from lorabench.training import context, loss
 from lorabench.training.context import Base, SweepContext
-from lorabench.training.distributed import SINGLE_PROCESS, Processes
+from lorabench.training.distributed import Processes
+from lorabench.training.loss import scored_by_example
 from lorabench.training.run import NONDETERMINISTIC, Machine, clip_gradient, deterministic, machine_of
-from lorabench.utils.gpus import GPUS, ON_CPU, is_called
+from lorabench.utils.gpus import ON_CPU
 
-from .conftest import condition_of, series, sweep_of, train, write_tied
+from .conftest import BrokenError, breaking_at, condition_of, needs_gpu, series, sweep_of, train, write_tied
 
 
 @pytest.mark.parametrize("sizes", [[], [(2000, 500), 2_000_000]])
@@ -82,9 +79,8 @@ def test_a_preset_for_a_gpu_is_not_computed_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv(ON_CPU, raising=False)
     plan = make_plan(load_preset("smollm2"))
-    for processes in (SINGLE_PROCESS, Processes(1, 2)):
-        with pytest.raises(UserError, match=r"^execution\.gpu is A100-80GB, .* set gpu to null and gflops to"):
-            machine_of(plan, processes)
+    with pytest.raises(UserError, match=r"^execution\.gpu is A100-80GB, .* set gpu to null and gflops to"):
+        machine_of(plan, Processes(1, 2))
     monkeypatch.setenv(ON_CPU, "1")
     assert machine_of(plan).device == torch.device("cpu")
     monkeypatch.delenv(ON_CPU)
@@ -116,19 +112,31 @@ def test_a_run_that_gets_no_gradient_ends_with_one_sentence(data, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("method", "rank", "base", "precision", "keeping"),
-    [("fullft", None, "llama-64", "fp32", 1), ("lora", 4, "moe-128", "bf16", 0)],
+    ("method", "rank", "device"),
+    [
+        ("fullft", None, "cpu"),
+        ("pissa", 4, "cpu"),
+        pytest.param("fullft", None, "cuda", marks=needs_gpu),
+        pytest.param("lora", 4, "cuda", marks=needs_gpu),
+    ],
 )
-def test_recomputed_activations_give_the_same_numbers(method, rank, base, precision, keeping, data, tmp_path):
-    condition = condition_of(method, rank, steps=2, batch_size=2)
-    changes = {"spec": TinyModel(kind="tiny", name=base), "protocol": Protocol(precision=precision)}
-    kept, model = train(condition, data, tmp_path / "a", lr=3e-3, **changes)
-    again, recomputing = train(condition, data, tmp_path / "b", lr=3e-3, keeping=keeping, **changes)
-    plain, layers = (without_peft(trained).get_decoder().layers for trained in (model, recomputing))
-    assert not any(layer.gradient_checkpointing for layer in plain)
-    assert [layer.gradient_checkpointing for layer in layers] == [n < len(layers) - keeping for n in range(len(layers))]
-    assert again.curve == kept.curve
-    assert again.final_test_nll == kept.final_test_nll
+def test_resumed_equals_unbroken(method, rank, device, data, tmp_path):
+    """The 5 steps of 8 are an epoch, so the description length is among the numbers."""
+    condition = condition_of(method, rank, steps=5, batch_size=8)
+    options = {"lr": 3e-3, "spec": TinyModel(kind="tiny", name="llama-64"), "device": torch.device(device)}
+    if device == "cuda":
+        options["protocol"] = Protocol(precision="bf16")
+    whole, model = train(condition, data, tmp_path / "whole", **options)
+    with pytest.raises(BrokenError):
+        train(condition, data, tmp_path / "broken", checkpoint_seconds=0, tick=breaking_at(4), **options)
+    resumed_steps = []
+    resumed, resumed_model = train(condition, data, tmp_path / "broken", tick=resumed_steps.append, **options)
+    assert resumed_steps == [4, 5]
+    assert {**vars(resumed), "wall_s": 0} == {**vars(whole), "wall_s": 0}
+    assert whole.first_epoch_nats > 0
+    assert whole.first_epoch_scored_tokens == scored_by_example(data["train"]).sum()
+    for (name, a), (_, b) in zip(model.named_parameters(), resumed_model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_changes_of_the_code_that_are_no_utf_8_are_kept_byte_for_byte(tmp_path, monkeypatch):
@@ -141,12 +149,15 @@ def test_changes_of_the_code_that_are_no_utf_8_are_kept_byte_for_byte(tmp_path, 
     for arguments in (("init", "-q"), ("add", "."), (*who, "commit", "-q", "-m", "first")):
         subprocess.run(["git", "-C", str(repository), *arguments], check=True)
     clean = context.code_state(patches)
-    assert clean["git_sha"]
-    assert clean["git_dirty_patch"] is None
+    assert (bool(clean["git_sha"]), clean["git_dirty_patch"]) == (True, None)
     file.write_bytes("größer\r\n".encode("latin-1"))
     state = context.code_state(patches)
     assert state["git_sha"] == clean["git_sha"]
     assert b"+gr\xf6\xdfer\r\n" in (patches / f"{state['git_dirty_patch']}.patch").read_bytes()
+
+
+def layers_of(model):
+    return without_peft(model).get_decoder().layers
 
 
 def types_of(model):
@@ -155,7 +166,7 @@ def types_of(model):
 
 
 @pytest.mark.parametrize(("base", "placement"), [("moe-128", "all"), ("tied", "mlp")])
-def test_training_gives_the_same_bits(base, placement, data, tmp_path):
+def test_training_gives_the_same_bits_with_a_base_in_bf16_and_recomputed_activations(base, placement, data, tmp_path):
     spec = TinyModel(kind="tiny", name="moe-128")
     if base == "tied":
         write_tied(tmp_path / "tied")
@@ -174,9 +185,11 @@ def test_training_gives_the_same_bits(base, placement, data, tmp_path):
             assert {types[name] for name in in_fp32} == {torch.float32}
             in_bf16 = {"q_proj", "lm_head"} if base == "moe-128" else {"q_proj", "down_proj"}
             assert {types[name] for name in in_bf16} == {torch.bfloat16}
-        protocol = Protocol(precision="bf16")
-        results.append(train(condition, data, tmp_path / str(held), 3e-3, protocol=protocol, model=model))
+        options = {"protocol": Protocol(precision="bf16"), "keeping": 1 if held else None}
+        results.append(train(condition, data, tmp_path / str(held), 3e-3, model=model, **options))
     (plain, trained), (other, held) = results
+    recomputed = [[layer.gradient_checkpointing for layer in layers_of(model)] for model in (trained, held)]
+    assert recomputed == [[False] * 3, [True, True, False]]
     assert other.curve == plain.curve
     assert other.test_losses == plain.test_losses
     own = trained_parameters(held)
@@ -187,7 +200,7 @@ def test_training_gives_the_same_bits(base, placement, data, tmp_path):
 
 def test_weights_that_bf16_would_round_stay_in_fp32():
     model = load_model(TinyModel(kind="tiny", name="llama-64"))
-    layer, other = (model.model.layers[number].mlp.up_proj for number in (0, 1))
+    layer, other = (layer.mlp.up_proj for layer in layers_of(model)[:2])
     with torch.no_grad():
         layer.weight[3, 4] = 1 + 2**-12
     hold_in_bf16(model)
@@ -207,19 +220,3 @@ def test_full_fine_tuning_starts_from_the_published_weights_after_lora_held_them
         for own, weight in zip(model.parameters(), published.parameters(), strict=True):
             assert own.dtype == torch.float32
             assert torch.equal(own, weight)
-
-
-@pytest.mark.parametrize("name", ["smollm2", "first_gpu"])
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-def test_doctor_finds_no_fault_of_this_gpu(name, tmp_path):
-    gpu = max((gpu for gpu in GPUS if is_called(gpu, torch.cuda.get_device_name())), key=len, default=None)
-    if gpu is None or (name == "first_gpu" and find_spec("vllm") is None):
-        pytest.skip("this GPU is not in lorabench/utils/gpus.py, or vllm is not installed")
-    (tmp_path / "here.yaml").write_text(yaml.safe_dump({"extends": name, "execution": {"gpu": gpu}}))
-    command = [sys.executable, "-m", "lorabench.cli", "doctor", "--preset", "here.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900)
-    [record] = (tmp_path / "results/doctor").glob("*.json")
-    failed = {check["name"] for check in json.loads(record.read_text())["checks"] if check["status"] == "fail"}
-    # What the machine has beside its GPU is not the question here.
-    assert failed <= {"memory of the host", "disk"}, done.stderr

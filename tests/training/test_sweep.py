@@ -1,12 +1,10 @@
-"""A sweep and its job: diverged runs are results, sweeps share base and data; finished runs that were saved go on."""
+"""A sweep and its job: diverged runs are results, sweeps share a base; finished runs that were saved go on."""
 
 from __future__ import annotations
 
 import shutil
-from unittest.mock import create_autospec
 
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 import torch
 from pandas.testing import assert_frame_equal
@@ -14,32 +12,22 @@ from pandas.testing import assert_frame_equal
 import saved_runs
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
-from lorabench.runs import Job
 from lorabench.store.progress import finished_runs
 from lorabench.store.run_folder import RunFolder
 from lorabench.training import context, sft
-from lorabench.training.context import Base
-from lorabench.training.job import run_job
 from saved_runs import restore_runs, save_runs
 
 from .conftest import BrokenError, sweep_of, trained
 
 
-def rows_of(plan, layout, *sweeps):
-    """Train sweeps as one job and return its rows."""
-    run_job(plan, Job(sweeps), layout, lambda line: None)
-    return pq.read_table(layout.job(Job(sweeps))).to_pylist()
-
-
 def test_a_sweep_of_diverged_runs_only_has_no_repeats_and_a_second_call_trains_nothing(ready, monkeypatch):
     plan, layout = ready("lost", lora=[500.0, 1e3])
-    runs, _ = trained(plan, layout, "lora")
+    runs = trained(plan, layout, sweep_of(plan, "lora"))
     assert list(runs.status) == ["diverged", "diverged"]
     assert (runs.diverged_at > 1).all()
     assert not list(layout.runs.glob("*/weights"))
     monkeypatch.setattr(sft, "train_sft", None)
-    again, _ = trained(plan, layout, "lora")
-    assert again.to_json() == runs.to_json()
+    assert trained(plan, layout, sweep_of(plan, "lora")).to_json() == runs.to_json()
 
 
 def test_wrong_weights_stop_the_job_in_its_first_seconds(ready, monkeypatch):
@@ -53,29 +41,20 @@ def test_wrong_weights_stop_the_job_in_its_first_seconds(ready, monkeypatch):
         return model
 
     monkeypatch.setattr(context, "load_model", scrambled)
+    plan, layout = ready("scrambled")
     with pytest.raises(UserError, match="base model tiny has a validation loss of .* worse than guessing"):
-        trained(*ready("scrambled"), "lora")
+        trained(plan, layout, plan.sweeps[0])
 
 
 @pytest.mark.slow
-def test_sweeps_of_a_job_share_base_and_data_and_learn_what_each_does_by_itself(ready, monkeypatch):
+def test_sweeps_of_a_job_learn_what_each_does_by_itself(ready):
+    """Full fine-tuning uses up the base that they share."""
     plan, layout = ready("apart", ranks=[2, 4])
-    apart = [row for sweep in plan.sweeps for row in rows_of(plan, layout, sweep)]
+    apart = pd.concat([trained(plan, layout, sweep) for sweep in plan.sweeps], ignore_index=True)
     plan, layout = ready("together", ranks=[2, 4])
-    calls = {}
-    # The base model is taken for its evaluation.
-    for place, name in ((context, "load_model"), (sft, "read_tokens"), (Base, "sharded")):
-        calls[name] = create_autospec(getattr(place, name), side_effect=getattr(place, name))
-        monkeypatch.setattr(place, name, calls[name])
-    methods = [sweep.condition.method for sweep in plan.sweeps]
-    assert sorted(methods) == ["fullft", "lora", "lora"]
-    together = rows_of(plan, layout, *plan.sweeps)
-    # Full fine-tuning uses up the base in its grid and in its repeat; a sweep after it loads the base again.
-    again = methods[-1] != "fullft"
-    counts = {name: call.call_count for name, call in calls.items()}
-    assert counts == {"load_model": 2 + again, "read_tokens": 1, "sharded": 1}
+    together = trained(plan, layout, *plan.sweeps)
     columns = ["run_id", "lr", "seed", "status", "final_valid_nll", "final_test_nll", "dataset_sha256", "model_sha256"]
-    assert_frame_equal(pd.DataFrame(together)[columns], pd.DataFrame(apart)[columns], check_exact=True)
+    assert_frame_equal(together[columns], apart[columns], check_exact=True)
     assert len(together) == 3 * 2
 
 
@@ -91,7 +70,7 @@ def test_an_unfinished_sweep_is_restored_and_runs_of_another_version_or_settings
 
     monkeypatch.setattr(sft, "train_sft", second_breaks)
     with pytest.raises(BrokenError):
-        trained(plan, layout, "lora")
+        trained(plan, layout, sweep_of(plan, "lora"))
     monkeypatch.setattr(sft, "train_sft", train_sft)
     assert save_runs(plan, layout)[0] == 1
     folder = RunFolder(layout.runs, started[0].run_id)

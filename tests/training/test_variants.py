@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 
@@ -20,17 +18,13 @@ from lorabench.evaluation.runner import transformers_model
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import round_to_nf4
 from lorabench.models.specs import shipped_folder
-from lorabench.planning.plan import make_plan
-from lorabench.runs import Job
-from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.training import reference
-from lorabench.training.job import run_job
 from lorabench.training.loss import example_nlls
 from lorabench.training.run import Machine
 
 from ..conftest import slow_but
-from .conftest import INSTRUCT, TINY, condition_of, series, train
+from .conftest import TINY, condition_of, series, train, trained
 from .test_reference import assert_same_weights, examples_of
 
 STEPS, RANK, LR, EPS = 5, 8, 2e-4, 1e-4
@@ -74,20 +68,13 @@ def test_steps_are_those_of_a_plain_loop(changes, options, data, tmp_path, monke
 
 
 @pytest.mark.parametrize("method", slow_but("pissa", ["pissa", "olora", "dora", "qlora"]))
-def test_a_sweep_starts_each_run_from_the_base_as_it_was(method, raw_preset, built, data, tmp_path, monkeypatch):
+def test_a_sweep_starts_each_run_from_the_base_as_it_was(method, raw_preset, ready, data):
     """All but DoRA change the base's weights, so that the second run would else start from what the first one left."""
-    block = raw_preset["experiments"]["rank"][0]
-    block |= {"ranks": {"all": [RANK]}, "variants": [method], "lrs": {"fullft": [], "lora": [1e-3, 2e-3]}, "seeds": 1}
-    raw_preset["experiments"] = {"variants": [block | {"steps": 2}]}
-    raw_preset["execution"]["keep_weights"] = "all"
-    raw_preset["datasets"]["instruct"] = INSTRUCT
-    monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").write_text(yaml.safe_dump(raw_preset))
-    layout = Layout.of("mine.yaml")
-    built(layout)
-    plan = make_plan(layout.preset)
+    [block] = raw_preset["experiments"].pop("rank")
+    raw_preset["experiments"]["variants"] = [block | {"variants": [method], "seeds": 1}]
+    plan, layout = ready("here", {"keep_weights": "all"}, ranks=(RANK,), fullft=[], lora=[1e-3, 2e-3])
     [sweep] = plan.sweeps
-    run_job(plan, Job((sweep,)), layout, lambda line: None)
+    trained(plan, layout, sweep)
     for run in sweep.grid():
         folder = RunFolder(layout.runs, run.run_id)
         record = folder.read_record()

@@ -30,13 +30,10 @@ def machine(**changes) -> Machine:
     return Machine(**{"device": CPU, "max_batch_tokens": 16_384} | changes)
 
 
-def condition_of(
-    rank: int | None = None, steps: int = 4, batch_size: int = 16, rollouts: Rollouts = ROLLOUTS
-) -> Condition:
+def condition_of(rank=None, steps=4, batch_size=16, rollouts=ROLLOUTS) -> Condition:
     method, placement, alpha = ("fullft", None, None) if rank is None else ("lora", "all", 32.0)
-    return Condition(
-        "rl", "tiny", "gcd", method, rank, placement, alpha, batch_size, steps, identity="test", rollouts=rollouts
-    )
+    arm = method, rank, placement, alpha
+    return Condition("rl", "tiny", "gcd", *arm, batch_size, steps, identity="test", rollouts=rollouts)
 
 
 def problem_file(folder: Path, **changes) -> Path:
@@ -70,9 +67,7 @@ def prompts(environment) -> list[tuple[int, ...]]:
     return [prompt for prompt, _ in environment.splits["train"]]
 
 
-def drawn(
-    model, tokenizer, requests: list[Request], max_new_tokens: int = 8, cache: int = 100_000, **stop
-) -> list[Response]:
+def drawn(model, tokenizer, requests, max_new_tokens=8, cache=100_000, **stop) -> list[Response]:
     """Draw responses that are ended by the tokenizer's end token."""
     return sample(model, tokenizer, requests, Stop((tokenizer.eos_token_id,), max_new_tokens, **stop), cache)
 
@@ -106,19 +101,11 @@ def same_tokens(first: list[Response], second: list[Response]) -> bool:
 
 
 def train(
-    run: Run,
-    environment: Environment,
-    folder: Path,
-    tick=lambda step: None,
-    protocol: Protocol | None = None,
-    sampler=lambda draw: draw,
-    **changes,
+    run: Run, environment: Environment, folder: Path, tick=lambda step: None, sampler=lambda draw: draw, **changes
 ) -> tuple[RlOutcome, torch.nn.Module]:
     """Train a run on a newly loaded model; return the outcome and the trained model.
 
-    Args:
-        sampler: changes the function that draws responses.
-        changes: fields of the machine.
+    `sampler` changes the function that draws responses, and `changes` are fields of the machine.
     """
     model, texts, where = load_model(TINY), environment.texts, machine(**changes)
 
@@ -130,5 +117,4 @@ def train(
         model = add_lora(model, run.condition.rank, "all", 32.0, True, run.seed)
         use_fast_products(model)
     checkpoint = Checkpoint(folder / "checkpoint.safetensors", run.run_id, where.checkpoint_seconds)
-    protocol = protocol or Protocol()
-    return train_rl(run, model, environment, protocol, where, checkpoint, sampler(draw), scores, tick), model
+    return train_rl(run, model, environment, Protocol(), where, checkpoint, sampler(draw), scores, tick), model

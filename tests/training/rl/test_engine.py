@@ -1,27 +1,31 @@
-"""vLLM draws from the policies that the trainer hands over: their log-probabilities are the learner's."""
+"""vLLM is started as the plan counts, draws from the learner's policies, and leaves its log and no process."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 
+from lorabench.config.experiments import Protocol
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import trained_parameters
+from lorabench.planning.memory import engine_batch, engine_memory
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
-from lorabench.store.collect import collect
-from lorabench.store.io import read_table
 from lorabench.store.layout import Layout
 from lorabench.training.context import SweepContext
 from lorabench.training.distributed import SINGLE_PROCESS
@@ -31,28 +35,34 @@ from lorabench.training.rl.sampler import Request, Stop, sample
 
 from .conftest import TINY, learned, machine, same_tokens
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.vllm,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; docs/cluster.md says how"),
-]
-
 NEW_TOKENS = 16
 
 
+def needs_vllm(test):
+    """Mark a test as one that starts vLLM."""
+    missing = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; docs/cluster.md says how")
+    return pytest.mark.slow(pytest.mark.vllm(missing(test)))
+
+
 @pytest.fixture
-def settings(raw_rl_preset, write_preset):
-    """Return a function that gives the settings of the engine in full fine-tuning, or in LoRA of a rank."""
-    raw_rl_preset["experiments"]["rl_arithmetic"][0]["ranks"] = {"all": [1]}
-    raw_rl_preset["execution"] |= {"threads": 2, "sampler": "vllm"}
-    layout = Layout.of(write_preset(raw_rl_preset))
-    plan = make_plan(layout.preset)
+def context_of(raw_rl_preset, write_preset):
+    """Return a function that gives the context of full fine-tuning, or of LoRA of a rank."""
+    raw_rl_preset["experiments"]["rl_arithmetic"][0]["ranks"] = {"all": [1, 2], "attn": [4]}
 
-    def settings_of(rank: int | None = None) -> EngineSettings:
+    def context(rank: int | None = None, **execution) -> SweepContext:
+        raw_rl_preset["execution"] = {"gflops": 1.0, "threads": 2, "sampler": "vllm"} | execution
+        layout = Layout.of(write_preset(raw_rl_preset))
+        plan = make_plan(layout.preset)
         sweep = next(sweep for sweep in plan.sweeps if sweep.condition.rank == rank)
-        return engine_settings(SweepContext(plan, sweep, layout, machine()), 256, rank is None)
+        return SweepContext(plan, sweep, layout, machine())
 
-    return settings_of
+    return context
+
+
+@pytest.fixture
+def settings(context_of):
+    """Return a function that gives the settings of the engine in full fine-tuning, or in LoRA of a rank."""
+    return lambda rank=None: engine_settings(context_of(rank), 256, rank is None)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +109,7 @@ def largest_difference(model, requests, responses) -> float:
     return max(float(np.abs(drawn.logprobs - learned(model, asked, drawn)).max()) for asked, drawn in pairs)
 
 
+@needs_vllm
 def test_adapters_are_the_learners_at_every_step(engine, settings, tokenizer, prompts, stop):
     model, asked = adapted(), requested(prompts)
     responses = engine.draw(model, settings(1), asked, stop)
@@ -107,7 +118,7 @@ def test_adapters_are_the_learners_at_every_step(engine, settings, tokenizer, pr
     own = sample(load_model(TINY), tokenizer, greedy, stop, 10_000)
     assert same_tokens(engine.draw(model, settings(1), greedy, stop), own)
     assert same_tokens(engine.draw(model, settings(1), asked, stop), responses)
-    for step in range(1, 4):
+    for step in (1, 2):
         # All layers change, the unembedding included.
         move(model, 0.02, step)
         drawn = engine.draw(model, settings(1), asked, stop)
@@ -121,17 +132,19 @@ def test_adapters_are_the_learners_at_every_step(engine, settings, tokenizer, pr
     assert engine._process is process
 
 
+@needs_vllm
 @pytest.mark.parametrize("tied", [False, True])
 def test_all_weights_are_the_learners_after_updates(tied, engine, settings, prompts, stop):
     model, asked = load_model(TINY), requested(prompts)
     if tied:
         model.config.tie_word_embeddings = True
         model.tie_weights()
-    for step in range(4):
+    for step in range(3):
         assert largest_difference(model, asked, engine.draw(model, settings(), asked, stop)) < 1e-3
         move(model, 0.01, step)
 
 
+@needs_vllm
 def test_a_text_ends_a_response_and_a_limit_cuts_it(engine, settings, tokenizer, prompts):
     model, greedy = load_model(TINY), [Request(prompt, None) for prompt in prompts]
     whole = engine.draw(model, settings(), greedy, Stop((), NEW_TOKENS))
@@ -144,6 +157,7 @@ def test_a_text_ends_a_response_and_a_limit_cuts_it(engine, settings, tokenizer,
     assert len(drawn[0].tokens) == 4
 
 
+@needs_vllm
 def test_the_death_of_the_engine_is_told(engine, settings, prompts, stop):
     engine.draw(load_model(TINY), settings(), requested(prompts), stop)
     os.kill(engine._process.pid, signal.SIGKILL)
@@ -151,6 +165,7 @@ def test_the_death_of_the_engine_is_told(engine, settings, prompts, stop):
         engine.ask("weights", folder="nowhere")
 
 
+@needs_vllm
 def test_rl_is_on_policy(tmp_path, monkeypatch, raw_rl_preset):
     monkeypatch.chdir(tmp_path)
     [block] = raw_rl_preset["experiments"]["rl_arithmetic"]
@@ -162,11 +177,68 @@ def test_rl_is_on_policy(tmp_path, monkeypatch, raw_rl_preset):
     plan = make_plan(layout.preset)
     job = Job(tuple(plan.sweeps))
     run_job(plan, job, layout, lambda line: None)
-    collect([layout.job(job)], layout.tables(), plan, layout)
-    [record] = layout.runs.glob("*/record.json")
-    assert "vllm" in json.loads(record.read_text())["environment"]["packages"]
+    [record] = map(json.loads, (path.read_text() for path in layout.runs.glob("*/record.json")))
+    assert "vllm" in record["environment"]["packages"]
     # The sampler's distribution is the learner's at every step.
-    curve = read_table(layout.tables(), "curves")
-    kl = curve[(curve["split"] == "train") & (curve["metric"] == "kl")]["value"]
+    [row] = pq.read_table(layout.job(job)).to_pylist()
+    kl = [point["value"] for point in row["curve"] if (point["split"], point["metric"]) == ("train", "kl")]
     assert len(kl) == block["steps"]
-    assert kl.abs().max() < 1e-4
+    assert max(map(abs, kl)) < 1e-4
+
+
+CHILD = "import sys; from lorabench.training.rl.engine_worker import end_with; end_with(int(sys.argv[1]), sys.argv[2])"
+PARENT = (
+    "import os, subprocess, sys, time; "
+    f"child = subprocess.Popen([sys.executable, '-c', {CHILD!r}, str(os.getpid()), sys.argv[1]]); "
+    "print(child.pid, flush=True); time.sleep(60)"
+)
+
+
+@pytest.mark.slow
+def test_a_process_ends_when_its_trainer_was_killed(tmp_path):
+    folder = tmp_path / "policies"
+    folder.mkdir()
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    child = Path(f"/proc/{int(parent.stdout.readline())}")
+    time.sleep(2)
+    assert folder.is_dir()
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        ended = not child.exists() or "Z" in (child / "stat").read_text().split()[2]
+        if ended and not folder.exists():
+            return
+        time.sleep(0.1)
+    os.kill(int(child.name), signal.SIGKILL)
+    raise AssertionError("the process lives on")
+
+
+def test_the_engine_has_the_options_that_the_plan_counts(context_of):
+    context = context_of(2, gpu="A10", max_cache_tokens=400)
+    preset, condition = context.plan.preset, context.sweep.condition
+    options = engine_settings(context, 100, False).options
+    batch, (_, cache) = engine_batch(preset, condition), engine_memory(preset, condition.model, condition)
+    assert (options["max_num_seqs"], options["max_num_batched_tokens"]) == batch
+    assert options["kv_cache_memory_bytes"] == int(cache)
+    assert 1 < batch.responses < condition.batch_size
+    head = {"lm_head"} if Protocol().include_unembedding else set()
+    assert head < set(options["lora_target_modules"])
+    attention = engine_settings(context_of(4), 100, False).options["lora_target_modules"]
+    assert {"q_proj", "o_proj"} < set(attention)
+    assert not {"up_proj", "down_proj"} & set(attention)
+    # On a CPU vLLM's own numbers stay, and with them what is drawn.
+    options = engine_settings(context_of(), 100, False).options
+    assert (options["max_num_seqs"], options["max_num_batched_tokens"]) == (256, 4096)
+    assert "lora_target_modules" not in options
+
+
+def test_the_log_and_the_traceback_of_an_engine_that_fails_are_kept(tmp_path):
+    """Without vLLM its import fails, and with it the model."""
+    log = tmp_path / "logs/run.vllm.log"
+    with PolicyEngine(SINGLE_PROCESS, log) as opened:
+        for times in (1, 2):
+            with pytest.raises(UserError, match=rf"^vLLM, .* failed: \w+: .*; its log is {log}$"):
+                opened._start(EngineSettings({"model": str(tmp_path)}, None, 1))
+            assert log.read_text().count("Traceback (most recent call last)") >= times
+    assert not opened._caches.exists()

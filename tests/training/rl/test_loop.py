@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import suppress
 from dataclasses import replace
 
@@ -26,11 +25,11 @@ BATCH = 16
 
 def same_base(model, other) -> bool:
     """Return whether two models have equal weights, without adapters."""
-    pairs = (
+    first, second = (
         [parameter for name, parameter in sorted(each.named_parameters()) if ".lora_" not in name]
         for each in (model, other)
     )
-    return all(map(torch.equal, *pairs))
+    return all(map(torch.equal, first, second))
 
 
 def metric(outcome, name, split="train"):
@@ -49,25 +48,19 @@ def until(environment, steps, then, first=1):
     return replace(environment, grade=graded)
 
 
-@pytest.mark.parametrize("rank", [None, 2])
-def test_a_run_is_on_policy_and_its_policy_moves(environment, tmp_path, prompts, tokenizer, base, rank):
-    run = Run(condition_of(rank), 2e-3 if rank else 2e-4, 0)
-    outcome, model = train(run, environment, tmp_path)
+def test_a_run_is_on_policy_and_its_policy_moves(environment, tmp_path, prompts, tokenizer, base):
+    outcome, model = train(Run(condition_of(2), 2e-3, 0), environment, tmp_path)
     assert outcome.status == "done"
     # One update per batch: sampler and learner are the same policy at every step.
     assert metric(outcome, "ratio_max") == pytest.approx([1.0] * 4, abs=1e-4)
     assert metric(outcome, "ratio_mean") == pytest.approx([1.0] * 4, abs=1e-4)
     assert np.abs(metric(outcome, "kl")).max() < 1e-4
     assert metric(outcome, "ratio_above_2") == [0.0] * 4
-    if rank:
-        assert same_base(model, base), "LoRA leaves the base as it was"
+    assert same_base(model, base), "LoRA leaves the base as it was"
     requests = [Request(prompt, (0, 0, n, s)) for n, prompt in enumerate(prompts[:10]) for s in range(4)]
     assert not same_tokens(drawn(model, tokenizer, requests), drawn(base, tokenizer, requests))
-    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     for name in ("reward", "response_length", "truncated", "equal_groups", "reflection", "entropy", "grad_norm"):
-        values = metric(outcome, name)
-        assert len(values) == 4
-        assert all(math.isfinite(value) for value in values)
+        assert np.isfinite(metric(outcome, name)).tolist() == [True] * 4, name
     assert outcome.final_reward == metric(outcome, "accuracy", "test")[-1]
     assert outcome.final_reward == 1 - np.mean([problem.loss for problem in outcome.test_losses])
     assert outcome.final_valid_reward == metric(outcome, "accuracy", "validation")[-1]
@@ -77,17 +70,14 @@ def test_a_run_is_on_policy_and_its_policy_moves(environment, tmp_path, prompts,
 
 
 def test_equal_rewards_change_nothing(environment, tmp_path, base):
-    """This holds after a step with differing rewards too: Adam's momentum must not move the policy."""
-    outcome, model = train(Run(condition_of(None, 1), 1e-3, 0), until(environment, 0, then=1), tmp_path)
-    assert outcome.status == "done"
-    assert (metric(outcome, "equal_groups"), metric(outcome, "grad_norm")) == ([1.0], [0.0])
-    assert same_base(model, base)
-    after = []
-    for steps in (1, 2):
-        run = Run(condition_of(None, steps), 1e-3, 0)
-        after.append(train(run, until(environment, 1, then=1), tmp_path / str(steps))[1])
-    assert same_base(*after)
-    assert not same_base(after[0], base)
+    """Adam's momentum of a step with differing rewards must not move the policy."""
+    (_, first), (outcome, second) = (
+        train(Run(condition_of(None, steps), 1e-3, 0), until(environment, 1, then=1), tmp_path / str(steps))
+        for steps in (1, 2)
+    )
+    assert (metric(outcome, "equal_groups")[1], metric(outcome, "grad_norm")[1]) == (1.0, 0.0)
+    assert same_base(first, second)
+    assert not same_base(first, base)
 
 
 def test_a_sampler_whose_numbers_are_not_finite_is_warned_about_and_the_run_diverged(environment, tmp_path, caplog):
@@ -145,10 +135,9 @@ def test_a_collapsed_run_is_ended_with_the_results_that_it_would_have(environmen
     assert resumed.test_losses == ended.test_losses
 
 
-@pytest.mark.parametrize("rank", [None, 2])
-def test_a_run_killed_in_a_step_or_in_an_evaluation_ends_as_an_unbroken_one(environment, tmp_path, rank):
+def test_a_run_killed_in_a_step_or_in_an_evaluation_ends_as_an_unbroken_one(environment, tmp_path):
     """In a step there is a checkpoint of the one before; between evaluations there is only that before the last one."""
-    run = Run(condition_of(rank, steps=3), 3e-3 if rank else 3e-4, 0)
+    run = Run(condition_of(2, steps=3), 3e-3, 0)
 
     def train_until(name, step=None, evaluation=None, **changes):
         """Return the outcome, and what was drawn for: training or an evaluation."""
@@ -163,7 +152,6 @@ def test_a_run_killed_in_a_step_or_in_an_evaluation_ends_as_an_unbroken_one(envi
 
             return drawing
 
-        (tmp_path / name).mkdir(exist_ok=True)
         with suppress(BrokenError):
             outcome, _ = train(run, environment, tmp_path / name, breaking_at(step), sampler=killing, **changes)
         return outcome, drawn_for
@@ -174,10 +162,7 @@ def test_a_run_killed_in_a_step_or_in_an_evaluation_ends_as_an_unbroken_one(envi
     assert killed is None
     for folder in ("step", "evaluation"):
         resumed, after = train_until(folder)
-        assert resumed.curve == unbroken.curve
-        assert (resumed.final_reward, resumed.best_reward) == (unbroken.final_reward, unbroken.best_reward)
-        assert resumed.test_losses == unbroken.test_losses
-        assert resumed.train_tokens == unbroken.train_tokens
+        assert {**vars(resumed), "wall_s": 0} == {**vars(unbroken), "wall_s": 0}
     # The run resumed last starts with the evaluation, and repeats no step.
     assert after[0] == "evaluation"
     assert before.count("training") + after.count("training") == whole.count("training") == 3
@@ -192,7 +177,6 @@ def test_another_seed_draws_other_samples_and_held_out_problems_are_not_trained_
     without, other = (train(Run(condition_of(None, 2), 1e-4, seed), environment, tmp_path)[0] for seed in (0, 1))
     assert metric(with_sums, "n_problems", "sums") == [8] * 3
     assert metric(with_sums, "n_samples", "sums") == [24] * 3
-    assert len(metric(with_sums, "accuracy", "sums")) == 3
     assert metric(with_sums, "reward") == metric(without, "reward")
     assert with_sums.final_reward == without.final_reward
     assert metric(without, "response_length") != metric(other, "response_length")

@@ -11,16 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from peft import PeftModel
+from safetensors.torch import load_file
 
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.errors import UserError
-from lorabench.models.base import load_model
 from lorabench.models.specs import shipped_folder
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
-from lorabench.store.collect import collect
-from lorabench.store.io import read_table
 from lorabench.store.layout import Layout
 from lorabench.training.job import run_job
 from lorabench.training.rl import trainer as rl_job
@@ -28,7 +25,6 @@ from lorabench.training.rl.loop import evaluate
 from lorabench.training.rl.sampler import sample
 
 from ..conftest import command
-from .conftest import TINY
 
 
 def prepare(raw: dict):
@@ -40,14 +36,10 @@ def prepare(raw: dict):
     return make_plan(layout.preset), layout
 
 
-def learned_layers(weights: Path) -> list[str]:
-    """Return the LoRA layers of an adapter whose B is not zero."""
-    model = PeftModel.from_pretrained(load_model(TINY), weights)
-    return [name for name, p in model.named_parameters() if ".lora_B." in name and p.abs().max() > 0]
-
-
 @pytest.mark.slow
-def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(tmp_path, raw_rl_preset, monkeypatch):
+def test_sweeps_of_a_job_share_the_bases_scores_and_keep_the_weights_at_the_best_lr(
+    tmp_path, raw_rl_preset, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     # On so fast a machine the sweeps are one job.
     raw_rl_preset["execution"]["gflops"] = 1e6
@@ -56,23 +48,17 @@ def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(tmp_path, 
     monkeypatch.setattr(rl_job, "evaluate", lambda *given: evaluations.append(given) or evaluate(*given))
     run_job(plan, whole, layout, lines.append)
     assert len(evaluations) == 1, "the sweeps of a job share the scores of the base"
-    collect([layout.job(whole)], layout.tables(), plan, layout)
-    runs, curves = read_table(layout.tables(), "runs"), read_table(layout.tables(), "curves")
+    runs = pq.read_table(layout.job(whole)).to_pandas()
     assert len(runs) == 2 + 4
-    assert (set(runs["task"]), set(runs["group_size"]), set(runs["batch_size"])) == ({"rl"}, {4}, {16})
-    rewards = ["base_reward", "final_valid_reward", "final_reward", "best_reward", "constant_reward", "rule_reward"]
-    assert runs[rewards].notna().all(axis=None)
-    assert runs[["base_reward", "constant_reward", "rule_reward"]].nunique().max() == 1
-    assert (runs["final_entropy"] > 0).all()
-    assert runs["final_test_nll"].isna().all()
-    assert set(curves["split"]) == {"train", "validation", "test", "gcd-of-three"}
+    shared = ["base_reward", "constant_reward", "rule_reward"]
+    assert runs[["final_valid_reward", "final_reward", "best_reward", *shared]].notna().all(axis=None)
+    assert runs[shared].nunique().max() == 1
     lora = runs[runs["method"] == "lora"]
     assert lora["train_flops"].div(lora["train_tokens"]).nunique() == 1
 
     at_best = lora[lora["seed"] == 1]["lr"].item()
     kept = {run_id for run_id in lora["run_id"] if (layout.runs / run_id / "weights").exists()}
     assert kept == set(lora.loc[lora["lr"] == at_best, "run_id"])
-    assert all(learned_layers(layout.runs / run_id / "weights") for run_id in kept)
 
     layout.job(whole).unlink()
     lost = layout.runs / lora["run_id"].iloc[0]
@@ -140,7 +126,6 @@ def test_two_processes_sample_and_learn_as_one(tmp_path, raw_rl_preset, monkeypa
             assert done.returncode == 0, done.stderr
         rows.append({row["run_id"]: row for row in pq.read_table(layout.job(job)).to_pylist()})
     expected, runs = rows
-    assert len(expected) == 2
     assert runs.keys() == expected.keys()
     for run_id, run in runs.items():
         assert run["train_tokens"] == expected[run_id]["train_tokens"]
@@ -149,14 +134,14 @@ def test_two_processes_sample_and_learn_as_one(tmp_path, raw_rl_preset, monkeypa
             for row in (run, expected[run_id])
         )
         assert ours.keys() == theirs.keys()
-        for (step, split, metric), value in theirs.items():
-            drawn = ours[step, split, metric]
+        for place, value in theirs.items():
             # The copy that samples must have the policy of the model that learns.
-            if metric == "kl":
-                assert abs(drawn) < 1e-5, step
-            elif metric in ("ratio_mean", "ratio_max", "grad_norm", "entropy"):
-                assert drawn == pytest.approx(value, rel=1e-4), (step, metric)
+            if place[-1] == "kl":
+                assert abs(ours[place]) < 1e-5, place
+            elif place[-1] in ("ratio_mean", "ratio_max", "grad_norm", "entropy"):
+                assert ours[place] == pytest.approx(value, rel=1e-4), place
             else:
-                assert drawn == value, (step, split, metric)
-        weights = layout.runs / run_id / "weights"
-        assert learned_layers(weights) if run["method"] == "lora" else (weights / "model.safetensors").is_file()
+                assert ours[place] == value, place
+        file = "adapter_model" if run["method"] == "lora" else "model"
+        saved = load_file(layout.runs / run_id / f"weights/{file}.safetensors")
+        assert any(weight.any() for name, weight in saved.items() if "lora_A" not in name)
