@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,8 @@ def started(checkout: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """Start Snakemake as leader of a group of processes; what it prints goes into the file `printed` of the folder."""
     with (checkout / "printed").open("w") as file:
         options = {"stdout": file, "stderr": file, "start_new_session": True}
+        # A shell starts commands in the background with Ctrl-C ignored.
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen([*_SNAKEMAKE, *arguments], cwd=checkout, env=_environment(), **options)
 
 
