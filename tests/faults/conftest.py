@@ -5,7 +5,6 @@ Tests that run jobs are marked slow.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -99,11 +98,11 @@ class Place:
         final = self.run_path(task, number)
         return final.with_name(f"{final.name}.partial") / "checkpoint.safetensors"
 
-    def start(self, *arguments: str, memory: int | None = None, file_size: int | None = None) -> JobProcess:
-        """Start a command of lorabench; `memory` are the bytes that it may take (see `limit_memory`)."""
+    def start(self, *arguments: str, file_size: int | None = None) -> JobProcess:
+        """Start a command of lorabench, which may write no file of more than `file_size` bytes."""
         with_preset = [*arguments, "--preset", "mine.yaml"]
         output = self.folder.with_name(f"{self.folder.name}.output-{time.monotonic_ns()}")
-        process = FORKS.Process(target=_command, args=(with_preset, self.folder, output, memory, file_size))
+        process = FORKS.Process(target=_command, args=(with_preset, self.folder, output, file_size))
         process.start()
         return JobProcess(process, output)
 
@@ -158,35 +157,16 @@ class JobProcess:
         os.kill(self.process.pid, number)
 
 
-def _command(arguments: list[str], folder: Path, output: Path, memory: int | None, file_size: int | None) -> None:
+def _command(arguments: list[str], folder: Path, output: Path, file_size: int | None) -> None:
     os.chdir(folder)
     # A shell starts background processes with Ctrl-C ignored, and their children inherit that; a terminal's are not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     redirect_output(output)
-    if memory is not None:
-        limit_memory(memory)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     from lorabench.cli.commands import app
 
     app(arguments)
-
-
-def limit_memory(more: int) -> None:
-    """Let this process take `more` bytes and no others.
-
-    A forked process keeps what its parent had freed, which here is as much as a small job needs. It would be used
-    before the limit counts, so it is allocated first, in blocks from large to small ones.
-    """
-    malloc = ctypes.CDLL(None).malloc
-    malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (used, hard))
-    for size in (1 << power for power in range(26, 11, -1)):
-        while malloc(size):
-            pass
-    resource.setrlimit(resource.RLIMIT_AS, (used + more, hard))
 
 
 @pytest.fixture(scope="session")
