@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from typer.testing import CliRunner
 
@@ -14,13 +15,9 @@ from lorabench.cli.commands import app
 def test_all_words_go_to_the_command_of_the_other_package(monkeypatch):
     calls = []
 
-    class Entry:
-        def load(self):
-            return lambda words, program: calls.append((words, program))
-
     def entry_points(**asked):
         assert asked == {"group": "lorabench.commands", "name": "audit"}
-        return [Entry()]
+        return [SimpleNamespace(load=lambda: lambda words, program: calls.append((words, program)))]
 
     monkeypatch.setattr(commands, "entry_points", entry_points)
     words = ["a.yaml", "--json", "--help", "-b"]

@@ -12,6 +12,8 @@ import pytest
 
 from lorabench.cli import forks
 
+from ..workflow.checkout import snakemake
+
 # The forked processes run Python code in place of the command line.
 SERVER = """
 import sys
@@ -185,11 +187,10 @@ rule schema:
 
 
 @pytest.mark.slow
-def test_a_rule_of_snakemake_suits_the_server(tmp_path):
+def test_a_rule_of_snakemake_suits_the_server(tmp_path, monkeypatch):
     (tmp_path / "Snakefile").write_text(SNAKEFILE)
-    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "help"]
-    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PATH": path, "PS1": "$ "}, check=True, capture_output=True)
+    monkeypatch.setenv("PS1", "$ ")
+    snakemake(tmp_path, "help")
     text = (tmp_path / "help").read_text()
     # The help of the forked command, then its status.
     assert "Usage" in text
