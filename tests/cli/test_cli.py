@@ -11,15 +11,12 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from lorabench.cli.commands import app, snakemake_command
+from lorabench.cli.commands import ADVICE, app, snakemake_command
 from lorabench.utils.files import SNAKEFILE, WORKFLOW
 
 MISTAKES = {
     "run": (("run", "lpatop"), "preset 'lpatop': no file "),
-    "dataset": (
-        ("step", "dataset", "nope", "--preset", "smoke"),
-        "dataset 'nope' is not in the preset; allowed: instruct",
-    ),
+    "dataset": (("step", "dataset", "nope", "--preset", "smoke"), "dataset 'nope' is not in the preset; allowed: "),
     "job": (("step", "train", "nope", "--preset", "smoke"), "job 'nope' is not in the plan"),
     "no margins": (
         ("claims", "--tables", ".", "--out", ".", "--margins", "/nowhere.yaml"),
@@ -63,7 +60,7 @@ def test_a_name_starts_no_line_of_its_own_and_moves_no_cursor():
     assert all(line.startswith("lorabench: ") for line in result.stderr.splitlines())
 
 
-HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "pandas", "pyarrow", "scipy", "numpy", "lm_eval"}
+HEAVY = {"torch", "transformers", "peft", "datasets", "pandas", "pyarrow", "scipy", "numpy", "lm_eval", "lora_advice"}
 
 # Runs a command, then prints the packages that it has imported.
 CALL = """
@@ -88,6 +85,7 @@ def test_help_and_plans_answer_at_once(tmp_path, arguments):
     packages = set(json.loads(done.stdout.splitlines()[-1]))
     assert "lorabench" in packages
     assert not packages & HEAVY
+    assert arguments[0] != "--help" or all(name in done.stdout for name in ADVICE)
     # CPU time is measured, since tests share their machine; half a second is usual.
     assert arguments[-1] == "core" or seconds < 1.0
 

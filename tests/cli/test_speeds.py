@@ -27,7 +27,6 @@ def _folder(tmp_path, monkeypatch):
 
 
 def record(device: str, **changes: object) -> Record:
-    """Return a record with one check."""
     fields = {
         "date": "2026-11-26T12:00:00+00:00",
         "preset": "core",
@@ -66,7 +65,6 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_sentence(text):
 
 
 def plan_of(preset: str) -> str:
-    """Return what `lorabench plan` prints of a preset, on one line."""
     result = CliRunner().invoke(app, ["plan", "--preset", preset])
     assert result.exit_code == 0, result.output
     return " ".join(result.output.split())

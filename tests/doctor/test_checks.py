@@ -133,4 +133,3 @@ def test_the_whole_command_on_a_small_preset_passes_within_two_minutes(tmp_path)
     record = Record.model_validate_json(path.read_bytes())
     assert {check.status for check in record.checks} == {"pass", "measured"}
     assert record.gflops is not None
-    assert all(check.name in done.stderr for check in record.checks)

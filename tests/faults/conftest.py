@@ -74,11 +74,9 @@ class Place:
         return self.plan.job_of(self.sweep(task))
 
     def path(self, path: Path) -> Path:
-        """Return a path of the layout within the folder."""
         return self.folder / path
 
     def change(self, change: Callable[[dict[str, Any]], object]) -> None:
-        """Change the preset, given as plain data."""
         raw = yaml.safe_load((self.folder / "mine.yaml").read_text())
         change(raw)
         (self.folder / "mine.yaml").write_text(yaml.safe_dump(raw))
@@ -90,7 +88,6 @@ class Place:
         return Place(folder)
 
     def run_path(self, task: str, number: int, *parts: str) -> Path:
-        """Return the folder of a run of the grid, or a path in it."""
         run_id = self.sweep(task).grid()[number].run_id
         return self.path(self.layout.runs).joinpath(run_id, *parts)
 
@@ -107,7 +104,6 @@ class Place:
         return JobProcess(process, output)
 
     def run(self, *arguments: str, status: int = 0, **limits: int) -> str:
-        """Run a command to its end and return its output."""
         job = self.start(*arguments, **limits)
         assert job.wait() == status, job.text
         return job.text
@@ -117,13 +113,8 @@ class Place:
 
     def numbers(self, task: str) -> list[dict[str, Any]]:
         """Return the results that must not depend on what happened to a job."""
-        return numbers(pq.read_table(self.path(self.layout.job(self.job(task)))).to_pylist())
-
-
-def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of runs without the columns that depend on the machine."""
-    names = ("run_id", "status", "final_valid_nll", "final_test_nll", "final_reward", "best_reward", "train_tokens")
-    return [{name: row[name] for name in (*names, "curve")} for row in rows]
+        names = ["run_id", "status", "final_valid_nll", "final_test_nll", "final_reward", "best_reward", "train_tokens"]
+        return pq.read_table(self.path(self.layout.job(self.job(task))), columns=[*names, "curve"]).to_pylist()
 
 
 @dataclass(frozen=True)

@@ -130,9 +130,9 @@ def _write_adapter(folder: Path) -> list[Path]:
     about = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 4, "lora_alpha": 8, "use_dora": False}
     about |= {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {}, "init_lora_weights": True}
     (folder / "adapter_config.json").write_text(json.dumps(about))
-    a, b = np.ones((4, 12), np.float32), np.ones((10, 4), np.float32)
     stems = [f"base_model.model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")]
-    tensors = {f"{stem}.lora_{part}.weight": factor for stem in stems for part, factor in (("A", a), ("B", b))}
+    tensors = {f"{stem}.lora_A.weight": np.ones((4, 12), np.float32) for stem in stems}
+    tensors |= {f"{stem}.lora_B.weight": np.ones((10, 4), np.float32) for stem in stems}
     save_file(tensors, folder / "adapter_model.safetensors")
     return [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
 

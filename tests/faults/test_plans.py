@@ -24,7 +24,6 @@ def done(unbroken, tmp_path) -> Place:
 
 
 def records(place: Place) -> dict[str, int]:
-    """Return the time of the record of each finished run, by run_id."""
     return {path.parent.name: path.stat().st_mtime_ns for path in place.folder.glob("results/mine/runs/*/record.json")}
 
 
@@ -58,7 +57,6 @@ OPTIONS = ("--snakefile", str(REPOSITORY / "workflow/Snakefile"), "--cores", "1"
 
 
 def planned(place: Place) -> set[str]:
-    """Return the rules that Snakemake would run."""
     output = snakemake(place.folder, TABLES, "--dry-run", "--quiet", "rules", *OPTIONS)
     return {rule for rule, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE)} - {"total"}
 

@@ -45,15 +45,11 @@ def test_every_job_asks_for_something_sensible(name):
 def test_what_fits_nowhere_is_one_sentence():
     paper = load_preset("paper")
     small = with_model(paper.with_execution(gpu="RTX-4090", max_gpus=2), models=["llama-3-1-8b-base"])
-    with pytest.raises(
-        UserError, match=r"full fine-tuning of llama-3-1-8b-base on \S+ needs \d+ GB on each of 2 x RTX-4090, which"
-    ):
+    with pytest.raises(UserError, match=r"full fine-tuning of llama-3-1-8b-.* needs \d+ GB on each of 2 x RTX"):
         per_experiment(make_plan(small))
     plan = make_plan(paper.with_execution(gpu="L40S", sampler="own"))
     job = next(job for job in plan.evaluations() if job.model == "llama-3-1-8b-base")
-    with pytest.raises(
-        UserError, match="the evaluation needs 56 GB for llama-3-1-8b-base on one L40S, which has 44 GB"
-    ):
+    with pytest.raises(UserError, match="the evaluation needs 56 GB for llama-3-1-8b-base on one L40S, which has 44"):
         evaluation_cost(plan, job)
 
 

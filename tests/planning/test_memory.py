@@ -40,7 +40,6 @@ PIECES = 1 << 18
 
 
 def in_pieces(monkeypatch):
-    """Let the logits of a CPU come in small pieces."""
     for limits in (LOGITS_AT_ONCE, step_cost.MAX_LOGITS):
         monkeypatch.setitem(limits, "cpu", PIECES)
 

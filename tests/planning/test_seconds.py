@@ -46,7 +46,7 @@ def test_evaluations_counted_are_those_made():
     preset = load_preset("laptop")
     condition = next(s.condition for s in make_plan(preset).sweeps if s.experiments == ("rank",))
     dataset = preset.datasets[condition.dataset]
-    for steps in (1, 2, 17, 250, 9999):
+    for steps in (1, 17, 9999):
         examples = len(curve_steps(steps, preset.protocol)) * dataset.validation + dataset.test
         work = run_work(preset, replace(condition, steps=steps))
         assert work.evaluated == examples * work.context

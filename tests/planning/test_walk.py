@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorabench import runs
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
 from lorabench.planning.plan import merge_sweeps, starting_lr
 from lorabench.runs import Condition, Lattice, Racing, Seeds, Sweep, best_lr, finished_losses, next_runs
@@ -21,7 +22,6 @@ SWEEP = Sweep(CONDITION, LATTICE.around(1.2e-3), Seeds(3, around=3), ("rank",), 
 
 
 def walk(loss, sweep=SWEEP):
-    """Return the losses by LR and seed, and the LRs of each wave."""
     losses, waves = {}, []
     while wave := next_runs(sweep, losses):
         assert len({(run.lr, run.seed) for run in wave}) == len(wave)
@@ -42,10 +42,6 @@ def diverging(above):
     return lambda lr, seed: math.inf if lr > above else -lr
 
 
-def flat_between(low, high):
-    return lambda lr, seed: -0.6 if low < lr < high else -0.3
-
-
 # By the first seed 1e-3 is best, by the mean of all 4.64e-4, whose lower neighbour is not trained yet.
 def best_elsewhere_by_the_mean(lr, seed):
     return abs(math.log(lr / (1e-3 if seed == 0 else 3e-4)))
@@ -59,8 +55,8 @@ WALKS = [
     # The third LR with seeds is the next but one below.
     (parabola(1e2), [[4.64e-3]], 2.15e-1, 9 + 6),
     # Equal lowest losses are enclosed together; where all are equal the walk stops.
-    (flat_between(3e-4, 5e-3), [[2.15e-4, 4.64e-3], [1e-2]], 1e-3, 12),
-    (flat_between(0, 1e9), [], 1e-3, 9 + 6),
+    (lambda lr, seed: -0.6 if 3e-4 < lr < 5e-3 else -0.3, [[2.15e-4, 4.64e-3], [1e-2]], 1e-3, 12),
+    (lambda lr, seed: -0.6, [], 1e-3, 9 + 6),
     # A diverged LR counts as higher, and a finer one is tried before it.
     (diverging(1.2e-3), [[1.47e-3], [4.64e-4, 6.81e-4, 1e-3]], 1e-3, 11),
     (diverging(0), [[2.15e-4], [1e-4]], None, 9),
@@ -192,6 +188,13 @@ def test_all_sweeps_share_the_lattice_and_start_at_the_papers_law():
     laws = [predict_lr(PUBLISHED, "llama", 128, method) for method in ("fullft", "lora")]
     assert starting_lr(128, "sft") == pytest.approx(math.sqrt(math.prod(laws)))
     assert starting_lr(128, "rl") == pytest.approx(starting_lr(128, "sft") / 4)
+
+
+def test_the_lowest_loss_of_a_grid_and_the_lowest_lr_of_equals():
+    assert runs.lowest({1e-3: 2.0, 1e-4: 3.0, 3e-4: 2.0, 1e-2: math.nan, 3e-2: math.inf}) == 3e-4
+    assert runs.lowest({1e-4: 2.0 + runs.TIE / 2, 3e-4: 2.0}) == 3e-4
+    assert runs.lowest({1e-4: 2.0 + runs.TIE / 2, 3e-4: 2.0}, runs.TIE) == 1e-4
+    assert runs.lowest({1e-4: math.nan, 3e-4: math.inf}) is None
 
 
 def test_a_walk_to_one_further_lr_has_the_expected_waves():

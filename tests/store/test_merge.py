@@ -28,7 +28,6 @@ TEST_LOSSES = pd.DataFrame(
 
 
 def write(folder: Path, kind: str = "parquet", **tables: pd.DataFrame) -> Path:
-    """Write tables as files of one kind, each with its own columns."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, frame in tables.items():
         if kind == "csv":

@@ -28,22 +28,13 @@ FIRST, THIRD = RUNS["run_id"].iloc[0], RUNS["run_id"].iloc[2]
 
 
 def with_value(column: str, value: object, row: int = 2) -> pd.DataFrame:
-    """Return the runs with one value replaced by a value of any type."""
     changed = RUNS.assign(**{column: RUNS[column].astype(object)})
     changed.loc[row, column] = value
     return changed
 
 
-def write(
-    folder: Path,
-    runs: pd.DataFrame | bytes = RUNS,
-    kind: str = "csv",
-    curves: pd.DataFrame = CURVES,
-    test_losses: pd.DataFrame | None = None,
-) -> Path:
+def write(folder: Path, runs: pd.DataFrame | bytes = RUNS, kind: str = "csv", **others: pd.DataFrame) -> Path:
     folder.mkdir(exist_ok=True)
-    if test_losses is not None:
-        test_losses.to_csv(folder / "test_losses.csv", index=False)
     path = folder / f"runs.{kind}"
     if isinstance(runs, bytes):
         path.write_bytes(runs)
@@ -51,7 +42,8 @@ def write(
         write_csv(runs, path)
     else:
         runs.to_parquet(path)
-    curves.to_parquet(folder / "curves.parquet")
+    for name, table in ({"curves": CURVES} | others).items():
+        table.to_parquet(folder / f"{name}.parquet")
     return folder
 
 

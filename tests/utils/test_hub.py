@@ -65,13 +65,11 @@ def hub(tmp_path, monkeypatch):
 
 
 def fetched(*wanted):
-    """Fetch repositories and return them by id."""
     fetch_repositories(list(wanted), Path("pins"), Path("fetched.json"))
     return read_fetched(Path("fetched.json"))
 
 
 def refused(*wanted):
-    """Return the sentence with which repositories are not fetched."""
     with pytest.raises(UserError) as caught:
         fetched(*wanted)
     assert "\n" not in str(caught.value)
@@ -124,7 +122,6 @@ def test_a_moving_revision_stays_what_it_was_when_it_was_first_fetched(hub):
 
 
 def preset(hub):
-    """Write a preset with a model, a dataset and a problem set of the hub; return its layout."""
     block = {"models": ["tiny"], "seeds": 1, "ranks": {"all": [2]}, "lrs": {"fullft": [], "lora": [1e-3]}}
     rollouts = {"problems_per_step": 2, "group_size": 2, "steps": 1, "max_new_tokens": 4, "mean_response_tokens": 4}
     raw = {

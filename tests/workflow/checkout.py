@@ -16,7 +16,6 @@ _GIT = ("git", "-c", "user.name=tests", "-c", "user.email=tests@localhost")
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """Run git in a folder and return what it printed."""
     return subprocess.run([*_GIT, *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
@@ -72,7 +71,6 @@ def started(checkout: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def adapt_profile(checkout: Path, old: str, new: str) -> None:
-    """Change a setting of the Slurm profile, as a site does."""
     profile = checkout / "slurm/config.yaml"
     text = profile.read_text()
     assert text.count(old) == 1, old

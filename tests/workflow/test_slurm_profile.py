@@ -19,13 +19,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A fresh clone."""
     return fresh_clone(tmp_path_factory.mktemp("clone"))
 
 
 @pytest.fixture
 def checkout(clone):
-    """The clone, whose profile is restored afterwards."""
     yield clone
     git(clone, "checkout", "-q", ".")
 
@@ -88,7 +86,6 @@ def test_a_preset_for_cpus_requests_no_gpu_and_the_check_of_a_machine_one(checko
         jobs = requested(output, rule)
         assert jobs
         assert all("gpu" not in resources and int(resources["runtime"]) > 0 for resources in jobs.values())
-    # The check of a machine requests one GPU for half an hour.
     [resources] = requested(dry_run(checkout, "doctor", preset="core"), "doctor").values()
     assert (resources["gpu"], resources["runtime"], resources["nodes"]) == ("1", "30", "1")
 

@@ -121,7 +121,6 @@ def test_runs_as_jobs_give_the_tables_of_whole_jobs_although_they_were_killed(ch
 
 
 def flip(path: Path) -> None:
-    """Flip one bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

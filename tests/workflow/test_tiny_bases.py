@@ -65,7 +65,6 @@ def test_heldout_loss_is_as_recorded(name):
 
 @pytest.mark.parametrize("name", ["llama-64-sums", pytest.param("moe-128", marks=pytest.mark.slow)])
 def test_the_recipe_rebuilds(name, tmp_path):
-    """A recipe of a few steps, followed twice, gives the same weights; the loss falls."""
     few = {"train_tokens": 12_000, "tokenizer_documents": 300, "batch": 4, "block": 64}
     small = replace(RECIPES[name], **few, heldout_tokens=2_000, warmup_steps=5)
     first, second = tiny_bases.build(tmp_path / "a", small), tiny_bases.build(tmp_path / "b", small)

@@ -26,12 +26,10 @@ FAILURES = REPOSITORY / "docs/failures.md"
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A fresh clone to run in."""
     return fresh_clone(tmp_path_factory.mktemp("checkout"))
 
 
 def planned_jobs(output: str) -> dict[str, int]:
-    """Return the number of jobs per rule from the table of a dry run."""
     return {rule: int(count) for rule, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE) if rule != "total"}
 
 
@@ -124,8 +122,8 @@ def test_what_a_finished_clone_says_of_itself(smoke):
     assert "36/36 runs (100%), 4/4 jobs done" in shell("lorabench status --preset smoke", checkout)
     snakemake(checkout, "--config", "preset=smoke", "--report", "snakemake_report.html")
     text = (checkout / "snakemake_report.html").read_text()
-    for part in ("fig2_lr_by_rank", "claims with verdicts", "fitted to the losses of all seeds around the best one"):
-        assert part in text
+    assert "fig2_lr_by_rank" in text
+    assert "claims with verdicts" in text
 
 
 MOMENTS = [r"(local)?rule tokens:", *[r"1 of \d+ steps"] * 9]
