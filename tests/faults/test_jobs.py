@@ -55,7 +55,6 @@ def test_status_shows_when_a_killed_job_last_gave_a_sign_of_life(half, monkeypat
     assert {job["label"] for job in at_work} == {sweep.condition.label for sweep in half.plan.sweeps}
     for path in half.path(half.layout.root).glob("progress/*"):
         os.utime(path, (time.time() - 120,) * 2)
-    assert all(job["age_s"] == pytest.approx(120, abs=10) for job in runs_at_work(half.plan, half.layout))
     assert half.run("status").count("last sign of life 2 minutes ago") == 2
 
 
@@ -206,8 +205,6 @@ def test_of_two_jobs_on_one_sweep_the_second_waits(place, unbroken):
     assert "waits for another process, which is at work on " in second.text
     assert "goes on after" not in second.text
     assert place.numbers("sft") == unbroken.numbers("sft")
-    [record] = place.run_path("sft", 0).glob("record.json")
-    assert record.stat().st_mtime < first.output.stat().st_mtime
     assert not list(place.path(place.layout.root).glob("locks/*"))
 
 
