@@ -49,7 +49,7 @@ execution:
 def checkout(tmp_path_factory):
     """A clone with a preset of a fixed grid and a walk, whose jobs are whole (`whole`) or divided (`split`)."""
     checkout = fresh_clone(tmp_path_factory.mktemp("checkout"))
-    for name, hours in (("whole", 24.0), ("split", 1e-6)):
+    for name, hours in (("whole", "24.0"), ("split", "1.0e-6")):
         (checkout / f"{name}.yaml").write_text(f"{PRESET}  job_hours: {hours}\n")
     return checkout
 
