@@ -62,7 +62,6 @@ def _run(command: Sequence[str], folder: Path, environment: Mapping[str, str], o
 
 
 def redirect_output(path: str | Path) -> None:
-    """Let this process print into a file."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)

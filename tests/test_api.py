@@ -74,7 +74,6 @@ def test_frames_folders_and_the_command_are_judged_alike(tmp_path):
         (lambda: api.judge({"run": pd.DataFrame()}), "table 'run' is not known; allowed: data frames of runs, .*"),
         (lambda: api.judge({"runs": pd.DataFrame({"lr": ["x"]})}), "runs: column lr has 'x', which is not a number"),
         (lambda: api.judge("nowhere"), "no table runs, .* in nowhere"),
-        (lambda: api.judge(REFERENCE / "orbit", margins={"los": 0.1}), "margins: unknown key 'los'; allowed: .*"),
         (lambda: api.judge(REFERENCE / "orbit", noise=Noise(0.1, 2, "mine")), "noise: .* states the noise .*"),
     ],
 )

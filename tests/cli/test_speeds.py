@@ -27,19 +27,9 @@ def _folder(tmp_path, monkeypatch):
 
 
 def record(device: str, **changes: object) -> Record:
-    """Return a record with one check."""
-    fields = {
-        "date": "2026-11-26T12:00:00+00:00",
-        "preset": "core",
-        "device": device,
-        "gpu": None,
-        "host": "node1",
-        "seconds": 100.0,
-        "git_sha": None,
-        "packages": {"torch": "2.13.0"},
-        "gflops": 250_000.0,
-        "checks": [Check(name="device", status="fail", sentence="b", value=1.5, planned=2.0, unit="GB")],
-    }
+    fields = {"preset": "core", "device": device, "gpu": None, "host": "node1", "seconds": 100.0, "git_sha": None}
+    check = Check(name="device", status="fail", sentence="b", value=1.5, planned=2.0, unit="GB")
+    fields |= {"date": "2026-11-26T12:00:00+00:00", "packages": {}, "gflops": 250_000.0, "checks": [check]}
     return Record.model_validate(fields | changes)
 
 
@@ -53,15 +43,10 @@ def test_a_plan_takes_the_latest_record_of_its_own_device_as_it_was_written():
     later = record("NVIDIA H100 80GB PCIe", date="2026-11-27T12:00:00+00:00")
     write_record(later)
     assert record_for(core) == later
-    assert later.sentence == (
-        "measured by lorabench doctor on NVIDIA H100 80GB PCIe on 2026-11-27: 250,000 GFLOP/s in training steps; "
-        "1 of its 1 checks failed"
-    )
+    assert "250,000 GFLOP/s in training steps; 1 of its 1 checks failed" in later.sentence
 
 
-@pytest.mark.parametrize(
-    "text", ["{", json.dumps({"results": []}), json.dumps(record(H100).model_dump() | {"version": 1})]
-)
+@pytest.mark.parametrize("text", ["{", json.dumps(record(H100).model_dump() | {"version": 1})])
 def test_a_damaged_or_foreign_file_is_refused_in_one_sentence(text):
     FOLDER.mkdir(parents=True)
     path = FOLDER / "H100.json"
@@ -71,24 +56,17 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_sentence(text):
 
 
 def plan_of(preset: str) -> str:
-    """Return what `lorabench plan` prints of a preset, on one line."""
     result = CliRunner().invoke(app, ["plan", "--preset", preset])
     assert result.exit_code == 0, result.output
     return " ".join(result.output.split())
 
 
 def test_the_plan_says_whose_speed_it_takes():
-    a100 = "NVIDIA A100-SXM4-80GB"
-    write_record(record(a100, gflops=None))
+    write_record(record("NVIDIA A100-SXM4-80GB", gflops=None))
     assert "(an assumption, see lorabench/utils/gpus.py)" in plan_of("smollm2")
-    write_record(record(a100))
-    shown = plan_of("smollm2")
-    assert "at 250 TFLOP/s (measured)" in shown
-    assert f"measured by lorabench doctor on {a100}" in shown
-
-
-def test_the_speed_of_a_cpu_is_that_of_one_preset():
-    """Another preset has another width, precision or number of threads."""
+    write_record(record("NVIDIA A100-SXM4-80GB"))
+    assert "at 250 TFLOP/s (measured)" in plan_of("smollm2")
+    # The speed of a CPU is that of one preset: another has another width, precision or number of threads.
     write_record(record(processor(), preset="smoke", gflops=12.5))
     assert "GFLOP/s per job (measured)" in plan_of("smoke")
     assert "(execution.gflops)" in plan_of("laptop")
@@ -115,8 +93,6 @@ def test_finished_runs_on_this_machine_tell_the_speed_and_others_do_not():
 
     gflops, sentence = speed_from(pd.concat([diverged, elsewhere, runs.iloc[4:], unknown]))
     assert gflops == pytest.approx(12.5)
-    assert sentence == (
-        f"measured on {len(runs) - 4} runs on {processor()}: 12.5 GFLOP/s; predicted over measured time, median and "
-        "range: 1.00 (1.00 to 1.00)"
-    )
+    assert sentence.startswith(f"measured on {len(runs) - 4} runs on {processor()}: 12.5 GFLOP/s; ")
+    assert sentence.endswith("range: 1.00 (1.00 to 1.00)")
     assert speed_from(odd.assign(device="other")) is None

@@ -14,7 +14,6 @@ from lorabench.config.loading import load_preset
 from lorabench.doctor import bench
 from lorabench.doctor.bench import training_subjects
 from lorabench.doctor.record import Record
-from lorabench.errors import UserError
 from lorabench.models import lora
 from lorabench.models.passes import trained_parameters
 from lorabench.models.specs import dimensions
@@ -41,19 +40,16 @@ def test_a_check_that_raises_fails_in_one_sentence_and_the_others_go_on(smoke, t
     def broken(*arguments):
         raise RuntimeError("CUDA error: no kernel image\nmore lines")
 
-    def refused(*arguments):
-        raise UserError("model folder x has no config.json")
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "check_parity", broken)
-    monkeypatch.setattr(bench, "measure_step", refused)
+    monkeypatch.setattr(bench, "measure_step", broken)
     record = bench.examine(smoke, Layout.of("smoke"), lambda check: None)
     seen = {(check.name.split(":")[0], check.status, check.sentence) for check in record.checks}
     raised = "the check raised RuntimeError: CUDA error: no kernel image"
     assert seen == {
         ("parity in fp32", "fail", raised),
         ("parity in bf16", "fail", raised),
-        ("memory of a step", "fail", "model folder x has no config.json"),
+        ("memory of a step", "fail", raised),
         ("speed of a step", "skipped", "the step failed"),
     }
     assert record.gflops is None
@@ -62,8 +58,7 @@ def test_a_check_that_raises_fails_in_one_sentence_and_the_others_go_on(smoke, t
 def test_the_largest_models_that_fit_one_gpu_are_chosen():
     core, paper = (make_plan(load_preset(name).with_execution(gpu="H100-80GB")) for name in ("core", "paper"))
     titles = [title(subject.condition) for subject in training_subjects(core)]
-    assert titles[0].startswith("full fine-tuning of llama-3-2-")
-    assert [title.split(" of ")[0] for title in titles[1:]] == ["LoRA r64 all"]
+    assert [title.split(" of ")[0] for title in titles] == ["full fine-tuning", "LoRA r64 all"]
     subjects = training_subjects(paper)
     assert "qwen3-30b-a3b" in title(subjects[-1].condition)
     # The mixture of experts fits no single GPU, so it has fewer layers of the same sizes.
@@ -75,34 +70,18 @@ def test_the_largest_models_that_fit_one_gpu_are_chosen():
 
 
 def test_parity_fails_where_lora_is_computed_wrongly(smoke, monkeypatch):
-    subject = training_subjects(smoke)[1]
-    assert bench.check_parity(smoke.preset, CPU, subject, "fp32").status == "pass"
+    experts = make_plan(load_preset("laptop_more"))
+    mixture = next(subject for subject in training_subjects(experts) if subject.sizes.experts)
+    for precision in ("fp32", "bf16"):
+        assert bench.check_parity(experts.preset, CPU, mixture, precision).status == "pass"
+    dense = training_subjects(smoke)[1]
+    assert bench.check_parity(smoke.preset, CPU, dense, "fp32").status == "pass"
     narrow = lora._narrow
     monkeypatch.setattr(lora, "_narrow", lambda x, factor: narrow(x, factor).mul_(1.01))
-    broken = bench.check_parity(smoke.preset, CPU, subject, "fp32")
-    assert broken.status == "fail"
-    assert broken.value > 1e-3
-
-
-def test_parity_of_experts_fails_where_they_are_computed_wrongly(monkeypatch):
-    plan = make_plan(load_preset("laptop_more"))
-    subject = next(subject for subject in training_subjects(plan) if subject.sizes.experts)
-    for precision in ("fp32", "bf16"):
-        assert bench.check_parity(plan.preset, CPU, subject, precision).status == "pass"
-    build = bench.random_model
-
-    def build_and_spoil(*arguments, plain=False, **options):
-        model = build(*arguments, plain=plain, **options)
-        experts = [module for module in model.modules() if type(module).__name__.endswith("Experts")]
-        for module in [] if plain else experts:
-            right = module.forward
-            module.forward = lambda *inputs, right=right: 1.01 * right(*inputs)
-        return model
-
-    monkeypatch.setattr(bench, "random_model", build_and_spoil)
-    broken = bench.check_parity(plan.preset, CPU, subject, "fp32")
-    assert broken.status == "fail"
-    assert broken.value > 1e-3
+    for preset, subject in ((smoke.preset, dense), (experts.preset, mixture)):
+        broken = bench.check_parity(preset, CPU, subject, "fp32")
+        assert broken.status == "fail"
+        assert broken.value > 1e-3
 
 
 def test_memory_fails_where_the_plan_is_wrong(smoke):
@@ -113,15 +92,11 @@ def test_memory_fails_where_the_plan_is_wrong(smoke):
     assert [check.status for check in checks] == ["pass", "fail", "fail"]
 
 
-GPU_PRESETS = [
-    path.stem
-    for path in sorted((REPOSITORY / "workflow/presets").glob("*.yaml"))
-    if load_preset(path.stem).execution.gpu
-]
+PRESETS = sorted(path.stem for path in (REPOSITORY / "workflow/presets").glob("*.yaml"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GPU_PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if load_preset(name).execution.gpu])
 def test_a_step_with_the_memory_of_its_tensors_passes(name, monkeypatch):
     """The memory is that of tensors which have sizes but no content, in a few layers of the preset's models."""
 
@@ -158,4 +133,3 @@ def test_the_whole_command_on_a_small_preset_passes_within_two_minutes(tmp_path)
     record = Record.model_validate_json(path.read_bytes())
     assert {check.status for check in record.checks} == {"pass", "measured"}
     assert record.gflops is not None
-    assert all(check.name in done.stderr for check in record.checks)

@@ -5,7 +5,6 @@ Tests that run jobs are marked slow.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -75,11 +74,9 @@ class Place:
         return self.plan.job_of(self.sweep(task))
 
     def path(self, path: Path) -> Path:
-        """Return a path of the layout within the folder."""
         return self.folder / path
 
     def change(self, change: Callable[[dict[str, Any]], object]) -> None:
-        """Change the preset, given as plain data."""
         raw = yaml.safe_load((self.folder / "mine.yaml").read_text())
         change(raw)
         (self.folder / "mine.yaml").write_text(yaml.safe_dump(raw))
@@ -91,7 +88,6 @@ class Place:
         return Place(folder)
 
     def run_path(self, task: str, number: int, *parts: str) -> Path:
-        """Return the folder of a run of the grid, or a path in it."""
         run_id = self.sweep(task).grid()[number].run_id
         return self.path(self.layout.runs).joinpath(run_id, *parts)
 
@@ -99,16 +95,15 @@ class Place:
         final = self.run_path(task, number)
         return final.with_name(f"{final.name}.partial") / "checkpoint.safetensors"
 
-    def start(self, *arguments: str, memory: int | None = None, file_size: int | None = None) -> JobProcess:
-        """Start a command of lorabench; `memory` are the bytes that it may take (see `limit_memory`)."""
+    def start(self, *arguments: str, file_size: int | None = None) -> JobProcess:
+        """Start a command of lorabench, which may write no file of more than `file_size` bytes."""
         with_preset = [*arguments, "--preset", "mine.yaml"]
         output = self.folder.with_name(f"{self.folder.name}.output-{time.monotonic_ns()}")
-        process = FORKS.Process(target=_command, args=(with_preset, self.folder, output, memory, file_size))
+        process = FORKS.Process(target=_command, args=(with_preset, self.folder, output, file_size))
         process.start()
         return JobProcess(process, output)
 
     def run(self, *arguments: str, status: int = 0, **limits: int) -> str:
-        """Run a command to its end and return its output."""
         job = self.start(*arguments, **limits)
         assert job.wait() == status, job.text
         return job.text
@@ -118,13 +113,8 @@ class Place:
 
     def numbers(self, task: str) -> list[dict[str, Any]]:
         """Return the results that must not depend on what happened to a job."""
-        return numbers(pq.read_table(self.path(self.layout.job(self.job(task)))).to_pylist())
-
-
-def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of runs without the columns that depend on the machine."""
-    names = ("run_id", "status", "final_valid_nll", "final_test_nll", "final_reward", "best_reward", "train_tokens")
-    return [{name: row[name] for name in (*names, "curve")} for row in rows]
+        names = ["run_id", "status", "final_valid_nll", "final_test_nll", "final_reward", "best_reward", "train_tokens"]
+        return pq.read_table(self.path(self.layout.job(self.job(task))), columns=[*names, "curve"]).to_pylist()
 
 
 @dataclass(frozen=True)
@@ -158,35 +148,16 @@ class JobProcess:
         os.kill(self.process.pid, number)
 
 
-def _command(arguments: list[str], folder: Path, output: Path, memory: int | None, file_size: int | None) -> None:
+def _command(arguments: list[str], folder: Path, output: Path, file_size: int | None) -> None:
     os.chdir(folder)
     # A shell starts background processes with Ctrl-C ignored, and their children inherit that; a terminal's are not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     redirect_output(output)
-    if memory is not None:
-        limit_memory(memory)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     from lorabench.cli.commands import app
 
     app(arguments)
-
-
-def limit_memory(more: int) -> None:
-    """Let this process take `more` bytes and no others.
-
-    A forked process keeps what its parent had freed, which here is as much as a small job needs. It would be used
-    before the limit counts, so it is allocated first, in blocks from large to small ones.
-    """
-    malloc = ctypes.CDLL(None).malloc
-    malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (used, hard))
-    for size in (1 << power for power in range(26, 11, -1)):
-        while malloc(size):
-            pass
-    resource.setrlimit(resource.RLIMIT_AS, (used + more, hard))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ from lorabench.utils.checked_tensors import read_tensors, write_tensors
 
 
 def cut(path: Path) -> None:
-    """Leave the first half of a file."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -31,7 +30,6 @@ def flip(path: Path, place: int = -9) -> None:
 
 
 def flip_header(path: Path) -> None:
-    """Flip one bit of the step in the header."""
     flip(path, path.read_bytes().index(b'"step":"') + len(b'"step":"'))
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from lorabench.store.io import read_table
 
 from ..conftest import REPOSITORY
+from ..workflow.checkout import snakemake, started
 from .conftest import Place
 
 TABLES = "results/mine/tables/runs.parquet"
@@ -26,7 +24,6 @@ def done(unbroken, tmp_path) -> Place:
 
 
 def records(place: Place) -> dict[str, int]:
-    """Return the time of the record of each finished run, by run_id."""
     return {path.parent.name: path.stat().st_mtime_ns for path in place.folder.glob("results/mine/runs/*/record.json")}
 
 
@@ -56,32 +53,11 @@ def test_a_longer_grid_trains_only_new_runs(done, unbroken):
     assert all(row == kept[row["run_id"]] for row in done.numbers("sft") if row["run_id"] in kept)
 
 
-def snakemake(place: Place, *arguments: str, status: int = 0) -> str:
-    process = start_snakemake(place, *arguments)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == status, output
-    return output
-
-
-def start_snakemake(place: Place, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "workflow/Snakefile"), "--cores", "1"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.Popen(
-        [*command, *arguments, "--config", "preset=mine.yaml"],
-        cwd=place.folder,
-        env={**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # As in a terminal, it is a process group of its own; Ctrl-C reaches it even if the tests run in the background.
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+OPTIONS = ("--snakefile", str(REPOSITORY / "workflow/Snakefile"), "--cores", "1", "--config", "preset=mine.yaml")
 
 
 def planned(place: Place) -> set[str]:
-    """Return the rules that Snakemake would run."""
-    output = snakemake(place, TABLES, "--dry-run", "--quiet", "rules")
+    output = snakemake(place.folder, TABLES, "--dry-run", "--quiet", "rules", *OPTIONS)
     return {rule for rule, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE)} - {"total"}
 
 
@@ -97,17 +73,18 @@ def test_clocks_that_differ_by_hours_make_no_job_run_again(done):
 
 @pytest.mark.slow
 def test_snakemake_goes_on_when_it_was_interrupted(place, unbroken):
-    process, deadline = start_snakemake(place, TABLES), time.monotonic() + 300
+    process, deadline = started(place.folder, TABLES, *OPTIONS), time.monotonic() + 300
     while not place.checkpoint("sft", 1).exists():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     # Ctrl-C in a terminal goes to all processes of the group: the job saves, and Snakemake takes its lock away.
     os.killpg(process.pid, signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
+    process.wait(60)
+    output = (place.folder / "printed").read_text()
     assert "stopped by SIGINT; what was done is kept" in output
     assert "Traceback" not in output
-    assert "goes on after step" in snakemake(place, TABLES)
+    assert "goes on after step" in snakemake(place.folder, TABLES, *OPTIONS)
     for task in ("sft", "rl"):
         assert place.numbers(task) == unbroken.numbers(task)
     assert planned(place) == set()

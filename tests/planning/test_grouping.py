@@ -48,7 +48,6 @@ def test_ids_are_names_of_files_and_hold_as_long_as_the_sweeps_do(raw_preset):
 
     before = {job.job_id for job in jobs()}
     assert len(before) == 1
-    # One experiment with the same runs is added, and one with other runs.
     raw_preset["experiments"]["placement"] = raw_preset["experiments"]["rank"]
     assert {job.job_id for job in jobs()} == before
     raw_preset["experiments"]["early"] = [raw_preset["experiments"]["rank"][0] | {"steps": 3}]
@@ -56,9 +55,7 @@ def test_ids_are_names_of_files_and_hold_as_long_as_the_sweeps_do(raw_preset):
     raw_preset["experiments"]["rank"] = [raw_preset["experiments"]["rank"][0] | {"seeds": 3}]
     assert not {job.job_id for job in jobs()} & before
     for plan in PLANS.values():
-        assert all(len(job.job_id) < 100 for job in plan.jobs)
-        # A job is found by its id, and a sweep by its own.
-        for job in plan.jobs[:5]:
+        for job in plan.jobs:
+            assert len(job.job_id) < 100
             assert plan.job(job.job_id) == job
-            assert all(plan.job_of(sweep) == job for sweep in job.sweeps)
             assert plan.job(job.sweeps[0].sweep_id) == Job(job.sweeps[:1])

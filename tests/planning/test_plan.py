@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+from functools import reduce
+from operator import getitem
 
 import pytest
 
@@ -13,7 +15,7 @@ from lorabench.errors import UserError
 from lorabench.models.specs import shipped_folder
 from lorabench.planning.costs import per_experiment
 from lorabench.planning.plan import make_plan, merge_sweeps
-from lorabench.runs import Condition, Run, Seeds, Sweep, next_runs
+from lorabench.runs import Condition, Run, Seeds, Sweep
 
 
 def planned(raw):
@@ -22,17 +24,6 @@ def planned(raw):
 
 def run_ids(plan):
     return {row["run_id"] for row in plan.rows() if row["run_id"]}
-
-
-def changed(raw, path, value):
-    """Return a plan of a preset in which a value is another one."""
-    raw = copy.deepcopy(raw)
-    *parents, last = path
-    inner = raw
-    for key in parents:
-        inner = inner[key]
-    inner[last] = value
-    return planned(raw)
 
 
 def changed_block(raw, **changes):
@@ -46,12 +37,6 @@ def test_counts(raw_preset, raw_rl_preset):
     assert len(plan.sweeps) == 3
     assert sum(sweep.n_runs for sweep in plan.sweeps) == len(plan.rows()) == 3 + 4 + 4
     assert len(run_ids(plan)) == 8
-    assert [run.seed for run in plan.sweeps[0].grid()] == [0] * len(plan.sweeps[0].lrs)
-    # The sweep with the most work is the first.
-    plan = changed_block(raw_preset, ranks={"all": [1, 64]})
-    assert plan.sweeps[0].condition.rank == 64
-    with pytest.raises(UserError, match="job 'nope' is not in the plan"):
-        plan.job("nope")
     # The batch of RL counts responses.
     plan = planned(raw_rl_preset)
     assert sum(sweep.n_runs for sweep in plan.sweeps) == (1 + 1) + (3 + 1)
@@ -75,9 +60,7 @@ def test_the_first_seed_moves_all_seeds_and_the_generated_test_examples():
     rows = {preset.first_seed: make_plan(preset).rows() for preset in (explored, held_out)}
     assert sorted(row["seed"] + 100 for row in rows[0]) == sorted(row["seed"] for row in rows[100])
     assert not {row["run_id"] for row in rows[0]} & {row["run_id"] for row in rows[100] if row["run_id"]}
-    # Facts are new ones; what is not generated stays as it is.
-    facts = [load_preset(name).datasets["facts"] for name in ("core", "core@100")]
-    assert facts[1].seed == facts[0].seed + 100
+    # What is not generated stays as it is.
     docstrings = [load_preset(name).datasets["docstrings"] for name in ("overnight", "overnight@100")]
     assert docstrings[0] == docstrings[1]
 
@@ -90,25 +73,24 @@ RANK, RL = ("experiments", "rank", 0), ("experiments", "rl_arithmetic", 0)
     [
         (("protocol",), {"alpha": 16.0}, False),
         (("datasets", "instruct", "seed"), 1, False),
-        ((*RANK, "epochs"), 2.0, False),
         ((*RANK, "ranks"), {"all": [4, 1]}, True),
         (("execution",), {"gflops": 1.0, "threads": 2, "max_batch_tokens": 512, "keep_weights": "all"}, True),
         ((*RL, "mean_response_tokens"), 3, True),
         ((*RL, "group_size"), 2, False),
         ((*RL, "held_out"), [], False),
         ((*RL, "stop"), ["x"], False),
-        (("problems", "gcd", "seed"), 1, False),
         (("problems", "gcd-of-three", "seed"), 1, False),
     ],
 )
 def test_what_changes_a_result_changes_the_id_and_nothing_else_does(raw_preset, raw_rl_preset, path, value, same):
     raw = raw_rl_preset if path[0] == "problems" or path[:3] == RL else raw_preset
-    before, after = run_ids(planned(raw)), run_ids(changed(raw, path, value))
-    if same:
-        assert after == before
-    else:
-        # Full fine-tuning has no alpha.
-        assert len(before & after) == (2 if path == ("protocol",) else 0)
+    before = run_ids(planned(raw))
+    *parents, last = path
+    reduce(getitem, parents, raw)[last] = value
+    after = run_ids(planned(raw))
+    # Full fine-tuning has no alpha.
+    kept = len(before) if same else 2 if path == ("protocol",) else 0
+    assert len(before & after) == kept
 
 
 def test_a_model_is_known_by_its_files_not_by_its_name_or_place(raw_preset, tmp_path):
@@ -130,27 +112,7 @@ def test_runs_shared_between_experiments_appear_once(raw_preset):
     (merged,) = merge_sweeps([sweep, other])
     assert merged.lrs == tuple(sorted({*sweep.lrs, 0.5}))
     assert (merged.seeds, merged.experiments) == (sweep.seeds, ("rank", "placement"))
-    assert merge_sweeps([merged, other]) == [merged]
     assert {run.run_id for run in sweep.grid()} < {run.run_id for run in merged.grid()}
-    # A seed that is repeated anyway is not run twice.
-    lr = sweep.lrs[0]
-    (merged,) = merge_sweeps([sweep, Sweep(sweep.condition, (lr,), Seeds(1, given=((lr, 3),)), ("early",))])
-    losses = {(run.lr, run.seed): 1.0 + run.lr for run in merged.grid()}
-    assert next_runs(merged, losses) == []
-    assert [run.seed for run in next_runs(merged, losses | {(sweep.lrs[1], 0): 0.0})] == [1]
-
-
-def test_variants_are_a_factorial(raw_preset):
-    for power, alphas in {0.0: {32.0}, 0.5: {32.0, 64.0}, 1.0: {32.0, 128.0}}.items():
-        plan = changed_block(raw_preset, alpha_power=power)
-        assert {sweep.condition.alpha for sweep in plan.sweeps} - {None} == alphas
-    changes = {"alpha_power": 0.0, "alphas": [8.0, 32.0], "lr_ratios": [1.0, 4.0], "inits_a": [0.5], "eps": 1e-12}
-    plan = changed_block(raw_preset, **changes)
-    conditions = [sweep.condition for sweep in plan.sweeps]
-    arms = {(c.rank, c.alpha, c.init_a, c.lr_ratio, c.eps) for c in conditions if c.method == "lora"}
-    assert arms == {(r, a, 0.5, q, 1e-12) for r in (1, 4) for a in (8.0, 32.0) for q in (1.0, 4.0)}
-    fullft = next(condition for condition in conditions if condition.method == "fullft")
-    assert (fullft.alpha, fullft.init_a, fullft.lr_ratio, fullft.eps) == (None, None, None, 1e-12)
 
 
 def variants(raw, names, preset=None, **changes):
@@ -212,22 +174,16 @@ def test_a_transform_keeps_what_the_paper_says_it_keeps(raw_preset):
 def test_the_base_and_each_condition_are_evaluated_once(raw_preset):
     task = {"name": "lorabench_instruct", "about": "learned", "source": "instruct"}
 
-    def evaluated(raw):
-        return planned(raw | {"evaluation": {"experiments": ["rank"], "tasks": [task]}})
-
-    plan = evaluated(raw_preset)
-    jobs = plan.evaluations()
-    assert [job.sweep for job in jobs] == [None, *plan.sweeps]
-    assert {job.model for job in jobs} == {"tiny"}
-    # Four jobs of 1000 documents of 200 tokens.
-    work = per_experiment(plan)["evaluation"]
-    assert (work.runs, work.jobs, work.tokens) == (0, 4, 4 * 1000 * 200)
-    assert "evaluation" not in per_experiment(planned(raw_preset))
+    def ids(raw):
+        plan = planned(raw | {"evaluation": {"experiments": ["rank"], "tasks": [task]}})
+        jobs = plan.evaluations()
+        assert [job.sweep for job in jobs] == [None, *plan.sweeps]
+        # Four jobs of 1000 documents of 200 tokens.
+        work = per_experiment(plan)["evaluation"]
+        assert (work.runs, work.jobs, work.tokens) == (0, 4, 4 * 1000 * 200)
+        return {job.eval_id for job in jobs}
 
     # What changes scores changes an evaluation.
-    def ids(raw):
-        return {job.eval_id for job in evaluated(raw).evaluations()}
-
     other_data = copy.deepcopy(raw_preset)
     other_data["datasets"]["instruct"]["seed"] = 1
     vllm = raw_preset | {"execution": raw_preset["execution"] | {"sampler": "vllm"}}
@@ -242,13 +198,6 @@ def test_a_plan_with_lrs_to_find_has_an_expected_and_a_largest_number_of_runs(ra
     # Both methods start with the same LRs, and are expected to try one more before the seeds at three LRs.
     assert {sweep.lrs for sweep in plan.sweeps} == {(4.64e-4, 1e-3, 2.15e-3)}
     assert {(sweep.n_runs, sweep.most_runs) for sweep in plan.sweeps} == {(3 + 1 + 3 * 2, 9 * 3)}
-    assert (len(plan.rows()), len(run_ids(plan))) == (20, 6)
     total = per_experiment(plan)["total"]
     assert (total.runs, total.most_runs) == (20, 54)
     assert 2 < total.most_job_hours / total.job_hours < 54 / 20
-    # Another block's fixed LRs of the same condition are trained in the first wave.
-    fixed = block | {"ranks": {"all": [4]}, "lrs": {"fullft": [], "lora": [1e-3, 5e-3]}, "seeds": 4}
-    raw_preset["experiments"]["early"] = [fixed]
-    both = next(sweep for sweep in planned(raw_preset).sweeps if sweep.condition.method == "lora")
-    assert (both.lrs, both.seeds, both.experiments) == ((4.64e-4, 1e-3, 2.15e-3, 5e-3), Seeds(4, 3), ("rank", "early"))
-    assert both.lattice is not None

@@ -26,7 +26,7 @@ def test_lora_takes_two_thirds_and_its_own_part(width, rank, ratio):
 
 @pytest.mark.parametrize(
     ("name", "placement", "rank"),
-    [("llama-128", None, None), ("qwen-64", "attn", 3), ("llama-128", "mlp", 5), ("moe-128", "all", 8)],
+    [("llama-128", None, None), ("qwen-64", "attn", 3), ("moe-128", "all", 8)],
 )
 def test_flops_are_those_of_the_model_itself(name, placement, rank):
     from lorabench.models.base import load_model
@@ -46,7 +46,7 @@ def test_evaluations_counted_are_those_made():
     preset = load_preset("laptop")
     condition = next(s.condition for s in make_plan(preset).sweeps if s.experiments == ("rank",))
     dataset = preset.datasets[condition.dataset]
-    for steps in (1, 2, 17, 250, 9999):
+    for steps in (1, 17, 9999):
         examples = len(curve_steps(steps, preset.protocol)) * dataset.validation + dataset.test
         work = run_work(preset, replace(condition, steps=steps))
         assert work.evaluated == examples * work.context

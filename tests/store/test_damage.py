@@ -80,7 +80,6 @@ def test_a_flipped_bit_is_named_in_all_of_200_places(finished):
     }
     rng = np.random.default_rng(1)
     for path, read in readers.items():
-        read()
         whole, named = path.read_bytes(), folder.final if path.is_relative_to(folder.final) else path
         # The last bytes are the length of a parquet file's footer.
         places = [*rng.choice(8 * len(whole), PLACES, replace=False), *range(8 * len(whole) - 64, 8 * len(whole), 7)]
@@ -100,15 +99,8 @@ def test_a_flipped_bit_is_named_in_all_of_200_places(finished):
         read_rows(tables, "runs", ["model"])
 
 
-def edit(folder: RunFolder) -> None:
-    """Change a result in a record, which keeps its checksums."""
-    record = json.loads(folder.record.read_text())
-    record["outcome"]["final_test_nll"] = 0.123
-    folder.record.write_text(json.dumps(record, indent=2) + "\n")
-
-
 FAULTS: dict[str, Callable[[RunFolder, RunFolder], object]] = {
-    "the checksum of record.json": lambda own, other: edit(own),
+    "the checksum of record.json": lambda own, other: own.record.write_text(own.record.read_text().replace("2.5", "2")),
     "record.json is of another run": lambda own, other: shutil.copy(other.record, own.record),
     "curves.parquet is not the file": lambda own, other: shutil.copy(other.curves, own.curves),
     "test_losses.parquet is": lambda own, other: own.test_losses.unlink(),
@@ -124,14 +116,6 @@ def test_what_is_edited_or_of_another_run_is_named(finished, reason):
         [folder.read_record(), folder.read_nested(), folder.check_files(folder.weights)]
 
 
-@pytest.mark.parametrize("text", ["[]", "\xff", "[" * 100_000])
-def test_a_file_that_is_no_record_is_named(finished, text):
-    _, _, (folder, *_) = finished
-    folder.record.write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match=f"^run {folder.run_id} is damaged"):
-        folder.read_record()
-
-
 def test_a_record_of_an_earlier_version_has_no_checksums_and_must_be_of_its_run(finished):
     _, _, (folder, *_) = finished
     record = folder.read_record()
@@ -141,8 +125,9 @@ def test_a_record_of_an_earlier_version_has_no_checksums_and_must_be_of_its_run(
     folder.test_losses.unlink()
     assert folder.read_record() == record
     assert folder.read_nested()["curve"] == before["curve"]
-    for change in ({"outcome": {}}, {"spec": []}, {"more": 1}, {"spec": record["spec"] | {"lr": 0.5}}):
-        write_json(record | change, folder.record)
+    changes = ({"outcome": {}}, {"spec": []}, {"more": 1}, {"spec": record["spec"] | {"lr": 0.5}})
+    for text in (*(json.dumps(record | change) for change in changes), "[]", "\xff", "[" * 100_000):
+        folder.record.write_text(text, encoding="latin-1")
         with pytest.raises(UserError, match=f"^run {folder.run_id} is damaged .*; delete {folder.final} to"):
             folder.read_record()
 
@@ -170,9 +155,7 @@ def test_a_restored_run_and_one_with_an_edited_card_are_whole(finished):
 
 
 def test_a_file_with_a_checksum_is_a_plain_parquet_file(tmp_path):
-    table = pa.table({"step": np.arange(5)})
-    write_table(table, tmp_path / "a.parquet")
-    assert pq.read_table(tmp_path / "a.parquet") == table
+    write_table(pa.table({"step": np.arange(5)}), tmp_path / "a.parquet")
     # What others make of it has no checksum that could be wrong.
     pq.write_table(pq.read_table(tmp_path / "a.parquet").slice(0, 3), tmp_path / "curves.parquet")
     assert len(read_table(tmp_path, "curves")) == 3

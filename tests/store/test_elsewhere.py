@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -10,8 +11,7 @@ import pytest
 from lorabench.analysis.finding import Finding
 from lorabench.analysis.loss_fit import BORROWED_DOF, Noise
 from lorabench.analysis.optima import pooled_noise
-from lorabench.claims.claim import Claim
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.claims.scope import every_dataset
 from lorabench.config.loading import read_margins
 from lorabench.errors import UserError
@@ -28,19 +28,8 @@ def equal_losses(comparison) -> Finding:
     return comparison.equal_losses(comparison.highest, comparison.fullft)
 
 
-CLAIM = Claim(
-    id="T1",
-    kind="empirical",
-    statement="LoRA's loss is that of FullFT",
-    figure="text",
-    criterion="the gap lies within the margin",
-    needs="LoRA and FullFT",
-    paper_value="equal",
-    unit="nats",
-    experiments=("rank",),
-    judge=equal_losses,
-    over=every_dataset,
-)
+[B1] = (claim for claim in CLAIMS if claim.id == "B1")
+CLAIM = replace(B1, experiments=("rank",), judge=equal_losses, over=every_dataset)
 
 
 def world(seeds: int = 4, **columns) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -66,19 +55,9 @@ def test_a_row_says_whose_margins_it_was_judged_by(tmp_path):
     assert own["verdict"] == "contradicted"
     assert own["margin_rule"].startswith("0.1% of the gain from the base to FullFT")
     assert own["margin_high"] == pytest.approx(by_default["margin_high"] / 20)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("loss: 0.02\nreward: 0.1\n", r"m\.yaml: margins\.lr_factor: missing$"),
-        ("- 0.02\n", r"margins are a mapping of loss, final_loss, reward, lr_factor, not \[0\.02\]"),
-    ],
-)
-def test_wrong_margins_are_refused(text, message, tmp_path):
-    (tmp_path / "m.yaml").write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_margins(tmp_path / "m.yaml")
+    (tmp_path / "mine.yaml").write_text("loss: 0.02\nreward: 0.1\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: margins\.lr_factor: missing$"):
+        read_margins(tmp_path / "mine.yaml")
 
 
 def test_one_seed_takes_its_noise_from_a_named_source():
@@ -103,9 +82,6 @@ def test_noise_of_other_tables_is_pooled_over_their_comparisons():
     assert noise.source == f"there (SD {noise.sigma:.4f} nats, 6 degrees of freedom, 2 comparisons)"
     # Noise differs from comparison to comparison, so it is known less well for other runs.
     assert noise.dof == BORROWED_DOF
-    # The loss of memorized facts has a noise of its own.
-    facts = world(dataset="facts")[0].assign(entropy_bits=9.0)
-    assert pooled_noise(pd.concat([runs.assign(entropy_bits=None), facts]), "there") == noise
     with pytest.raises(UserError, match="there: no comparison has repeated seeds"):
         pooled_noise(world(seeds=1)[0], "there")
 
@@ -119,27 +95,17 @@ def test_means_of_seeds_are_judged_with_their_own_deviation():
     without = judged(runs.assign(n_seeds=5), curves)
     assert without["verdict"] == "inconclusive"
     assert "means of several seeds need final_test_nll_sd" in without["reason"]
-    with pytest.raises(UserError, match="final_test_nll_sd = -1.0; allowed: numbers from 0 up"):
-        judged(runs.assign(n_seeds=5, final_test_nll_sd=-1.0), curves)
 
 
 ONE_SET = "one evaluation set: the LR was picked on the loss that is reported"
 
 
-@pytest.mark.parametrize(
-    ("change", "remarks"),
-    [
-        (lambda runs: runs.drop(columns="final_valid_nll"), ONE_SET),
-        (
-            lambda runs: runs.rename(columns={"final_test_nll": "final_train_nll"}).drop(columns="final_valid_nll"),
-            f"the training loss stands in for the test loss, which the table lacks; {ONE_SET}",
-        ),
-    ],
-)
-def test_another_loss_stands_in_for_one_that_a_table_lacks(change, remarks):
+def test_another_loss_stands_in_for_one_that_a_table_lacks():
     runs, curves = world()
-    row, whole = judged(change(runs), curves), judged(runs, curves)
-    assert row["reason"].endswith(f"; {remarks}")
+    lacking = runs.rename(columns={"final_test_nll": "final_train_nll"}).drop(columns="final_valid_nll")
+    row, whole = judged(lacking, curves), judged(runs, curves)
+    stands_in = "the training loss stands in for the test loss, which the table lacks"
+    assert row["reason"].endswith(f"; {stands_in}; {ONE_SET}")
     assert row["verdict"] == "confirmed"
     assert row["estimate"] == pytest.approx(whole["estimate"])
     assert ONE_SET not in whole["reason"]

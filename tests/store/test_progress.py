@@ -10,25 +10,19 @@ from lorabench.store.progress import finished_runs
 from lorabench.store.run_folder import RunFolder
 
 
-def finish(layout, *runs):
-    """Write the records of runs as a training job does."""
-    for run in runs:
-        with RunFolder(layout.runs, run.run_id).finishing({}):
-            pass
-
-
 def test_runs_are_counted_as_they_come_and_go(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     layout = Layout.of("lr_noise")
     plan = make_plan(layout.preset)
     number = sum(job.n_runs for job in plan.jobs)
     first, second = ([run for sweep in job.sweeps for run in sweep.grid()] for job in plan.jobs[:2])
-    assert finished_runs(plan, layout) == (0, number, 0)
     (layout.runs / f"{first[0].run_id}.partial").mkdir(parents=True)
     (layout.runs / "another").mkdir()
     # A run in progress and a run of another plan are none of its finished runs.
     assert finished_runs(plan, layout) == (0, number, 0)
-    finish(layout, *first, *second[:3])
+    for run in (*first, *second[:3]):
+        with RunFolder(layout.runs, run.run_id).finishing({}):
+            pass
     assert finished_runs(plan, layout) == (len(first) + 3, number, 0)
     layout.jobs.mkdir()
     layout.job(plan.jobs[0]).touch()

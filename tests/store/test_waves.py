@@ -21,7 +21,6 @@ from ..handmade import make_record
 
 @pytest.fixture
 def sweep_layout(raw_preset, tmp_path, monkeypatch):
-    """A sweep that finds its LRs, with its plan and layout in an empty folder."""
     monkeypatch.chdir(tmp_path)
     raw_preset["experiments"]["rank"][0] |= {"lrs": {"lora": {"start": 1e-3}, "fullft": []}, "ranks": {"all": [4]}}
     Path("mine.yaml").write_text(yaml.safe_dump(raw_preset))
@@ -37,30 +36,8 @@ def loss(run: Run) -> float:
 
 
 def finish(run: Run, layout: Layout) -> None:
-    """Write what the waves read of a finished run."""
     with RunFolder(layout.runs, run.run_id).finishing(make_record(run, final_valid_nll=loss(run))) as staging:
         (staging / "weights").mkdir()
-
-
-def train_all(plan, sweep, layout) -> list[list[str]]:
-    """Train the runs of each wave in the reverse order; return the ids of the runs of each."""
-    listed, wave = [], sweep.grid()
-    while wave:
-        listed.append([run.run_id for run in wave])
-        for run in reversed(wave):
-            finish(run, layout)
-        wave = next_wave(plan, sweep, layout, len(listed) + 1)
-    return listed
-
-
-def test_the_waves_have_the_runs_of_one_job_in_its_order(sweep_layout):
-    plan, sweep, layout = sweep_layout
-    listed = train_all(plan, sweep, layout)
-    losses = finished_losses(sweep, loss)
-    assert [run_id for wave in listed for run_id in wave] == [
-        Run(sweep.condition, lr, seed).run_id for lr, seed in losses
-    ]
-    assert len(listed) > 3
 
 
 def test_a_wave_follows_finished_runs_only(sweep_layout):
@@ -72,10 +49,19 @@ def test_a_wave_follows_finished_runs_only(sweep_layout):
         next_wave(plan, sweep, layout, 2)
 
 
-def test_the_best_run_is_trained_again_if_its_weights_are_gone(sweep_layout):
+def test_the_waves_have_the_runs_of_one_job_in_its_order_and_the_best_one_is_trained_again(sweep_layout):
     plan, sweep, layout = sweep_layout
-    listed = train_all(plan, sweep, layout)
-    best = Run(sweep.condition, best_lr(sweep, finished_losses(sweep, loss)), 0)
+    listed, wave = [], sweep.grid()
+    while wave:
+        listed.append(wave)
+        for run in reversed(wave):
+            finish(run, layout)
+        wave = next_wave(plan, sweep, layout, len(listed) + 1)
+    losses = finished_losses(sweep, loss)
+    assert [run for wave in listed for run in wave] == [Run(sweep.condition, lr, seed) for lr, seed in losses]
+    assert len(listed) > 3
+    # Its weights are gone.
+    best = Run(sweep.condition, best_lr(sweep, losses), 0)
     folder = RunFolder(layout.runs, best.run_id)
     shutil.rmtree(folder.weights)
     assert next_wave(plan, sweep, layout, len(listed) + 1) == [best]

@@ -5,25 +5,12 @@ from __future__ import annotations
 import math
 import os
 import stat
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from lorabench.errors import UserError
 from lorabench.utils.files import atomic_path, write_json
-
-
-@contextmanager
-def without_privileges():
-    """Within the context permissions hold for this process, as they do not for root."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 def test_what_is_no_regular_file_stays(tmp_path):
@@ -57,13 +44,3 @@ def test_impossible_paths_are_one_sentence(tmp_path):
             write_json({}, tmp_path / name)
     with pytest.raises(UserError, match="^/proc/new/x.json can't be written: no folder can be made there$"):
         write_json({}, Path("/proc/new/x.json"))
-
-
-def test_no_permission_is_one_sentence(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("locked")
-    monkeypatch.chdir(folder)
-    folder.chmod(0o555)
-    with without_privileges(), pytest.raises(UserError, match=r"can't be read or written: Permission denied$"):
-        write_json({}, folder / "x.json")
-    folder.chmod(0o755)
-    assert not list(folder.iterdir())

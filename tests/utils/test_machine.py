@@ -1,8 +1,7 @@
-"""The machine as jobs meet it: its GPUs, which jobs that run at once share, limits of time, and memory that is kept."""
+"""The machine as jobs meet it: its GPUs, which jobs that run at once share, and limits of time."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import subprocess
@@ -105,28 +104,3 @@ def test_the_limit_of_a_partition(program, monkeypatch):
     assert partition_minutes("gpu,odd") is None
     monkeypatch.setenv("PATH", "")
     assert partition_minutes("") is None, "without Slurm"
-
-
-# Counts page faults of a loop that, as a training step does, holds many blocks at once (8 MiB) and frees them together.
-FAULTS = """
-import resource
-import numpy as np
-from lorabench.utils.exhaustion import keep_freed_memory
-assert keep_freed_memory()
-def step():
-    return [np.ones(1 << 15) for _ in range(32)]
-step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs glibc"
-)
-def test_freed_blocks_are_used_again_without_new_pages():
-    faults = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
-    # By default 2,048 pages in each of 20 steps.
-    assert int(faults) < 4_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,6 @@ _GIT = ("git", "-c", "user.name=tests", "-c", "user.email=tests@localhost")
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """Run git in a folder and return what it printed."""
     return subprocess.run([*_GIT, *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
@@ -65,11 +65,12 @@ def started(checkout: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """Start Snakemake as leader of a group of processes; what it prints goes into the file `printed` of the folder."""
     with (checkout / "printed").open("w") as file:
         options = {"stdout": file, "stderr": file, "start_new_session": True}
+        # A shell starts commands in the background with Ctrl-C ignored.
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen([*_SNAKEMAKE, *arguments], cwd=checkout, env=_environment(), **options)
 
 
 def adapt_profile(checkout: Path, old: str, new: str) -> None:
-    """Change a setting of the Slurm profile, as a site does."""
     profile = checkout / "slurm/config.yaml"
     text = profile.read_text()
     assert text.count(old) == 1, old

