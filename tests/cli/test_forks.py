@@ -150,6 +150,8 @@ def test_a_signal_while_a_command_starts_ends_it_in_a_sentence():
 import os, signal, sys
 from lorabench import cli
 
+# A shell starts background jobs with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 cli.run_in_fork = lambda: os.kill(os.getpid(), signal.SIGINT)
 sys.argv = ["lorabench", "plan", "--preset", "smoke"]
 cli.app()
