@@ -41,19 +41,18 @@ MODELS = (
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "words"),
+    ("entry", "words"),
     [
-        ("hidden_size", '"64"', "hidden_size: input should be "),
-        ("hidden_size", "9" * 400, "hidden_size: input should be "),
-        ("num_hidden_layers", "1" + "0" * 18, "num_hidden_layers: input should be less than"),
-        ("model_type", '"\\ud800"', "invalid JSON"),
-        ("text_config", "[" * 5000 + "]" * 5000, "invalid JSON: recursion limit exceeded"),
+        ('"hidden_size": "64"', "hidden_size: input should be "),
+        ('"num_hidden_layers": 1000000000000000000', "num_hidden_layers: input should be less than"),
+        ('"model_type": "\\ud800"', "invalid JSON"),
+        (f'"text_config": {"[" * 5000 + "]" * 5000}', "invalid JSON: recursion limit exceeded"),
     ],
 )
-def test_nonsense_in_a_configuration_is_one_sentence(base, key, value, words):
+def test_nonsense_in_a_configuration_is_one_sentence(base, entry, words):
     path = base / "config.json"
-    entries = {name: json.dumps(entry) for name, entry in json.loads(path.read_text()).items()} | {key: value}
-    path.write_text("{" + ", ".join(f'"{name}": {entry}' for name, entry in entries.items()) + "}")
+    # The last of two entries of a name counts.
+    path.write_text(path.read_text().rstrip().removesuffix("}") + f", {entry}}}")
     spec = PathModel(kind="path", path=str(base), parameters=828_288, hidden_size=128)
     for read in (lambda: find_model(str(base)), lambda: dimensions(spec), lambda: load_config(spec)):
         with pytest.raises(UserError, match=words) as caught:
@@ -108,12 +107,12 @@ def test_tokens_are_counted_and_a_base_without_a_template_gets_one(tmp_path, bas
 def test_examples_that_do_not_fit_the_model_are_counted(tmp_path):
     path = tmp_path / "own.jsonl"
     texts = [f"{number} {'word ' * (10 if number % 5 else 2000)}" for number in range(20)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     data, _ = examine(find_model("tiny"), str(path), None)
     assert data.usable == 16
     assert data.tally.bad == {TOO_LONG: (4, 1)}
     assert data.source["max_chars"] == max(len(text) for text in texts if len(text) < 1000)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts if len(text) > 1000))
+    path.write_text(json.dumps({"text": texts[0]}))
     with pytest.raises(UserError, match="no example fits the 512 tokens that the model takes"):
         examine(find_model("tiny"), str(path), None)
 
@@ -124,9 +123,9 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "owner" / "name"
     folder.mkdir(parents=True)
-    roles = {"prompt": "user", "completion": "assistant"}
-    chats = [[{"role": role, "content": row[name]} for name, role in roles.items()] for row in rows(25)]
-    (folder / "train.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    answer = {"role": "assistant", "content": "a"}
+    chats = [{"messages": [{"role": "user", "content": f"q{n}"}, answer]} for n in range(25)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, chats)))
     data, _ = examine(find_model("tiny"), "owner/name", None)
     assert data.source.items() >= {"kind": "hub", "id": "owner/name"}.items()
     assert (data.usable, data.tally.bad) == (25, {})

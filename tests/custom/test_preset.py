@@ -52,9 +52,8 @@ def test_what_a_user_chooses_counts_and_variants_stand_beside_the_same_runs_of_l
     data = tmp_path / "own.jsonl"
     data.write_text("".join(json.dumps(dict.fromkeys(columns, str(n))) + "\n" for n in range(60)))
     variants = ("dora", "rslora", "olora", "qlora")
-    choices = Choices(
-        ranks=(2, 5), seeds=2, epochs=3.0, held_out=0.2, gpu=None if grader else "A10", grader=grader, variants=variants
-    )
+    gpu = None if grader else "A10"
+    choices = Choices((2, 5), seeds=2, epochs=3.0, held_out=0.2, gpu=gpu, grader=grader, variants=variants)
     preset, said = init(tmp_path / "mine.yaml", "tiny", data, choices)
     main, beside = list(preset.experiments.trained().values())
     assert (main[0].ranks, main[0].seeds.best) == ({"all": [2, 5]}, 2)
@@ -131,16 +130,10 @@ def test_a_mistake_is_reported_and_nothing_written(tmp_path):
     assert load_preset(str(tmp_path / "there.yaml")) == preset
 
 
-def write_problems(path, count):
-    problems = [{"question": f"What is {n} + 2?", "answer": str(n + 2)} for n in range(count)]
-    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    return path
-
-
 def test_problems_with_answers_make_a_preset_of_reinforcement_learning(tmp_path):
-    data = write_problems(tmp_path / "sums.jsonl", 400)
-    with data.open("a") as file:
-        file.write('{"question": "no answer"}\n')
+    problems = [{"question": f"What is {n} + 2?", "answer": str(n + 2)} for n in range(400)]
+    data = tmp_path / "sums.jsonl"
+    data.write_text("\n".join(map(json.dumps, [*problems, {"question": "no answer"}])))
     preset, said = init(tmp_path / "mine.yaml", "tiny", data, Choices(grader="number"))
     assert preset == load_preset(str(tmp_path / "mine.yaml"))
     assert "400 of 401 rows can be used as question/answer; left out: 1" in said

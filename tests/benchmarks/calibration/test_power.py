@@ -21,9 +21,8 @@ CORE = make_plan(load_preset("core"))
 
 def test_the_design_is_that_of_the_sweeps():
     design = design_of(CORE, "B2")
-    assert design.arms["lora", "all", False] == ArmDesign(
-        5, pytest.approx(2.154, abs=0.01), 3, "around", 3, Racing(0.05, 3)
-    )
+    step = pytest.approx(2.154, abs=0.01)
+    assert design.arms["lora", "all", False] == ArmDesign(5, step, 3, "around", 3, Racing(0.05, 3))
     assert (design.test_examples, design.validation_examples) == (1024, 256)
     assert design.arms["fullft", None, False].seeds == 5
     assert design_of(make_plan(load_preset("smollm2")), "B10") is None

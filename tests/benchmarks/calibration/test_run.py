@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 
 import pytest
 
@@ -33,14 +34,12 @@ def test_one_seed_gives_one_table_by_any_number_of_processes(monkeypatch):
 
 def test_wrong_and_right_verdicts_are_counted_by_the_truth():
     """Of ten worlds each: all six words, in a claim of equality and one of a difference."""
-    verdicts = Counter(
-        {"confirmed": 4, "contradicted": 1, "not seen here": 2, "right sign, below the margin": 1, "inconclusive": 2}
-    )
-    counts = {
-        (claim_id, effect): Counter({Seen(claim_id, verdict, -1, True): n for verdict, n in verdicts.items()})
-        for claim_id in ("B2", "E1")
-        for effect in (0.0, 0.5, 1.0, 2.0)
-    }
+    verdicts = {"confirmed": 4, "contradicted": 1, "not seen here": 2, "right sign, below the margin": 1}
+    verdicts["inconclusive"] = 2
+    counts = {}
+    for claim_id, effect in product(("B2", "E1"), (0.0, 0.5, 1.0, 2.0)):
+        seen = {Seen(claim_id, verdict, -1, True): n for verdict, n in verdicts.items()}
+        counts[claim_id, effect] = Counter(seen)
     table = shares(counts).set_index(["claim_id", "effect"])
     assert table.loc["B2", "wrong"].tolist() == pytest.approx([0.3, 0.3, 0.4, 0.4 + 0.1])
     assert table.loc["B2", "power"].tolist() == pytest.approx([0.4, 0.4, float("nan"), 0.3], nan_ok=True)
