@@ -35,7 +35,6 @@ class Copy(FetchedRepository):
 
 
 def copies(root: Path) -> dict[str, FetchedRepository]:
-    """Return all repositories in a folder as if they had been fetched."""
     names = ["/".join(folder.parts[-2:]) for folder in root.glob("*/*")]
     return {name: Copy("dataset", name, "0" * 40, {}, root) for name in names}
 
@@ -114,7 +113,7 @@ OPENTHOUGHTS3 = {
 
 
 def openthoughts3_row(number: int) -> dict[str, Any]:
-    """Return a row; each question has two answers here."""
+    """Return a row; each question has two answers."""
     chat = [
         {"from": "human", "value": f"riddle {number // 2}"},
         {"from": "gpt", "value": f"<think>\u2028</think> {number}"},
@@ -157,7 +156,6 @@ def write_hendrycks_math(root: Path) -> Path:
 
 # https://huggingface.co/datasets/HuggingFaceH4/MATH-500: test.jsonl, no configurations in the card.
 def write_math500(root: Path) -> Path:
-    """Write the first twelve problems of Hendrycks' test split."""
     rows = [
         {"problem": f"What is {n} in {subject} of test?", "solution": "?", "answer": rf"\frac{{{n}}}{{7}}", "level": 1}
         for subject in SUBJECTS[:2]
