@@ -20,13 +20,18 @@ EVIDENCE = REPOSITORY / "paper_figures/published/evidence"
 
 
 @pytest.fixture(scope="module")
-def runs():
-    return measured_runs(read_sources(source_folders()), evidence_folders(REPOSITORY))
+def published():
+    return read_sources(source_folders()), evidence_folders(REPOSITORY)
 
 
 @pytest.fixture(scope="module")
-def optima():
-    return known_optima(read_sources(source_folders()), evidence_folders(REPOSITORY))
+def runs(published):
+    return measured_runs(*published)
+
+
+@pytest.fixture(scope="module")
+def optima(published):
+    return known_optima(*published)
 
 
 @pytest.mark.slow

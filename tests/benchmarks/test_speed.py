@@ -46,7 +46,9 @@ def test_losses_must_agree():
 def test_presets_are_valid_and_of_the_size_they_say(form, tmp_path):
     path, shape = tmp_path / "speed.yaml", form.sweep
     path.write_text(yaml.safe_dump(sweep.preset(shape)))
-    [sft] = make_plan(load_preset(str(path))).sweeps
+    loaded = load_preset(str(path))
+    [sft] = make_plan(loaded).sweeps
+    assert loaded.execution.threads == shape.threads
     assert (sft.n_runs, sft.condition.steps) == (len(shape.lrs), shape.steps)
     assert (sft.condition.batch_size, sft.condition.rank) == (shape.batch_size, shape.rank)
     path.write_text(yaml.safe_dump(rl.preset(form.rl)))

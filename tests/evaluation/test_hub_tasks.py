@@ -84,8 +84,9 @@ def write_splitter(folder: Path) -> None:
     """Write nltk's sentence splitter as a download would leave it, trained on almost nothing."""
     english = folder / "nltk/tokenizers/punkt_tab/english"
     english.mkdir(parents=True)
-    for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
-        (english / name).write_text({"collocations.tab": "mr\tsmith", "ortho_context.tab": "he\t6"}.get(name, "mr"))
+    learned = {"abbrev_types.txt": "mr", "collocations.tab": "mr\tsmith", "ortho_context.tab": "he\t6"}
+    for name, text in (learned | {"sent_starters.txt": "he"}).items():
+        (english / name).write_text(text)
 
 
 def test_what_was_fetched_is_evaluated_offline_with_its_settings_and_commits(tmp_path):
