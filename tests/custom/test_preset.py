@@ -108,11 +108,7 @@ MISTAKES = (
     ("mine.yaml", {"form": "tables"}, "format 'tables': allowed: messages, conversations"),
     ("mine.yaml", {"choices": Choices(grader="numbr")}, "grader 'numbr': allowed: number, boxed"),
     ("mine.yaml", {"choices": Choices(grader="number"), "form": "text"}, "--format and --grader"),
-    (
-        "mine.yaml",
-        {"choices": Choices(variants=("adalora",))},
-        "variants.1 = 'adalora': input should be 'lora', 'rslora'",
-    ),
+    ("mine.yaml", {"choices": Choices(variants=("adalora",))}, "variants.1 = 'adalora': input should be 'lora'"),
     ("mine.yaml", {"form": "text"}, "0 of 20 rows can be used as text; left out: 20 no text"),
 )
 
