@@ -41,8 +41,7 @@ def test_what_is_shipped_follows_from_the_sources(optima, runs):
     pd.testing.assert_frame_equal(rounded(table), committed, rtol=1e-3)
     made, shipped = evidence(optima, table), json.loads((FACTS / "lr_evidence.json").read_text())
     assert made.keys() == shipped.keys()
-    pools = {"optima", "curvatures"}
-    assert [made[name] for name in made.keys() - pools] == [shipped[name] for name in made.keys() - pools]
+    assert all(made[name] == shipped[name] for name in made.keys() - {"optima", "curvatures"})
     place = Place("llama", 4096.0, "lora", False, 32.0, 1000.0)
     for other in (place, place._replace(method="fullft"), place._replace(rl=True), place._replace(family="gemma")):
         ours, theirs = (LrEvidence(known).verdict(math.log(1e-5), other) for known in (made, shipped))
@@ -74,18 +73,15 @@ def test_the_committed_errors_of_rules_follow_from_the_sources(optima):
     committed = pd.read_csv(EVIDENCE / "lr_left_out_summary.csv")
     pd.testing.assert_frame_equal(compared(by_source(left_out(optima))), committed, rtol=1e-3)
     # LoRA stands for high ranks with a trained A.
-    own = [
-        optimum for optimum in optima if (optimum.source, optimum.method, optimum.rl) == ("lorabench", "lora", False)
-    ]
+    own = [known for known in optima if (known.source, known.method, known.rl) == ("lorabench", "lora", False)]
     assert own
-    assert all(optimum.rank >= 16 and 1e-4 < optimum.lr < 1e-2 for optimum in own)
+    assert all(known.rank >= 16 and 1e-4 < known.lr < 1e-2 for known in own)
 
 
 def test_intervals_hold_and_errors_are_no_false_alarms():
     held = pd.read_csv(EVIDENCE / "lr_regret_inside.csv").set_index(["task", "source"])
-    assert (
-        (held.loc[[("sft", float("nan")), ("rl", float("nan"))], ["share_inside", "loss_inside"]] >= 0.95).all().all()
-    )
+    both = held.loc[[("sft", math.nan), ("rl", math.nan)], ["share_inside", "loss_inside"]]
+    assert (both >= 0.95).all(axis=None)
     counts = pd.read_csv(EVIDENCE / "lr_regret_alarms.csv").groupby("level").sum(numeric_only=True)
     assert counts.loc["error", "below 1 margin"] == 0
     assert counts.loc["warning", "below 1 margin"] < 0.1 * counts["below 1 margin"].sum()

@@ -22,7 +22,6 @@ EVIDENCE = REPOSITORY / PUBLISHED / "evidence"
 
 @pytest.mark.slow
 def test_verdicts_follow_from_what_the_rows_say():
-    """A new optimum or curvature alters them; then the table is written again."""
     runs = pd.read_csv(EVIDENCE / "framework_defaults.csv", keep_default_na=False, dtype=str)
     compared = 0
     for row in runs.to_dict("records"):

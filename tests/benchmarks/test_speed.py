@@ -21,17 +21,12 @@ from lorabench.training.loss import IGNORED
 
 from ..conftest import REPOSITORY
 
-ROWS = [
-    Row("sweep", "7 LRs", "ours", 2, 7, 14.0, 13.0, 1.5, 1.75),
-    Row("sweep", "7 LRs", "theirs", 2, 7, 70.0, 69.0, 1.5, 1.75),
-    Row("step", "tiny", "PEFT", 2, 1, 0.25, gflops=20.0, share_of_peak=0.125),
-    Row("step", "tiny", "LoRA, 8 lanes", 2, 8, 0.5, gflops=70.5, share_of_peak=0.5),
-    Row("step", "small", "PEFT", 2, 1, 0.125, gflops=2.0, share_of_peak=0.01),
-]
-
 
 def test_ratios_are_per_run_and_to_the_first_of_a_case():
-    assert [row.ratio for row in table.with_ratios(ROWS)] == [1, 5, 1, 0.25, 1]
+    sweeps = [Row("sweep", "7 LRs", arm, 2, 7, seconds) for arm, seconds in (("ours", 14.0), ("theirs", 70.0))]
+    cases = (("tiny", "PEFT", 1, 0.25), ("tiny", "LoRA, 8 lanes", 8, 0.5), ("small", "PEFT", 1, 0.125))
+    rows = [*sweeps, *(Row("step", case, arm, 2, lanes, seconds) for case, arm, lanes, seconds in cases)]
+    assert [row.ratio for row in table.with_ratios(rows)] == [1, 5, 1, 0.25, 1]
 
 
 def found(train: float = 1.0, test: float = 2.0) -> dict[float, sweep.Losses]:
@@ -47,20 +42,18 @@ def test_losses_must_agree():
         sweep.check_agreement({"a": found(test=float("nan")), "b": found()}, 1e-3)
 
 
-@pytest.mark.parametrize("form", [FULL, QUICK], ids=["full", "quick"])
+@pytest.mark.parametrize("form", [FULL, QUICK])
 def test_presets_are_valid_and_of_the_size_they_say(form, tmp_path):
-    path = tmp_path / "speed.yaml"
-    shape = form.sweep
+    path, shape = tmp_path / "speed.yaml", form.sweep
     path.write_text(yaml.safe_dump(sweep.preset(shape)))
     loaded = load_preset(str(path))
     [sft] = make_plan(loaded).sweeps
+    assert loaded.execution.threads == shape.threads
     assert (sft.n_runs, sft.condition.steps) == (len(shape.lrs), shape.steps)
     assert (sft.condition.batch_size, sft.condition.rank) == (shape.batch_size, shape.rank)
-    assert loaded.execution.threads == shape.threads
     path.write_text(yaml.safe_dump(rl.preset(form.rl)))
     [rl_sweep] = make_plan(load_preset(str(path))).sweeps
-    assert rl_sweep.n_runs == 1
-    assert rl_sweep.condition.batch_size == form.rl.problems * form.rl.group_size
+    assert (rl_sweep.n_runs, rl_sweep.condition.batch_size) == (1, form.rl.problems * form.rl.group_size)
 
 
 def test_rows_for_other_trainers_are_the_tokens_of_the_cache():
@@ -70,9 +63,8 @@ def test_rows_for_other_trainers_are_the_tokens_of_the_cache():
 
 def test_a_model_that_is_not_here_is_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    settings = [replace(steps.QUICK[0], model="smollm2-135m")]
-    parts = [row.part for row in steps.measure(settings, 1, 1)]
-    assert parts == ["peak", "peak"]
+    measured = steps.measure([replace(steps.QUICK[0], model="smollm2-135m")], 1, 1)
+    assert [row.part for row in measured] == ["peak", "peak"]
     assert "smollm2-135m is not here" in capsys.readouterr().out
 
 

@@ -14,14 +14,14 @@ from lorabench.models.specs import shipped_folder
 WORDS = ("apple", "river", "stone", "cloud", "green", "tiger", "lemon")
 
 
-def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+def rows(count: int) -> list[dict[str, str]]:
     """Return examples that a model can learn: reverse a list of words."""
-    rng = Random(seed)
-    examples = []
-    for number in range(count):
-        words = rng.choices(WORDS, k=rng.randint(2, 4))
-        examples.append({"prompt": f"Reverse {number}: {' '.join(words)}", "completion": " ".join(reversed(words))})
-    return examples
+    rng = Random(0)
+    lists = [rng.choices(WORDS, k=rng.randint(2, 4)) for _ in range(count)]
+    return [
+        {"prompt": f"Reverse {number}: {' '.join(words)}", "completion": " ".join(reversed(words))}
+        for number, words in enumerate(lists)
+    ]
 
 
 def write_rows(path: Path, count: int) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -12,7 +11,6 @@ from lorabench.config.inputs import PathModel
 from lorabench.config.loading import load_preset
 from lorabench.custom.model import find_model
 from lorabench.custom.preset import DEFAULT_RANK, Choices, init_preset, recommended_batch, recommended_rank, splits
-from lorabench.data.problems import make_problems
 from lorabench.data.sft import make_dataset
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
@@ -35,9 +33,8 @@ def test_the_preset_describes_the_data(tmp_path):
     preset, said = init(tmp_path / "mine.yaml", "tiny", data)
     assert preset == load_preset(str(tmp_path / "mine.yaml"))
     assert "1000 of 1001 rows can be used as prompt/completion; left out: 1 no text (first: row 1001)" in said
-    dataset = preset.datasets["own"]
+    dataset, [block] = preset.datasets["own"], preset.experiments.rank
     assert (dataset.train, dataset.validation, dataset.test, dataset.format) == (800, 100, 100, "prompt/completion")
-    [block] = preset.experiments.rank or []
     assert block.ranks == {"all": [1, 8, 32]}
     assert block.lrs.fullft == block.lrs.lora == AutoLrs()
     # The geometric mean of the law's 5e-5 (2000/128)^0.781 = 4.28e-4 for FullFT and ten times that for LoRA.
@@ -52,9 +49,8 @@ def test_what_a_user_chooses_counts_and_variants_stand_beside_the_same_runs_of_l
     data = tmp_path / "own.jsonl"
     data.write_text("".join(json.dumps(dict.fromkeys(columns, str(n))) + "\n" for n in range(60)))
     variants = ("dora", "rslora", "olora", "qlora")
-    choices = Choices(
-        ranks=(2, 5), seeds=2, epochs=3.0, held_out=0.2, gpu=None if grader else "A10", grader=grader, variants=variants
-    )
+    gpu = None if grader else "A10"
+    choices = Choices((2, 5), seeds=2, epochs=3.0, held_out=0.2, gpu=gpu, grader=grader, variants=variants)
     preset, said = init(tmp_path / "mine.yaml", "tiny", data, choices)
     main, beside = list(preset.experiments.trained().values())
     assert (main[0].ranks, main[0].seeds.best) == ({"all": [2, 5]}, 2)
@@ -66,8 +62,6 @@ def test_what_a_user_chooses_counts_and_variants_stand_beside_the_same_runs_of_l
     assert block.variants == ["lora", "dora", "rslora", "olora", "qlora"]
     assert [block.model_copy(update={"variants": ["lora"]})] == main
     assert sorted(len(sweep.experiments) for sweep in make_plan(preset).sweeps) == [1] * 8 + [2] * 3
-    with pytest.raises(UserError, match="variants.1 = 'adalora': input should be 'lora', 'rslora',"):
-        init(tmp_path / "mine.yaml", "tiny", data, replace(choices, variants=("adalora",)), force=True)
 
 
 def test_a_base_without_a_template_gets_the_plain_one_and_is_another_model_with_it(tmp_path, base):
@@ -76,8 +70,7 @@ def test_a_base_without_a_template_gets_the_plain_one_and_is_another_model_with_
     spec = preset.models["base"]
     assert model_id(spec) != model_id(spec.model_copy(update={"chat_template": None}))
     tokenizer = load_tokenizer(spec)
-    turns = [{"role": "user", "content": "2+2 "}, {"role": "assistant", "content": "\n4"}]
-    ids, scored = encode_chat(tokenizer, turns)
+    ids, scored = encode_chat(tokenizer, [{"role": "user", "content": "2+2 "}, {"role": "assistant", "content": "\n4"}])
     assert tokenizer.decode(ids) == "User:\n2+2\n\nAssistant:\n4<|end|>\n\n"
     assert tokenizer.decode([i for i, is_scored in zip(ids, scored, strict=True) if is_scored]) == "4<|end|>"
     with pytest.raises(ValueError, match="is no file; allowed: plain, or the path of a Jinja file"):
@@ -115,6 +108,7 @@ MISTAKES = (
     ("mine.yaml", {"form": "tables"}, "format 'tables': allowed: messages, conversations"),
     ("mine.yaml", {"choices": Choices(grader="numbr")}, "grader 'numbr': allowed: number, boxed"),
     ("mine.yaml", {"choices": Choices(grader="number"), "form": "text"}, "--format and --grader"),
+    ("mine.yaml", {"choices": Choices(variants=("adalora",))}, "variants.1 = 'adalora': input should be 'lora'"),
     ("mine.yaml", {"form": "text"}, "0 of 20 rows can be used as text; left out: 20 no text"),
 )
 
@@ -131,28 +125,17 @@ def test_a_mistake_is_reported_and_nothing_written(tmp_path):
     assert load_preset(str(tmp_path / "there.yaml")) == preset
 
 
-def write_problems(path, count):
-    problems = [{"question": f"What is {n} + 2?", "answer": str(n + 2)} for n in range(count)]
-    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    return path
-
-
 def test_problems_with_answers_make_a_preset_of_reinforcement_learning(tmp_path):
-    data = write_problems(tmp_path / "sums.jsonl", 400)
-    with data.open("a") as file:
-        file.write('{"question": "no answer"}\n')
+    problems = [{"question": f"What is {n} + 2?", "answer": str(n + 2)} for n in range(400)]
+    data = tmp_path / "sums.jsonl"
+    data.write_text("\n".join(map(json.dumps, [*problems, {"question": "no answer"}])))
     preset, said = init(tmp_path / "mine.yaml", "tiny", data, Choices(grader="number"))
     assert preset == load_preset(str(tmp_path / "mine.yaml"))
     assert "400 of 401 rows can be used as question/answer; left out: 1" in said
-    assert "split: 320 train, 40 validation, 40 test" in said
-    problems = preset.problems["sums"]
+    problems, [block] = preset.problems["sums"], preset.experiments.rl
     assert (problems.kind, problems.grader, problems.train) == ("file", "number", 320)
-    assert not preset.datasets
-    [block] = preset.experiments.rl or []
     assert block.ranks == {"all": [1, 32]}
     assert (block.problems_per_step, block.group_size, block.steps, block.seeds.best) == (16, 16, 50, 3)
     # Half of the 512 tokens that the model takes.
     assert block.max_new_tokens == 256
     assert block.lrs.fullft == block.lrs.lora == AutoLrs()
-    assert "it starts at 3.4e-4" in (tmp_path / "mine.yaml").read_text()
-    assert len(list(make_problems(problems))) == 400

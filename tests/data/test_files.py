@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import json
+from collections import Counter
 from itertools import cycle
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
 from lorabench.config.inputs import FileDataset, FileProblems, HubDataset
 from lorabench.data.chat import NO_ANSWER, NO_CHAT, NO_TEXT, NOT_UNICODE, Chat
@@ -45,10 +46,7 @@ def write(folder: Path, rows, name="own.jsonl") -> Path:
         case ".json":
             path.write_text(json.dumps(rows))
         case ".csv":
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            csv.write_csv(pa.Table.from_pylist(rows), path)
         case ".parquet":
             pq.write_table(pa.Table.from_pylist(rows), path)
     return path
@@ -68,31 +66,25 @@ def read(path: Path) -> tuple[list[Chat], Tally]:
     return [chat for _, chat in usable_chats(file_rows(path), path.name, tally, max_chars=1000)], tally
 
 
-FORMATS = {
-    "messages": ({"messages": [USER, ASSISTANT]}, PAIR),
-    "conversations": ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, PAIR),
-    "prompt/completion": ({"prompt": "q", "completion": "a"}, PAIR),
-    "turns on both sides": ({"prompt": [USER], "completion": [ASSISTANT]}, PAIR),
-    "question/answer": ({"question": "q", "answer": 42}, [("user", "q"), ("assistant", "42")]),
-    "instruction/output": (
-        {"instruction": "translate", "input": "q", "output": "a"},
-        [("user", "translate\n\nq"), ("assistant", "a")],
-    ),
-    "no input": ({"instruction": "q", "input": "", "output": "a"}, PAIR),
-    "text": ({"text": "all of it"}, [("text", "all of it")]),
-    "a chat comes first": ({"text": "rendered", "prompt": "x", "completion": "y", "messages": [USER, ASSISTANT]}, PAIR),
-    "a pair before a text": ({"text": "rendered", "prompt": "q", "completion": "a"}, PAIR),
-    "an empty system prompt": (
-        {"messages": [{"role": "system", "content": ""}, USER, ASSISTANT]},
-        [("system", ""), *PAIR],
-    ),
-}
+FORMATS = [
+    ({"messages": [USER, ASSISTANT]}, PAIR),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, PAIR),
+    ({"prompt": "q", "completion": "a"}, PAIR),
+    ({"prompt": [USER], "completion": [ASSISTANT]}, PAIR),
+    ({"question": "q", "answer": 42}, [("user", "q"), ("assistant", "42")]),
+    ({"instruction": "do", "input": "q", "output": "a"}, [("user", "do\n\nq"), ("assistant", "a")]),
+    ({"instruction": "q", "input": "", "output": "a"}, PAIR),
+    ({"text": "all of it"}, [("text", "all of it")]),
+    ({"text": "rendered", "prompt": "x", "completion": "y", "messages": [USER, ASSISTANT]}, PAIR),
+    ({"text": "rendered", "prompt": "q", "completion": "a"}, PAIR),
+    ({"messages": [{"role": "system", "content": ""}, USER, ASSISTANT]}, [("system", ""), *PAIR]),
+]
 
 
 def test_a_row_becomes_turns(tmp_path):
-    for (name, (row, turns)), suffix in zip(FORMATS.items(), cycle((".jsonl", ".json", ".parquet")), strict=False):
+    for (row, turns), suffix in zip(FORMATS, cycle((".jsonl", ".json", ".parquet")), strict=False):
         [chat], _ = read(write(tmp_path, [row], f"own{suffix}"))
-        assert [(turn["role"], turn["content"]) for turn in chat.messages] == turns, (name, suffix)
+        assert [(turn["role"], turn["content"]) for turn in chat.messages] == turns, (row, suffix)
 
 
 def test_csv_keeps_line_ends_commas_and_what_looks_like_a_formula_and_bad_rows_are_counted(tmp_path):
@@ -114,8 +106,6 @@ BAD = {
     '{"messages": "hello"}': NO_CHAT,
     '{"other": 1}': NO_TEXT,
     '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}': NO_TEXT,
-    '{"messages": [{"role": "user", "content": "q"}]}': NO_ANSWER,
-    '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}': NO_ANSWER,
     '{"messages": [{"role": "assistant", "content": "a"}]}': NO_ANSWER,
     '{"messages": [{"role": ["user"], "content": "q"}]}': "a turn of unknown role",
     '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}': NOT_UNICODE,
@@ -134,10 +124,6 @@ def test_a_bad_row_is_counted_by_its_reason(tmp_path):
         assert len(chats) == tally.usable == 1
         [(counted, (count, first))] = tally.bad.items()
         assert (tally.rows, counted.startswith(reason), count, first) == (2, True, 1, 2), (line[:40], counted)
-    tally.leave_out(5, NO_TEXT, rows=2)
-    assert str(tally) == (
-        "1 of 2 rows can be used as messages; left out: 2 no text (first: row 5), 1 not UTF-8 (first: row 2)"
-    )
     # Lines end at line feeds only.
     path.write_text('{"text": "a\u2028b"}\n', encoding="utf-8")
     assert [chat.messages[0]["content"] for chat in read(path)[0]] == ["a\u2028b"]
@@ -148,13 +134,12 @@ WHOLE = (
     ("own.jsonl", bytes(range(128, 255)) + b"\n\0\0\n", "0 of 2 rows can be used as one of the formats messages, "),
     ("own.parquet", b"\0" * 100, "can't be read as parquet: "),
     ("own.json", b"[" * 200_000, "is not JSON: maximum recursion depth exceeded"),
-    ("own.json", b'[{"text": "a"},\n{"text"', "is not JSON: Expecting ':' delimiter: line 2 column 8"),
     ("own.jsonl", b'{"a": 1, "b": 2}\n', "left out: 1 without the columns of a format (first: row 1)"),
     ("own.txt", b"text", "must end in one of .jsonl, .json, .csv, .parquet"),
     (
         "own.jsonl",
-        b'{"prompt": "q", "completion": "a", "question": "q", "answer": "a"}\n',
-        "may be read as prompt/completion or question/answer; set `format`",
+        b'{"prompt":1,"completion":1,"question":1,"answer":1}\n',
+        "prompt/completion or question/answer; set",
     ),
 )
 
@@ -179,14 +164,14 @@ def test_a_file_that_is_no_use_is_one_sentence(tmp_path):
 
 def test_splits_are_disjoint_whole_and_drawn_by_the_seed_from_a_content_that_is_the_identity(tmp_path):
     path = write(tmp_path, pairs(40))
-    rows = list(make_dataset(spec(path, train=20, validation=10, test=10)))
-    assert [row["split"] for row in rows] == ["train"] * 20 + ["validation"] * 10 + ["test"] * 10
+    sizes = {"train": 20, "validation": 10, "test": 10}
+    rows = list(make_dataset(spec(path, **sizes)))
+    assert Counter(row["split"] for row in rows) == sizes
     prompts = [row["messages"][0]["content"] for row in rows]
     assert sorted(prompts) == sorted(row["prompt"] for row in pairs(40))
     # The order is not that of the file, which may be sorted by topic.
     assert {int(text.split()[1]) for text in prompts[:20]} != set(range(20))
-    assert rows == list(make_dataset(spec(path, train=20, validation=10, test=10)))
-    assert rows != list(make_dataset(spec(path, train=20, validation=10, test=10, seed=1)))
+    assert rows == list(make_dataset(spec(path, **sizes))) != list(make_dataset(spec(path, **sizes, seed=1)))
     copy, other = write(tmp_path, pairs(40), "copy.jsonl"), write(tmp_path, pairs(9), "other.jsonl")
     same = spec(path), spec(copy), spec(path, mean_tokens=99), spec(path, curve_examples=1)
     assert len(set(map(dataset_id, same))) == 1
@@ -214,8 +199,7 @@ def test_problems_of_a_file(tmp_path):
     path = write(tmp_path, rows)
     answers = {row["question"]: row["answer"] for row in make_problems(problems(path, "number"))}
     assert answers == {"1+1?": "2", "2+2?": "4", "10*150?": "1,500", "1/4?": "0.25"}
-    _, tally = file_problems(problems(path, "number"))
-    assert tally.bad == {NO_NUMBER: (1, 5), REPEATED: (1, 6), NO_TEXT: (1, 7)}
+    assert file_problems(problems(path, "number"))[1].bad == {NO_NUMBER: (1, 5), REPEATED: (1, 6), NO_TEXT: (1, 7)}
     boxed = make_problems(problems(path, "boxed", train=3))
     assert {row["answer"] for row in boxed} == {"2", "4", "1,500", "0.25", "because"}
     assert all(row["question"].endswith(r" Write your answer in \boxed{} format.") for row in boxed)
@@ -224,13 +208,10 @@ def test_problems_of_a_file(tmp_path):
 SIZES = {"train": 8, "validation": 4, "test": 12}
 
 
-def rows_of_pages():
-    return [{"question": f"{n}+1?", "answer": str(n + 1), "page": f"page {n % 3}"} for n in range(24)]
-
-
 @pytest.mark.parametrize("is_problems", [False, True])
 def test_a_column_of_a_file_names_the_groups_and_changes_no_example(tmp_path, is_problems):
-    data, made = write(tmp_path, rows_of_pages()), tmp_path / "made.parquet"
+    rows = [{"question": f"{n}+1?", "answer": str(n + 1), "page": f"page {n % 3}"} for n in range(24)]
+    data, made = write(tmp_path, rows), tmp_path / "made.parquet"
 
     def examples(group):
         if is_problems:
@@ -250,7 +231,7 @@ def test_a_column_of_a_file_names_the_groups_and_changes_no_example(tmp_path, is
         assert row["source"] == f"own.jsonl/page {int(question.split('+')[0]) % 3}"
     assert groups_of_tests(made, None) == [row["source"] for row in grouped if row["split"] == "test"]
     assert plain_id != grouped_id
-    data = write(tmp_path, [*rows_of_pages()[1:], {"question": "q", "answer": "a"}])
+    data = write(tmp_path, [*rows[1:], {"question": "q", "answer": "a"}])
     with pytest.raises(UserError, match="23 of 24 rows can be used .*; left out: 1 no 'page', which names its group"):
         build_dataset(spec(data, **SIZES, group="page"), made)
 

@@ -10,11 +10,9 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lorabench.data import grading
-from lorabench.data.grading import MAX_CHARS, Grader, last_box, last_number, number
+from lorabench.data.grading import MAX_CHARS, Grader, last_box, last_number
 
 
 @pytest.fixture(scope="module")
@@ -32,45 +30,32 @@ def worker_pid(grader):
 
 
 def test_the_last_box_and_the_last_number():
-    contents = [
-        (r"\boxed{1} then \boxed{2}.", "2"),
-        (r"\boxed{1} then \fbox{2}.", "2"),
-        (r"\boxed {\frac{1}{2}} {", r"\frac{1}{2}"),
-        (r"\boxed{\{x : x > 0\}}", r"\{x : x > 0\}"),
-        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
-        (r"\boxed{\boxed{3}}", "3"),
-        (r"$\boxed 2$ is it", "2"),
-        ("\\boxed 12\nis it", "12"),
-        (r"\boxed{}", ""),
-        (r"\boxed", ""),
-        (r"\boxed{1} then \boxed{2", None),
-        (r"\boxedness{2}", None),
-        ("no box", None),
-        ("\\boxed{a\u2028b}", "a\u2028b"),
-    ]
-    for text, content in contents:
-        assert last_box(text) == content, text
-    values = [
-        ("12 and -3", -3),
-        ("10 - 3", 3),
-        ("10-3", 3),
-        ("it is (-3).", -3),
-        ("so $1,234.50!", Fraction(2469, 2)),
-        ("#### 33.0", 33),
-        ("1,2,3", 3),
-        ("12,345,67", 67),
-        (".5", Fraction(1, 2)),
-        ("none", None),
-        ("9" * 5000, None),
-    ]
-    for text, value in values:
-        assert last_number(text) == value, text
-
-
-@given(st.integers(), st.integers(0, 999))
-def test_numbers_are_read_exactly(whole, thousandths):
-    assert number(f"{whole:,}") == number(str(whole)) == whole
-    assert number(f"{abs(whole)}.{thousandths:03d}") == abs(whole) + Fraction(thousandths, 1000)
+    contents = {
+        r"\boxed{1} then \boxed{2}.": "2",
+        r"\boxed{1} then \fbox{2}.": "2",
+        r"\boxed {\frac{1}{2}} {": r"\frac{1}{2}",
+        r"\boxed{\left\{ 1 \right.}": r"\left\{ 1 \right.",
+        r"\boxed{\boxed{3}}": "3",
+        "\\boxed 12\nis it": "12",
+        r"\boxed": "",
+        r"\boxed{1} then \boxed{2": None,
+        r"\boxedness{2}": None,
+        "\\boxed{a\u2028b}": "a\u2028b",
+    }
+    assert {text: last_box(text) for text in contents} == contents
+    values = {
+        "10 - 3": 3,
+        "10-3": 3,
+        "12 and (-3).": -3,
+        "so $1,234.50!": Fraction(2469, 2),
+        "#### 33.0": 33,
+        "1,2,3": 3,
+        "12,345,67": 67,
+        ".5": Fraction(1, 2),
+        "none": None,
+        "9" * 5000: None,
+    }
+    assert {text: last_number(text) for text in values} == values
 
 
 def test_bare_numbers():
@@ -90,7 +75,6 @@ def test_equal_answers_and_those_that_differ(math):
         (r"\dfrac12", r"\frac{1}{2}"),
         ("0.5", r"\frac12"),
         (r"(x+1)^2", "x^2+2x+1"),
-        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
         ("2, 1", "1,2"),
         (r"[1,2)\cup(3,\infty)", r"(3, \infty) \cup [1, 2)"),
         ("x=5", "5"),
@@ -107,10 +91,7 @@ def test_equal_answers_and_those_that_differ(math):
         ("0.333", r"\frac13"),
         ("(1,2)", "[1,2]"),
         ("(2,1)", "(1,2)"),
-        (r"\{1,2\}", r"\{1,2,3\}"),
-        ("x^2", "2x"),
         ("x", "5"),
-        (r"\text{No}", "Yes"),
         (r"5 \text{ or } 6", "5"),
         ("", "0"),
         (r"\frac{1}{0}", "1"),
@@ -124,26 +105,26 @@ def test_equal_answers_and_those_that_differ(math):
     assert math.grade([box(1) + box(2), box(2) + box(1), "2"], ["2"] * 3) == [True, False, False]
 
 
-HARMFUL = {
-    "power": "9**9**9**9",
-    "factorial": "10000000!",
-    "product": r"\prod_{k=1}^{1000000000} k",
-    "exponent": "1e9999999999",
-    "brackets": "[" * 1_000_000,
-    "short parentheses": "(" * 450 + "1" + ")" * 450,
-    "fractions": r"\frac" * 190,
-    "unicode": "\uff11\uff12\U0001f916\u202e\u2028\xe9",
-    "newlines": 'true\ntrue\n["1", "1"]\n',
-    "python": "__import__('os').system('touch {file}')",
-    "python call": r"\operatorname{eval}(\text{__import__('os').system('touch {file}')})",
-    "python function": r"\text{open('{file}','w').write}(1)",
-}
+HARMFUL = (
+    "9**9**9**9",
+    "10000000!",
+    r"\prod_{k=1}^{1000000000} k",
+    "1e9999999999",
+    "[" * 1_000_000,
+    "(" * 450 + "1" + ")" * 450,
+    r"\frac" * 190,
+    "\uff11\uff12\U0001f916\u202e\u2028\xe9",
+    'true\ntrue\n["1", "1"]\n',
+    "__import__('os').system('touch {file}')",
+    r"\operatorname{eval}(\text{__import__('os').system('touch {file}')})",
+    r"\text{open('{file}','w').write}(1)",
+)
 
 
 @pytest.mark.slow
 def test_harmful_answers_are_wrong_and_do_nothing(tmp_path):
     file = tmp_path / "file"
-    responses = [box(content.replace("{file}", str(file))) for content in HARMFUL.values()]
+    responses = [box(content.replace("{file}", str(file))) for content in HARMFUL]
     good = [box(rf"\frac{{{n}}}{{{2 * n}}}") for n in range(1, len(responses) + 1)]
     mixed = [response for pair in zip(responses, good, strict=True) for response in pair]
     start = time.monotonic()
@@ -188,31 +169,18 @@ def test_a_worker_that_does_not_start_is_no_wrong_answer(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_a_confined_process_neither_writes_files_nor_takes_much_memory(tmp_path):
     tries = {"pathlib.Path('file').write_text('text')": "OSError", "bytearray(2**31)": "MemoryError"}
-    attempts = "".join(
-        f"try:\n    {harm}\n    print('done')\nexcept Exception as error:\n    print(type(error).__name__)\n"
-        for harm in tries
-    )
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import pathlib, runpy\nworker = runpy.run_path({str(grading._WORKER)!r})\nworker['confine']()\n"
-        f"assert worker['equal']('1/2', '0.5')\n{attempts}"
-    )
-    command = [sys.executable, "-u", script]
+    script = f"import pathlib, runpy\nworker = runpy.run_path({str(grading._WORKER)!r})\nworker['confine']()\n"
+    script += "assert worker['equal']('1/2', '0.5')\n"
+    for harm in tries:
+        script += f"try:\n    {harm}\n    print('done')\nexcept Exception as error:\n    print(type(error).__name__)\n"
+    command = [sys.executable, "-u", "-c", script]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == list(tries.values())
     assert not (tmp_path / "file").exists() or not (tmp_path / "file").read_text()
 
 
 def test_words_of_reflection():
-    for response in (
-        "So 12. Wait, that is wrong.",
-        "wait no, it is 3",
-        "Hmmm, 12?",
-        "Let me check this.",
-        "Let\u2019s verify: 3 * 4 = 12.",
-        "Alternatively, use symmetry.",
-        "That's not right.",
-    ):
+    for response in ("12. Wait, it is 3.", "wait no", "Hmmm, 12?", "Let\u2019s verify: 12.", "Alternatively, 3."):
         assert grading.reflects(response), response
     for response in ("", "They wait 5 minutes, the waiter waited.", "He checks his bag.", "An alternative is right."):
         assert not grading.reflects(response), response

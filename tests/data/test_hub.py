@@ -19,37 +19,30 @@ from ..hub.repositories import copies, openthoughts3_row, tulu3_row, write_opent
 SIZES = {"train": 40, "validation": 8, "test": 8}
 
 
-@pytest.fixture
-def make(tmp_path):
-    """Return a function that makes a dataset from the copy in a folder and returns its rows."""
-
-    def make(folder, **changes):
-        owner_name = "/".join(folder.parts[-2:])
-        spec = {"kind": "hub", "id": owner_name, "max_chars": 100, "mean_tokens": 50}
-        build_dataset(HubDataset(**(spec | SIZES | changes)), tmp_path / "made.parquet", copies(tmp_path))
-        return list(read_dataset(tmp_path / "made.parquet"))
-
-    return make
+def make(folder, **changes):
+    """Make a dataset from the copy in a folder, and return its rows."""
+    root, fields = folder.parents[1], {"max_chars": 100, "mean_tokens": 50} | SIZES | changes
+    spec = HubDataset(kind="hub", id=folder.relative_to(root).as_posix(), **fields)
+    build_dataset(spec, root / "made.parquet", copies(root))
+    return list(read_dataset(root / "made.parquet"))
 
 
 def prompts(rows, split=None):
     return [prompt(row["messages"]) for row in rows if split in (None, row["split"])]
 
 
-def test_openthoughts3_has_each_question_once(make, tmp_path):
-    """OpenThoughts3 has 16 answers to each question; this copy has two."""
+def test_openthoughts3_has_each_question_once(tmp_path):
     rows = make(write_openthoughts3(tmp_path, map(openthoughts3_row, range(120))))
     assert Counter(row["split"] for row in rows) == SIZES
     assert len(set(prompts(rows))) == len(rows) == 56
     for row in rows:
         (user, assistant) = row["messages"]
         assert (user["role"], assistant["role"]) == ("user", "assistant")
-        riddle, answer = user["content"].split()[-1], assistant["content"].split()[-1]
-        assert int(riddle) == int(answer) // 2
-        assert assistant["content"] == f"<think>\u2028</think> {answer}"
+        thought, answer = assistant["content"].rsplit(" ", 1)
+        assert (user["content"], thought) == (f"riddle {int(answer) // 2}", "<think>\u2028</think>")
 
 
-def test_the_choice_is_spread_over_tulu3_follows_from_the_seed_and_holds_out_the_same_examples(make, tmp_path):
+def test_the_choice_is_spread_over_tulu3_follows_from_the_seed_and_holds_out_the_same_examples(tmp_path):
     folder = write_tulu3(tmp_path, map(tulu3_row, range(1000)))
     few, many = make(folder), make(folder, train=150)
     assert Counter(row["split"] for row in few) == SIZES
@@ -65,7 +58,7 @@ def test_the_choice_is_spread_over_tulu3_follows_from_the_seed_and_holds_out_the
     assert set(prompts(few, "train")) < set(prompts(many, "train"))
 
 
-def test_what_is_left_out_is_counted_and_noted_and_too_few_examples_are_one_sentence(make, tmp_path):
+def test_what_is_left_out_is_counted_and_noted_and_too_few_examples_are_one_sentence(tmp_path):
     rows = [*map(tulu3_row, range(45)), tulu3_row(1), tulu3_row(46, question="x" * 101)]
     message = (
         "dataset allenai/tulu-3-sft-mixture has 45 usable examples in 47 rows; 56 are needed (40 train, 8 validation, "
@@ -73,7 +66,6 @@ def test_what_is_left_out_is_counted_and_noted_and_too_few_examples_are_one_sent
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         make(write_tulu3(tmp_path, rows))
-    assert not (tmp_path / "made.parquet").exists()
     rows = [tulu3_row(number) for number in range(100)]
     rows += [tulu3_row(number, answer="another") for number in range(1, 100, 3)]
     # This prompt differs only in its spaces.

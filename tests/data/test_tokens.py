@@ -17,12 +17,8 @@ from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
 from lorabench.utils.checked_tensors import read_header
 
-TWO_TURNS = [
-    {"role": "user", "content": "2+2"},
-    {"role": "assistant", "content": "4"},
-    {"role": "user", "content": "3+3"},
-    {"role": "assistant", "content": "6"},
-]
+TURNS = (("user", "2+2"), ("assistant", "4"), ("user", "3+3"), ("assistant", "6"))
+TWO_TURNS = [{"role": role, "content": content} for role, content in TURNS]
 CHATML = (
     "{% for m in messages %}{{ '<|user|>' if m['role'] == 'user' else '<|assistant|>' }}{{ m['content'] }}"
     "{{ '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -42,16 +38,13 @@ def with_template(tokenizer, template):
 
 def scored_text(tokenizer, messages):
     ids, scored = encode_chat(tokenizer, messages)
-    kept = [i for i, is_scored in zip(ids, scored, strict=True) if is_scored]
-    return tokenizer.convert_ids_to_tokens(ids), tokenizer.convert_ids_to_tokens(kept)
+    texts = tokenizer.convert_ids_to_tokens(ids)
+    return texts, [text for text, is_scored in zip(texts, scored, strict=True) if is_scored]
 
 
 def test_assistant_turns_and_their_end_are_scored_and_nothing_else(tokenizer):
     tokens, scored = scored_text(tokenizer, TWO_TURNS)
-    assert tokens == [
-        *("<|user|>", "2", "+", "2", "<|assistant|>", "4", "<|end|>"),
-        *("<|user|>", "3", "+", "3", "<|assistant|>", "6", "<|end|>"),
-    ]
+    assert " ".join(tokens) == "<|user|> 2 + 2 <|assistant|> 4 <|end|> <|user|> 3 + 3 <|assistant|> 6 <|end|>"
     assert scored == ["4", "<|end|>", "6", "<|end|>"]
     # What a template puts after the end is not scored.
     tokens, scored = scored_text(with_template(tokenizer, CHATML), TWO_TURNS)
@@ -72,14 +65,12 @@ def dataset(tmp_path):
 
 
 def test_a_cache_is_what_safetensors_would_write_and_of_something_else_it_is_refused(tokenizer, dataset, tmp_path):
-    """The expected values are computed by hand; the dtypes matter to other readers."""
     rows, path = dataset
     key = cache_key(tokenizer, path)
     write_tokens(path, tokenizer, tmp_path / "cache", 512)
     splits = read_tokens(tmp_path / "cache", key)
     with safe_open(tmp_path / "cache", framework="numpy") as file:
-        assert file.metadata().keys() == {*key, "sha256"}
-        assert file.metadata().items() >= key.items()
+        assert file.metadata() == key | {"sha256": file.metadata()["sha256"]}
         for split in ("train", "validation", "test"):
             encoded = [encode_chat(tokenizer, row["messages"]) for row in rows if row["split"] == split]
             ids, scored, offsets = (file.get_tensor(f"{split}.{name}") for name in ("ids", "scored", "offsets"))
@@ -88,7 +79,6 @@ def test_a_cache_is_what_safetensors_would_write_and_of_something_else_it_is_ref
             assert scored.tolist() == [flag for _, flags in encoded for flag in flags]
             assert offsets.tolist() == np.cumsum([0, *(len(tokens) for tokens, _ in encoded)]).tolist()
             assert len(splits[split]) == len(encoded)
-            assert splits[split].lengths().tolist() == [len(tokens) for tokens, _ in encoded]
             for index, expected in enumerate(encoded):
                 assert tuple(part.tolist() for part in splits[split].example(index)) == expected
     for part in ["dataset", "tokenizer", "template"]:
@@ -113,28 +103,27 @@ def test_examples_over_the_datasets_limit_are_left_out_whole_and_counted(
     tokenizer, dataset, tmp_path, caplog, monkeypatch
 ):
     rows, path = dataset
-    lengths = {split: [] for split in ("train", "validation", "test")}
+    lengths = {"train": [], "validation": [], "test": []}
     for row in rows:
         lengths[row["split"]].append(len(encode_chat(tokenizer, row["messages"])[0]))
-    longest = sorted(lengths["train"])
-    limit = longest[-2]
-    assert max(lengths["validation"] + lengths["test"]) <= limit < longest[-1]
+    limit = sorted(lengths["test"])[1]
+    monkeypatch.setattr(tokens, "_MOST_LEFT_OUT", 1.0)
     write_tokens(path, tokenizer, tmp_path / "cache", 512, limit)
-    split = read_tokens(tmp_path / "cache", cache_key(tokenizer, path))["train"]
-    assert split.lengths().tolist() == [length for length in lengths["train"] if length <= limit]
-    assert count_left_out(tmp_path / "cache") == {"train": 1, "validation": 0, "test": 0}
-    assert f"1 of 12 examples of split 'train' have more than max_tokens = {limit} tokens" in caplog.text
-    with pytest.raises(UserError, match=f"of 12 examples of split 'train' have more than max_tokens = {longest[6]}"):
-        write_tokens(path, tokenizer, tmp_path / "other", 512, longest[6])
+    kept = read_tokens(tmp_path / "cache", cache_key(tokenizer, path))
+    for split, counts in lengths.items():
+        assert kept[split].lengths().tolist() == [length for length in counts if length <= limit]
+    left_out = {split: sum(length > limit for length in counts) for split, counts in lengths.items()}
+    assert count_left_out(tmp_path / "cache") == left_out
+    assert (
+        f"{left_out['train']} of 12 examples of split 'train' have more than max_tokens = {limit} tokens" in caplog.text
+    )
+    named = json.loads(read_header(tmp_path / "cache")["left_out_of_test"])
+    assert named == [number for number, length in enumerate(lengths["test"]) if length > limit] != []
+    monkeypatch.undo()
+    limit = sorted(lengths["train"])[6]
+    with pytest.raises(UserError, match=f"of 12 examples of split 'train' have more than max_tokens = {limit}"):
+        write_tokens(path, tokenizer, tmp_path / "other", 512, limit)
     with pytest.raises(UserError, match="max_tokens = 513 is more than the 512 tokens that the model takes"):
         write_tokens(path, tokenizer, tmp_path / "other", 512, 513)
     write_tokens(path, tokenizer, tmp_path / "all", 512)
     assert count_left_out(tmp_path / "all") == {}
-    # Test examples that are left out are named.
-    monkeypatch.setattr(tokens, "_MOST_LEFT_OUT", 1.0)
-    limit = sorted(lengths["test"])[1]
-    write_tokens(path, tokenizer, tmp_path / "cache", 512, limit)
-    left_out = json.loads(read_header(tmp_path / "cache")["left_out_of_test"])
-    assert left_out == [number for number, length in enumerate(lengths["test"]) if length > limit] != []
-    kept = read_tokens(tmp_path / "cache", cache_key(tokenizer, path))["test"].lengths()
-    assert kept.tolist() == [length for length in lengths["test"] if length <= limit]

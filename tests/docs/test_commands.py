@@ -1,7 +1,6 @@
-"""The shell commands of the README, of CONTRIBUTING and of the pages in docs/ and studies/ run as they are written.
+"""The shell commands of the pages run as they are written; those that train are run by Snakemake as a dry run.
 
-Commands that train are run by Snakemake as a dry run. Commands that a test here must not run are named below with the
-reason, so a new command on a page is either run or named.
+Commands that a test here must not run are named below with the reason, so a new command is either run or named.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ ELSEWHERE = {
 
 
 def commands() -> list[str]:
-    """The lines of all shell blocks without their comments, each once, in the order of the pages."""
+    """Return the lines of all shell blocks without their comments, each once, in the order of the pages."""
     blocks = [block for page in PAGES for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)]
     lines = [line.partition("    #")[0].strip() for block in blocks for line in block.splitlines()]
     return list(dict.fromkeys(line for line in lines if line))
@@ -84,7 +83,7 @@ def folder(tmp_path_factory) -> Path:
     adapter.save_pretrained(clone / "path/to/adapter")
     write_rows(clone / "my.jsonl", 50)
     (clone / "path/to/config.yaml").write_text("base_model: my/model-1b\nlearning_rate: 2.0e-5\ndatasets: []\n")
-    problems = [json.dumps({"question": f"What is {n} + 2?", "answer": n + 2}) for n in range(50)]
+    problems = (json.dumps({"question": f"What is {n} + 2?", "answer": n + 2}) for n in range(50))
     (clone / "problems.jsonl").write_text("\n".join(problems))
     return clone
 
@@ -97,7 +96,7 @@ def test_every_command_is_run_here_or_named():
 
 
 def test_commands_in_the_text_exist_with_their_options():
-    """Commands within sentences and in blocks of text, too; `run` and `step` pass options on."""
+    """`run` and `step` pass options on."""
     commands = get_command(app).commands | get_command(advice).commands
     known = {name: {option for each in command.params for option in each.opts} for name, command in commands.items()}
     wrong = []
@@ -114,7 +113,6 @@ def test_commands_in_the_text_exist_with_their_options():
 
 
 def run(line: str, folder: Path) -> str:
-    """Run a command and return what it printed."""
     status, output = run_forked(shlex.split(line), folder)
     assert status == 0, f"{line}\n{output}"
     return output
@@ -124,8 +122,7 @@ def run(line: str, folder: Path) -> str:
 def test_lorabench_commands_run_in_the_order_of_the_pages(folder):
     for line in commands():
         if line.startswith(("lorabench ", "lora-advice ")) and not line.startswith(tuple(ELSEWHERE)):
-            output = run(line, folder)
-            assert "Traceback" not in output, line
+            assert "Traceback" not in run(line, folder), line
     assert (folder / "my.yaml").is_file()
     assert {"fig1_envelopes", "fig2_lr_by_rank"} <= {figure.stem for figure in (folder / "figures").glob("*.svg")}
     assert "lora_alpha" in (folder / "finetune-trl/trl.yaml").read_text()

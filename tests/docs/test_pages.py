@@ -27,7 +27,7 @@ PAGES += [*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")]
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the anchors of a page's headings, as code hosts and mkdocs alike make them from plain words."""
+    """Return the anchors of a page's headings, as code hosts and mkdocs make them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
     headings = re.findall(r"^#+ (.+)$", text, re.M)
     return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
@@ -51,13 +51,14 @@ def test_pages_that_code_names_exist():
     """Messages and docstrings name pages by their path from the root."""
     folders = ("lorabench", "advice", "workflow", "benchmarks", "studies", "tests", "paper_figures", ".ci", "slurm")
     paths = [path for folder in folders for path in (REPOSITORY / folder).rglob("*")]
-    named = {
-        match
+    texts = [
+        path.read_text(errors="ignore")
         for path in paths
-        if path.suffix in (".py", ".smk", ".yaml", ".json", ".j2", "") and path.is_file()
-        if "egg-info" not in str(path)
-        for match in re.findall(r"(?<![\w/])(?:advice/)?docs/[\w/-]+\.md", path.read_text(errors="ignore"))
-    }
+        if path.suffix in (".py", ".smk", ".yaml", ".json", ".j2", "")
+        and path.is_file()
+        and "egg-info" not in str(path)
+    ]
+    named = set(re.findall(r"(?<![\w/])(?:advice/)?docs/[\w/-]+\.md", "\n".join(texts)))
     assert sorted(name for name in named if not (REPOSITORY / name).is_file() and "reports/_src" not in name) == []
 
 
@@ -77,7 +78,6 @@ def hooks():
 
 
 def pages_of(section: dict[str, Any]) -> list[str]:
-    """Return the pages of a section of the navigation, or the one page that stands in its place."""
     [content] = section.values()
     return [content] if isinstance(content, str) else [name for part in content for name in pages_of(part)]
 
@@ -88,10 +88,8 @@ def test_the_navigation_is_short_hand_written_pages_too_and_every_page_is_reacha
     named = [name for section in sections for name in pages_of(section)]
     own = [section for section in sections if section.keys().isdisjoint({"Studies", "Advice"})]
     assert sum(len(pages_of(section)) for section in own) <= 14
-    written = sorted(
-        path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if path.parent.name != "published"
-    )
-    pages = {name: (DOCS / name).read_text() for name in written}
+    written = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if path.parent.name != "published"}
+    pages = {name: (DOCS / name).read_text() for name in sorted(written)}
     pages |= {hooks.ELSEWHERE[path.relative_to(REPOSITORY).as_posix()]: hooks.page_of(path) for path in ELSEWHERE}
     generated = re.compile(r"<!-- (\w+): written by .*?<!-- end of \1 -->", re.S)
     lines = {name: generated.sub("", text).count("\n") for name, text in pages.items()}

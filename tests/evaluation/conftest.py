@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.data.sft import build_dataset
+from lorabench.data.tokens import write_tokens
 from lorabench.evaluation.pretraining import write_pretraining
+from lorabench.models.base import load_tokenizer, max_length
 from lorabench.planning.plan import Plan, make_plan
 from lorabench.runs import EvalJob, Job
 from lorabench.store.layout import Layout
+from lorabench.training.job import run_job
 
 from ..conftest import MARGINS
 
@@ -51,8 +53,7 @@ RAW: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """The plan of a preset whose data are made, or whose sweeps are trained as well, in the working directory."""
 
     plan: Plan
@@ -66,7 +67,6 @@ class Prepared:
 
 @pytest.fixture(scope="package")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
-    """Yield the preset above with its data made."""
     folder, home = tmp_path_factory.mktemp("evaluation"), Path.cwd()
     os.chdir(folder)
     try:
@@ -84,11 +84,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
 
 @pytest.fixture(scope="package")
 def trained(prepared: Prepared) -> Prepared:
-    """Return the preset with its data made and both sweeps trained."""
-    from lorabench.data.tokens import write_tokens
-    from lorabench.models.base import load_tokenizer, max_length
-    from lorabench.training.job import run_job
-
     plan, layout = prepared.plan, prepared.layout
     model = plan.preset.models["tiny"]
     source, target = layout.dataset("instruct"), layout.tokens("tiny", "instruct")

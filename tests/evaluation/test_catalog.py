@@ -27,7 +27,6 @@ def loaded(prepared: Prepared, name: str, source: str) -> catalog.LoadedTask:
 
 
 def graded(prepared: Prepared, name: str, source: str, response: str, target: str) -> dict[str, float]:
-    """Return the score of a response by filter."""
     from lm_eval.api.instance import Instance
 
     built = loaded(prepared, name, source).leaves[name]
@@ -42,12 +41,10 @@ def graded(prepared: Prepared, name: str, source: str, response: str, target: st
 def test_filters_of_answers(prepared):
     for response, target, strict, flexible in [
         ("3 + 4 = 7\n#### 7", "7", 1, 1),
-        ("3 + 4 = 7", "7", 0, 1),
         ("#### 7 apples", "7", 0, 1),
         ("#### 8\nno: #### 8\n#### 7", "7", 1, 1),
         ("#### 7\nthat is 9", "7", 1, 0),
         ("it is 7 or 8\n#### 8", "7", 0, 0),
-        ("no number", "7", 0, 0),
         ("", "7", 0, 0),
         ("#### 1,612.5", "1612.5", 1, 1),
         ("#### -7", "7", 0, 0),
@@ -57,7 +54,6 @@ def test_filters_of_answers(prepared):
     # Other tasks take the whole answer.
     for name, source, response, right in [
         ("lorabench_arithmetic", "gcd", " 12 ", 1),
-        ("lorabench_arithmetic", "gcd", "12.", 0),
         ("lorabench_arithmetic", "gcd", "it is 12", 0),
         ("lorabench_instruct", "instruct", "\n12\n", 1),
         ("lorabench_instruct", "instruct", "12 3", 0),

@@ -6,8 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import lm_eval
 import pyarrow.parquet as pq
@@ -24,49 +24,46 @@ from .conftest import RAW
 
 pytestmark = pytest.mark.slow
 
-SUBJECTS = 57
-"""The number of members of MMLU."""
+SUBJECTS = 57  # the members of MMLU
 
 
 def write_repositories(root: Path) -> None:
     """Write what the tasks read: files, columns and types of the real ones, with few rows."""
     write_gsm8k(root, train=8, test=3)
     # The instructions need the sentence splitter, a language detector, and neither.
-    instructions = [
-        ("punctuation:no_comma", {}),
-        ("length_constraints:number_sentences", {"relation": "less than", "num_sentences": 30}),
-        ("language:response_language", {"language": "de"}),
-    ]
-    names = sorted({name for _, arguments in instructions for name in arguments})
+    instructions = {
+        "punctuation:no_comma": {"relation": None, "num_sentences": None, "language": None},
+        "length_constraints:number_sentences": {"relation": "less than", "num_sentences": 30, "language": None},
+        "language:response_language": {"relation": None, "num_sentences": None, "language": "de"},
+    }
     rows = [
-        {"key": number, "prompt": "Write.", "instruction_id_list": [name], "kwargs": [dict.fromkeys(names) | arguments]}
-        for number, (name, arguments) in enumerate(instructions)
+        {"key": number, "prompt": "Write.", "instruction_id_list": [name], "kwargs": [arguments]}
+        for number, (name, arguments) in enumerate(instructions.items())
     ]
     write_jsonl(root / "google/IFEval/ifeval_input_data.jsonl", rows)
     question = {"question": "2 + 2?", "subject": "x", "choices": ["1", "2", "4", "8"], "answer": 2}
     # The names of MMLU's members are those of lm-eval's own tasks.
     tasks = (Path(lm_eval.__file__).parent / "tasks/mmlu/default").glob("mmlu_*.yaml")
     members = {yaml.safe_load(path.read_text())["dataset_name"] for path in tasks}
-    assert len(members) == SUBJECTS
     splits = {"test": [question] * 3, "validation": [question], "dev": [question] * 5}
     write_configs(root / "cais/mmlu", dict.fromkeys(sorted(members), splits))
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A working directory with a preset `mine.yaml` and its own caches."""
 
     folder: Path
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of this project with only the caches of this directory."""
         caches = {"HF_HOME": str(self.folder / "hf"), "NLTK_DATA": str(self.folder / "nltk"), "HOME": str(self.folder)}
         # HF_DATASETS_CACHE and similar variables would take precedence over HF_HOME.
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | caches | environment
         command = [sys.executable, "-m", "lorabench.cli", *arguments, "--preset", "mine.yaml"]
-        return subprocess.run(
-            command, cwd=self.folder, env=inherited | caches | environment, capture_output=True, text=True, check=False
-        )
+        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, check=False)
+
+    def fetch(self) -> subprocess.CompletedProcess[str]:
+        with serving(self.folder / "hub") as hub:
+            return self.run("step", "fetch", "--out", "tasks.json", HF_ENDPOINT=hub.endpoint)
 
     def evaluate(self) -> subprocess.CompletedProcess[str]:
         """Evaluate the base without a hub."""
@@ -78,7 +75,6 @@ class Place:
 
 
 def place(folder: Path, tasks: list[dict]) -> Place:
-    folder.mkdir(exist_ok=True)
     raw = RAW | {"evaluation": RAW["evaluation"] | {"tasks": tasks}}
     (folder / "mine.yaml").write_text(yaml.safe_dump(raw))
     return Place(folder)
@@ -95,29 +91,28 @@ def write_splitter(folder: Path) -> None:
 
 def test_what_was_fetched_is_evaluated_offline_with_its_settings_and_commits(tmp_path):
     named = {task.name: task for name in ("core", "paper") for task in load_preset(name).evaluation.tasks}
-    # MMLU has 57 members, of which each takes as many.
+    # Each member of MMLU takes as many.
     tasks = [
         named[name].model_dump(exclude_unset=True) | {"max_new_tokens": 6, "limit": limit}
         for name, limit in (("gsm8k", 2), ("ifeval", 2), ("mmlu", 1))
     ]
-    here = place(tmp_path / "work", tasks)
-    write_splitter(here.folder)
-    write_repositories(here.folder / "hub/datasets")
-    with serving(here.folder / "hub") as hub:
-        result = here.run("step", "fetch", "--out", "tasks.json", HF_ENDPOINT=hub.endpoint)
+    here = place(tmp_path, tasks)
+    write_splitter(tmp_path)
+    write_repositories(tmp_path / "hub/datasets")
+    result = here.fetch()
     assert result.returncode == 0, result.stderr
-    fetched = json.loads((here.folder / "tasks.json").read_text())["tasks"]
-    commit = Hub(here.folder / "hub").commit("datasets", "openai/gsm8k")
+    fetched = json.loads((tmp_path / "tasks.json").read_text())["tasks"]
+    commit = Hub(tmp_path / "hub").commit("datasets", "openai/gsm8k")
     assert fetched["gsm8k"] == {"gsm8k": {"version": "3.0", "data": commit}}
     assert len(fetched["mmlu"]) == SUBJECTS
 
     result = here.evaluate()
     assert result.returncode == 0, result.stderr
-    scores = pq.read_table(here.folder / Layout.of(str(here.folder / "mine.yaml")).evals(here.job)).to_pandas()
-    levels = [f"{level}_level_{kind}_acc" for level in ("prompt", "inst") for kind in ("strict", "loose")]
-    expected = {("gsm8k", "exact_match", name) for name in ("strict-match", "flexible-extract")}
-    expected |= {("ifeval", level, "none") for level in levels} | {("mmlu", "acc", "none")}
-    assert set(scores[["task", "metric", "filter"]].itertuples(index=False, name=None)) == expected
+    scores = pq.read_table(tmp_path / Layout.of(str(tmp_path / "mine.yaml")).evals(here.job)).to_pandas()
+    levels = [f"{level}_level_{kind}_acc" for level in ("inst", "prompt") for kind in ("loose", "strict")]
+    metrics = scores.groupby("task")["metric"].agg(sorted).to_dict()
+    assert metrics == {"gsm8k": ["exact_match"] * 2, "ifeval": levels, "mmlu": ["acc"]}
+    assert set(scores["filter"]) == {"strict-match", "flexible-extract", "none"}
     assert scores["value"].between(0, 1).all()
     assert scores["higher_is_better"].all()
     by_task = scores.drop_duplicates("task").set_index("task")
@@ -137,8 +132,7 @@ def test_data_or_a_splitter_that_were_not_fetched_are_named(tmp_path):
     assert f"'gsm8k' {missing}" in result.stderr
     here = place(tmp_path, [{"name": "ifeval", "about": "learned"}])
     write_repositories(tmp_path / "hub/datasets")
-    with serving(tmp_path / "hub") as hub:
-        result = here.run("step", "fetch", "--out", "tasks.json", HF_ENDPOINT=hub.endpoint)
+    result = here.fetch()
     assert result.returncode == 2
     assert f"'ifeval' {missing}nltk has no tokenizers/punkt_tab in" in result.stderr
     assert not (tmp_path / "tasks.json").exists()

@@ -35,7 +35,6 @@ class Copy(FetchedRepository):
 
 
 def copies(root: Path) -> dict[str, FetchedRepository]:
-    """Return all repositories in a folder as if they had been fetched."""
     names = ["/".join(folder.parts[-2:]) for folder in root.glob("*/*")]
     return {name: Copy("dataset", name, "0" * 40, {}, root) for name in names}
 
@@ -114,7 +113,7 @@ OPENTHOUGHTS3 = {
 
 
 def openthoughts3_row(number: int) -> dict[str, Any]:
-    """Return a row; each question has two answers here."""
+    """Return a row; each question has two answers."""
     chat = [
         {"from": "human", "value": f"riddle {number // 2}"},
         {"from": "gpt", "value": f"<think>\u2028</think> {number}"},
@@ -156,18 +155,11 @@ def write_hendrycks_math(root: Path) -> Path:
 
 
 # https://huggingface.co/datasets/HuggingFaceH4/MATH-500: test.jsonl, no configurations in the card.
-def write_math500(root: Path, count: int = 12) -> Path:
-    """Write problems of Hendrycks' test split."""
+def write_math500(root: Path) -> Path:
     rows = [
-        {
-            "problem": f"What is {n % 6} in {SUBJECTS[n // 6]} of test?",
-            "solution": rf"It is $\boxed{{\frac{{{n % 6}}}{{7}}}}$.",
-            "answer": rf"\frac{{{n % 6}}}{{7}}",
-            "subject": SUBJECTS[n // 6].title(),
-            "level": n % 5 + 1,
-            "unique_id": f"test/{SUBJECTS[n // 6]}/{n}.json",
-        }
-        for n in range(count)
+        {"problem": f"What is {n} in {subject} of test?", "solution": "?", "answer": rf"\frac{{{n}}}{{7}}", "level": 1}
+        for subject in SUBJECTS[:2]
+        for n in range(6)
     ]
     return write_jsonl(root / "HuggingFaceH4/MATH-500/test.jsonl", rows)
 
@@ -181,16 +173,3 @@ def write_deepmath(root: Path) -> Path:
         for n in range(100)
     ]
     return write_configs(root / "zwhe99/DeepMath-103K", {"default": {"train": rows}}, files=2)
-
-
-# https://huggingface.co/datasets/HuggingFaceH4/aime_2024: one split, called train.
-def write_aime24(root: Path) -> Path:
-    same = {"solution": "?", "url": "https://", "year": "2024"}
-    rows = [{"id": 60 + n, "problem": f"{n}?", "answer": f"{n:03}", **same} for n in range(30)]
-    return write_configs(root / "HuggingFaceH4/aime_2024", {"default": {"train": rows}})
-
-
-# https://huggingface.co/datasets/math-ai/aime25: test.jsonl, all columns text.
-def write_aime25(root: Path, count: int = 30) -> Path:
-    rows = [{"problem": f"{n}!", "answer": f"{n}", "id": f"{n}"} for n in range(count)]
-    return write_jsonl(root / "math-ai/aime25/test.jsonl", rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 
 import pytest
 
@@ -20,27 +21,27 @@ def test_verdicts_are_rarely_wrong():
     assert (table["wrong_low"] <= 0.05).all()
     assert table.loc["B1", "power"][[0.0, 2.0]].min() > 0.8
     assert table.loc["B2", "truth"].tolist() == ["true", "true", "at the margin", "false"]
-    counted_shares = table[["confirmed", "right_sign", "inconclusive", "contradicted", "setting_not_met", "not_tested"]]
-    assert counted_shares.sum(axis=1).tolist() == pytest.approx([1.0] * 12)
+    verdicts = ["confirmed", "right_sign", "inconclusive", "contradicted", "setting_not_met", "not_tested"]
+    assert table[verdicts].sum(axis=1).tolist() == pytest.approx([1.0] * 12)
     assert (table["setting_not_met"] + table["not_tested"] == 0).all()
 
 
-def test_one_seed_gives_one_table_by_any_number_of_processes(monkeypatch):
+def test_one_seed_gives_one_table_by_any_number_of_processes_and_a_claim_not_covered_is_refused(monkeypatch):
     monkeypatch.setattr(run, "CHUNK", 2)
     monkeypatch.setattr(run, "EFFECTS", (0.0, 2.0))
     assert counted(4, ["C2"], processes=2) == counted(4, ["C2"])
+    with pytest.raises(UserError, match="does not cover E6; allowed: A1, "):
+        counted(2, ["E6"])
 
 
 def test_wrong_and_right_verdicts_are_counted_by_the_truth():
     """Of ten worlds each: all six words, in a claim of equality and one of a difference."""
-    verdicts = Counter(
-        {"confirmed": 4, "contradicted": 1, "not seen here": 2, "right sign, below the margin": 1, "inconclusive": 2}
-    )
-    counts = {
-        (claim_id, effect): Counter({Seen(claim_id, verdict, -1, True): n for verdict, n in verdicts.items()})
-        for claim_id in ("B2", "E1")
-        for effect in (0.0, 0.5, 1.0, 2.0)
-    }
+    verdicts = {"confirmed": 4, "contradicted": 1, "not seen here": 2, "right sign, below the margin": 1}
+    verdicts["inconclusive"] = 2
+    counts = {}
+    for claim_id, effect in product(("B2", "E1"), (0.0, 0.5, 1.0, 2.0)):
+        seen = {Seen(claim_id, verdict, -1, True): n for verdict, n in verdicts.items()}
+        counts[claim_id, effect] = Counter(seen)
     table = shares(counts).set_index(["claim_id", "effect"])
     assert table.loc["B2", "wrong"].tolist() == pytest.approx([0.3, 0.3, 0.4, 0.4 + 0.1])
     assert table.loc["B2", "power"].tolist() == pytest.approx([0.4, 0.4, float("nan"), 0.3], nan_ok=True)
@@ -59,8 +60,3 @@ def test_twins_are_counted_by_the_stated_probability():
     assert whole["predicted"].tolist() == pytest.approx([0.575, 0.925])
     assert whole["same"].tolist() == pytest.approx([0.0, 0.9])
     assert table.loc[table["claim_id"] == "B2", "n_worlds"].tolist() == [10]
-
-
-def test_a_claim_that_is_not_covered_is_refused():
-    with pytest.raises(UserError, match="does not cover E6; allowed: A1, "):
-        counted(2, ["E6"])

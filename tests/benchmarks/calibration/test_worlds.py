@@ -28,11 +28,6 @@ QUIET = replace(
 )
 
 
-def drawn(scene, effect, seed):
-    random = np.random.default_rng(seed)
-    return make_tables(scene(effect, NOISE, random), NOISE, random)
-
-
 def compared(tables, runs=None):
     runs = with_arm_columns(tables.runs if runs is None else runs)
     [comparison] = comparisons(runs, tables.curves, Judging(examples=ExampleLosses.of(tables.test_losses)))
@@ -66,21 +61,19 @@ def test_error_rates_of_rl_are_shares_of_failed_problems():
 
 
 def test_measured_noise_is_that_of_the_world():
-    measured = measure_noise(drawn(batch_sizes, 0, 4))
-    assert measured.example_common == pytest.approx(NOISE.example_common, rel=0.2)
-    assert measured.example_run == pytest.approx(NOISE.example_run, rel=0.2)
-    assert measured.curvature == pytest.approx(NOISE.curvature, rel=0.4)
-    assert measured.gain == pytest.approx(NOISE.gain, rel=0.1)
+    random = np.random.default_rng(4)
+    measured = measure_noise(make_tables(batch_sizes(0, NOISE, random), NOISE, random))
+    for name, rel in (("example_common", 0.2), ("example_run", 0.2), ("curvature", 0.4), ("gain", 0.1)):
+        assert getattr(measured, name) == pytest.approx(getattr(NOISE, name), rel=rel)
     assert 0.3 * NOISE.shared_seed < measured.shared_seed < 2 * NOISE.shared_seed
     assert measured.rl_base == NOISE.rl_base  # nothing to measure it by
 
 
 def test_every_covered_claim_has_a_scene_and_its_truths():
-    known = [claim.id for claim in CLAIMS]
     assert {covered.scene for covered in COVERED} == set(SCENES)
-    ids = [covered.claim_id for covered in COVERED]
-    assert len(set(ids)) == len(ids)
-    assert set(ids) <= set(known)
+    ids = {covered.claim_id for covered in COVERED}
+    assert len(ids) == len(COVERED)
+    assert ids <= {claim.id for claim in CLAIMS}
     for covered in COVERED:
         assert covered.truth(2) == ("false" if covered.kind == "equality" else "true")
         assert covered.right(0) not in covered.wrong(0)
