@@ -44,7 +44,7 @@ def test_names_stand_for_constants_and_shared_texts(tmp_path, monkeypatch):
     ("before", "after", "judged", "error"),
     [
         ("BAND[0]", "BNAD[0]", ["Z1"], "band: KeyError.'BNAD'"),
-        ("statement", "statment", ["Z1"], "Z1: TypeError.*statment"),
+        ("statement", "sentence", ["Z1"], "Z1: TypeError.*sentence"),
         ("", "", [], "not with both .*: Z1"),
         ("", "", ["Z1", "Z2"], "not with both .*: Z2"),
     ],

@@ -156,7 +156,7 @@ def preset(folder: Path, chance: random.Random) -> Run:
     text = (REPOSITORY / "workflow/presets/smoke.yaml").read_bytes()
     change = chance.choice([mutated, other_value, other_value])
     (folder / "mine.yaml").write_bytes(change(text, chance))
-    return command("plan", "--preset", folder / "mine.yaml", "--json")
+    return command("plan", "--preset", folder / "mine.yaml")
 
 
 def table(folder: Path, chance: random.Random) -> Run:
