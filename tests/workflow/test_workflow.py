@@ -188,7 +188,7 @@ def test_an_evaluation_that_fails_is_reported_early_and_keeps_back_only_its_scor
     evaluation = {"experiments": ["rank"], "tasks": BAD_TASKS, "pretraining_documents": 4}
     (checkout / "mine.yaml").write_text(yaml.safe_dump(raw_preset | {"evaluation": evaluation}))
     output = snakemake(checkout, "--keep-going", "--config", "preset=mine.yaml", fails=True)
-    assert "lorabench: evaluation task 'gsm8' is not known to lm-eval; near it: " in output
+    assert "lorabench: evaluation task 'gsm8' is not known to lm-eval; `lm-eval ls tasks` lists" in output
     assert output.index("rule eval_tasks:") < output.index("rule train:")
     layout = Layout.of(str(checkout / "mine.yaml"))
     assert all((checkout / layout.job(job)).is_file() for job in make_plan(layout.preset).jobs)
