@@ -7,6 +7,7 @@ order. It has to be strict, since with `warn_only` fused attention keeps its def
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform
@@ -29,7 +30,7 @@ from lorabench.runs import Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor
 from lorabench.utils.exhaustion import keep_freed_memory
-from lorabench.utils.gpus import ON_CPU, none_seen, processor
+from lorabench.utils.gpus import ON_CPU, difference_from, none_seen, processor
 
 NONDETERMINISTIC = "LORABENCH_NONDETERMINISTIC"
 """The environment variable with which training on a GPU does without deterministic kernels."""
@@ -77,6 +78,10 @@ def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
         keep_freed_memory()
         products = choose_faster() if bf16 else None
     else:
+        if execution.gpu is not None and processes.first:
+            memory = torch.cuda.get_device_properties(device).total_memory
+            if difference := difference_from(execution.gpu, torch.cuda.get_device_name(device), memory):
+                logging.warning(difference)
         # cuBLAS gets workspaces of a fixed size, unless the user has chosen some, before the first product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Autocast passes over the products of experts, which would otherwise be computed in fp32 without tensor cores.
