@@ -163,28 +163,40 @@ def normal(name: str) -> np.ndarray:
     return shuffled(ndtri(_SHARES), name)
 
 
-def multivariate_student(
-    covariance: np.ndarray, dof: float, name: str, chosen: Sequence[int] | None = None
-) -> np.ndarray:
-    """Return draws of a multivariate t distribution around 0, (N_DRAWS, numbers), by the name of the numbers; those of
-    the `chosen` places, or of all. The covariance, (numbers, numbers), is that if the degrees of freedom were many."""
+def multivariate_student(covariance: np.ndarray, dof: float, name: str) -> np.ndarray:
+    """Return draws of a multivariate t distribution around 0, (N_DRAWS, numbers), by the name of the numbers. The
+    covariance, (numbers, numbers), is that if the degrees of freedom were many."""
     root = cholesky_root(covariance)
-    even = _even_points(math.ceil(len(root) / _BLOCK))[:, : len(root)]
     root[np.diag(covariance) == 0] = 0.0
-    draws = even @ (root if chosen is None else root[list(chosen)]).T
-    # One chi-squared draw for all numbers makes normal ones multivariate t. Any part of the points is even as well, so
-    # its draws can be combined with them in ascending order.
+    return mixture_of_students(np.ones(1), np.zeros((1, len(root))), root[None], dof, name, range(len(root)))
+
+
+def mixture_of_students(
+    weights: np.ndarray, shifts: np.ndarray, roots: np.ndarray, dof: float, name: str, chosen: Sequence[int]
+) -> np.ndarray:
+    """Return draws of a mixture of multivariate t distributions, (N_DRAWS, chosen places), by the name of the numbers.
+
+    Each part has a weight, (parts,), a centre, (parts, numbers), and a triangular root of its covariance if the degrees
+    of freedom were many, (parts, numbers, numbers).
+    """
+    shares, even = _even_points(math.ceil(shifts.shape[1] / _BLOCK))
+    part = np.searchsorted(np.cumsum(weights)[:-1], shares, side="right")
+    by_part, places = np.argsort(part, kind="stable"), list(chosen)
+    draws, ends = np.empty((N_DRAWS, len(places))), np.cumsum(np.bincount(part, minlength=len(weights)))
+    for own, at in zip(roots[:, places], np.split(by_part, ends[:-1]), strict=True):
+        draws[at] = even[at, : shifts.shape[1]] @ own.T
+    # One chi-squared draw for all numbers makes normal ones multivariate t.
     draws *= _chi_factors(dof)[:, None]
-    return shuffled(draws, name)
+    return shuffled(draws + shifts[part][:, places], name)
 
 
 def cholesky_root(covariance: np.ndarray) -> np.ndarray:
-    """Return a lower triangular root of a covariance, (numbers, numbers), in which a number may follow from others. It
-    is continuous in the covariance, as eigenvectors are not; a negligible share is added to each variance."""
-    errors = np.sqrt(np.diag(covariance))
+    """Return lower triangular roots of covariances, (..., numbers, numbers), in which a number may follow from others.
+    They are continuous in the covariance, as eigenvectors are not; a negligible share is added to each variance."""
+    errors = np.sqrt(np.diagonal(covariance, axis1=-2, axis2=-1))[..., None]
     scales = np.where(errors > 0, errors, 1.0)
-    root = np.linalg.cholesky(covariance / np.outer(scales, scales) + 1e-9 * np.eye(len(scales)))
-    return np.asarray(scales[:, None] * root)
+    correlations = covariance / (scales * np.swapaxes(scales, -1, -2))
+    return np.asarray(scales * np.linalg.cholesky(correlations + 1e-9 * np.eye(covariance.shape[-1])))
 
 
 @lru_cache(maxsize=256)
@@ -197,14 +209,15 @@ _BLOCK = 32
 
 
 @lru_cache(maxsize=4)
-def _even_points(blocks: int) -> np.ndarray:
-    """Return normal numbers, (N_DRAWS, _BLOCK * blocks), whose quantiles fill the unit cube evenly, as any part of them
-    does."""
+def _even_points(blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return shares, (N_DRAWS,), and normal numbers, (N_DRAWS, _BLOCK * blocks), whose quantiles fill the unit cube
+    evenly together with a further share, which ascends."""
     from scipy.stats.qmc import Sobol  # takes half a second to import
 
     # Half of a step keeps the points, which are whole steps, off 0.
-    points = Sobol(_BLOCK * blocks + 1, seed=np.random.default_rng(0)).random(N_DRAWS) + 2.0**-31
-    return np.asarray(ndtri(points[np.argsort(points[:, 0], kind="stable"), 1:]))
+    points = Sobol(_BLOCK * blocks + 2, seed=np.random.default_rng(0)).random(N_DRAWS) + 2.0**-31
+    points = points[np.argsort(points[:, 0], kind="stable")]
+    return points[:, 1], np.asarray(ndtri(points[:, 2:]))
 
 
 def shuffled(draws: np.ndarray, name: str) -> np.ndarray:

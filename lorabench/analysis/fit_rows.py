@@ -1,5 +1,4 @@
-"""The runs around the lowest loss of each arm, which count for the fit, and generalized least squares over them, with
-two variances: that of a run, and that of an arm and seed."""
+"""The runs around the lowest loss of each arm, which count for the fit, and the curves that are fitted to them."""
 
 from __future__ import annotations
 
@@ -117,28 +116,6 @@ def arm_grid(runs: np.ndarray) -> ArmGrid | None:
     return ArmGrid(lrs, centre, window, edge, coarse, diverged)
 
 
-_SHARES = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
-"""The tried shares of the variance of an arm and seed in the sum of both; all are as likely before the runs."""
-
-
-@dataclass(frozen=True)
-class Solution:
-    """The result of generalized least squares: coefficients, which are linear in the losses, and their covariance."""
-
-    coefficients: np.ndarray
-    hat: np.ndarray
-    """The matrix that makes the coefficients from the losses, (coefficients, runs)."""
-    design: np.ndarray
-    """(runs, coefficients), each row times the square root of its number of seeds."""
-    covariance: np.ndarray
-    """The runs' covariance over the variance of e, (runs, runs); below that of the coefficients."""
-    unscaled: np.ndarray
-    variance: float
-    """Variance of e, the ratio of that of v to it, and the degrees of freedom of both."""
-    ratio: float
-    dof: int
-
-
 class Bend(NamedTuple):
     """How the asymmetry bends the parabola of an arm: the position from which the third power is measured, and the
     arm's curvature over the mean of all."""
@@ -178,56 +155,6 @@ class FitRows:
             columns.append(sizes * (self.runs["x"] - centres) ** 3)
         return np.column_stack(columns)
 
-    def solve(self, design: np.ndarray, prior: np.ndarray | None = None, ratio: float | None = None) -> Solution | None:
-        """Solve for a ratio of the variances of v and e, by default its mean by their restricted likelihood; None if
-        undetermined.
-
-        Where further seeds have one LR only, the runs say little about the ratio, and the one with the largest
-        likelihood is often 0, which takes all LRs of a seed for independent runs and the errors for too small. What is
-        known before the runs is the `prior`, (sums, coefficients): sums of coefficients that are about 0, each times
-        the standard deviation of e over its own. They count as further runs, with a loss of 0.
-        """
-        runs, p = design.shape
-        design = np.vstack([self.weights[:, None] * design, np.zeros((0, p)) if prior is None else prior])
-        n = len(design)
-        if n < p or np.linalg.matrix_rank(design) < p:
-            return None
-        y = np.concatenate([self.weights * self.runs["test_loss"], np.zeros(n - runs)])
-        if ratio is None:
-            ratio = self._mean_ratio(design, y)
-        covariance = np.eye(runs) + ratio * (self.cells[:, None] == self.cells)
-        inverse = np.eye(n)
-        inverse[:runs, :runs] = np.linalg.inv(covariance)
-        unscaled = np.linalg.inv(design.T @ inverse @ design)
-        hat = unscaled @ design.T @ inverse
-        coefficients = hat @ y
-        residual = y - design @ coefficients
-        variance = float(residual @ inverse @ residual) / (n - p) if n > p else 0.0
-        hat, design = hat[:, :runs] * self.weights, design[:runs]
-        return Solution(coefficients, hat, design, covariance, unscaled, variance, ratio, n - p)
-
-    def _mean_ratio(self, design: np.ndarray, y: np.ndarray) -> float:
-        """Return the mean ratio of the variances of v and e by their restricted likelihood, from the weighted rows."""
-        n, p = design.shape
-        ratios = _SHARES / (1 - _SHARES)
-        in_cell = np.zeros((n, int(self.cells.max()) + 1))
-        in_cell[np.arange(len(self.cells)), self.cells] = 1.0
-        # The inverse of 1 + ratio x (1 where two runs are of one cell) is 1 - shrink x (1 where they are), by cell.
-        sizes = in_cell.sum(0)
-        shrink = ratios[:, None] / (1 + ratios[:, None] * sizes)
-        cells = in_cell.T @ design
-        information = design.T @ design - cells.T @ (shrink[:, :, None] * cells)
-        moments = design.T @ y - (shrink * (in_cell.T @ y)) @ cells
-        residuals = y - np.linalg.solve(information, moments[:, :, None])[:, :, 0] @ design.T
-        squares = (residuals**2).sum(1) - (shrink * (residuals @ in_cell) ** 2).sum(1)
-        if n <= p or not (squares > 0).all():
-            return 0.0
-        determinants = np.log1p(ratios[:, None] * sizes).sum(1) + np.linalg.slogdet(information)[1]
-        likelihoods = -0.5 * ((n - p) * np.log(squares) + determinants)
-        likelihood = np.exp(likelihoods - likelihoods.max())
-        share = float(likelihood @ _SHARES / likelihood.sum())
-        return share / (1 - share)
-
 
 def counted_rows(arms: Mapping[str, np.ndarray], grids: Mapping[str, ArmGrid]) -> FitRows | None:
     """Return the runs that count, if any: of each arm's `run_array` the finished ones at the LRs of its window."""
@@ -244,3 +171,32 @@ def counted_rows(arms: Mapping[str, np.ndarray], grids: Mapping[str, ArmGrid]) -
     x, cells = runs["x"], pd.factorize(pd.MultiIndex.from_arrays([runs["label"], runs["seed"]]))[0]
     ends = {label: (float(x[chosen].min()), float(x[chosen].max())) for label, chosen in in_arm.items()}
     return FitRows(runs, in_arm, ends, sorted(set(runs["seed"].tolist())), cells, np.sqrt(runs["n"].astype(float)))
+
+
+def lowest_point(
+    coefficients: np.ndarray, ends: tuple[float, float], bend: Bend | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return position and value of the lowest point of parabolas or cubics between two ends, (n,) each.
+
+    Coefficients are the intercept, slope and curvature, (n, 3), of cubics also the asymmetry, (n, 4), which `bend`
+    applies.
+    """
+    intercept, slope, curvature = coefficients.T[:3]
+    centre, asymmetry = (0.0, 0.0) if bend is None else (bend.centre, bend.size * coefficients.T[3])
+
+    def height(position: np.ndarray | float) -> np.ndarray:
+        u = position - centre
+        return np.asarray(intercept + position * (slope + curvature * position) + asymmetry * (u * u * u))
+
+    # With u = position - centre, the slope of the curve is at_centre + 2 curvature u + 3 asymmetry u^2.
+    at_centre = slope + 2 * curvature * centre
+    discriminant = curvature**2 - 3 * asymmetry * at_centre
+    convex = (curvature > 0) & (discriminant > 0)
+    root = np.sqrt(np.where(convex, discriminant, 1.0))
+    inner = np.clip(centre - at_centre / np.where(convex, curvature + root, 1.0), *ends)
+    if convex.all():
+        return inner, height(inner)
+    lower_end = np.where(height(ends[0]) <= height(ends[1]), *ends)
+    # Coefficients that are not known have no lowest point.
+    position = np.where(np.isnan(curvature), math.nan, np.where(convex, inner, lower_end))
+    return position, height(position)

@@ -1,14 +1,7 @@
-"""One fit per comparison: the loss of each arm as a parabola in log LR, with its own optimum and its own minimum.
+"""One fit per comparison: the loss of each arm as a curve in log LR, with its own optimum and its own minimum.
 
-The model of the final test loss of a run of arm a, seed s and learning rate LR is that of docs/estimates.md,
-
-    loss = m_a + c_a ((ln LR - x_a)^2 + d (ln LR - x_a)^3) + u_s + v_as + e,
-
-where the third power is that of the distance from the optimum of a fit without it. Three LRs of one arm can't tell an
-asymmetry from another optimum and curvature, so d is known before the runs to be about 0. The curvatures c_a differ
-from their mean by a random effect, whose size is known before the runs, too: few noisy LRs can't tell whether arms have
-one curvature, and a test that mostly keeps one biases minima and makes intervals too short. The fit is generalized
-least squares. statsmodels' `MixedLM`, which a test holds it to, gives no t intervals and takes a hundred times as long.
+`mixed_fit` has the model of the losses and of their noise. Here its coefficients become what claims ask for: the
+lowest points of the curves with the errors from seeds and from test examples.
 
 A row may also be the mean of n seeds with their standard deviation. It then counts n times, and if there are only such
 rows, the seed noise is that of their deviations, pooled.
@@ -25,24 +18,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.linalg import helmert
 
 from lorabench.analysis import estimate
 from lorabench.analysis.arms import arm_label, each_arm, kept, with_losses
 from lorabench.analysis.estimate import N_DRAWS, Estimate, ExampleLosses
-from lorabench.analysis.fit_rows import ArmGrid, Bend, FitRows, Solution, arm_grid, counted_rows, run_array
-
-SPREAD = 0.7
-"""The standard deviation, before the runs, of the curvature of an arm over the mean of all."""
-
-ASYMMETRY = 0.3
-"""The standard deviation, before the runs, of the asymmetry of the loss over its curvature, per unit of ln LR."""
-
-LEAST_WEIGHTS = 1e-3, 0.03
-"""Floors on the prior weights of (curvature, asymmetry), relative to that of a run, where there is hardly any noise."""
-
-LEAST_SIZE = 0.1
-"""The least curvature of an arm over the mean of all by which its asymmetry is scaled."""
+from lorabench.analysis.fit_rows import ArmGrid, arm_grid, counted_rows, lowest_point, run_array
+from lorabench.analysis.mixed_fit import fit_mixed
 
 BORROWED_DOF = 2
 """The most degrees of freedom of noise that was measured on other data, models or batch sizes.
@@ -148,39 +129,38 @@ def fit_losses(
     elif len(means):
         pooled = math.sqrt(float(((means["n"] - 1) * means["sd"] ** 2).sum() / (means["n"] - 1).sum()))
         noise = Noise(pooled, int((means["n"] - 1).sum()), "the standard deviations in the table")
-    if (fitted := _fitted(counted, noise)) is None:
+    if (fitted := fit_mixed(counted, noise and (noise.sigma, noise.dof))) is None:
         return nothing
-    solution, places_by_arm, bends = fitted
     sigma, dof = math.nan, 0
     if len(counted.seeds) > 1 or noise is not None:
-        sigma, dof = math.sqrt(solution.variance * (1 + solution.ratio)), solution.dof
-    if noise is None and solution.ratio > 0 and not math.isnan(sigma):
+        sigma, dof = fitted.sigma, fitted.dof
+    if noise is None and len(counted.in_arm) > 1 and not math.isnan(sigma):
         # The error lies between the cells of arm and seed, of which there are fewer than runs.
-        cells = int(counted.cells.max()) + 1
-        dof = max(1, min(dof, cells - len(counted.in_arm) - (len(counted.seeds) - 1)))
-    # The first draws are the most even, so the coefficients come first on which the most numbers depend: all depend on
-    # the asymmetry, an optimum on a curvature and a slope besides, and a minimum on an intercept, too.
-    by_kind = [list(dict.fromkeys(kind)) for kind in zip(*places_by_arm.values(), strict=True)]
-    order = [place for kind in reversed(by_kind) for place in kind]
-    seed_parts = _seed_parts(counted, solution, order, dof, f"seeds of {name}") if dof and sigma > 0 else []
+        dof = max(1, min(dof, int(counted.cells.max()) + 1 - len(counted.in_arm) - (len(counted.seeds) - 1)))
     fitted_ids, influences, n_examples, n_groups = counted.runs["run_id"].tolist(), None, 0, 0
     on_runs = examples.influences(fitted_ids) if examples else None
     if examples and on_runs is not None:
-        hat, weighted = solution.hat / counted.weights, counted.weights[:, None] * on_runs
-        influences = estimate.without_run_noise(weighted, solution.design, hat, solution.covariance)
+        hat, weighted = fitted.hat / counted.weights, counted.weights[:, None] * on_runs
+        influences = estimate.without_run_noise(weighted, fitted.design, hat, fitted.noise)
         n_examples, n_groups = len(examples.tokens[fitted_ids[0]]), on_runs.shape[1]
-    of_seeds = solution.coefficients.copy()
-    of_seeds[[place for own in places_by_arm.values() for place in own]] = 0.0
+    of_seeds = fitted.coefficients.copy()
+    of_seeds[[place for own in fitted.places.values() for place in own]] = 0.0
     # The losses without the effects of their seeds that all arms share.
-    losses = counted.runs["test_loss"] - solution.design @ of_seeds / counted.weights
+    losses = counted.runs["test_loss"] - fitted.design @ of_seeds / counted.weights
+    luck = np.zeros((N_DRAWS, 1))
+    if len(counted.in_arm) == 1 and len(counted.seeds) > 1:
+        # Of one arm alone, what seeds do to it does not cancel: it moves the intercept, as the mean over these seeds.
+        effects = np.append(contrasts := fitted.coefficients[3 : 2 + len(counted.seeds)], -contrasts.sum())
+        luck[:, 0] = estimate.mean_over_seeds(effects, f"new {name}").seed_part
     lowest, measured, curvature, seeds, run_ids = {}, {}, {}, {}, {}
     for label, chosen in counted.in_arm.items():
-        places = places_by_arm[label]
-        curvature[label] = float(solution.coefficients[places[2]])
+        places = fitted.places[label]
+        curvature[label] = float(fitted.coefficients[places[2]])
         run_ids[label] = tuple(counted.runs["run_id"][chosen].tolist())
         # A row of n seeds stands for its own seed and the next n - 1.
         seeds[label] = frozenset(seed + k for seed, n in counted.runs[chosen][["seed", "n"]].tolist() for k in range(n))
-        position, value = map(float, _vertex(solution.coefficients[places], counted.ends[label], bends.get(label)))
+        bend = fitted.bends.get(label)
+        position, value = map(float, lowest_point(fitted.coefficients[places], counted.ends[label], bend))
         lowest[label] = math.log(grids[label].lrs[grids[label].centre]) + position, value
         at_lrs = chosen & (counted.runs["lr"] == np.unique(counted.runs["lr"][chosen])[:, None])
         by_lr = [float(np.average(losses[at], weights=counted.runs["n"][at])) for at in at_lrs]
@@ -190,17 +170,17 @@ def fit_losses(
     @cache
     def estimated(label: str) -> tuple[Estimate, Estimate, bool]:
         # Draws of all coefficients at once would take much memory.
-        grid, places, ends, bend = grids[label], places_by_arm[label], counted.ends[label], bends.get(label)
-        own, drawn = solution.coefficients[places], np.full((N_DRAWS, len(places)), math.nan)
-        if seed_parts:
-            chosen = [order.index(place) for place in places]
-            drawn = np.asarray(sum(estimate.multivariate_student(*part, chosen) for part in seed_parts))
-        value = np.array(_vertex(own, ends, bend))
-        by_seed = np.array(_vertex(own + drawn, ends, bend)) - value[:, None]
+        grid, places, ends, bend = grids[label], fitted.places[label], counted.ends[label], fitted.bends.get(label)
+        own, drawn = fitted.coefficients[places], np.full((N_DRAWS, len(places)), math.nan)
+        if dof and sigma > 0:
+            drawn = fitted.draws(label, f"seeds of {name}")
+            drawn[:, :1] += luck
+        value = np.array(lowest_point(own, ends, bend))
+        by_seed = np.array(lowest_point(own + drawn, ends, bend)) - value[:, None]
         by_example = np.array([None, None])
         if influences is not None:
             drawn = estimate.example_draws(influences[places], test_split)
-            by_example = np.array(_vertex(own + drawn, ends, bend)) - value[:, None]
+            by_example = np.array(lowest_point(own + drawn, ends, bend)) - value[:, None]
         counts = len(seeds[label]), n_examples, n_groups
         position, minimum = (Estimate(float(value[part]), by_seed[part], by_example[part], *counts) for part in (0, 1))
         optimum = replace(position, value=lowest[label][0])
@@ -216,110 +196,3 @@ def fit_losses(
         ByArm({label: lambda label=label, part=part: estimated(label)[part] for label in lowest}) for part in range(3)
     )
     return LossFit(grids, lowest, measured, sigma, dof, curvature, seeds, run_ids, text, optima, minima, resolved)
-
-
-def _fitted(rows: FitRows, noise: Noise | None) -> tuple[Solution, dict[str, list[int]], dict[str, Bend]] | None:
-    """Fit with one asymmetry and a curvature for each arm, which differs from the mean of all by a random effect.
-
-    Returns:
-        The solution; by arm, the places of its intercept, slope, curvature and asymmetry, if any, among the
-        coefficients; and, where there is an asymmetry, how it bends each arm. None if the runs determine no fit.
-    """
-    labels = list(rows.in_arm)
-    arms = len(labels)
-    first = rows.solve(rows.design([labels]), ratio=1.0)
-    if first is None:
-        return None
-    if noise is not None:
-        # Half of the variance is taken to be the arm's own, which no further LR makes smaller.
-        first = replace(first, variance=noise.sigma**2 / 2, dof=noise.dof)
-    places = {label: [2 * number, 2 * number + 1, 2 * arms] for number, label in enumerate(labels)}
-    curvature = float(first.coefficients[2 * arms])
-    # Without noise, or where the losses have no minimum, there is one curvature and no asymmetry.
-    if not (curvature > 0 and first.dof >= 1 and first.variance > 0):
-        return first, places, {}
-    bends = {
-        label: Bend(float(_vertex(first.coefficients[places[label]], rows.ends[label])[0]), 1.0) for label in labels
-    }
-    noisy = first
-    if noise is None:
-        # With curvatures of which nothing is known, they do not count as noise or hide it. An arm with two LRs shares
-        # the curvature of another one.
-        determined = [label for label, chosen in rows.in_arm.items() if len(np.unique(rows.runs["x"][chosen])) >= 3]
-        others = [label for label in labels if label not in determined]
-        design = rows.design([determined[:1] + others, *([label] for label in determined[1:])], bends)
-        free = rows.solve(design, _known_asymmetry(first, design, curvature))
-        noisy = free if free and free.variance > 0 else first
-    places = {label: [*places[label][:2], 2 * arms + number] for number, label in enumerate(labels)}
-    fitted, used = first, bends
-    for _ in range(2):
-        design = rows.design([[label] for label in labels], bends)
-        # The rows of `helmert` are independent differences of the curvatures, each with the variance of one of them.
-        differences = np.zeros((arms - 1, design.shape[1]))
-        weight = max(math.sqrt(noisy.variance) / (SPREAD * curvature), LEAST_WEIGHTS[0])
-        differences[:, 2 * arms : 3 * arms] = weight * helmert(arms)
-        solution = rows.solve(design, np.vstack([differences, _known_asymmetry(noisy, design, curvature)]), noisy.ratio)
-        if solution is None:
-            return None
-        fitted, used = solution, bends
-        sizes = {label: float(solution.coefficients[own[2]]) / curvature for label, own in places.items()}
-        # The arms differ in curvature, and have one asymmetry in proportion to it.
-        bends = {label: Bend(bend.centre, max(sizes[label], LEAST_SIZE)) for label, bend in used.items()}
-    for own in places.values():
-        own.append(design.shape[1] - 1)
-    return replace(fitted, variance=noisy.variance, dof=noisy.dof), places, used
-
-
-def _known_asymmetry(noisy: Solution, design: np.ndarray, curvature: float) -> np.ndarray:
-    """Return what is known of the asymmetry, the last column of a design, as a row for `FitRows.solve`."""
-    weight = max(math.sqrt(noisy.variance) / (ASYMMETRY * curvature), LEAST_WEIGHTS[1])
-    return weight * np.eye(design.shape[1])[-1:]
-
-
-def _seed_parts(
-    rows: FitRows, solution: Solution, order: list[int], dof: int, name: str
-) -> list[tuple[np.ndarray, int, str]]:
-    """Return the independent parts of the error from seeds: a covariance of coefficients, its dof and a name for draws.
-
-    No number of an arm depends on the contrasts of seeds, which hold all that seeds do to an arm alone. Its optimum
-    then has the error of the noise within seeds, and its minimum also that of the mean of the seeds' effects.
-    """
-    covariance, seeds = solution.variance * solution.unscaled[np.ix_(order, order)], len(rows.seeds)
-    if len(rows.in_arm) > 1 or seeds < 2:
-        return [(covariance, dof, name)]
-    # The effect of a seed moves the intercept alone, and by its share in the mean, unless rows differ in weight.
-    in_seed = rows.cells[:, None] == np.unique(rows.cells)
-    weighted, moved = ((hat @ in_seed)[order] for hat in (solution.hat / rows.weights, solution.hat))
-    within = covariance - solution.variance * solution.ratio * weighted @ weighted.T
-    effects = solution.coefficients[3 : 2 + seeds]
-    variance = float(effects @ effects + effects.sum() ** 2) / (seeds - 1)
-    return [(within, solution.dof, f"runs, {name}"), (variance * moved @ moved.T, seeds - 1, name)]
-
-
-def _vertex(
-    coefficients: np.ndarray, ends: tuple[float, float], bend: Bend | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return position and value of the lowest point of parabolas or cubics between two ends, (n,) each.
-
-    Coefficients are the intercept, slope and curvature, (n, 3), of cubics also the asymmetry, (n, 4), which `bend`
-    applies.
-    """
-    intercept, slope, curvature = coefficients.T[:3]
-    centre, asymmetry = (0.0, 0.0) if bend is None else (bend.centre, bend.size * coefficients.T[3])
-
-    def height(position: np.ndarray | float) -> np.ndarray:
-        u = position - centre
-        return np.asarray(intercept + position * (slope + curvature * position) + asymmetry * (u * u * u))
-
-    # With u = position - centre, the slope of the curve is at_centre + 2 curvature u + 3 asymmetry u^2.
-    at_centre = slope + 2 * curvature * centre
-    discriminant = curvature**2 - 3 * asymmetry * at_centre
-    convex = (curvature > 0) & (discriminant > 0)
-    root = np.sqrt(np.where(convex, discriminant, 1.0))
-    inner = np.clip(centre - at_centre / np.where(convex, curvature + root, 1.0), *ends)
-    if convex.all():
-        return inner, height(inner)
-    lower_end = np.where(height(ends[0]) <= height(ends[1]), *ends)
-    # Coefficients that are not known have no lowest point.
-    position = np.where(np.isnan(curvature), math.nan, np.where(convex, inner, lower_end))
-    return position, height(position)
