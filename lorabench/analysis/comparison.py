@@ -15,15 +15,12 @@ from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_runs, each_a
 from lorabench.analysis.curves import curves_of, metric_points
 from lorabench.analysis.estimate import Estimate, ExampleLosses
 from lorabench.analysis.finding import MIN_SEEDS, N_AGAIN, Finding, UnjudgedError, again, decide, nats
-from lorabench.analysis.fit_rows import MAX_STEP
+from lorabench.analysis.fit_rows import MAX_STEP, MIN_LRS
 from lorabench.analysis.loss_fit import LossFit, Noise, fit_losses
 from lorabench.analysis.rules import LEVEL, Above, Margin, Problem, Remedy, Rule, Verdict, Within, gain_margin
 from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS, Margins, Predictions
 from lorabench.store.checks import is_rl
 from lorabench.utils.formats import with_interval
-
-MIN_LRS = 3
-"""Least number of LRs in a grid from which an optimum can be fitted."""
 
 COMPARED = ["model", "dataset", "batch_size", "steps"]
 """The columns in which the runs of one comparison agree."""

@@ -16,6 +16,13 @@ MAX_STEP = 3.5
 """The widest ratio of neighbouring LRs around a resolved optimum: about half a decade, as from 3e-4 to 1e-3."""
 
 
+MIN_LRS = 3
+"""Least number of LRs in a grid from which an optimum can be fitted."""
+
+CLIFF = 2.0
+"""How many times as much as a parabola a loss may rise to be fitted by one."""
+
+
 def run_array(runs: pd.DataFrame) -> np.ndarray:
     """Return runs as a structured array, which is many times as fast as small tables.
 
@@ -72,8 +79,9 @@ class ArmGrid:
         return None
 
 
-def arm_grid(runs: np.ndarray) -> ArmGrid | None:
-    """Return the LRs of an arm from its `run_array`; None if no run finished.
+def arm_grid(runs: np.ndarray, cliffs: bool = False) -> ArmGrid | None:
+    """Return the LRs of an arm from its `run_array`; None if no run finished. With `cliffs`, as in RL, where accuracies
+    have flat tops and then break down, losses of any height count.
 
     The window is centred by the mean of validation and test loss, which is less noisy than either. The test loss is
     fitted, so its lowest must not lie at the edge either. Both are means over the seeds that finished at all LRs of the
@@ -87,23 +95,24 @@ def arm_grid(runs: np.ndarray) -> ArmGrid | None:
     counted = runs[runs["done"] & np.isin(runs["lr"], lrs)]
     seeds, row = np.unique(counted["seed"], return_inverse=True)
 
-    def lowest_at(losses: np.ndarray) -> int:
+    def lowest_at(losses: np.ndarray) -> tuple[int, np.ndarray]:
         by_seed = np.full((len(seeds), len(lrs)), math.nan)
         by_seed[row, np.searchsorted(lrs, counted["lr"])] = losses
         means = by_seed[np.isfinite(by_seed).all(1)].mean(0)
         best: int = lrs.tolist().index(lowest(dict(zip(lrs.tolist(), means.tolist(), strict=True)), TIE))
-        return best
+        return best, means
 
     # A table with one evaluation set has one of the two losses.
-    centre = lowest_at(np.nanmean([counted["validation_loss"], counted["test_loss"]], axis=0))
+    centre, means = lowest_at(np.nanmean([counted["validation_loss"], counted["test_loss"]], axis=0))
     last = len(lrs) - 1
     diverged = np.sort(runs["lr"][first & runs["diverged"]])
     reach = MAX_STEP * 1.001
     window = np.flatnonzero((lrs >= lrs[centre] / reach) & (lrs <= lrs[centre] * reach))
+    window = window if cliffs else _below_cliffs(window, lrs, means)
     step = float(lrs[1] / lrs[0]) if last else MAX_STEP
     above = diverged[diverged > lrs[last]]
     edge = coarse = None
-    best = {centre, lowest_at(counted["test_loss"])}
+    best = {centre, lowest_at(counted["test_loss"])[0]}
     if 0 in best:
         edge = lrs[0] / step
     elif last in best and not len(above):
@@ -114,6 +123,19 @@ def arm_grid(runs: np.ndarray) -> ArmGrid | None:
         wide = [other for other in (lrs[centre - 1], lrs[centre + 1]) if not 1 / reach <= other / lrs[centre] <= reach]
         coarse = math.sqrt(wide[0] * lrs[centre]) if wide else None
     return ArmGrid(lrs, centre, window, edge, coarse, diverged)
+
+
+def _below_cliffs(window: np.ndarray, lrs: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Return the indices of LRs without those of losses that rise more than CLIFF times as much as the parabola through
+    the three neighbouring LRs with the lowest losses: a loss far above the best one is no part of a parabola."""
+    if len(window) < MIN_LRS + 1:
+        return window
+    first = min(range(len(window) - 2), key=lambda start: losses[window[start : start + 3]].sum())
+    three, x = window[first : first + 3], np.log(lrs)
+    curve = np.polynomial.Polynomial.fit(x[three], losses[three], 2)
+    least = losses[window].min()
+    allowed = np.maximum(CLIFF * (curve(x[window]) - least), losses[three].max() - least)
+    return window[losses[window] - least <= allowed]
 
 
 class Bend(NamedTuple):

@@ -24,6 +24,7 @@ from lorabench.analysis.arms import arm_label, each_arm, kept, with_losses
 from lorabench.analysis.estimate import N_DRAWS, Estimate, ExampleLosses
 from lorabench.analysis.fit_rows import ArmGrid, arm_grid, counted_rows, lowest_point, run_array
 from lorabench.analysis.mixed_fit import fit_mixed
+from lorabench.store.checks import is_rl
 
 BORROWED_DOF = 2
 """The most degrees of freedom of noise that was measured on other data, models or batch sizes.
@@ -118,8 +119,9 @@ def fit_losses(
         test_split: names the test split. Fits with one test split draw the same examples, whose error cancels in
             differences.
     """
+    of_rl = bool(is_rl(runs).any())
     arms = {arm_label(arm): run_array(rows) for arm, rows in each_arm(with_losses(runs))}
-    grids = {label: grid for label, rows in arms.items() if (grid := arm_grid(rows))}
+    grids = {label: grid for label, rows in arms.items() if (grid := arm_grid(rows, cliffs=of_rl))}
     nothing = LossFit(grids, {}, {}, math.nan, 0, {}, {}, {}, "", {}, {}, {})
     if (counted := counted_rows(arms, grids)) is None:
         return nothing
