@@ -107,7 +107,7 @@ def check_lengths(loaded: Iterable[LoadedTask], model: str, max_length: int) -> 
                 )
 
 
-def fetch_tasks(layout: Layout, path: Path) -> None:
+def fetch_tasks(layout: Layout) -> None:
     """Look up every task of a preset, download the data of the tasks on the hub, and write their names and versions.
 
     Raises:
@@ -125,7 +125,7 @@ def fetch_tasks(layout: Layout, path: Path) -> None:
         versions[task.name] = {
             name: {"version": str(leaf.VERSION), "data": data_revision(leaf)} for name, leaf in sorted(leaves.items())
         }
-    write_json({"lm_eval": version("lm_eval"), "tasks": versions}, path)
+    write_json({"lm_eval": version("lm_eval"), "tasks": versions}, layout.eval_tasks)
 
 
 def data_revision(task: Task) -> str | None:

@@ -84,10 +84,10 @@ def test_answers_that_leave_no_room_for_prompts_are_refused(prepared):
 
 
 def test_tasks_are_looked_up_by_a_command_and_missing_files_are_named(prepared):
-    result = CliRunner().invoke(app, ["step", "fetch", "--preset", "mine.yaml", "--out", "tasks.json"])
+    result = CliRunner().invoke(app, ["step", "fetch", "--preset", "mine.yaml"])
     assert result.exit_code == 0, result.output
-    with open("tasks.json") as file:
-        assert json.load(file)["tasks"].keys() == {task["name"] for task in RAW["evaluation"]["tasks"]}
+    fetched = json.loads(prepared.layout.eval_tasks.read_text())["tasks"]
+    assert fetched.keys() == {task["name"] for task in RAW["evaluation"]["tasks"]}
     assert {path.stem for path in catalog.TASKS.glob("*.yaml")} == EVAL_SOURCES.keys()
     path = prepared.layout.dataset("gcd")
     aside = path.rename(path.with_suffix(".aside"))

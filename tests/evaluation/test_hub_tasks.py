@@ -63,7 +63,7 @@ class Place(NamedTuple):
 
     def fetch(self) -> subprocess.CompletedProcess[str]:
         with serving(self.folder / "hub") as hub:
-            return self.run("step", "fetch", "--out", "tasks.json", HF_ENDPOINT=hub.endpoint)
+            return self.run("step", "fetch", HF_ENDPOINT=hub.endpoint)
 
     def evaluate(self) -> subprocess.CompletedProcess[str]:
         """Evaluate the base without a hub."""
@@ -101,7 +101,8 @@ def test_what_was_fetched_is_evaluated_offline_with_its_settings_and_commits(tmp
     write_repositories(tmp_path / "hub/datasets")
     result = here.fetch()
     assert result.returncode == 0, result.stderr
-    fetched = json.loads((tmp_path / "tasks.json").read_text())["tasks"]
+    [written] = (tmp_path / "results/mine/evals").glob("tasks-*.json")
+    fetched = json.loads(written.read_text())["tasks"]
     commit = Hub(tmp_path / "hub").commit("datasets", "openai/gsm8k")
     assert fetched["gsm8k"] == {"gsm8k": {"version": "3.0", "data": commit}}
     assert len(fetched["mmlu"]) == SUBJECTS
@@ -135,4 +136,4 @@ def test_data_or_a_splitter_that_were_not_fetched_are_named(tmp_path):
     result = here.fetch()
     assert result.returncode == 2
     assert f"'ifeval' {missing}nltk has no tokenizers/punkt_tab in" in result.stderr
-    assert not (tmp_path / "tasks.json").exists()
+    assert not list(tmp_path.glob("results/mine/evals/tasks-*.json"))
