@@ -79,7 +79,7 @@ class Plan:
         The sweeps of a job have the same model, dataset, kind of training, number of GPUs and experiments, so that a
         figure trains no more than it needs. A job grows until its start is a small share of it, but never beyond the
         longest sweep: with any number of cores the last core then finishes no later than that sweep would make it. A
-        sweep whose runs are jobs of their own stays alone. UserError says that a sweep fits on no allowed number of GPUs.
+        sweep whose runs are jobs of their own stays alone. UserError says that one fits on no allowed number of GPUs.
         """
         groups: dict[tuple[object, ...], list[Sweep]] = defaultdict(list)
         seconds: dict[Sweep, float] = {}
