@@ -76,10 +76,7 @@ def read_fetched(path: Path) -> dict[str, FetchedRepository]:
         raise UserError(
             f"not fetched from the hub yet: no {path}; run `lorabench step fetch-model` or `lorabench step fetch-data`"
         )
-    made = [
-        FetchedRepository(entry["kind"], entry["id"], entry["commit"], entry["parts"])
-        for entry in json.loads(path.read_text())
-    ]
+    made = [FetchedRepository(**entry) for entry in json.loads(path.read_text())]
     return {repository.id: repository for repository in made}
 
 
