@@ -53,30 +53,6 @@ def test_the_log_of_a_job_has_its_errors_with_their_tracebacks(tmp_path):
     assert last.endswith(result.stderr.strip().removeprefix("lorabench: "))
 
 
-def test_a_signal_while_a_command_starts_ends_it_in_a_sentence():
-    start = """
-import os, signal, sys
-from lorabench import cli
-
-# A shell starts background jobs with SIGINT ignored.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-block = signal.pthread_sigmask
-
-def block_and_send(how, numbers):
-    block(how, numbers)
-    if how == signal.SIG_BLOCK:
-        os.kill(os.getpid(), signal.SIGINT)
-
-signal.pthread_sigmask = block_and_send
-sys.argv = ["lorabench", "plan", "--preset", "smoke"]
-cli.app()
-"""
-    result = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=60, check=False)
-    assert (result.returncode, result.stdout) == (130, "")
-    assert result.stderr.startswith("lorabench: stopped by SIGINT; ")
-    assert result.stderr.count("\n") == 1
-
-
 def test_a_name_starts_no_line_of_its_own_and_moves_no_cursor():
     result = CliRunner().invoke(app, ["plan", "--preset", "a\x1b[2J\n::error::b"])
     assert r"a\x1b[2J" in result.stderr

@@ -1,6 +1,7 @@
 # The resources that each job requests of a cluster. On one machine, without a profile, only the number of GPUs counts.
 from snakemake.logging import logger
 
+from lorabench.cli import forks
 from lorabench.planning.costs import (
     compute_cost,
     doctor_cost,
@@ -65,6 +66,11 @@ onstart:
             f"slurm-array-jobs = {arrays!r}: leave this option out; jobs of a rule request different resources, which "
             "tasks of an array can't, and the plugin waits forever where a rule has more jobs than `jobs`"
         )
+    # A forked process can't use a GPU that its parent has used.
+    if workflow.local_exec and not (
+        LAYOUT.preset.execution.gpu or visible_devices()
+    ):
+        forks.start()
 
 
 # Without a scheduler, no more jobs start than GPUs are visible; each job then takes GPUs that no other job holds
