@@ -16,7 +16,7 @@ import pytest
 from lorabench import api
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.loss_fit import Noise
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.errors import UserError
 from lorabench.store.io import write_frame
 from lorabench.store.tables import Tables
@@ -55,12 +55,13 @@ def test_frames_folders_and_the_command_are_judged_alike(tmp_path):
     curves = curves_of(runs)
     write_frame(runs, "runs", tmp_path)
     write_frame(curves, "curves", tmp_path)
-    whole = judge_claims(Tables.read(tmp_path)).set_index("claim_id")
+    chosen = [claim for claim in CLAIMS if claim.id in ("B1", "B2")]
+    whole = judge_claims(Tables.read(tmp_path), chosen).set_index("claim_id")
     # Plain columns, as a user's frame has them, and an index that is not in order.
     plain, columns = runs.astype({"seed": float, "rank": float})[::-1], ["verdict", "estimate", "ci_low", "margin_high"]
     for tables in ({"runs": plain, "curves": curves}, tmp_path):
         judged = api.judge(tables, claims=["B2", "B1"]).set_index("claim_id")
-        pd.testing.assert_frame_equal(judged[columns], whole.loc[["B1", "B2"], columns])
+        pd.testing.assert_frame_equal(judged[columns], whole[columns])
     assert whole.loc["B1", "verdict"] != "not tested"
     # A source has a row for each claim and model.
     judged = api.judge(REFERENCE / "apertus", claims=["B2"])
@@ -73,7 +74,6 @@ def test_frames_folders_and_the_command_are_judged_alike(tmp_path):
         (lambda: api.judge(REFERENCE / "orbit", claims=["Z9"]), "claim 'Z9': allowed: A1, .*"),
         (lambda: api.judge({"run": pd.DataFrame()}), "table 'run' is not known; allowed: data frames of runs, .*"),
         (lambda: api.judge({"runs": pd.DataFrame({"lr": ["x"]})}), "runs: column lr has 'x', which is not a number"),
-        (lambda: api.judge("nowhere"), "no table runs, .* in nowhere"),
         (lambda: api.judge(REFERENCE / "orbit", noise=Noise(0.1, 2, "mine")), "noise: .* states the noise .*"),
     ],
 )
@@ -133,7 +133,6 @@ def test_one_seed_has_intervals_only_with_noise_from_elsewhere():
     ("changed", "message"),
     [
         ({"lr": "high"}, "row 0: lr = 'high'; allowed: numbers above 0"),
-        ({"seed": 0.5}, "row 0: seed = 0.5; allowed: whole numbers"),
         ({"loss": "low"}, "row 0: loss = 'low'; allowed: numbers, and null or infinity of a run that diverged"),
         ({"seed": 1}, "row 1: lr = 4.64e-05; allowed: each once with a seed, .*"),
     ],

@@ -12,13 +12,11 @@ from benchmarks.calibration.made import MadeArm, MadeSweep
 from benchmarks.calibration.noise import NoiseLevels, measure_noise
 from benchmarks.calibration.rl import make_rl_tables, rl
 from benchmarks.calibration.scenes import FULLFT, RUN, batch_sizes, lora
-from benchmarks.calibration.truths import COVERED, SCENES
 from benchmarks.calibration.worlds import grid, make_tables
 from lorabench.analysis.arms import with_arm_columns
 from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.rewards import with_error_rates
-from lorabench.claims.judge import CLAIMS
 
 NOISE = NoiseLevels()
 QUIET = replace(
@@ -67,13 +65,3 @@ def test_measured_noise_is_that_of_the_world():
         assert getattr(measured, name) == pytest.approx(getattr(NOISE, name), rel=rel)
     assert 0.3 * NOISE.shared_seed < measured.shared_seed < 2 * NOISE.shared_seed
     assert measured.rl_base == NOISE.rl_base  # nothing to measure it by
-
-
-def test_every_covered_claim_has_a_scene_and_its_truths():
-    assert {covered.scene for covered in COVERED} == set(SCENES)
-    ids = {covered.claim_id for covered in COVERED}
-    assert len(ids) == len(COVERED)
-    assert ids <= {claim.id for claim in CLAIMS}
-    for covered in COVERED:
-        assert covered.truth(2) == ("false" if covered.kind == "equality" else "true")
-        assert covered.right(0) not in covered.wrong(0)
