@@ -96,14 +96,6 @@ def test_a_learning_rate_is_converted_to_an_alpha_a_rank_and_a_variant(tmp_path)
     assert (same.value, same.low, same.high) == (2e-4, None, None)
 
 
-def test_a_family_without_a_law_has_a_wider_interval(tmp_path, base):
-    config = json.loads((base / "config.json").read_text())
-    llama, mistral = (recommend(config | {"model_type": family}, results=tmp_path) for family in ("llama", "mistral"))
-    one, other = (recommendation.settings["lora_lr"] for recommendation in (llama, mistral))
-    assert other.high / other.low > one.high / one.low
-    assert any("The law has no exponent for the family 'mistral'" in note for note in mistral.notes)
-
-
 def write_optima(results, weights, **changes):
     """Write the optima of a preset, far from what other sources say, as the suite does."""
     own = {"family": "llama", "width": 128, "alpha": 32, "batch_size": 16, "steps": 200, "rl": False, "counts": True}

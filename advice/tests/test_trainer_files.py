@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -211,22 +210,3 @@ def test_trl_trains_as_the_reference_of_the_suite_does(tmp_path, base, full, mon
     expected, _ = reference.train_sft(base, encoded(base, rows), 4, 8, settings["learning_rate"], rank, 32.0, seed=0)
     assert losses == pytest.approx(expected, rel=1e-4)
     assert losses[-1] < losses[0] - 2
-
-
-@pytest.mark.slow
-def test_trl_trains_experts_and_not_the_router(tmp_path, shipped):
-    pytest.importorskip("trl.scripts.sft")
-    from safetensors.torch import load_file
-
-    model = Path(shutil.copytree(shipped / "moe-128", tmp_path / "moe"))
-    data = write_rows(tmp_path / "own.jsonl", 8)
-    settings, text, _ = written("trl", tmp_path / "trl", model, "--data", data, "--batch-size", 8)
-    trained_by_trl(tmp_path / "trl", text)
-    adapter = load_file(tmp_path / "trl/out/adapter_model.safetensors")
-    sizes = {name: len(value) for name, value in adapter.items() if "lora_A" in name}
-    experts = [name for name in sizes if "experts" in name]
-    # Beside the experts of the three layers it is on attention, and not on the router.
-    assert (len(experts), len(sizes) - len(experts)) == (2 * 3, 4 * 3)
-    # A stack has the rank for each of its eight experts.
-    assert {sizes[name] for name in experts} == {8 * settings["lora_r"]}
-    assert all(value.abs().max() > 0 for value in adapter.values())

@@ -113,13 +113,3 @@ def test_bits_stored_are_those_of_the_tables():
     assert only(plotted, "entropy")["bits"].tolist() == [ENTROPY]
     ends = only(plotted, "per_parameter")
     assert sorted(ends["bits"] / ends["trainable_params"]) == [1, 1, 2, 2]
-
-
-def test_what_cannot_be_shown_is_said():
-    for name, tables, sentence in (
-        ("memorisation", learning((None, 1)), "no runs on a dataset of random facts"),
-        ("capacity", facts({1: 2_000.0}), "no runs on a dataset other"),
-    ):
-        figure, plotted = draw(name, tables)
-        assert plotted.empty
-        assert sentence in texts(figure)

@@ -6,7 +6,6 @@ import base64
 import gzip
 import hashlib
 import json
-import math
 import random
 import re
 import shutil
@@ -29,7 +28,7 @@ from lorabench.report.page import SECTIONS, arrange, build, curves_to_draw, tabl
 from lorabench.report.summary import labelled
 from lorabench.store.layout import Layout
 
-from ..handmade import claims_table, curves_of, make_claim, make_eval, make_run, make_sweep, rl, runs_table
+from ..handmade import curves_of, make_eval, make_run, make_sweep, rl, runs_table
 from .conftest import EVALUATION, HOSTILE, Page, at_twice_the_margins, columns, hostile_report
 
 
@@ -93,26 +92,6 @@ def test_the_page_of_an_own_preset_leads_with_answer_and_recipe_and_names_only_t
     [answer] = [attributes["content"] for _, attributes in own.tags if attributes.get("name") == "abstract"]
     assert answer.startswith("These runs cannot decide. The loss of the best, LoRA r16 at a learning rate of 2.20e-3")
     assert answer in own.header.text
-
-
-def test_a_claim_is_a_line_with_what_it_says_its_verdict_and_number_and_a_sentence(report, rows):
-    claims = [
-        make_claim("B1"),
-        make_claim("B3", "inconclusive"),
-        make_claim("B5", "contradicted", fact="fact of B1", margin_low=0.02, margin_high=math.inf),
-        make_claim("D1", "setting not met"),
-    ]
-    page = report(rows, claims=lambda table: claims_table(claims), shipped=True)
-    for name, line in {
-        "B1": "It holds: the difference is 0.00200 nats, and up to 0.01 counts as none. ✓ confirmed",
-        "B3": "These runs cannot say. To decide: 6 seeds (now 3). ? inconclusive",
-    }.items():
-        summary = page.claims[name].source.split("</summary>")[0].partition(">")[2]
-        assert Page(summary).text == f"{name} statement of {name} {line} 0.00200 nats [-0.00400, 0.00800]"
-    # A claim without the setting that it needs is closed below the others, and claims of one fact name each other.
-    assert "1 claim about other settings than these runs have: D1" in page.section("batch-size").text
-    assert "fact of B1, as B5" in page.claims["B1"].text
-    assert "0.0085 nats would have been seen" in page.claims["B1"].text
 
 
 def test_links_resolve_and_the_policy_allows_only_the_pages_own_script_and_style(own, rows):

@@ -6,23 +6,18 @@ import json
 import math
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from safetensors.numpy import load_file
 
 from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.rewards import with_error_rates
 from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.data.chat import SPLITS
 from lorabench.data.files import file_chats
 from lorabench.data.sft import build_dataset
-from lorabench.data.tokens import write_tokens
-from lorabench.models.base import load_tokenizer
 from lorabench.report.other_margins import UNTESTED, turned, verdicts_by_margin
 from lorabench.report.summary import dataset_origins, example, experiment
 from lorabench.store.layout import Layout
@@ -102,22 +97,6 @@ def test_bad_rows_of_files_and_of_the_hub_are_shown_with_their_reasons(preset, t
     assert file == {"name": "rows", "source": "file, prompt/completion", "rows": 15, "usable": 12, "left_out": bad}
     assert (hub["name"], hub["rows"], hub["usable"]) == ("tulu", 32, 30)
     assert hub["left_out"] == ["1 too long", "1 with the prompt of another"]
-
-
-def test_generated_data_have_a_row_for_examples_too_long_only(preset):
-    layout = preset()
-    path, tokens = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
-    build_dataset(layout.preset.datasets["instruct"], path)
-    tokenizer = load_tokenizer(layout.preset.models["tiny"])
-    write_tokens(path, tokenizer, tokens, 10_000)
-    assert dataset_origins(layout) == []
-    ends = load_file(tokens)
-    lengths = np.concatenate([np.diff(ends[f"{split}.offsets"]) for split in SPLITS])
-    limit = int(lengths.max()) - 1
-    write_tokens(path, tokenizer, tokens, 10_000, limit)
-    [row] = dataset_origins(layout)
-    counts = [int(sentence.split()[0]) for sentence in row["left_out"]]
-    assert sum(counts) == (lengths > limit).sum()
 
 
 ARMS = {None: {"optimum": 4e-4}, **{rank: {"optimum": 3.3e-3, "floor": 2.02} for rank in (4, 64)}}

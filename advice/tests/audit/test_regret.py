@@ -135,11 +135,9 @@ def test_a_variant_is_judged_by_its_own_best_learning_rate(name):
     ("changes", "why"),
     [
         ({"task": "preference"}, "preference"),
-        ({"task": None}, "does not say"),
         ({"method": None}, "does not say"),
         ({"optimizer": "lion_8bit"}, "lion_8bit"),
         ({"variant": "eva"}, "of the variant eva"),
-        ({"rslora": True, "rank": None}, "does not say the rank"),
         ({"rslora": True, "rank": -1}, "does not say the rank"),
         ({"global_batch": 10_000}, "a batch size near 10,000 in supervised"),
         ({"steps": 10, "base": replace(MODEL, width=256)}, "a width near 256 or a length in steps near 10"),
