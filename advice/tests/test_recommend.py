@@ -138,22 +138,6 @@ def test_the_weights_tell_whether_a_model_was_measured(tmp_path, base):
     assert measured == ["lorabench", None]
 
 
-def test_a_configuration_stands_for_the_model_that_it_describes(tmp_path):
-    config = {"model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32}
-    config |= {"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936}
-    by_name, by_config = (recommend(model, 1e6, steps=200, results=tmp_path) for model in ("Qwen/Qwen3-8B", config))
-    assert by_config.settings == by_name.settings
-    assert by_config.model["parameters"] == by_name.model["parameters"] == 8_190_735_360
-
-
-def test_capacity_and_short_runs_are_noted(tmp_path):
-    recommendation = recommend("tiny", 10_000_000, results=tmp_path)
-    assert recommendation.settings["rank"].value == 64
-    notes = recommendation.notes + recommend("tiny", 400.0, 40, results=tmp_path).notes
-    for words in ("LoRA may run out of capacity", "an extrapolation", "The run has 10 steps"):
-        assert any(words in note for note in notes)
-
-
 def test_json_and_table_say_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed = json.loads(command("recommend", LLAMA, "--json").stdout)

@@ -105,14 +105,6 @@ def test_one_variant_decides(claim, changes, verdict, reason):
     verdict_is(judged(claim, *world(changes)), verdict, reason)
 
 
-def test_what_is_missing_is_said():
-    runs, curves = world(without=["lora"])
-    verdict_is(judged("X1", runs, curves), "not tested", "beside LoRA of the same rank")
-    runs, curves = world()
-    unknown = judged("X4", runs, curves[curves["metric"] != "update_norm"])
-    verdict_is(unknown, "inconclusive", "what the prediction is made from is not known")
-
-
 def test_no_claim_of_the_paper_takes_a_variant_for_lora():
     """Also of runs that name no experiment, with a variant that fails."""
     runs, curves = world(without=["rslora", "lora_plus", "olora"])
