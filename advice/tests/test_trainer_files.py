@@ -26,13 +26,6 @@ KNOWN = {
 }
 
 
-def write_rows(path: Path, count: int) -> Path:
-    """Write examples in JSON lines: reverse two words."""
-    rows = ({"prompt": f"Reverse {n}: red tiger", "completion": "tiger red"} for n in range(count))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def audit(configs):
     return [*(finding for config in configs for finding in check_run(config)), *compare_runs(configs)]
 
@@ -172,7 +165,9 @@ def test_trl_trains_as_the_reference_of_the_suite_does(tmp_path, base, full, mon
     from lorabench.data.tokens import encode_chat
     from lorabench.models.base import load_tokenizer
 
-    data = write_rows(tmp_path / "own.jsonl", 8)
+    data = tmp_path / "own.jsonl"
+    examples = ({"prompt": f"Reverse {n}: red tiger", "completion": "tiger red"} for n in range(8))
+    data.write_text("".join(json.dumps(row) + "\n" for row in examples))
     # Each step has all examples, so that their order does not matter.
     options = ["--data", data, "--steps", 4, "--batch-size", 8, *(["--full"] if full else [])]
     settings, text, rows = written("trl", tmp_path / "trl", base, *options)

@@ -58,11 +58,6 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
-def write_preset(folder: Path, tasks: list[dict]) -> None:
-    raw = RAW | {"evaluation": RAW["evaluation"] | {"tasks": tasks}}
-    (folder / "mine.yaml").write_text(yaml.safe_dump(raw))
-
-
 def fetch(folder: Path) -> subprocess.CompletedProcess[str]:
     with serving(folder / "hub") as hub:
         return run(folder, "step", "fetch", "--out", "tasks.json", HF_ENDPOINT=hub.endpoint)
@@ -78,15 +73,6 @@ def evaluate(folder: Path) -> subprocess.CompletedProcess[str]:
     return run(folder, "step", "evaluate", job.eval_id, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
 
 
-def write_splitter(folder: Path) -> None:
-    """Write nltk's sentence splitter as a download would leave it, trained on almost nothing."""
-    english = folder / "nltk/tokenizers/punkt_tab/english"
-    english.mkdir(parents=True)
-    learned = {"abbrev_types.txt": "mr", "collocations.tab": "mr\tsmith", "ortho_context.tab": "he\t6"}
-    for name, text in (learned | {"sent_starters.txt": "he"}).items():
-        (english / name).write_text(text)
-
-
 def test_what_was_fetched_is_evaluated_offline_with_its_settings_and_commits(tmp_path):
     named = {task.name: task for name in ("core", "paper") for task in load_preset(name).evaluation.tasks}
     # Each member of MMLU takes as many.
@@ -94,9 +80,24 @@ def test_what_was_fetched_is_evaluated_offline_with_its_settings_and_commits(tmp
         named[name].model_dump(exclude_unset=True) | {"max_new_tokens": 6, "limit": limit}
         for name, limit in (("gsm8k", 2), ("ifeval", 2), ("mmlu", 1))
     ]
-    write_preset(tmp_path, tasks)
-    write_splitter(tmp_path)
+    raw = RAW | {"evaluation": RAW["evaluation"] | {"tasks": tasks}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
     write_repositories(tmp_path / "hub/datasets")
+    missing = "can't be loaded; run `lorabench step fetch` with a connection: "
+    # What was not fetched is named: first the data, then the splitter.
+    for result, said in (
+        (evaluate(tmp_path), f"'gsm8k' {missing}"),
+        (fetch(tmp_path), f"'ifeval' {missing}nltk has no "),
+    ):
+        assert result.returncode == 2
+        assert said in result.stderr
+    assert not (tmp_path / "tasks.json").exists()
+    # nltk's sentence splitter as a download would leave it, trained on almost nothing.
+    english = tmp_path / "nltk/tokenizers/punkt_tab/english"
+    english.mkdir(parents=True)
+    learned = {"abbrev_types.txt": "mr", "collocations.tab": "mr\tsmith", "ortho_context.tab": "he\t6"}
+    for name, text in (learned | {"sent_starters.txt": "he"}).items():
+        (english / name).write_text(text)
     result = fetch(tmp_path)
     assert result.returncode == 0, result.stderr
     fetched = json.loads((tmp_path / "tasks.json").read_text())["tasks"]
@@ -121,17 +122,3 @@ def test_what_was_fetched_is_evaluated_offline_with_its_settings_and_commits(tmp
     assert config["generation_kwargs"]["max_gen_toks"] == 6
     assert config["data_revision"] == commit
     assert len(json.loads(by_task.loc["mmlu", "task_config"])) == SUBJECTS
-
-
-def test_data_or_a_splitter_that_were_not_fetched_are_named(tmp_path):
-    missing = "can't be loaded; run `lorabench step fetch` with a connection: "
-    write_preset(tmp_path, [{"name": "gsm8k", "about": "learned"}])
-    result = evaluate(tmp_path)
-    assert result.returncode == 2
-    assert f"'gsm8k' {missing}" in result.stderr
-    write_preset(tmp_path, [{"name": "ifeval", "about": "learned"}])
-    write_repositories(tmp_path / "hub/datasets")
-    result = fetch(tmp_path)
-    assert result.returncode == 2
-    assert f"'ifeval' {missing}nltk has no tokenizers/punkt_tab in" in result.stderr
-    assert not (tmp_path / "tasks.json").exists()

@@ -123,17 +123,11 @@ def test_fig2_hides_no_loss_above_the_range_and_never_the_best_of_an_arm():
 PER_RANK = {"attn": 5_500, "mlp": 9_000, "all": 14_000}
 
 
-def by_size(sizes=(4, 16, 64), **changes):
-    rows = []
-    for size in sizes:
-        for rank in (None, 8):
-            sweep = make_sweep(rank, batch_size=size, steps=640 // size, **changes)
-            rows += [row | {"run_id": f"{row['run_id']}-b{size}"} for row in sweep]
-    return rows
-
-
 def test_losses_and_gaps_by_batch_size_are_those_of_the_fits():
-    rows = by_size()
+    rows = []
+    for size in (4, 16, 64):
+        for row in make_sweep(None, batch_size=size) + make_sweep(8, batch_size=size):
+            rows.append(row | {"run_id": f"{row['run_id']}-b{size}", "steps": 640 // size})
     figure, plotted = drawn("fig3_batch_size", rows)
     final = only(plotted, "final").set_index(["batch_size", "arm"])
     gaps = only(plotted, "gap").set_index("batch_size")
@@ -169,15 +163,9 @@ def test_losses_by_parameters_are_those_of_the_fit():
     assert len({line.get_color() for line in lines(figure.axes[0], linestyle=":")}) == 2
 
 
-NOTHING = pd.DataFrame()
-
-
-def draw_compute(compute: pd.DataFrame):
-    return draw("compute", Tables(NOTHING, NOTHING, compute=compute))
-
-
 def test_compute_draws_the_ratios_of_the_table_and_the_formula():
-    figure, plotted = draw_compute(compute_table(step_s=[2.0, 1.0, 1.4, 3.0]))
+    none, compute = pd.DataFrame(), compute_table(step_s=[2.0, 1.0, 1.4, 3.0])
+    figure, plotted = draw("compute", Tables(none, none, compute=compute))
     flops, measured = figure.axes
     wanted = {"counted": [0.68, 2 / 3 + 16 / 150, 2 / 3 + 128 / 150]}
     wanted |= {"step_time": [0.5, 0.7, 1.5], "memory": [0.5, 0.5, 0.5]}

@@ -45,10 +45,6 @@ def elsewhere(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row | ({"dataset": "hub_set"} if row["method"] else {}) for row in rows]
 
 
-def words(figure) -> str:
-    return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
-
-
 def by_arm(plotted: pd.DataFrame, column: str) -> dict[str, float]:
     return dict(zip(plotted["arm"], plotted[column], strict=True))
 
@@ -81,7 +77,8 @@ def test_the_task_on_the_data_trained_on_counts_and_else_the_mean_of_all():
     figure, plotted = draw(elsewhere(fewer))
     assert math.isnan(by_arm(plotted, "learned")["FullFT"])
     assert by_arm(plotted, "learned")["LoRA r8"] == pytest.approx(0.375)
-    assert words(figure).count("1 without a score") == 2
+    words = " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+    assert words.count("1 without a score") == 2
 
 
 ANSWERS = {"task": "lorabench_instruct_bits", "metric": "bits_per_byte", "filter": "none", "higher_is_better": False}

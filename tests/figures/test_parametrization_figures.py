@@ -62,11 +62,10 @@ CONFIGURATIONS = [
 ]
 
 
-def wobble(run, step):
-    return nll(run, step) + (1e-7 * step if run["lr_ratio"] != 1 else 0.0)
-
-
 def test_descents_by_rule_equivalent_pairs_and_times_until_a_moves():
+    def wobble(run, step):
+        return nll(run, step) + (1e-7 * step if run["lr_ratio"] != 1 else 0.0)
+
     figure, plotted = draw("parametrization", *lora_tables(grid(*CONFIGURATIONS), nll=wobble))
     rows = only(plotted, "first_descent").set_index(["rule", "rank"])["value"]
     assert rows["alpha / r", 1] == pytest.approx(1.0, abs=0.05)

@@ -32,9 +32,7 @@ def test_numbers_are_in_units_of_the_margin():
     assert scaled(margin_low=-math.inf, margin_high=0.004) == pytest.approx([0.5, -1, 2, -math.inf, 1])
     # No worse than by a margin: better lies on the right.
     assert scaled(margin_low=-0.004, margin_high=math.inf) == pytest.approx([0.5, -1, 2, -1, math.inf])
-
-
-def test_ratios_are_measured_by_their_logarithms():
+    # Ratios are measured by their logarithms.
     ratio = {"unit": "ratio", "estimate": 10.0, "ci_low": 2.5, "ci_high": 160.0}
     band = {"margin_low": 5.0, "margin_high": 20.0}
     assert scaled(**ratio, **band) == pytest.approx([0, -2, 4, -1, 1])

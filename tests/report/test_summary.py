@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.rewards import with_error_rates
@@ -64,20 +62,8 @@ def test_the_example_of_a_dataset_is_its_first_question_with_the_answer(tmp_path
     assert example(tmp_path / "absent") is None
 
 
-@pytest.fixture
-def preset(raw_preset, tmp_path, monkeypatch):
-    """Return a function that writes `mine.yaml` with other datasets into an empty folder, and returns its layout."""
+def test_bad_rows_of_files_and_of_the_hub_are_shown_with_their_reasons(raw_preset, write_preset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def make(**changed: dict[str, Any]) -> Layout:
-        raw = raw_preset | {"datasets": raw_preset["datasets"] | changed}
-        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
-        return Layout.of("mine.yaml")
-
-    return make
-
-
-def test_bad_rows_of_files_and_of_the_hub_are_shown_with_their_reasons(preset, tmp_path):
     lines = [json.dumps({"prompt": f"Say {n}", "completion": str(n)}) for n in range(12)]
     lines[3:3] = ["not JSON", '{"prompt": "no answer"}', "{"]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
@@ -85,11 +71,13 @@ def test_bad_rows_of_files_and_of_the_hub_are_shown_with_their_reasons(preset, t
     rows = [tulu3_row(number) for number in range(30)] + [tulu3_row(0), tulu3_row(40, answer="long " * 400)]
     write_tulu3(tmp_path / "copies", rows)
     sizes = {"max_chars": 1500, "mean_tokens": 50}
-    layout = preset(
-        rows={"kind": "file", "path": "rows.jsonl", "train": 8, "validation": 2, "test": 2, **sizes},
-        tulu={"kind": "hub", "id": "allenai/tulu-3-sft-mixture", "train": 16, "validation": 4,
-              "test": 4, **sizes},
-    )  # fmt: skip
+    sizes |= {"train": 8, "validation": 2, "test": 2}
+    raw_preset["datasets"] = {
+        "rows": {"kind": "file", "path": "rows.jsonl", **sizes},
+        "tulu": {"kind": "hub", "id": "allenai/tulu-3-sft-mixture", **sizes},
+    }
+    raw_preset["experiments"]["rank"][0]["datasets"] = ["rows"]
+    layout = Layout.of(write_preset(raw_preset))
     write_json(file_chats(layout.preset.datasets["rows"])[1].plain(), layout.tally("rows"))
     build_dataset(layout.preset.datasets["tulu"], layout.dataset("tulu"), copies(tmp_path / "copies"))
     file, hub = dataset_origins(layout)
