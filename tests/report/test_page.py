@@ -53,14 +53,6 @@ def own(report, rows) -> Page:
     return report(rows, evals_of(16, None, "base"), by_margin=at_twice_the_margins, evaluation=EVALUATION)
 
 
-@pytest.fixture
-def layout(own, tmp_path, monkeypatch) -> Layout:
-    """Enter a copy of the folder of a report, in which files may be changed."""
-    shutil.copytree(".", tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    return Layout.of("mine.yaml")
-
-
 def test_every_claim_has_one_place_with_what_it_was_judged_by_and_links_to_its_runs(report, rows):
     page, claims = report(rows, shipped=True), judged_claims()
     assert page.source.count('class="claim"') == len(claims)
@@ -233,7 +225,10 @@ def test_what_is_missing_is_a_dash_and_uncommitted_changes_and_limits_are_shown(
 
 
 @pytest.mark.slow
-def test_same_tables_give_the_same_page_and_an_error_leaves_the_old_one(layout):
+def test_same_tables_give_the_same_page_and_an_error_leaves_the_old_one(own, tmp_path, monkeypatch):
+    # Files are changed in a copy of the report's folder.
+    monkeypatch.chdir(shutil.copytree(".", tmp_path / "copy"))
+    layout = Layout.of("mine.yaml")
     plan, before = make_plan(layout.preset), layout.report.read_text()
     build(plan, layout, "mine.yaml", layout.report)
     assert layout.report.read_text() == before
