@@ -203,8 +203,10 @@ def test_a_sampler_that_is_far_from_its_learner_is_named_at_the_top_and_by_arm(r
     page = report(rows, curves=lambda _: pd.DataFrame(points), **raw_rl_preset)
     assert "! KL above 0.01 in 1 run " in page.header.text
     # Metrics that the curves do not have are dashes.
-    fullft, _ = page.section("sampler").rows
-    assert fullft == "vllm tiny gcd 16 3 FullFT 3.40e-2 3.40e-2 \N{EN DASH} \N{EN DASH} \N{EN DASH} 1 of 1"
+    assert page.section("sampler").rows == [
+        "vllm tiny gcd 16 3 FullFT 3.40e-2 3.40e-2 \N{EN DASH} \N{EN DASH} \N{EN DASH} 1 of 1",
+        "vllm tiny gcd 16 3 LoRA r2 4e-3 4e-3 \N{EN DASH} \N{EN DASH} \N{EN DASH} 0 of 1",
+    ]
 
 
 @pytest.mark.slow
