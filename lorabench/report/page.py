@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CORE
 from lorabench.claims.recipe import measured_recipe
-from lorabench.config.experiments import Block
 from lorabench.config.loading import is_shipped
 from lorabench.doctor.record import record_for
 from lorabench.errors import UserError
@@ -88,10 +87,6 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             tally=claim_text.tally(judged),
             statements=dict(zip(judged["claim_id"], judged["statement"], strict=True)),
             bases=runs[["model", "base_params", "hidden_size"]].drop_duplicates("model").to_dict("records"),
-            # The data of a user stay out of the page.
-            examples={
-                name: None if question else summary.example(layout.dataset(name)) for name in plan.preset.sources
-            },
             sections=arrange([_figure(figure, layout, source) for figure in figures], tested),
             untested=[claim for claim in claims if claim not in tested],
             margins=turned(read_table(tables, "verdicts_by_margin", optional=True), judged),
@@ -112,7 +107,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             curves=htmlsafe_json_dumps(
                 curves_to_draw(runs, all_curves), dumps=json.dumps, separators=(",", ":"), allow_nan=False
             ),
-            downloads=table_downloads(tables, out.parent, without=() if evaluated else ("evals",)),
+            downloads=table_downloads(tables, out.parent, evaluated),
             tables=tables,
             figures_folder=layout.figures,
             command=_command(source, out),
@@ -185,9 +180,8 @@ def arrange(figures: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]])
 _POINTS = 60
 """The largest number of points of one curve; they are log-spaced in steps."""
 
-MAX_PLAIN, MAX_EMBEDDED, MAX_READ = 150_000, 2_200_000, 44_000_000
-"""The largest sizes in bytes of a CSV file that is embedded uncompressed, of all embedded tables together, and of a
-file that is read for the page, since a larger one is too large even when compressed."""
+MAX_EMBEDDED = 2_200_000
+"""The largest size in bytes of all embedded tables together, compressed."""
 
 _DASHES = {"-": "", "--": "6 3", ":": "2 3"}
 
@@ -221,29 +215,24 @@ def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
     return {"measures": list(measures), "grids": list(grids), "curves": by_run, "styles": drawn}
 
 
-def table_downloads(folder: Path, page: Path, without: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Return the tables of a folder as data: URIs of their CSV files, compressed with gzip if they are large.
+def table_downloads(folder: Path, page: Path, evaluated: bool) -> list[dict[str, Any]]:
+    """Return the tables of a folder as data: URIs of their CSV files, compressed with gzip; evals only if `evaluated`.
 
     Returns:
-        For each table but those `without`: `file` (its name), `bytes` (the size of the file), `embedded` (whether it is
-        in the page) and `uri` (a data: URI, or the path of the file from the folder of the page). A table that is too
-        large to embed even when compressed is linked, as the parquet file where it is too large for CSV.
+        For each table `file` (its name), `bytes` (the size of the file), `embedded` (whether it is in the page) and
+        `uri` (a data: URI, or of a table that is too large to embed the path of the file from the folder of the page).
     """
     downloads, left = [], MAX_EMBEDDED
-    for name in ("runs", "curves", "claims", "evals", "compute", "counts"):
+    for name in ("runs", "curves", "claims", *(["evals"] if evaluated else []), "compute", "counts"):
         paths = [path for kind in ("csv", "parquet") if (path := folder / f"{name}.{kind}").is_file()]
-        if name in without or not paths:
-            continue
-        path, size = paths[0], paths[0].stat().st_size
-        content = path.read_bytes() if path.suffix == ".csv" and size <= MAX_READ else b""
-        content = gzip.compress(content, 6, mtime=0) if size > MAX_PLAIN and content else content
-        row: dict[str, Any] = {"file": path.name, "bytes": size, "embedded": 0 < len(content) <= left}
-        row["uri"] = Path(os.path.relpath(path, page)).as_posix()
-        if row["embedded"]:
-            left -= len(content)
-            row["uri"] = _data_uri(content, "application/gzip" if size > MAX_PLAIN else "text/csv")
-            row["file"] += ".gz" if size > MAX_PLAIN else ""
-        downloads.append(row)
+        for path in paths[:1]:
+            content = gzip.compress(path.read_bytes(), 6, mtime=0) if path.suffix == ".csv" else b""
+            row: dict[str, Any] = {"file": path.name, "bytes": path.stat().st_size}
+            row |= {"embedded": 0 < len(content) <= left, "uri": Path(os.path.relpath(path, page)).as_posix()}
+            if row["embedded"]:
+                left -= len(content)
+                row |= {"file": f"{path.name}.gz", "uri": _data_uri(content, "application/gzip")}
+            downloads.append(row)
     return downloads
 
 
@@ -260,22 +249,6 @@ def text(value: Any) -> str:
     return formats.DASH if formats.missing(value) or value == "" else str(value)
 
 
-def parametrization(block: Block) -> str:
-    """Describe how the LoRA of a block of an experiment differs from the paper's parametrization."""
-    listed = (block.alphas or [], block.inits_a, block.lr_ratios, *block.transforms)
-    alphas, inits, ratios, *transforms = (", ".join(f"{value:g}" for value in values) for values in listed)
-    parts = {
-        f"variants {', '.join(block.variants)}": block.variants != ["lora"],
-        f"alpha {alphas}": block.alphas,
-        f"alpha times rank^{block.alpha_power:g}": block.alpha_power,
-        f"init of A times {inits}": block.inits_a != [1.0],
-        f"LR of B / LR of A {ratios}": block.lr_ratios != [1.0],
-        f"p, q {' and '.join(transforms)}": transforms,
-        f"Adam's epsilon {block.eps or 0:g}": block.eps is not None,
-    }
-    return "; ".join(part for part, differs in parts.items() if differs) or "standard"
-
-
 def anchor(name: Any, kind: str) -> str:
     """Return the HTML id of a run's row or a claim's card, safe in a link."""
     return f"{kind}-{re.sub(r'[^A-Za-z0-9_.-]', '-', str(name))}"
@@ -286,7 +259,7 @@ FILTERS = {
     for function in (
         *(formats.number, formats.signed, formats.nll, formats.lr, formats.interval, formats.lr_interval),
         *(formats.count, formats.amount, formats.parameters, formats.duration, formats.when),
-        *(text, list_of_words, parametrization, anchor),
+        *(text, list_of_words, anchor),
         *(claim_text.margin, claim_text.estimate, claim_text.spread, claim_text.measured, claim_text.verdict),
         *(claim_text.sentence, claim_text.details, claim_text.verdict_again),
     )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow.parquet as pq
 
 from lorabench.analysis.arms import arm_label, arm_labels, each_arm, is_standard
 from lorabench.analysis.comparison import MIN_LRS, Judging, comparisons
@@ -31,7 +29,6 @@ Records = list[dict[Any, Any]]
 
 _PLACE = ["model", "dataset", "batch_size", "steps"]
 _SCORE = ["about", "task", "metric", "filter"]
-_INPUTS = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha256"]
 
 
 def labelled(runs: pd.DataFrame) -> pd.DataFrame:
@@ -210,19 +207,8 @@ def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
 
 def inputs(runs: pd.DataFrame) -> Records:
     """Return the hashes of model, data, tokenizer and chat template, once for each combination."""
-    return runs[["model", "dataset", *_INPUTS]].drop_duplicates().to_dict("records")
-
-
-def example(path: Path) -> tuple[str, str] | None:
-    """Return the first question and its answer in the file of a dataset or a problem set; None without the file."""
-    if not path.is_file():
-        return None
-    with pq.ParquetFile(path) as file:
-        [row] = next(file.iter_batches(1)).to_pylist()
-    if "question" in row:
-        return str(row["question"]), str(row["answer"])
-    question = next(turn for turn in row["messages"] if turn["role"] != "system")
-    return question["content"], row["messages"][-1]["content"]
+    hashes = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha256"]
+    return runs[["model", "dataset", *hashes]].drop_duplicates().to_dict("records")
 
 
 def dataset_origins(layout: Layout) -> list[dict[str, Any]]:

@@ -319,15 +319,11 @@ def test_tables_are_embedded_compressed_where_large_and_named_where_too_large(tm
     (tmp_path / "evals.csv").write_text("a,b\n" * 100_000)
     (tmp_path / "curves.csv").write_text("".join(random.Random(0).choices(string.ascii_letters, k=400_000)))
     (tmp_path / "counts.parquet").write_bytes(b"a table")
-    small, huge, large, parquet = table_downloads(tmp_path, tmp_path / "report")
-    assert (small["file"], large["file"], huge["file"]) == ("runs.csv", "evals.csv.gz", "curves.csv")
-    assert base64.b64decode(small["uri"].partition(",")[2]) == b"a,b\n1,2\n"
+    small, huge, large, parquet = table_downloads(tmp_path, tmp_path / "report", evaluated=True)
+    assert (small["file"], large["file"], huge["file"]) == ("runs.csv.gz", "evals.csv.gz", "curves.csv")
     packed = base64.b64decode(large["uri"].partition(",")[2])
     assert gzip.decompress(packed) == (tmp_path / "evals.csv").read_bytes()
     assert huge == {"file": "curves.csv", "bytes": 400_000, "embedded": False, "uri": "../curves.csv"}
     assert parquet == {"file": "counts.parquet", "bytes": 7, "embedded": False, "uri": "../counts.parquet"}
-    # What is larger still is not read.
-    monkeypatch.setattr(pages, "MAX_READ", 399_999)
-    monkeypatch.setattr(pages.gzip, "compress", None)
-    tables = table_downloads(tmp_path, tmp_path, without=("evals",))
-    assert [table["embedded"] for table in tables] == [True, False, False]
+    names = [table["file"] for table in table_downloads(tmp_path, tmp_path, evaluated=False)]
+    assert names == ["runs.csv.gz", "curves.csv", "counts.parquet"]
