@@ -27,13 +27,7 @@ from lorabench.errors import UserError
 from lorabench.evaluation import catalog
 from lorabench.evaluation.catalog import LoadedTask
 from lorabench.models.base import load_model, load_tokenizer, max_length, model_folder, package_versions, weights_sha256
-from lorabench.models.vllm_support import (
-    cache_bytes,
-    check_vllm,
-    max_lora_rank,
-    vllm_environment,
-    vllm_version,
-)
+from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank, vllm_environment, vllm_version
 from lorabench.planning.memory import EngineBatch
 from lorabench.planning.plan import Plan
 from lorabench.runs import EvalJob, Run, best_lr, finished_losses, validation_loss
@@ -333,23 +327,23 @@ def _rows(results: Any, loaded: LoadedTask) -> list[dict[str, Any]]:
         config = {
             leaf: results["configs"][leaf] | {"data_revision": catalog.data_revision(members[leaf])} for leaf in leaves
         }
-        for metric, filter_name in metrics(name):
-            rows.append(
-                {
-                    "about": task.about,
-                    "task": name,
-                    "source": task.source,
-                    "metric": metric,
-                    "filter": filter_name,
-                    "value": number(scores[f"{metric},{filter_name}"]),
-                    "stderr": number(scores.get(f"{metric}_stderr,{filter_name}")),
-                    "higher_is_better": agreed(results["higher_is_better"][leaf].get(metric) for leaf in leaves),
-                    "n_samples": sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
-                    "num_fewshot": agreed(results["n-shot"][leaf] for leaf in leaves),
-                    "task_version": _text(results["versions"].get(name)),
-                    "task_config": json.dumps(config.get(name, config), default=str, sort_keys=True),
-                }
-            )
+        rows += [
+            {
+                "about": task.about,
+                "task": name,
+                "source": task.source,
+                "metric": metric,
+                "filter": filter_name,
+                "value": number(scores[f"{metric},{filter_name}"]),
+                "stderr": number(scores.get(f"{metric}_stderr,{filter_name}")),
+                "higher_is_better": agreed(results["higher_is_better"][leaf].get(metric) for leaf in leaves),
+                "n_samples": sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
+                "num_fewshot": agreed(results["n-shot"][leaf] for leaf in leaves),
+                "task_version": _text(results["versions"].get(name)),
+                "task_config": json.dumps(config.get(name, config), default=str, sort_keys=True),
+            }
+            for metric, filter_name in metrics(name)
+        ]
     return rows
 
 

@@ -103,15 +103,6 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a GGUF file."""
-    from transformers import AutoTokenizer
-
-    with model_errors(f"GGUF file {file} has no tokenizer that can be read"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    return tokenizer
-
-
 def load_config(spec: ModelSpec) -> PretrainedConfig:
     """Return the model's configuration."""
     from transformers import AutoConfig
@@ -214,7 +205,7 @@ def convert_gguf(spec: GgufModel) -> Path:
     that it is missing, can't be loaded, or is not the one that the preset names.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = converted_folder(spec)
     with tempfile.TemporaryDirectory() as scratch:
@@ -232,8 +223,8 @@ def convert_gguf(spec: GgufModel) -> Path:
             raise ModelError(f"GGUF file {file} does not exist")
         if (sha256 := file_sha256(file)) != spec.sha256:
             raise ModelError(f"GGUF file {file} has SHA-256 {sha256}; the preset expects {spec.sha256}")
-        gguf_tokenizer(file).save_pretrained(folder)
         with model_errors(f"GGUF file {file} can't be loaded"):
+            AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
             loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
         # transformers still marks the loaded model as quantised, though its weights are plain; a new model is not.
         plain = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}

@@ -132,11 +132,8 @@ def import_source(folder: Path) -> tuple[SourceFile, Tables]:
     path = folder / SOURCE_FILE
     if not path.is_file():
         raise UserError(f"{folder} is no source, since it has no file {SOURCE_FILE}")
-    stated = read_yaml(path)
-    if not isinstance(stated, dict):
-        raise UserError(f"{path}: a mapping of {', '.join(SourceFile.model_fields)} is needed, not {short(stated)}")
     try:
-        source = SourceFile.model_validate(stated)
+        source = SourceFile.model_validate(read_yaml(path))
     except ValidationError as error:
         sentences = []
         for problem in error.errors():

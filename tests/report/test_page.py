@@ -143,7 +143,7 @@ def test_figures_and_tables_are_embedded_with_caption_data_and_command(own):
     files = {link["download"]: base64.b64decode(link["href"].partition(",")[2]) for link in links}
     tables, figures = Layout.of("mine.yaml").tables(), Layout.of("mine.yaml").figures
     for name in ("runs", "curves", "claims", "evals"):
-        assert files[f"{name}.csv"] == (tables / f"{name}.csv").read_bytes()
+        assert gzip.decompress(files[f"{name}.csv.gz"]) == (tables / f"{name}.csv").read_bytes()
     names = ("fig1_envelopes", "fig2_lr_by_rank", "loss_by_flops", "learned_forgotten")
     for name, source, alt in zip(names, own.all("img", "src"), own.all("img", "alt"), strict=True):
         assert base64.b64decode(source.partition(",")[2]) == (figures / f"{name}.svg").read_bytes()
