@@ -98,10 +98,7 @@ def find_model(name: str) -> UserModel:
         try:
             parameters = dimensions_of_config(config).parameters
         except KeyError as error:
-            raise UserError(
-                f"model {name!r} is of the family {config.model_type!r}, whose configuration has no {error.args[0]}; "
-                "download it and give its folder"
-            ) from error
+            raise UserError(f"{where} has no {error.args[0]}; download the model and give its folder") from error
         spec = HubModel(kind="hub", id=name, parameters=parameters, hidden_size=width)
     else:
         bases = ", ".join(("tiny", *TINY))

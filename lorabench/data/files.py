@@ -155,9 +155,7 @@ def part_rows(
         for names in needed:
             present = [column for column in names if column in columns]
             if not present:
-                raise UserError(
-                    f"{name} has the columns {', '.join(columns)} in {where}; {' or '.join(names)} is needed"
-                )
+                raise UserError(f"{name} has columns {', '.join(columns)} in {where}; {' or '.join(names)} is needed")
             chosen.append(present[0])
         return chosen
 
@@ -289,9 +287,6 @@ def _shuffled(examples: list[Example], tally: Tally, spec: FileDataset | FilePro
     """Return examples in an order that the seed decides; UserError if there are too few."""
     needed = spec.train + spec.validation + spec.test
     if len(examples) < needed:
-        raise UserError(
-            f"{spec.path}: {tally}; {needed} are needed: train = {spec.train}, validation = {spec.validation}, "
-            f"test = {spec.test}"
-        )
+        raise UserError(f"{spec.path}: {tally}; {needed} are needed for train, validation and test")
     Random(spec.seed).shuffle(examples)
     return examples

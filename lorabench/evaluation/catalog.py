@@ -84,9 +84,7 @@ def load_task(index: TaskManager, task: EvalTask, layout: Layout) -> LoadedTask:
     # Tasks bring code of their own, which raises errors of any kind for missing data or packages.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise UserError(
-            f"evaluation task {task.name!r} can't be loaded; run `lorabench step fetch` with a connection: {reason}"
-        ) from error
+        raise UserError(f"task {task.name!r} can't be loaded; run `lorabench step fetch` online: {reason}") from error
     groups = [built["groups"][task.name]] if task.name in built["groups"] else list(built["tasks"].values())
     return LoadedTask(task, built["tasks"], groups)
 
@@ -101,10 +99,7 @@ def check_lengths(loaded: Iterable[LoadedTask], model: str, max_length: int) -> 
             own = (leaf.get_config("generation_kwargs") or {}).get("max_gen_toks", _MAX_NEW_TOKENS)
             drawn = loaded_task.task.max_new_tokens or own
             if leaf.OUTPUT_TYPE == "generate_until" and drawn >= max_length:
-                raise UserError(
-                    f"evaluation task {name!r} draws up to {drawn} tokens; model {model!r} takes {max_length}, the "
-                    "prompt among them; set the task's max_new_tokens to less"
-                )
+                raise UserError(f"task {name!r}: max_new_tokens = {drawn}; model {model!r} takes {max_length} in all")
 
 
 def fetch_tasks(layout: Layout, path: Path) -> None:

@@ -121,10 +121,7 @@ def best_record(job: EvalJob, layout: Layout) -> dict[str, Any] | None:
     run_id = record["run_id"]
     trained_from, base = record["environment"]["model_sha256"], weights_sha256(layout.model(job.model))
     if trained_from != base:
-        names = [", ".join(f"{name} {value[:12]}" for name, value in files.items()) for files in (trained_from, base)]
-        raise UserError(
-            f"run {run_id} was trained from a base with weights {names[0]}; model {job.model!r} has {names[1]}"
-        )
+        raise UserError(f"run {run_id} was trained from the weights {trained_from}; model {job.model!r} has {base}")
     # If this file is missing, PEFT would look for a pickled file.
     file = "config.json" if record["spec"]["method"] == "fullft" else "adapter_model.safetensors"
     folder = RunFolder(layout.runs, run_id)

@@ -77,9 +77,7 @@ def _loading(spec: ModelSpec) -> Iterator[dict[str, Any]]:
         try:
             yield {"pretrained_model_name_or_path": location, **options}
         except SafetensorError as error:
-            raise ModelError(
-                f"model {location} has a damaged .safetensors file ({error}); delete it and get it again"
-            ) from error
+            raise ModelError(f"model {location} has a damaged .safetensors file ({error}); get it again") from error
 
 
 def model_folder(spec: ModelSpec) -> Path:

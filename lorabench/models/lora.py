@@ -75,10 +75,7 @@ def targets(model: PreTrainedModel, placement: Placement, include_unembedding: b
     left_out = {name.rpartition(".")[2] for name in others if placement in ("all", placement_of(name))}
     if left_out:
         names = ", ".join(sorted(left_out))
-        raise UserError(
-            f"{type(model).__name__} has layers that would get no LoRA, since placement {placement!r} does not know "
-            f"their names: {names}"
-        )
+        raise UserError(f"{type(model).__name__} has layers that placement {placement!r} does not know: {names}")
     if include_unembedding:
         modules += [name for name, module in model.named_modules() if module is head]
     return modules, stacks

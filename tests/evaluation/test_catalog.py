@@ -77,9 +77,9 @@ def test_answers_that_leave_no_room_for_prompts_are_refused(prepared):
         catalog.check_lengths([changed], "tiny", max_length)
 
     check(9)
-    with pytest.raises(UserError, match="draws up to 8 tokens; model 'tiny' takes 8, the prompt among them"):
+    with pytest.raises(UserError, match="max_new_tokens = 8; model 'tiny' takes 8"):
         check(8)
-    with pytest.raises(UserError, match="draws up to 512 tokens; model 'tiny' takes 512"):
+    with pytest.raises(UserError, match="max_new_tokens = 512; model 'tiny' takes 512"):
         check(512, max_new_tokens=512)
 
 

@@ -126,7 +126,7 @@ def test_what_was_fetched_is_evaluated_offline_with_its_settings_and_commits(tmp
 
 
 def test_data_or_a_splitter_that_were_not_fetched_are_named(tmp_path):
-    missing = "can't be loaded; run `lorabench step fetch` with a connection: "
+    missing = "can't be loaded; run `lorabench step fetch` online: "
     result = place(tmp_path, [{"name": "gsm8k", "about": "learned"}]).evaluate()
     assert result.returncode == 2
     assert f"'gsm8k' {missing}" in result.stderr
