@@ -103,11 +103,7 @@ def check_lengths(loaded: Iterable[LoadedTask], model: str, max_length: int) -> 
 
 
 def fetch_tasks(layout: Layout, path: Path) -> None:
-    """Look up every task of a preset, download the data of the tasks on the hub, and write their names and versions.
-
-    Raises:
-        UserError: the preset has no evaluation, or a task is not known or cannot be loaded.
-    """
+    """Look up every task of a preset, download the data of the tasks on the hub, and write their names and versions."""
     evaluation = layout.preset.evaluation
     if evaluation is None:
         raise UserError(f"preset {layout.name} has no evaluation")

@@ -65,11 +65,9 @@ _ARM = (
 def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
     """Evaluate a base, or the best run of a sweep, and write its scores and samples.
 
-    If all runs of a sweep diverged there is no model to evaluate, and both tables have no rows.
-
-    Raises:
-        UserError: a task is not known or draws more tokens than the model takes, its data or the run's weights are
-            missing, the run was trained from another base, or vLLM is to be used and cannot compute the model here.
+    If all runs of a sweep diverged there is no model to evaluate, and both tables have no rows. UserError says that a
+    task is not known or draws more tokens than the model takes, its data or the run's weights are missing, the run was
+    trained from another base, or vLLM is to be used and cannot compute the model here.
     """
     evaluation, sampler = plan.preset.evaluation, plan.preset.execution.sampler
     assert evaluation
@@ -101,9 +99,7 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
 def best_record(job: EvalJob, layout: Layout) -> dict[str, Any] | None:
     """Return the record of the run to evaluate: the first seed at the best LR; None if all runs diverged.
 
-    Raises:
-        UserError: a run of the sweep is not done; the run's weights are missing or damaged, or were trained from other
-            weights of the base.
+    UserError says that a run of the sweep is not done, or the run's weights are missing, damaged or of another base.
     """
     assert job.sweep
     sweep = job.sweep
@@ -252,8 +248,7 @@ def run_tasks(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Run tasks on a model, with one call of lm-eval for all tasks of the same settings.
 
-    Returns:
-        The scores, as rows of the table `evals` without the columns of the model; and the samples, as rows of SAMPLES.
+    Returned are scores, as rows of the table `evals` without the model's columns, and samples, as rows of SAMPLES.
     """
     from langdetect import DetectorFactory
     from lm_eval import evaluator
@@ -270,9 +265,8 @@ def run_tasks(
     settings: dict[tuple[bool, int | None, int | None, int | None], list[LoadedTask]] = defaultdict(list)
     for loaded_task in loaded:
         task = loaded_task.task
-        settings[task.chat and template is not None, task.num_fewshot, task.limit, task.max_new_tokens].append(
-            loaded_task
-        )
+        setting = task.chat and template is not None, task.num_fewshot, task.limit, task.max_new_tokens
+        settings[setting].append(loaded_task)
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     versions = package_versions() | {name: version(name) for name in ("lm_eval", "datasets")}

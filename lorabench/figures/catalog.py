@@ -89,12 +89,8 @@ def figures_of_preset(preset: Preset) -> list[PaperFigure]:
 def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
     """Draw a figure from the tidy tables in the given folders and write `<name>.svg`, `.png` and `.csv` into `out`.
 
-    From merged tables it draws the runs of its own experiments only. Where the tables are refused, nothing is written.
-
-    Raises:
-        NothingToDrawError: the tables hold nothing for this figure.
-        UserError: there is no such figure; the folders hold no tables, or tables that contradict one another; or see
-            `check_table`, `check_curves` and `check_comparable`.
+    UserError says that there is no such figure, the tables hold nothing for it (NothingToDrawError), contradict one
+    another, or are refused by `check_table`, `check_curves` or `check_comparable`; then nothing is written.
     """
     if name not in FIGURES:
         raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
@@ -107,11 +103,7 @@ def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
 
 
 def save_all_figures(folders: Sequence[Path], out: Path) -> Iterator[str]:
-    """Draw the figures that the tables in the given folders have rows for, as `save_figure` does.
-
-    Yields:
-        A sentence on each figure that can't be drawn.
-    """
+    """Draw all figures that the tables have rows for as `save_figure` does; yield a sentence on each that fails."""
     tables = replace(Tables.read(*folders), claims=_claims(folders))
     shown = {"compute": tables.compute, "evals": tables.evals, "claims": tables.claims}
     figures = [

@@ -85,9 +85,6 @@ def draw_by_flops(tables: Tables) -> style.Drawn:
 
     The column `element` says what a row is: `envelope` (one step of an arm) or `diverged` (one run). Losses are
     validation NLL in nats per scored token.
-
-    Raises:
-        NothingToDrawError: no run with known train_flops and train_tokens has a validation curve.
     """
     envelope = loss_by_flops(tables.runs, tables.curves).rename(columns={"value": "nll"})
     plotted = grid.tidy({"envelope": envelope, "diverged": diverged_runs(tables.runs)}, _BY_FLOPS)

@@ -152,11 +152,7 @@ def write_frozen(frozen: Frozen, path: Path) -> None:
 
 
 def read_frozen(path: Path) -> Frozen:
-    """Read what was fixed before the runs.
-
-    Raises:
-        UserError: there is no such file, or `lorabench freeze` did not write it.
-    """
+    """Read what was fixed before the runs; UserError if `lorabench freeze` wrote no such file."""
     if not path.is_file():
         raise UserError(f"frozen rules {str(path)!r}: there is no such file; `lorabench freeze` writes it")
     try:
@@ -168,11 +164,8 @@ def read_frozen(path: Path) -> Frozen:
 def check_kept(frozen: Frozen, path: Path, layout: Layout, runs: pd.DataFrame, claims: pd.DataFrame) -> str:
     """Check that the tables `runs` and `claims` kept to what was frozen in a file; return the commit of this file.
 
-    The file is in a git repository that has the commits of the runs.
-
-    Raises:
-        UserError: the file is not committed; a run was made before its commit, with changed code or with another seed,
-            or is missing; or preset, rules or data are not the frozen ones.
+    The file is in a git repository that has the commits of the runs. UserError says that it is not committed; a run was
+    made before its commit, with changed code or another seed, or is missing; or preset, rules or data are others.
     """
     if frozen.protocol_version != PROTOCOL_VERSION:
         raise UserError(f"{path} is of protocol version {frozen.protocol_version} and the runs of {PROTOCOL_VERSION}")
@@ -227,11 +220,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def came_out_again(frozen: Frozen, claims: pd.DataFrame) -> pd.DataFrame:
     """Set the verdicts of the explored runs beside those of the held-out ones, whose table `claims` is given.
 
-    Returns:
-        One row per expected claim: `claim_id`, `statement`, the verdicts `explored` and `held_out`, `again` (yes or no,
-        null where the explored verdict decides nothing), `p_again`, `power`, the explored `estimate`, `ci_low` and
-        `ci_high`, the `held_out_estimate` with `held_out_low` and `held_out_high`, and whether it is `within` the
-        explored interval (null without one). Where nothing was explored, the rows are those of the held-out claims.
+    A row per expected claim has `claim_id`, `statement`, the verdicts `explored` and `held_out`, `again` (yes or no,
+    null where the explored verdict decides nothing), `p_again`, `power`, the explored `estimate`, `ci_low` and
+    `ci_high`, the `held_out_estimate` with `held_out_low` and `held_out_high`, and whether it is `within` the explored
+    interval (null without one). Where nothing was explored, the rows are those of the held-out claims.
     """
     judged = {claim["claim_id"]: claim for claim in claims.to_dict("records")}
     unexplored = Expected(verdict="not tested", p_again=None, power=None, estimate=None, ci_low=None, ci_high=None)

@@ -52,11 +52,9 @@ SECTIONS += [study.texts["section"] for study in studies()]
 def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = True) -> None:
     """Write the report of a preset from its figures and its tables runs, curves, claims and, if it exists, evals.
 
-    `source` is the preset as the user named it: the name of a shipped preset, or the path of its file. The file `out`
-    appears only when it is complete. Without `evaluated`, the page needs neither scores of lm-eval nor their figures.
-
-    Raises:
-        UserError: a figure or a table is missing, or the table claims is from another version.
+    `source` is the preset as the user named it: the name of a shipped preset, or the path of its file. Without
+    `evaluated`, the page needs neither scores of lm-eval nor their figures. UserError says that a figure or a table is
+    missing, or the table claims is from another version; then the file `out` stays as it is.
     """
     # The lines of the claims show what the picture of all verdicts shows.
     left_out = {"claims"} if evaluated else {"claims", "evals"}
@@ -187,12 +185,10 @@ _DASHES = {"-": "", "--": "6 3", ":": "2 3"}
 
 
 def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
-    """Return the thinned learning curves of runs as plain data, for the page's script.
+    """Return the learning curves of runs as plain data, for the page's script; of many steps there are 60, log-spaced.
 
-    Returns:
-        `measures`: a list of (split, metric). `grids`: a list of lists of steps. `curves`: by run_id, a list of (index
-        of the measure, index of the grid, values to four digits). `styles`: by label, the colour, dashes and width of a
-        line. Of a curve with more than 60 steps there are the first, the last, and log-spaced ones between them.
+    `measures` are a list of (split, metric), `grids` a list of lists of steps, and `curves` by run_id a list of (index
+    of the measure, index of the grid, values to four digits). `styles` are, by label, a line's colour, dashes, width.
     """
     styles = arm_styles(runs.rename(columns={"label": "arm"}))
     drawn = {label: [style.colour, _DASHES[style.linestyle], style.linewidth] for label, style in styles.items()}
@@ -218,9 +214,8 @@ def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
 def table_downloads(folder: Path, page: Path, evaluated: bool) -> list[dict[str, Any]]:
     """Return the tables of a folder as data: URIs of their CSV files, compressed with gzip; evals only if `evaluated`.
 
-    Returns:
-        For each table `file` (its name), `bytes` (the size of the file), `embedded` (whether it is in the page) and
-        `uri` (a data: URI, or of a table that is too large to embed the path of the file from the folder of the page).
+    For each there are `file` (its name), `bytes` (the size of the file), `embedded` (whether it is in the page) and
+    `uri` (a data: URI, or of a table that is too large to embed the path of the file from the folder of the page).
     """
     downloads, left = [], MAX_EMBEDDED
     for name in ("runs", "curves", "claims", *(["evals"] if evaluated else []), "compute", "counts"):

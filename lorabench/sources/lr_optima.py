@@ -259,10 +259,9 @@ def optima_table(optima: Sequence[LrOptimum]) -> pd.DataFrame:
 def measured_optima(tables: Tables) -> pd.DataFrame:
     """Return the optimal LRs of supervised runs, of FullFT and of the LoRA to use, which `lora-advice` reads.
 
-    Returns:
-        The columns of `optima_table`, without a source, and the ends `lr_low` and `lr_high` of the 95% interval, the
-        number of the model's `parameters`, what identifies its `weights`, and whether LoRA `matches`. An optimum
-        without an interval does not count. Runs without a family or a width are left out.
+    There are the columns of `optima_table`, without a source, the ends `lr_low` and `lr_high` of the 95% interval, the
+    number of the model's `parameters`, what identifies its `weights`, and whether LoRA `matches`. An optimum without an
+    interval does not count. Runs without a family or a width are left out.
     """
     runs = with_all_columns(tables.runs, "runs")
     runs = runs[~is_rl(runs) & runs["family"].notna() & runs["hidden_size"].notna()]

@@ -124,10 +124,8 @@ class SourceFile(Strict):
 def import_source(folder: Path) -> tuple[SourceFile, Tables]:
     """Return the file of a source, and its runs and curves as published: nothing stands in for a loss that they lack.
 
-    Raises:
-        UserError: the file `source.yaml` is absent, not YAML, or wrong (all wrong fields are named), a table has
-            changed, or a table has something that is not explained: an unknown column, a share above 1, or two runs
-            with equal settings and seed.
+    UserError says that the file `source.yaml` is absent, not YAML, or wrong (all wrong fields are named), a table has
+    changed, or has something unexplained: an unknown column, a share above 1, or runs with equal settings and seed.
     """
     path = folder / SOURCE_FILE
     if not path.is_file():
@@ -231,11 +229,7 @@ class SourceModel:
 
 
 def source_folders(*more: Path) -> list[Path]:
-    """Return the folders of the shipped sources, and of others: each a source, or a folder of sources.
-
-    Raises:
-        UserError: a folder holds no source, or two sources have one name.
-    """
+    """Return the folders of the shipped sources, and of others: each a source, or a folder of sources."""
     folders: dict[str, Path] = {}
     for folder in (REFERENCE, *more):
         files = [*folder.glob(SOURCE_FILE), *sorted(folder.glob(f"*/{SOURCE_FILE}"))]
@@ -249,11 +243,7 @@ def source_folders(*more: Path) -> list[Path]:
 
 
 def read_sources(folders: Sequence[Path]) -> list[SourceModel]:
-    """Read sources and return their models; noise may be that of a source that is shipped and not read.
-
-    Raises:
-        UserError: a source is refused (see `import_source`), or takes its noise from one that is not there or has none.
-    """
+    """Read sources (see `import_source`) and return their models; noise may be that of any shipped source."""
     imported = {folder: import_source(folder) for folder in folders}
     published = {folder.name: tables.runs for folder, (_, tables) in imported.items()}
     models = []
@@ -294,10 +284,7 @@ BY_ACCURACY = "the test accuracy stands in for the test loss, so that losses are
 def judge(source: SourceModel, claims: Sequence[Claim] = CLAIMS, margins: Margins | None = None) -> pd.DataFrame:
     """Judge claims on a source; LoRA is that of the ranks up to the highest one with a grid of LRs.
 
-    Without margins, DEFAULT_MARGINS hold.
-
-    Returns:
-        The table `claims` with the columns source, model, scale, parameters and doubts before its own.
+    Without margins, DEFAULT_MARGINS hold. The table `claims` begins with source, model, scale, parameters and doubts.
     """
     noise, reward_noise = (None, source.noise) if source.is_rl else (source.noise, None)
     tables = source.tables
