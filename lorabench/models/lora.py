@@ -128,15 +128,8 @@ def add_lora(
     )
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        for message in (
-            # Where embedding and unembedding are tied, only the unembedding carries LoRA, as intended.
-            "Model has `tie_word_embeddings=True`",
-            # PEFT calls transformers by a deprecated name, which a user can't change.
-            "`is_gradient_checkpointing` is deprecated",
-            # The rank of fused experts does take effect; PEFT looks for its pattern only among modules.
-            "The following rank_pattern keys did not match",
-        ):
-            warnings.filterwarnings("ignore", message=message)
+        # PEFT warns of tied embeddings, of which only the unembedding carries LoRA, and of what a user can't change.
+        warnings.simplefilter("ignore")
         peft_model = get_peft_model(model, config)
     layers = dict(lora_layers(peft_model))
     # PEFT rewrites the targets of some mixtures of experts, to load adapters that older versions saved.

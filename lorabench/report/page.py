@@ -24,8 +24,6 @@ from markupsafe import Markup
 
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.estimate import ExampleLosses
-from lorabench.analysis.rules import DECIDED
-from lorabench.claims.judge import CORE
 from lorabench.claims.recipe import measured_recipe
 from lorabench.config.loading import is_shipped
 from lorabench.doctor.record import record_for
@@ -262,63 +260,42 @@ FILTERS = {
 """The functions that the templates use as filters, by name."""
 
 
-LINES = 3
-"""The most claims that an entry of the index shows; the report has all."""
-
-
 def write_index(results: Path) -> Path:
-    """Write the index of a folder of results from what lies there, and return its path.
-
-    `last` of an entry is the time at which the last run was started, as text in ISO 8601; `note` says why there are no
-    verdicts.
-    """
-    own: list[dict[str, Any]] = []
-    shipped: list[dict[str, Any]] = []
+    """Write the index of the reports in a folder of results, the newest first, and return its path."""
+    own, shipped = "Your own models and data", "Presets of the paper, run here"
+    groups: dict[str, list[dict[str, Any]]] = {own: [], shipped: []}
     # Of a preset with two reports, the one with scores of lm-eval is listed.
     names = ("without_evaluation.html", "index.html")
     reports = {path.parent: path for name in names for path in sorted(results.glob(f"*/report/{name}"))}
     for report in reports.values():
-        name = report.parents[1].name
-        ours = is_shipped(name)
+        name, tables = report.parents[1].name, report.parents[1] / "tables"
         with report.open("rb") as file:
             head = file.read(2**15).decode(errors="replace")
         texts = re.findall(r'<(?:title>|meta name="(\w+)" content=")(.*?)(?:</title>|">)', head, re.DOTALL)
         stated = {field or "title": unescape(text) for field, text in texts}
-        entry: dict[str, Any] = {"title": name if ours else stated.get("title", name)}
+        entry: dict[str, Any] = {"title": name if is_shipped(name) else stated.get("title", name)}
         entry |= {"about": stated.get("description", ""), "answer": stated.get("abstract", "")}
-        entry["report"] = quote(report.relative_to(results).as_posix())
+        entry |= {"report": quote(report.relative_to(results).as_posix()), "size": (), "verdicts": (), "last": ""}
         # What is damaged of one preset keeps no other from being listed.
         try:
-            entry |= _told(results / name / "tables")
+            counts = read_claims(tables, NOT_PUBLISHED)["verdict"].value_counts()
+            runs = read_rows(tables, "runs", ["model", "started"])
         except UserError as error:
-            nothing = dict.fromkeys(("size", "verdicts", "claims"), ())
-            entry |= nothing | {"last": "", "note": f"Its tables can't be read: {error}."}
-        (shipped if ours else own).append(entry)
-    for entries in (own, shipped):
+            entry["size"] = [f"Its tables can't be read: {error}."]
+        else:
+            started = sorted(row["started"] for row in runs if row["started"])
+            days = dict.fromkeys(time[:10] for time in (*started[:1], *started[-1:]))
+            models = ", ".join(sorted({row["model"] for row in runs}))
+            entry["size"] = [f"{len(runs):,} run{'' if len(runs) == 1 else 's'}", models, " to ".join(days)]
+            entry["verdicts"] = [
+                (verdict, int(counts[verdict])) for verdict in claim_text.VERDICTS if verdict in counts
+            ]
+            entry["last"] = max(started, default="")
+        groups[shipped if is_shipped(name) else own].append(entry)
+    for entries in groups.values():
         entries.sort(key=lambda entry: entry["last"], reverse=True)
-    groups = {"Your own models and data": own, "Presets of the paper, run here": shipped}
     styles = {"style": inline("page.css"), "own_style": inline("index.css")}
-    page = environment().get_template("index.html.j2").render(groups=groups, lines=LINES, **styles)
+    page = environment().get_template("index.html.j2").render(groups=groups, **styles)
     with atomic_path(results / "index.html") as partial:
         partial.write_text(page, encoding="utf-8")
     return results / "index.html"
-
-
-def _told(tables: Path) -> dict[str, Any]:
-    """Return what the index shows of a preset's runs and claims."""
-    claims, runs = read_claims(tables, NOT_PUBLISHED), read_rows(tables, "runs", ["model", "started"])
-    # Of each fact one core claim is shown: those that are decided come first, then those that are inconclusive.
-    core = claims[claims["claim_id"].isin(CORE) & claims["verdict"].isin((*DECIDED, "inconclusive"))]
-    core = core.assign(open=core["verdict"] == "inconclusive", place=core["claim_id"].map(CORE.index))
-    core = core.sort_values(["open", "place"], kind="stable").drop_duplicates("fact").head(LINES)
-    started = sorted(row["started"] for row in runs if row["started"])
-    days = dict.fromkeys(time[:10] for time in (*started[:1], *started[-1:]))
-    models = ", ".join(sorted({row["model"] for row in runs}))
-    counts = claims["verdict"].value_counts()
-    return {
-        "last": max(started, default=""),
-        "size": [f"{len(runs):,} run{'' if len(runs) == 1 else 's'}", models, " to ".join(days)],
-        "verdicts": [(verdict, int(counts[verdict])) for verdict in claim_text.VERDICTS if verdict in counts],
-        "claims": core.to_dict("records"),
-        "note": "",
-    }
