@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
 from lorabench.sources.measurements import matrix, measurement_table, read_own, summary_table
 from lorabench.sources.source import import_source, judge, read_sources, source_folders
@@ -53,12 +54,12 @@ def test_a_cell_counts_the_comparisons_of_all_its_sources():
 def test_a_source_of_ones_own_stands_next_to_the_shipped_ones(source):
     folder = source(noise={"sd": 0.001, "dof": 9, "source": "made-up repeats"})
     assert source_folders(folder)[-1] == source_folders(folder.parent)[-1] == folder
-    [own] = read_sources([folder])
-    row = judge(own).set_index("claim_id").loc["B1"]
+    [own], [b1] = read_sources([folder]), [claim for claim in CLAIMS if claim.id == "B1"]
+    [row] = judge(own, [b1]).to_dict("records")
     assert (row["verdict"], row["doubts"], row["estimate"]) == ("confirmed", "one seed", pytest.approx(10))
     assert "seed noise from made-up repeats" in row["reason"]
     [alone] = read_sources([source()])
-    assert judge(alone).set_index("claim_id").loc["B1", "verdict"] == "inconclusive"
+    assert judge(alone, [b1])["verdict"].item() == "inconclusive"
 
 
 ACCURACIES = f"{COLUMNS.removesuffix('final_test_nll')}base_reward,final_reward"
@@ -81,8 +82,8 @@ def test_accuracies_of_supervised_runs_are_judged_as_error_rates(source):
     # Full fine-tuning gains 0.5, so that the margin is 0.05. Rank 16, at one LR, is not compared.
     for lora, verdict in ((0.79, "confirmed"), (0.7, "contradicted")):
         [own] = read_sources([source(accuracies(0.8, lora), ACCURACIES, outcome="accuracy")])
-        claims = judge(own)
-        row = claims.set_index("claim_id").loc["B2"]
+        claims = judge(own, [claim for claim in CLAIMS if claim.id == "B2"])
+        [row] = claims.to_dict("records")
         assert (row["verdict"], row["unit"]) == (verdict, "error rate")
         assert row["estimate"] == pytest.approx(0.8 - lora, abs=1e-3)
         assert row["margin_high"] == pytest.approx(0.05, abs=1e-3)
