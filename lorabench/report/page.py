@@ -24,6 +24,7 @@ from markupsafe import Markup
 
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.estimate import ExampleLosses
+from lorabench.analysis.rewards import runs_above_max_kl
 from lorabench.claims.recipe import measured_recipe
 from lorabench.config.loading import is_shipped
 from lorabench.doctor.record import record_for
@@ -33,6 +34,7 @@ from lorabench.figures.style import arm_styles
 from lorabench.planning.plan import Plan
 from lorabench.report import claim_text, summary
 from lorabench.report.other_margins import turned
+from lorabench.runs import MAX_KL
 from lorabench.store.io import list_of_words, read_claims, read_rows, read_table
 from lorabench.store.layout import Layout
 from lorabench.store.published import NOT_PUBLISHED
@@ -91,7 +93,8 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             environment=summary.environment(runs),
             rules=sorted(set(judged["rules"].dropna())),
             experiments=list(filter(None, (summary.experiment(name, runs, judging) for name in trained))),
-            sampler=summary.sampler(plan, runs, all_curves),
+            n_above_max_kl=len(runs_above_max_kl(all_curves)),
+            max_kl=MAX_KL,
             evaluation=summary.evaluation(read_table(tables, "evals", optional=True)) if evaluated else [],
             evaluated=evaluated,
             work=summary.work(plan, runs),

@@ -11,7 +11,7 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label, arm_labels, each_arm, is_standard
 from lorabench.analysis.comparison import MIN_LRS, Judging, comparisons
 from lorabench.analysis.optima import fitted_noise
-from lorabench.analysis.rewards import is_sick, sampler_mismatch, with_error_rates
+from lorabench.analysis.rewards import is_sick, with_error_rates
 from lorabench.claims.recipe import RankRecommendation
 from lorabench.data.sft import about
 from lorabench.data.tokens import count_left_out
@@ -20,7 +20,6 @@ from lorabench.figures.verdicts import END, LINEAR, in_margins
 from lorabench.planning.costs import combined, job_cost
 from lorabench.planning.plan import Plan
 from lorabench.report.claim_text import facts, in_order
-from lorabench.runs import MAX_KL
 from lorabench.store.checks import is_rl
 from lorabench.store.io import list_of_words, with_all_columns
 from lorabench.store.layout import Layout
@@ -119,21 +118,6 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
             arms.append(row)
         comparison.forget()
     return {"name": name, "result": "accuracy" if rewarded else "NLL", "noise": noise, "arms": arms}
-
-
-def sampler(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
-    """Return how far the sampler's distribution is from the learner's in each arm of RL.
-
-    There are `arms`, the rows of `sampler_mismatch` with their `label` and the name of their `sampler` (a list, empty
-    for runs that are not in the plan), `names` of all samplers, and `n_above`, the number of runs above the KL `limit`.
-    """
-    rollouts = {run_id: sweep.condition.rollouts for sweep in plan.sweeps for run_id in sweep.run_ids}
-    arms: Records = sampler_mismatch(runs, curves).to_dict("records")
-    for row in arms:
-        sampled = [rollouts.get(run_id) for run_id in row["run_ids"]]
-        row |= {"label": arm_label(row), "sampler": sorted({drawn.sampler for drawn in sampled if drawn})}
-    names = sorted({name for row in arms for name in row["sampler"]})
-    return {"arms": arms, "names": names, "n_above": sum(row["n_above"] for row in arms), "limit": MAX_KL}
 
 
 def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
