@@ -25,29 +25,27 @@ import pyarrow.parquet as pq
 
 from lorabench.config.fields import FileFormat
 from lorabench.config.inputs import FileDataset, FileProblems
-from lorabench.data.chat import (
-    CHATS,
-    FORMATS,
-    Chat,
-    Example,
-    UnusableRowError,
-    file_messages,
-    is_first,
-    prompt,
-    row_text,
-    text_digest,
-)
+from lorabench.data.chat import CHATS, FORMATS, Chat, Example, Messages, is_first, prompt, text_digest
 from lorabench.data.grading import BOX, gsm8k_answer, last_box, number
 from lorabench.data.reasoning import Problem
 from lorabench.errors import UserError
 
 # Examples of reasoning datasets take 50 kB each.
 _BATCH_ROWS = 256
+NO_TEXT, NO_CHAT, NO_ANSWER = "no text", "not a list of turns", "does not end with an answer of the assistant"
+NOT_UNICODE = "text that is not valid Unicode"
 NOT_UTF8, NO_OBJECT, NO_NUMBER = "not UTF-8", "not a JSON object", "an answer that is no number"
 TOO_LONG, REPEATED = "too long", "repeats the prompt of an earlier row"
 
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+"""The roles of turns in the datasets of others, with the roles that they stand for."""
+
 RawRow = dict[str, Any] | str
 """A row as it was read: its columns by name, or the reason why it can't be read."""
+
+
+class UnusableRowError(ValueError):
+    """A row's content is not a usable example; the message is the reason."""
 
 
 @dataclass
@@ -235,6 +233,55 @@ def row_chat(content: dict[str, Any], form: str, source: str, max_chars: int | N
     if max_chars is not None and chat.chars() > max_chars:
         raise UnusableRowError(TOO_LONG)
     return chat
+
+
+def file_messages(content: dict[str, Any], format_name: str) -> Messages:
+    """Return the messages of a row; UnusableRowError says why the row is not an example of that format."""
+    if format_name == "text":
+        return [{"role": "text", "content": row_text(content.get("text"))}]
+    names = format_name.split("/")
+    if len(names) == 1:
+        messages = chat_turns(content.get(format_name))
+    else:
+        asked, answered = (content.get(name) for name in names)
+        if names[0] == "instruction" and content.get("input"):
+            asked = f"{row_text(asked)}\n\n{row_text(content['input'])}"
+        messages = []
+        # Each side of a pair is a text or a list of turns.
+        for value, role in ((asked, "user"), (answered, "assistant")):
+            messages += chat_turns(value) if isinstance(value, list) else [{"role": role, "content": row_text(value)}]
+    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+        raise UnusableRowError(NO_ANSWER)
+    return messages
+
+
+def chat_turns(turns: Any) -> Messages:
+    """Return turns with `role` and `content`, or `from` and `value`, as messages, whose content may be empty."""
+    if not turns:
+        raise UnusableRowError(NO_TEXT)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise UnusableRowError(NO_CHAT)
+    messages = []
+    for turn in turns:
+        role = turn.get("role") or turn.get("from")
+        if not isinstance(role, str) or role not in ROLES:
+            raise UnusableRowError(f"a turn of unknown role (known: {', '.join(ROLES)})")
+        content = turn.get("content") or turn.get("value", turn.get("content"))
+        messages.append({"role": ROLES[role], "content": row_text(content, may_be_empty=True)})
+    return messages
+
+
+def row_text(value: Any, may_be_empty: bool = False) -> str:
+    """Return a value of a row as text, or a number; UnusableRowError if it is none, empty, or no valid Unicode."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    text = str(value) if is_number else value
+    if not isinstance(text, str) or not (may_be_empty or text.strip()):
+        raise UnusableRowError(NO_TEXT)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UnusableRowError(NOT_UNICODE) from None
+    return text
 
 
 def source_of(source: str, content: dict[str, Any], group: str | None) -> str:

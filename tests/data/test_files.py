@@ -13,9 +13,13 @@ import pytest
 from pyarrow import csv
 
 from lorabench.config.inputs import FileDataset, FileProblems, HubDataset
-from lorabench.data.chat import NO_ANSWER, NO_CHAT, NO_TEXT, NOT_UNICODE, Chat
+from lorabench.data.chat import Chat
 from lorabench.data.files import (
+    NO_ANSWER,
+    NO_CHAT,
     NO_NUMBER,
+    NO_TEXT,
+    NOT_UNICODE,
     NOT_UTF8,
     REPEATED,
     TOO_LONG,

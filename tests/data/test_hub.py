@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lorabench.config.inputs import HubDataset
-from lorabench.data.chat import NO_ANSWER, NO_TEXT, prompt
-from lorabench.data.files import TOO_LONG
+from lorabench.data.chat import prompt
+from lorabench.data.files import NO_ANSWER, NO_TEXT, TOO_LONG
 from lorabench.data.sft import about, build_dataset, read_dataset
 from lorabench.errors import UserError
 
