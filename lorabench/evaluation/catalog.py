@@ -103,20 +103,17 @@ def check_lengths(loaded: Iterable[LoadedTask], model: str, max_length: int) -> 
 
 
 def fetch_tasks(layout: Layout, path: Path) -> None:
-    """Look up every task of a preset, download the data of the tasks on the hub, and write their names and versions."""
+    """Look up every task of a preset, download the data of those on the hub, and write what the tasks consist of."""
     evaluation = layout.preset.evaluation
     if evaluation is None:
         raise UserError(f"preset {layout.name} has no evaluation")
     # The files that the project's own tasks read may not have been made yet.
     others = [task for task in evaluation.tasks if task.name not in EVAL_SOURCES]
     index = task_index(others) if others else None
-    versions: dict[str, Any] = {}
+    names: dict[str, list[str]] = {}
     for task in evaluation.tasks:
-        leaves = load_task(index, task, layout).leaves if index and task in others else {}
-        versions[task.name] = {
-            name: {"version": str(leaf.VERSION), "data": data_revision(leaf)} for name, leaf in sorted(leaves.items())
-        }
-    write_json({"lm_eval": version("lm_eval"), "tasks": versions}, path)
+        names[task.name] = sorted(load_task(index, task, layout).leaves) if index and task in others else []
+    write_json({"lm_eval": version("lm_eval"), "tasks": names}, path)
 
 
 def data_revision(task: Task) -> str | None:
