@@ -143,10 +143,7 @@ def _hub_rows(name: str) -> tuple[FileFormat, Iterator[RawRow], float]:
         raise UserError(f"data {name!r} is no file and no hub id (owner/name)")
     # The datasets library reads a folder of this name before it asks the hub.
     if not os.path.isdir(name):
-        try:
-            look_up(WantedRepository("dataset", name, "main"))
-        except UserError as error:
-            raise UserError(f"{error}; the path of a local file works without the hub") from error
+        look_up(WantedRepository("dataset", name, "main"))
     import datasets
 
     try:

@@ -88,12 +88,8 @@ def find_model(name: str) -> UserModel:
         # A model may also be a variant of a shipped configuration's, as is `llama-3.1-8b-instruct`.
         short, known = f"{name.rpartition('/')[2].lower()}-", sorted(ARCHITECTURES.glob("*.json"))
         shipped = [file for file in known if short.startswith(f"{file.stem}-")]
-        try:
-            repository = WantedRepository("model", name, "main")
-            text = shipped[-1].read_text() if shipped else look_up(repository, "config.json")
-        except UserError as error:
-            raise UserError(f"{error}; the path of a local folder with the model works without the hub") from error
-        config = ModelConfig.of(text, where)
+        repository = WantedRepository("model", name, "main")
+        config = ModelConfig.of(shipped[-1].read_text() if shipped else look_up(repository, "config.json"), where)
         width = _width(config, where)
         try:
             parameters = dimensions_of_config(config).parameters

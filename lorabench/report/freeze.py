@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.rules_hash import rules_sha256
@@ -65,7 +65,8 @@ class Frozen(Strict):
     expected: dict[str, Expected]
     """By claim; claims that the explored runs are not about, derivations and counts are left out. Empty where nothing
     was explored."""
-    notes: list[str]
+    notes: list[str] = Field(default_factory=list)
+    """Remarks of a person."""
 
 
 def preset_sha256(preset: Preset) -> str:
@@ -106,20 +107,14 @@ def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None 
         numbers = {name: _number(claim.get(name)) for name in ("p_again", "estimate", "ci_low", "ci_high")}
         share = _number(powers.get(claim["claim_id"]))
         expected[claim["claim_id"]] = Expected(verdict=claim["verdict"], power=share, **numbers)
-    data, same = {}, []
+    data = {}
     for name, spec in stated.sources.items():
         test = "other examples than the explored"
         if claims is None:
             test = "no examples were explored"
         elif not (isinstance(spec, FactsDataset) or (isinstance(spec, GeneratedSplits) and spec.test_seed is not None)):
             test = "the explored examples"
-            same.append(name)
         data[name] = FrozenData(id=dataset_id(spec), test=test)
-    notes = [] if power is not None else ["The power was not computed."]
-    if claims is None:
-        notes.append("The preset had never been run in this design, so that no verdicts are expected.")
-    if same:
-        notes.append(f"The test examples of {', '.join(same)} are the explored ones; only the seeds are held out.")
     return Frozen(
         preset=preset,
         date=datetime.now(UTC).date().isoformat(),
@@ -129,7 +124,6 @@ def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None 
         seeds=sorted({row["seed"] for row in make_plan(stated).rows()}),
         data=data,
         expected=expected,
-        notes=notes,
     )
 
 

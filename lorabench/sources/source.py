@@ -15,7 +15,7 @@ from reprlib import repr as short
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from lorabench.analysis.comparison import COMPARED, MIN_LRS
 from lorabench.analysis.curves import curves_of
@@ -55,20 +55,13 @@ class Origin(Strict):
 
 
 class NoiseOf(Strict):
-    """Noise between seeds for runs with one seed: a number, or the name of another source that has several seeds."""
+    """Noise between seeds for runs with one seed: sd, dof and source, or the name of another source as `from`."""
 
     sd: PositiveFloat | None = None
     """Standard deviation of the final loss in nats, or of the final accuracy as a share."""
     dof: Positive | None = None
     source: str | None = None
     other: str | None = Field(default=None, alias="from")
-
-    @model_validator(mode="after")
-    def _is_stated_or_borrowed(self) -> NoiseOf:
-        stated = [part is not None for part in (self.sd, self.dof, self.source)]
-        if any(stated) if self.other else not all(stated):
-            raise ValueError("state sd, dof and source, or the name of another source as `from`")
-        return self
 
 
 class ModelOf(Strict):

@@ -42,7 +42,6 @@ def test_what_is_not_explained_is_refused_in_a_sentence(source):
         ({"header": COLUMNS.replace("steps", "gap")}, "no columns of the tidy table `runs`: 'gap'"),
         ({"models": {"n": {"scale": "1B", "parameters": 1}}}, "model 'm' is not described under `models`"),
         ({"rows": [line.replace("done", "success") for line in ROWS]}, "status = 'success'; allowed: done, diverged"),
-        ({"noise": {"sd": 0.1}}, "noise: Value error, state sd, dof and source, or the name of another source"),
         ({"wall": 3}, "wall = 3: Extra inputs are not permitted"),
         (
             {"attributes": {"schedule": "constant", "alpha": 32, "base_kind": "chat"}, "about": 1, "sha256": ...},
