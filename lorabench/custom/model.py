@@ -34,15 +34,11 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 class UserModel:
     """A user's model."""
 
-    name: str
-    """The name that the user gave: a folder, a file, a hub id or a shipped base."""
-    spec: ModelSpec
-    """The model as a preset names it."""
-    family: str
-    """The `model_type` of transformers."""
+    name: str  # The name that the user gave: a folder, a file, a hub id or a shipped base.
+    spec: ModelSpec  # The model as a preset names it.
+    family: str  # The `model_type` of transformers.
     parameters: int
-    max_length: int | None
-    """The longest sequence in tokens; None if the configuration does not say."""
+    max_length: int | None  # The longest sequence in tokens; None if the configuration does not say.
 
     @property
     def sizes(self) -> Dimensions:

@@ -55,8 +55,7 @@ class Tally:
     Rows are numbered from 1; blank lines are no rows.
     """
 
-    format: str
-    """What the rows are read as, such as their format."""
+    format: str  # What the rows are read as, such as their format.
     rows: int = 0
     usable: int = 0
     bad: dict[str, tuple[int, int]] = field(default_factory=dict)

@@ -77,12 +77,9 @@ class Subject:
 
     condition: Condition
     sizes: Dimensions
-    rows: int
-    """Sequences that go through the model at once."""
-    length: int
-    """Tokens of each sequence."""
-    recomputed: int
-    """The number of layers whose activations its training steps recompute."""
+    rows: int  # Sequences that go through the model at once.
+    length: int  # Tokens of each sequence.
+    recomputed: int  # The number of layers whose activations its training steps recompute.
 
     def planned_memory(self, preset: Preset) -> float:
         """Return the plan's estimate of the memory of a training step, in bytes."""

@@ -34,10 +34,8 @@ class LoadedTask:
     """A task of the preset with its data."""
 
     task: EvalTask
-    leaves: dict[str, Task]
-    """The tasks that it consists of, by name."""
-    items: list[Any]
-    """These tasks, or the group that they are in lm-eval, as it takes them."""
+    leaves: dict[str, Task]  # The tasks that it consists of, by name.
+    items: list[Any]  # These tasks, or the group that they are in lm-eval, as it takes them.
 
 
 def task_index(tasks: Iterable[EvalTask]) -> TaskManager:

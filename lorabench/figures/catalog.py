@@ -32,15 +32,12 @@ if TYPE_CHECKING:
 class PaperFigure:
     """A figure of the paper, of a claim in its text, or of the verdicts."""
 
-    name: str
-    """The name of its files."""
+    name: str  # The name of its files.
     title: str
     caption: str
     experiments: tuple[str, ...]
-    drawn_by: str
-    """The module and its function that draw it, with a dot between them."""
-    package: str
-    """The package of the module, which is that of a study if the figure is."""
+    drawn_by: str  # The module and its function that draw it, with a dot between them.
+    package: str  # The package of the module, which is that of a study if the figure is.
     task: Task = "sft"
     table: str = "runs"
     """The table that it shows: that of the runs of its experiments and task, or compute, evals or claims."""

@@ -63,22 +63,17 @@ class LrOptimum:
     method: str = ""
     rank: int | None = None
     width: float = NAN
-    batch_size: float = NAN
-    """Examples per step; in RL, responses per step."""
+    batch_size: float = NAN  # Examples per step; in RL, responses per step.
     steps: float = NAN
     alpha: float = NAN
     rl: bool = False
     lr: float = NAN
-    error: float = NAN
-    """The standard error of ln LR; NaN where the optimum is at the edge of its grid."""
+    error: float = NAN  # The standard error of ln LR; NaN where the optimum is at the edge of its grid.
     counts: bool = False
     remark: str = ""
-    mean_lr: float = 1.0
-    """The mean LR of a run over its highest."""
-    log_lrs: tuple[float, ...] = field(default=(), repr=False)
-    """The grid where it is known: ln LR in ascending order."""
-    losses: tuple[float, ...] = field(default=(), repr=False)
-    """The losses of the grid, error rates in RL."""
+    mean_lr: float = 1.0  # The mean LR of a run over its highest.
+    log_lrs: tuple[float, ...] = field(default=(), repr=False)  # The grid where it is known: ln LR in ascending order.
+    losses: tuple[float, ...] = field(default=(), repr=False)  # The losses of the grid, error rates in RL.
 
     @classmethod
     def from_row(cls, row: Mapping[Any, Any]) -> LrOptimum:
