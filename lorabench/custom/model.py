@@ -50,9 +50,8 @@ class UserModel:
         return self.sizes.lora("all", rank, include_unembedding=True)[0]
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}: {self.family}, {formats.parameters(self.parameters)} parameters, width {self.sizes.hidden}"
-        )
+        size = f"{formats.parameters(self.parameters)} parameters, width {self.sizes.hidden}"
+        return f"{self.name}: {self.family}, {size}"
 
 
 def find_model(name: str) -> UserModel:

@@ -241,10 +241,7 @@ def _early_rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     if common := set.intersection(*by_rank) if by_rank else set():
         losses = losses[losses["seed"].isin(common)]
     curve = losses.groupby(["arm", "method", "rank", "placement", "step"], dropna=False, as_index=False)
-    parts = {
-        "curve": curve.agg(nll=("value", "mean"), n_seeds=("seed", "nunique")),
-        "diverged": diverged_runs(at_lr),
-    }
+    parts = {"curve": curve.agg(nll=("value", "mean"), n_seeds=("seed", "nunique")), "diverged": diverged_runs(at_lr)}
     if early:
         by_seed = early.curves.by_seed
         ranks = {"rank": early.low, "other_rank": early.high, "n_seeds": early.curves.n_seeds}

@@ -126,10 +126,8 @@ def import_source(folder: Path) -> tuple[SourceFile, Tables]:
     try:
         source = SourceFile.model_validate(read_yaml(path))
     except ValidationError as error:
-        sentences = []
-        for problem in error.errors():
-            value = "" if problem["type"] in ("missing", "value_error") else f" = {short(problem['input'])}"
-            sentences.append(f"{'.'.join(map(str, problem['loc']))}{value}: {problem['msg']}")
+        wrong = [(".".join(map(str, problem["loc"])), problem) for problem in error.errors()]
+        sentences = [f"{name} = {short(problem['input'])}: {problem['msg']}" for name, problem in wrong]
         raise UserError(f"{path}: {'; '.join(sentences)}") from error
     for table, sha256 in source.sha256.items():
         if not (folder / table).is_file():
@@ -144,8 +142,8 @@ def import_source(folder: Path) -> tuple[SourceFile, Tables]:
         check_curves(curves)
         if source.outcome == "accuracy":
             rewards = runs.reindex(columns=["run_id", "final_reward"])
-            wrong = runs["status"].eq("done") & rewards["final_reward"].isna()
-            refuse_rows(rewards, wrong, "run_id", "final_reward", "a share")
+            lacking = runs["status"].eq("done") & rewards["final_reward"].isna()
+            refuse_rows(rewards, lacking, "run_id", "final_reward", "a share")
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     return source, Tables(runs, curves)

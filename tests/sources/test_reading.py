@@ -45,8 +45,8 @@ def test_what_is_not_explained_is_refused_in_a_sentence(source):
         ({"wall": 3}, "wall = 3: Extra inputs are not permitted"),
         (
             {"attributes": {"schedule": "constant", "alpha": 32, "base_kind": "chat"}, "about": 1, "sha256": ...},
-            r"about = 1: .*; attributes\.precision: Field required; attributes\.alpha = 32: .*; "
-            r"attributes\.base_kind = 'chat': Input should be 'base', .*; sha256: Field required",
+            r"about = 1: .*; attributes\.precision = .*: Field required; attributes\.alpha = 32: .*; "
+            r"attributes\.base_kind = 'chat': Input should be 'base', .*; sha256 = .*: Field required",
         ),
     ]:
         with pytest.raises(UserError, match=message) as refused:
