@@ -256,7 +256,7 @@ FILTERS = {
         *(formats.number, formats.signed, formats.nll, formats.lr, formats.interval, formats.lr_interval),
         *(formats.count, formats.amount, formats.parameters, formats.duration, formats.when),
         *(text, list_of_words, anchor),
-        *(claim_text.margin, claim_text.estimate, claim_text.spread, claim_text.measured, claim_text.verdict),
+        *(claim_text.margin, claim_text.estimate, claim_text.spread, claim_text.measured),
         *(claim_text.sentence, claim_text.details, claim_text.verdict_again),
     )
 }
