@@ -113,7 +113,7 @@ def test_what_is_wrong_with_a_copy_is_named(tmp_path):
     spec = HubProblems(kind="aime25", train=0, validation=0, test=1)
     folder = tmp_path / "math-ai/aime25"
     write_jsonl(folder / "test.jsonl", [{"problem": "?", "result": "1"}])
-    with pytest.raises(UserError, match=r"has the columns problem, result in .*test.jsonl:1; answer is needed"):
+    with pytest.raises(UserError, match=r"has columns problem, result in .*test.jsonl:1; answer is needed"):
         make_problems(spec, copies(tmp_path))
     (folder / "test.jsonl").write_text("{")
     with pytest.raises(UserError, match="test.jsonl:1 is not JSON"):

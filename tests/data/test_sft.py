@@ -94,7 +94,7 @@ def shipped(kind="docstrings", **changes) -> ShippedDataset:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_shipped_files_keep_owners_texts_and_prompts_in_one_split(kind):
-    table = pq.read_table(sft.shipped_file(kind))
+    table = pq.read_table(Path(sft.__file__).with_name(f"{kind}.parquet"))
     rows, packages = table.to_pandas(), json.loads(table.schema.metadata[b"lorabench"])["packages"]
     counted = rows.groupby("split")["package"].nunique()
     assert (counted >= 20).all()
@@ -132,9 +132,9 @@ def test_shipped_text_has_an_identity_and_too_few_examples_are_refused(tmp_path,
     asked, answered = (turn["content"] for turn in next(read_dataset(tmp_path / "made.parquet"))["messages"])
     assert asked.startswith("What does this Python function do?\n\ndef ")
     assert answered.endswith(".")
-    with pytest.raises(UserError, match=r"found \d+ test examples, at most 10 of a package, .*; 9000 are needed"):
+    with pytest.raises(UserError, match=r"and at most 10 of a package, in the documentation; 9000 are needed"):
         choose_shipped(shipped("documentation", test=9000))
-    monkeypatch.setattr(sft, "shipped_file", lambda kind: tmp_path / "file")
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match="file was changed after it was installed; install the package again"):
+    monkeypatch.setattr(sft, "__file__", str(tmp_path / "sft.py"))
+    (tmp_path / "docstrings.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="docstrings.parquet was changed after it was installed"):
         choose_shipped(shipped())

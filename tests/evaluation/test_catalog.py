@@ -71,7 +71,7 @@ def test_tasks_of_presets_are_known_and_an_unknown_one_is_named():
 def test_answers_that_leave_no_room_for_prompts_are_refused(prepared):
     arithmetic = loaded(prepared, "lorabench_arithmetic", "gcd")
     catalog.check_lengths([arithmetic], "tiny", 9)
-    with pytest.raises(UserError, match="draws up to 8 tokens; model 'tiny' takes 8, the prompt among them"):
+    with pytest.raises(UserError, match="max_new_tokens = 8; model 'tiny' takes 8"):
         catalog.check_lengths([arithmetic], "tiny", 8)
 
 

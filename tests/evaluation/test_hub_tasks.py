@@ -102,7 +102,7 @@ def test_what_was_fetched_is_evaluated_offline_with_its_settings_and_commits(tmp
     assert result.returncode == 0, result.stderr
     fetched = json.loads((tmp_path / "tasks.json").read_text())["tasks"]
     commit = Hub(tmp_path / "hub").commit("datasets", "openai/gsm8k")
-    assert fetched["gsm8k"] == {"gsm8k": {"version": "3.0", "data": commit}}
+    assert fetched["gsm8k"] == ["gsm8k"]
     assert len(fetched["mmlu"]) == SUBJECTS
 
     result = evaluate(tmp_path)

@@ -6,8 +6,6 @@ import json
 import math
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from lorabench.analysis.comparison import Judging, comparisons
@@ -17,7 +15,7 @@ from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.data.files import file_chats
 from lorabench.data.sft import build_dataset
 from lorabench.report.other_margins import UNTESTED, turned, verdicts_by_margin
-from lorabench.report.summary import dataset_origins, example, experiment
+from lorabench.report.summary import dataset_origins, experiment
 from lorabench.store.layout import Layout
 from lorabench.store.schemas import VERDICTS_BY_MARGIN
 from lorabench.store.tables import Tables
@@ -51,15 +49,6 @@ def test_results_of_rl_are_accuracies():
     [comparison] = comparisons(with_error_rates(runs), curves)
     assert row["best"] == pytest.approx(1 - comparison.fit.minima["LoRA r16"].value)
     assert row["best_low"] < row["best"] < row["best_high"]
-
-
-def test_the_example_of_a_dataset_is_its_first_question_with_the_answer(tmp_path):
-    turns = {"system": "Be brief.", "user": "1+1", "assistant": "2"}
-    chat = {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
-    for name, row in (("chats", chat), ("problems", {"question": "1+1", "answer": "2"})):
-        pq.write_table(pa.Table.from_pylist([row, row]), tmp_path / name)
-        assert example(tmp_path / name) == ("1+1", "2")
-    assert example(tmp_path / "absent") is None
 
 
 def test_bad_rows_of_files_and_of_the_hub_are_shown_with_their_reasons(raw_preset, write_preset, tmp_path, monkeypatch):
