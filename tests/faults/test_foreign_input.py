@@ -14,14 +14,12 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from lora_advice.cli import app as advice
 from typer.testing import CliRunner
 
 from lorabench.cli.commands import app
-from lorabench.models.specs import shipped_folder
 
 from ..conftest import REPOSITORY
 from ..handmade import curves_of, make_sweep, runs_table
@@ -89,8 +87,7 @@ def command(*words: object, prints: str = "") -> Run:
     """Return a function that runs a command, which prints a text and no traceback, and returns its exit status."""
 
     def run() -> int:
-        house = advice if words[0] in ("audit", "check", "recommend") else app
-        result = CliRunner().invoke(house, list(map(str, words)))
+        result = CliRunner().invoke(advice if words[0] == "audit" else app, list(map(str, words)))
         error = result.exception
         if error is not None and not isinstance(error, SystemExit):
             raise error
@@ -124,34 +121,6 @@ def config(folder: Path, chance: random.Random) -> Run:
     return command("audit", folder, "--json", prints=f'"path": "{whole}"')
 
 
-def _write_adapter(folder: Path) -> list[Path]:
-    from safetensors.numpy import save_file
-
-    about = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 4, "lora_alpha": 8, "use_dora": False}
-    about |= {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {}, "init_lora_weights": True}
-    (folder / "adapter_config.json").write_text(json.dumps(about))
-    stems = [f"base_model.model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")]
-    tensors = {f"{stem}.lora_A.weight": np.ones((4, 12), np.float32) for stem in stems}
-    tensors |= {f"{stem}.lora_B.weight": np.ones((10, 4), np.float32) for stem in stems}
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
-
-
-def adapter(folder: Path, chance: random.Random) -> Run:
-    about, weights = _write_adapter(folder)
-    path, change = chance.choice([(about, mutated), (about, other_value), (weights, mutated)])
-    path.write_bytes(change(path.read_bytes(), chance))
-    return command(chance.choice(["audit", "check"]), folder, "--json")
-
-
-def model(folder: Path, chance: random.Random) -> Run:
-    base = shipped_folder("llama-64")
-    (folder / "model.safetensors").symlink_to(base / "model.safetensors")
-    change = chance.choice([mutated, other_value, other_value])
-    (folder / "config.json").write_bytes(change((base / "config.json").read_bytes(), chance))
-    return command("recommend", folder, "--dataset-tokens", 10_000, "--json")
-
-
 def preset(folder: Path, chance: random.Random) -> Run:
     text = (REPOSITORY / "workflow/presets/smoke.yaml").read_bytes()
     change = chance.choice([mutated, other_value, other_value])
@@ -168,7 +137,7 @@ def table(folder: Path, chance: random.Random) -> Run:
     return command("claims", "--tables", folder, "--out", folder / "out")
 
 
-CASES_OF = {config: 20, adapter: 80, model: 50, preset: 80, table: 40}
+CASES_OF = {config: 20, preset: 80, table: 40}
 """How many mutations there are of each kind of input."""
 
 

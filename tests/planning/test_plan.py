@@ -14,8 +14,8 @@ from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.specs import shipped_folder
 from lorabench.planning.costs import per_experiment
-from lorabench.planning.plan import make_plan, merge_sweeps
-from lorabench.runs import Condition, Run, Seeds, Sweep
+from lorabench.planning.plan import make_plan
+from lorabench.runs import Condition, Run
 
 
 def planned(raw):
@@ -104,15 +104,6 @@ def test_a_model_is_known_by_its_files_not_by_its_name_or_place(raw_preset, tmp_
     (retrained / "model.safetensors").write_bytes(weights)
     assert ids(first) == ids(moved) == ids(first, "other")
     assert not ids(first) & ids(retrained)
-
-
-def test_runs_shared_between_experiments_appear_once(raw_preset):
-    sweep = planned(raw_preset).sweeps[0]
-    other = Sweep(sweep.condition, (sweep.lrs[0], 0.5), Seeds(1), ("placement",))
-    (merged,) = merge_sweeps([sweep, other])
-    assert merged.lrs == tuple(sorted({*sweep.lrs, 0.5}))
-    assert (merged.seeds, merged.experiments) == (sweep.seeds, ("rank", "placement"))
-    assert {run.run_id for run in sweep.grid()} < {run.run_id for run in merged.grid()}
 
 
 def variants(raw, names, preset=None, **changes):

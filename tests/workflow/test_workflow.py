@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
-from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -19,9 +17,7 @@ from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 
 from ..conftest import REPOSITORY
-from .checkout import fresh_clone, git, shell, snakemake, started
-
-FAILURES = REPOSITORY / "docs/failures.md"
+from .checkout import fresh_clone, git, shell, snakemake
 
 
 @pytest.fixture(scope="module")
@@ -123,55 +119,6 @@ def test_what_a_finished_clone_says_of_itself(smoke):
     text = (checkout / "snakemake_report.html").read_text()
     assert "fig2_lr_by_rank" in text
     assert "claims with verdicts" in text
-
-
-MOMENTS = [r"(local)?rule tokens:", *[r"1 of \d+ steps"] * 9]
-"""Beginnings of lines of Snakemake at which it is killed, one after the other."""
-
-
-def kill_at(checkout: Path, line: str) -> None:
-    """Start the smoke preset, and kill Snakemake alone as it prints a line; what it has started goes on."""
-    process = started(checkout, "--config", "preset=smoke")
-    while not re.search(f"^{line}", printed := (checkout / "printed").read_text(), re.MULTILINE):
-        assert process.poll() is None, printed
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-
-
-@pytest.mark.slow
-def test_after_kills_the_documented_commands_end_in_the_report(smoke, tmp_path):
-    documented = re.search(r"```text\n(snakemake --unlock\n.*?)```", FAILURES.read_text(), re.DOTALL)
-    unlock, again = (line.split()[1:] for line in documented[1].splitlines())
-    checkout = fresh_clone(tmp_path / "clone")
-    for number, line in enumerate(MOMENTS):
-        kill_at(checkout, line)
-        if not number:
-            # Which of the two comes first depends on whether a step was at work.
-            assert re.search("--unlock|--rerun-incomplete", snakemake(checkout, "--config", "preset=smoke", fails=True))
-        snakemake(checkout, *unlock, "--config", "preset=smoke")
-    snakemake(checkout, *again, "--config", "preset=smoke")
-    assert (checkout / "results/smoke/report/index.html").is_file()
-    for name, columns in (("test_losses", None), ("evals", ["run_id", "task", "metric", "value"])):
-        killed, undisturbed = (
-            pq.read_table(folder / f"results/smoke/tables/{name}.parquet", columns=columns)
-            for folder in (checkout, smoke[0])
-        )
-        assert killed.equals(undisturbed), name
-
-
-@pytest.mark.slow
-def test_what_snakemake_leaves_out_is_said(smoke):
-    """It leaves out what reads a file by `ancient` where the file is there and is made again."""
-    checkout, _ = smoke
-    report = checkout / "results/smoke/report/index.html"
-    report.rename(report.with_name("away"))
-    try:
-        output = snakemake(checkout, "--config", "preset=smoke", "--forcerun", "eval_tasks", fails=True)
-    finally:
-        report.with_name("away").rename(report)
-    assert "results/smoke/report/index.html is not made yet: give the same command again" in output
-    assert "Traceback" not in output
 
 
 BAD_TASKS = [
