@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from safetensors.torch import load_file
+from transformers import MistralConfig
 
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.errors import UserError
-from lorabench.models.specs import shipped_folder
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.store.layout import Layout
@@ -97,11 +97,7 @@ def test_a_sampler_that_computes_wrongly_ends_the_job_and_not_the_run(tmp_path, 
 def test_problems_beyond_a_sliding_window_are_refused(tmp_path, raw_rl_preset, monkeypatch):
     """Rows that responses share have masks without the window."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(shipped_folder("llama-128"), "base")
-    config = json.loads(Path("base/config.json").read_text())
-    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 12}
-    Path("base/config.json").write_text(json.dumps(config))
-    raw_rl_preset["models"]["tiny"] = {"kind": "path", "path": "base", "parameters": 828_288, "hidden_size": 128}
+    monkeypatch.setattr(rl_job, "load_config", lambda spec: MistralConfig(sliding_window=12))
     plan, layout = prepare(raw_rl_preset)
     with pytest.raises(UserError, match="is more than the 12 tokens that the model takes"):
         run_job(plan, Job((plan.sweeps[0],)), layout, lambda line: None)
