@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.figures.catalog import save_figure
 from lorabench.store.io import write_csv
 from lorabench.store.tables import Tables, merge
 
@@ -97,9 +96,6 @@ def test_tables_that_contradict_or_can_not_be_compared_are_refused(name, table, 
     with pytest.raises(UserError) as refused:
         merge([a, b], tmp_path / "out")
     assert str(refused.value).endswith(message.format(a=a, b=b))
-    if message == SAMPLERS:
-        with pytest.raises(UserError, match=message):
-            save_figure("learned_forgotten", [a, b], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

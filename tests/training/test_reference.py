@@ -21,7 +21,7 @@ from .rl import conftest as rl
 from .rl.conftest import environment, tokenizer  # noqa: F401
 
 BASE = "llama-128"
-STEPS = 8
+STEPS = 6
 EPS = 1e-4
 """Adam's epsilon. With a smaller one an update depends on the rounding of gradients that are nearly zero."""
 

@@ -15,9 +15,12 @@ from lorabench.config.execution import EVAL_SOURCES
 from lorabench.figures.catalog import figures_of_preset
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
+from lorabench.utils.files import SNAKEFILE
 
-from ..conftest import REPOSITORY
 from .checkout import fresh_clone, git, shell, snakemake
+
+HERE = "--snakefile", str(SNAKEFILE)
+"""The workflow in another folder, without a clone."""
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +32,8 @@ def planned_jobs(output: str) -> dict[str, int]:
     return {rule: int(count) for rule, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE) if rule != "total"}
 
 
-def test_the_main_job_is_the_laptop_preset_whose_data_and_longest_jobs_come_first(checkout):
-    output = snakemake(checkout, "--dry-run")
+def test_the_main_job_is_the_laptop_preset_whose_data_and_longest_jobs_come_first(tmp_path):
+    output = snakemake(tmp_path, *HERE, "--dry-run")
     jobs, plan = planned_jobs(output), make_plan(Layout.of("laptop").preset)
     assert jobs["train"] == len(plan.jobs) < len(plan.sweeps)
     blocks = re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", output, re.MULTILINE)
@@ -58,14 +61,13 @@ def test_a_figure_is_a_target_that_trains_only_what_it_needs(checkout):
     assert planned_jobs(output)["experiment_tables"] == 2
 
 
-def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(checkout):
-    raw = yaml.safe_load((REPOSITORY / "workflow/presets/smoke.yaml").read_text())
-    raw["experiments"]["rank"][0]["ranks"] = {"all": [0]}
-    (checkout / "wrong.yaml").write_text(yaml.safe_dump(raw))
-    output = snakemake(checkout, "--config", "preset=wrong.yaml", fails=True)
+def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(tmp_path, raw_preset):
+    raw_preset["experiments"]["rank"][0]["ranks"] = {"all": [0]}
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(raw_preset))
+    output = snakemake(tmp_path, *HERE, "--config", "preset=wrong.yaml", fails=True)
     assert "wrong.yaml: experiments.rank.0.ranks.all.0 = 0: input should be greater than or equal to 1" in output
     assert "Traceback" not in output
-    assert not (checkout / "results/wrong").exists()
+    assert not (tmp_path / "results/wrong").exists()
 
 
 @pytest.fixture(scope="module")
