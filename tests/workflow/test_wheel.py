@@ -10,7 +10,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ..conftest import REPOSITORY
 from ..custom.conftest import write_rows
 from .checkout import fresh_clone, shell
 
@@ -42,25 +41,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_it_is_the_installed_package_with_workflow_presets_and_published_numbers(commands, folder):
-    script = (
-        "import json, lorabench.config.loading as files; from lorabench.utils import files as packaged; "
-        "from lorabench.analysis.published import paper_numbers, published_sweeps; "
-        "rules = sorted(path.name for path in packaged.WORKFLOW.glob('rules/*.smk')); "
-        "print(json.dumps([packaged.__file__, files.shipped('*'), rules, len(paper_numbers()), "
-        "len(published_sweeps())]))"
-    )
-    place, presets, rules, numbers, sweeps = json.loads(shell(f'python -P -c "{script}"', folder, commands))
-    assert Path(place).is_relative_to(Path(commands).parent)
-    folders = (REPOSITORY / "workflow/presets", *(REPOSITORY / "studies").glob("*/presets"))
-    assert presets == sorted(path.stem for folder in folders for path in folder.glob("*.yaml"))
-    assert rules == sorted(path.name for path in (REPOSITORY / "workflow/rules").glob("*.smk"))
-    assert numbers > 10
-    assert sweeps > 10
-
-
 def test_an_own_preset_runs_to_its_report_in_the_folder_and_nothing_is_written_elsewhere(commands, folder):
     package = Path(shell("python -P -c 'import lorabench; print(lorabench.__path__[0])'", folder, commands).strip())
+    assert package.is_relative_to(Path(commands).parent), "the wheel's, not the repository's"
     before = {path for path in package.rglob("*") if "__pycache__" not in path.parts}
     # The shipped Slurm profile is found by its name.
     assert "rule train:" in shell("lorabench run smoke --profile slurm --dry-run", folder, commands)
