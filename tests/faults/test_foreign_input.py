@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 import resource
 import time
 from pathlib import Path
@@ -26,10 +25,8 @@ SECONDS, BYTES = 10.0, 2**30
 """What one command may take."""
 
 NONSENSE = [
-    *("", "null", "[]", "{}", "nan", ".inf", "-1", "0", "1e400", "1e-320", "true", "9" * 40, "9" * 5000, "x" * 5000),
-    *("'", '"', "{{", "}}", "[" * 2000, "{a: " * 2000, "-" * 3000, "${a}", "${A:-" * 50, "$((1+" * 50, "&a [*a, *a]"),
-    *("*a", "<<: *a", "!!python/name:os.system", "\ufeff", "\0", "\x1b[2J", "\n::error::", "é", "=", "x=[x]"),
-    *("/" * 300, "1", "2", "7", "100", "0.5", "3e-4", "1", "2", "4"),
+    *("", "nan", ".inf", "-1", "0", "1e400", "9" * 5000, "x" * 5000, "'", '"', "[" * 2000, "{a: " * 2000, "-" * 3000),
+    *("${A:-" * 50, "&a [*a, *a]", "*a", "<<: *a", "!!python/name:os.system", "\ufeff", "\0", "\x1b[2J", "\n::error::"),
 ]
 
 
@@ -57,24 +54,13 @@ def other_value(content: bytes, chance: random.Random) -> bytes:
 
 
 def mutated(content: bytes, chance: random.Random) -> bytes:
-    """Return content with one to three changes: of bytes, of parts, and of words or numbers by nonsense."""
+    """Return content with one to three changes: a part is left out, repeated, or replaced by a byte or nonsense."""
     for _ in range(chance.randint(1, 3)):
         start = chance.randrange(len(content) + 1)
-        end = min(len(content), start + chance.randint(1, 200))
-        match chance.randrange(8):
-            case 0:
-                content = content[:start] + bytes([chance.randrange(256)]) + content[start + 1 :]
-            case 1:
-                content = content[:start] + content[end:] if chance.random() < 0.7 else content[:start]
-            case 2:
-                content = content[:end] + content[start:end] * chance.choice([1, 2, 300]) + content[end:]
-            case 3:
-                content = content[:start] + chance.choice(NONSENSE).encode() + content[start:]
-            case kind:
-                pattern = rb"[\w.+-]+" if kind < 6 else rb"(?<=[:=,]) ?[^\s:=,][^\n,=}\]]*"
-                words = list(re.finditer(pattern, content)) or [re.search(rb"", content)]
-                word = chance.choice(words)
-                content = content[: word.start()] + chance.choice(NONSENSE).encode() + content[word.end() :]
+        end = start + chance.randint(0, 20)
+        nonsense = chance.choice(NONSENSE).encode()
+        part = chance.choice([b"", content[start:end] * 300, nonsense, bytes([chance.randrange(256)])])
+        content = content[:start] + part + content[end:]
     return content
 
 
