@@ -1,12 +1,20 @@
-"""The memory of a step against measurements, and what several GPUs divide."""
+"""The memory of a step against measurements, and what several GPUs divide.
+
+This module is also the program that runs in each of several processes.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import weakref
 from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import TinyModel
@@ -19,11 +27,13 @@ from lorabench.models.specs import dimensions
 from lorabench.planning.memory import LOGITS_AT_ONCE, decided, gpus_needed, step_memory
 from lorabench.planning.plan import make_plan
 from lorabench.training import step_cost
-from lorabench.training.loss import MAX_LOGITS, Batch
+from lorabench.training.distributed import join, leave, local_part
+from lorabench.training.loss import MAX_LOGITS, Batch, add_gradient
 from lorabench.training.rl.objective import ResponseGroup, backward
 from lorabench.training.rl.sampler import Response
 from lorabench.training.run import Machine
 
+from ..conftest import REPOSITORY
 from ..handmade import with_model
 
 
@@ -106,6 +116,31 @@ def test_memory_is_what_a_step_of_rl_takes_where_the_logits_come_in_pieces(monke
     assert 1.0 <= estimate / peak < 1.1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rank", "again", "precision", "batch", "length", "pieces"),
+    [
+        ("llama-128", None, 2, "bf16", 16, 128, 1 << 18),
+        # With few tokens, what is gathered and the gradients of embedding and unembedding weigh most.
+        ("llama-128", None, False, "bf16", 2, 64, 1 << 14),
+        ("moe-128", 8, True, "bf16", 2, 64, 1 << 24),
+    ],
+)
+def test_memory_is_what_a_step_of_two_processes_takes(name, rank, again, precision, batch, length, pieces, monkeypatch):
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", pieces)
+    sizes = dimensions(TinyModel(kind="tiny", name=name))
+    preset = laptop(precision, again)
+    recomputed = preset.execution.recomputed_layers(sizes.layers)
+    settings = [name, rank or 0, recomputed, int(precision == "bf16"), batch, length, pieces]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    command += ["tests.planning.test_memory", *map(str, settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.split("peak ")[1].split()[0])
+    estimate = sum(step_memory(preset, sizes, rank, rank and "all", batch * length, length, gpus=2))
+    assert 1.0 <= estimate / peak < 1.2
+
+
 def test_the_limit_of_logits_is_that_of_the_loss():
     assert {"cpu": MAX_LOGITS["cpu"], "gpu": MAX_LOGITS["cuda"]} == LOGITS_AT_ONCE
 
@@ -134,3 +169,61 @@ def test_as_few_layers_are_recomputed_as_fit_the_fewest_gpus():
                 assert gpus_needed(fewer, sweep) > gpus_needed(core, sweep)
     assert min(shares) == 0
     assert any(0 < share < 1 for share in shares)
+
+
+class Alive(TorchDispatchMode):
+    """Tracks the bytes of the storages that are alive, whose sizes it reads at each operation.
+
+    FSDP frees the storage of gathered weights and keeps the tensor.
+    """
+
+    def __init__(self, held):
+        super().__init__()
+        self.peak, self._storages = 0, {}
+        self._see(held)
+
+    def _see(self, tree):
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, torch.Tensor):
+                storage = local_part(leaf).untyped_storage()
+                self._storages.setdefault(storage._cdata, weakref.ref(storage))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self._see((args, kwargs, out))
+        alive = {key: storage for key, reference in self._storages.items() if (storage := reference()) is not None}
+        self._storages = {key: self._storages[key] for key in alive}
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive.values()))
+        return out
+
+
+def main(name: str, rank: int, recomputed: int, bf16: bool, batch: int, length: int, pieces: int) -> None:
+    """Print the peak memory of a training step of one of several processes that share a model."""
+    processes = join()
+    model = load_model(TinyModel(kind="tiny", name=name))
+    if rank:
+        model = lora.add_lora(model, rank, "all", 32, True, seed=0)
+    if recomputed:
+        recompute_activations(model, model.config.num_hidden_layers - recomputed)
+    sharded = processes.shard(model)
+    inputs, targets = torch.randint(sharded.config.vocab_size, (2, batch, length))
+    optimizer = torch.optim.AdamW([p for p in sharded.parameters() if p.requires_grad], lr=0.0, foreach=False)
+
+    def step() -> None:
+        for _ in range(2):
+            # A batch has several parts, and the gradients of one wait for the next.
+            cast = torch.bfloat16 if bf16 else None
+            add_gradient(sharded, Batch(inputs, targets), 2 * targets.numel(), cast, pieces)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with Alive([list(sharded.parameters()), [list(state.values()) for state in optimizer.state.values()]]) as alive:
+        step()
+    if processes.first:
+        print(f"peak {alive.peak}")
+    leave(processes)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
