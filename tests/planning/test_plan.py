@@ -129,13 +129,9 @@ def test_variants_of_lora_are_arms(raw_preset):
         (["dora"], {}, {"ranks": {}, "lrs": {"fullft": [1e-3], "lora": []}}, "variants .'dora'. need ranks"),
         (["pissa"], {}, {"ranks": {"all": [129]}}, "PiSSA of tiny: rank 129 is more than the smallest .* layer, 128"),
         (["dora"], {"models": {"tiny": {"kind": "tiny", "name": "moe-128"}}}, {}, "a mixture of experts can only"),
-        (["dora"], {"experiments": {}}, {}, "experiment rank has the variant 'dora'"),
     ],
 )
 def test_what_a_variant_cannot_be_combined_with_is_refused(raw_preset, names, preset, changes, message):
-    if "experiments" in preset:
-        raw_preset["experiments"]["rank"][0]["variants"] = names
-        preset = {"experiments": raw_preset["experiments"]}
     with pytest.raises((UserError, ValueError), match=message):
         variants(raw_preset, names, preset, **changes)
 
