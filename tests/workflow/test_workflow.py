@@ -17,6 +17,7 @@ from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 from lorabench.utils.files import SNAKEFILE
 
+from ..conftest import REPOSITORY
 from .checkout import fresh_clone, git, shell, snakemake
 
 HERE = "--snakefile", str(SNAKEFILE)
@@ -143,3 +144,19 @@ def test_an_evaluation_that_fails_is_reported_early_and_keeps_back_only_its_scor
     assert all((checkout / layout.job(job)).is_file() for job in make_plan(layout.preset).jobs)
     assert "without the scores" in (checkout / layout.report_without_evaluation).read_text()
     assert not (checkout / layout.report).exists()
+
+
+@pytest.mark.slow
+def test_rules_of_the_module_write_into_the_folder_and_a_prefix_is_refused(tmp_path):
+    """A workflow in another folder uses this one as a module, as config/README.md says."""
+    [snakefile] = re.findall(r"```python\n(.*?)```", (REPOSITORY / "config/README.md").read_text(), re.DOTALL)
+    snakefile = snakefile.replace("path/to/lorabench", str(REPOSITORY))
+    (tmp_path / "Snakefile").write_text(snakefile)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/config.yaml").write_text("preset: smoke\n")
+    snakemake(tmp_path, "results/smoke/plan.parquet")
+    assert (tmp_path / "results/smoke/plan.parquet").is_file()
+    (tmp_path / "Snakefile").write_text(snakefile.replace("config: config", 'config: config\n    prefix: "other"'))
+    output = snakemake(tmp_path, "--dry-run", fails=True)
+    assert "module prefix: 'other/results/smoke/report/index.html' is expected" in output
+    assert "Traceback" not in output
