@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ from lorabench.analysis.arms import ARM
 from lorabench.claims.judge import CLAIMS
 from lorabench.config.execution import EVAL_SOURCES
 from lorabench.figures.catalog import figures_of_preset
+from lorabench.models.base import converted_folder
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 from lorabench.utils.files import SNAKEFILE
@@ -160,3 +162,39 @@ def test_rules_of_the_module_write_into_the_folder_and_a_prefix_is_refused(tmp_p
     output = snakemake(tmp_path, "--dry-run", fails=True)
     assert "module prefix: 'other/results/smoke/report/index.html' is expected" in output
     assert "Traceback" not in output
+
+
+# A command in place of lorabench, which says when a job starts and ends.
+JOB = """#!/bin/bash
+echo start >>log
+sleep 0.5
+echo end >>log
+mkdir -p results/smollm2/jobs && touch results/smollm2/jobs/$3.parquet
+"""
+
+
+@pytest.mark.slow
+def test_without_a_scheduler_no_more_jobs_run_at_once_than_there_are_gpus(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "bin").mkdir()
+    for name, text in (("lorabench", JOB), ("nvidia-smi", "#!/bin/sh\nprintf '0\\n1\\n'\n")):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    # Four training jobs of one GPU each, whose data and bases are there.
+    layout = Layout.of("smollm2")
+    jobs = [job for job in make_plan(layout.preset).jobs if job.sweeps[0].condition.task == "sft"][:4]
+    for condition in (job.sweeps[0].condition for job in jobs):
+        base = converted_folder(layout.preset.models[condition.model]) / "model.safetensors"
+        for path in (layout.tokens(condition.model, condition.dataset), base):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).touch()
+    options = (*HERE, "--cores", "32", "--allowed-rules", "train", "--config", "preset=smollm2")
+    snakemake(tmp_path, *(str(layout.job(job)) for job in jobs), *options, commands=f"{tmp_path}/bin")
+    words = (tmp_path / "log").read_text().split()
+    assert words.count("start") == len(jobs)
+    assert max(accumulate(1 if word == "start" else -1 for word in words)) == 2
+    # One that needs more GPUs than there are would wait forever.
+    refused = snakemake(
+        tmp_path, *HERE, "--dry-run", "--config", "preset=paper", fails=True, commands=f"{tmp_path}/bin"
+    )
+    assert "GPUs, and this machine shows 2; lower execution.max_gpus" in refused
