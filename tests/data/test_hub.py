@@ -1,4 +1,4 @@
-"""Hub datasets in the forms of Tulu3 and OpenThoughts3, read from local copies of the same form."""
+"""Hub datasets in the form of Tulu3, read from local copies of the same form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorabench.data.files import NO_ANSWER, NO_TEXT, TOO_LONG
 from lorabench.data.sft import about, build_dataset, read_dataset
 from lorabench.errors import UserError
 
-from ..hub.repositories import copies, openthoughts3_row, tulu3_row, write_openthoughts3, write_tulu3
+from ..hub.repositories import copies, tulu3_row, write_tulu3
 
 SIZES = {"train": 40, "validation": 8, "test": 8}
 
@@ -28,17 +28,6 @@ def make(folder, **changes):
 
 def prompts(rows, split=None):
     return [prompt(row["messages"]) for row in rows if split in (None, row["split"])]
-
-
-def test_openthoughts3_has_each_question_once(tmp_path):
-    rows = make(write_openthoughts3(tmp_path, map(openthoughts3_row, range(120))))
-    assert Counter(row["split"] for row in rows) == SIZES
-    assert len(set(prompts(rows))) == len(rows) == 56
-    for row in rows:
-        (user, assistant) = row["messages"]
-        assert (user["role"], assistant["role"]) == ("user", "assistant")
-        thought, answer = assistant["content"].rsplit(" ", 1)
-        assert (user["content"], thought) == (f"riddle {int(answer) // 2}", "<think>\u2028</think>")
 
 
 def test_the_choice_is_spread_over_tulu3_follows_from_the_seed_and_holds_out_the_same_examples(tmp_path):

@@ -17,7 +17,7 @@ from lorabench.data import sft
 from lorabench.data.chat import prompt
 from lorabench.data.identity import dataset_id
 from lorabench.data.reasoning import INSTRUCT_TASKS, PRETRAIN_TASKS
-from lorabench.data.sft import about, build_dataset, choose_shipped, make_dataset, read_dataset, write_dataset
+from lorabench.data.sft import about, build_dataset, choose_shipped, make_dataset, read_dataset
 from lorabench.errors import UserError
 
 
@@ -58,17 +58,6 @@ def test_held_out_tests_are_found_beyond_training_splits_of_any_length():
     # With seed 1, the problems of reasoning-gym with seed 100 are the later ones of these splits.
     spec = load_preset("laptop@100").datasets["batches"]
     assert (spec.seed, [row["split"] for row in make_dataset(spec)].count("test")) == (1, spec.test)
-
-
-def test_many_row_groups_hold_the_same_rows(tmp_path, monkeypatch):
-    rows = made()
-    monkeypatch.setattr(sft, "_GROUP_ROWS", 7)
-    write_dataset(iter(rows), tmp_path / "rows.parquet")
-    monkeypatch.setattr(sft, "_GROUP_CHARS", 300)
-    write_dataset(iter(rows), tmp_path / "chars.parquet")
-    groups = [pq.ParquetFile(tmp_path / f"{name}.parquet").num_row_groups for name in ("rows", "chars")]
-    assert groups[1] > groups[0] == 9
-    assert list(read_dataset(tmp_path / "rows.parquet")) == list(read_dataset(tmp_path / "chars.parquet")) == rows
 
 
 def test_facts_are_the_same_in_every_split_and_uniform(tmp_path):

@@ -92,32 +92,26 @@ MODEL = WantedRepository("model", "owner/tiny", "main")
 DATA = WantedRepository("dataset", TULU3, "main", ((None, "train"),))
 
 
-def test_of_a_model_only_what_is_read_comes(hub, tmp_path):
-    add_model(hub)
+def test_of_a_model_only_what_is_read_comes_and_a_moving_revision_stays_what_it_was(hub, tmp_path):
+    folder = add_model(hub)
 
     def files():
         return {path.name for path in tmp_path.glob("home/hub/models--*/snapshots/*/*")}
 
-    (model,) = fetched(MODEL).values()
-    assert model.commit == hub.commit("models", "owner/tiny")
+    before = fetched(MODEL)
+    commit = before["owner/tiny"].commit
+    assert commit == hub.commit("models", "owner/tiny")
     names = {path.name for path in shipped_folder("llama-64").iterdir()} - {"README.md"}
     assert files() == names
-    fetched(replace(MODEL, revision=model.commit, code=True))
+    fetched(replace(MODEL, revision=commit, code=True))
     assert files() == names | {"code.py"}
-
-
-def test_a_moving_revision_stays_what_it_was_when_it_was_first_fetched(hub):
-    folder = add_model(hub)
-    before = fetched(MODEL)
     (folder / "README.md").write_text("# Another\n")
     Path("fetched.json").unlink()
     assert fetched(MODEL) == before
-    pins = list(Path("pins").iterdir())
-    assert [(pin.name, pin.read_text()) for pin in pins] == [
-        ("models--owner--tiny--main.txt", before["owner/tiny"].commit + "\n")
-    ]
-    pins[0].unlink()
-    assert fetched(MODEL)["owner/tiny"].commit == hub.commit("models", "owner/tiny") != before["owner/tiny"].commit
+    pin = Path("pins/models--owner--tiny--main.txt")
+    assert pin.read_text() == commit + "\n"
+    pin.unlink()
+    assert fetched(MODEL)["owner/tiny"].commit == hub.commit("models", "owner/tiny") != commit
 
 
 def preset(hub):
