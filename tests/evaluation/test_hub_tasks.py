@@ -83,7 +83,7 @@ def test_what_was_fetched_is_evaluated_offline_with_its_settings_and_commits(tmp
     raw = RAW | {"evaluation": RAW["evaluation"] | {"tasks": tasks}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
     write_repositories(tmp_path / "hub/datasets")
-    missing = "can't be loaded; run `lorabench step fetch` with a connection: "
+    missing = "can't be loaded; run `lorabench step fetch` online: "
     # What was not fetched is named: first the data, then the splitter.
     for result, said in (
         (evaluate(tmp_path), f"'gsm8k' {missing}"),
@@ -91,7 +91,8 @@ def test_what_was_fetched_is_evaluated_offline_with_its_settings_and_commits(tmp
     ):
         assert result.returncode == 2
         assert said in result.stderr
-    assert not (tmp_path / "tasks.json").exists()
+    fetched = tmp_path / Layout.of(str(tmp_path / "mine.yaml")).eval_tasks
+    assert not fetched.exists()
     # nltk's sentence splitter as a download would leave it, trained on almost nothing.
     english = tmp_path / "nltk/tokenizers/punkt_tab/english"
     english.mkdir(parents=True)
@@ -100,10 +101,9 @@ def test_what_was_fetched_is_evaluated_offline_with_its_settings_and_commits(tmp
         (english / name).write_text(text)
     result = fetch(tmp_path)
     assert result.returncode == 0, result.stderr
-    fetched = json.loads((tmp_path / "tasks.json").read_text())["tasks"]
+    tasks = json.loads(fetched.read_text())["tasks"]
+    assert (tasks["gsm8k"], len(tasks["mmlu"])) == (["gsm8k"], SUBJECTS)
     commit = Hub(tmp_path / "hub").commit("datasets", "openai/gsm8k")
-    assert fetched["gsm8k"] == ["gsm8k"]
-    assert len(fetched["mmlu"]) == SUBJECTS
 
     result = evaluate(tmp_path)
     assert result.returncode == 0, result.stderr
