@@ -144,10 +144,8 @@ class Lattice:
     """
 
     per_decade: int
-    further: int
-    """The largest number of LRs that a sweep may try besides those with which it starts."""
-    scale: float = 1.0
-    """A factor on all LRs, of an arm whose LR of A is scaled."""
+    further: int  # The largest number of LRs that a sweep may try besides those with which it starts.
+    scale: float = 1.0  # A factor on all LRs, of an arm whose LR of A is scaled.
 
     def lr(self, position: float) -> float:
         """Return the LR at a position: whole numbers are points of the lattice, halves lie between them."""
@@ -190,25 +188,20 @@ class Racing:
     """When one of the three LRs around the best gets no more seeds: by a one-sided t-test of its losses minus those of
     the best one, paired by seed, with a variance that is pooled over the LRs."""
 
-    level: float
-    """The share of sweeps in which the test gives up an LR that is no worse."""
-    least: int
-    """The number of seeds that all three LRs have, at least 2."""
+    level: float  # The share of sweeps in which the test gives up an LR that is no worse.
+    least: int  # The number of seeds that all three LRs have, at least 2.
 
 
 @dataclass(frozen=True)
 class Seeds:
     """The seeds of a sweep: consecutive numbers from the first seed on, which every LR has and every count includes."""
 
-    best: int
-    """Seeds at the best LR."""
-    around: int = 1
-    """Seeds at each of the three LRs around the best, at most `best`; 1 in a sweep of fixed LRs."""
+    best: int  # Seeds at the best LR.
+    around: int = 1  # Seeds at each of the three LRs around the best, at most `best`; 1 in a sweep of fixed LRs.
     given: tuple[tuple[float, int], ...] = ()
     """LRs with the number of seeds that each has whichever LR proves the best, ascending."""
     first: int = 0
-    racing: Racing | None = None
-    """None for a sweep whose three LRs around the best all have the same seeds."""
+    racing: Racing | None = None  # None for a sweep whose three LRs around the best all have the same seeds.
 
     @property
     def all_have(self) -> int:
@@ -225,8 +218,7 @@ class Sweep:
     """The runs of one condition, and the experiments that need them."""
 
     condition: Condition
-    lrs: tuple[float, ...]
-    """The LRs that are trained first, ascending."""
+    lrs: tuple[float, ...]  # The LRs that are trained first, ascending.
     seeds: Seeds
     experiments: tuple[str, ...] = field(compare=False)
     lattice: Lattice | None = None

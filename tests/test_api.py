@@ -16,7 +16,7 @@ import pytest
 from lorabench import api
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.loss_fit import Noise
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.errors import UserError
 from lorabench.store.io import write_frame
 from lorabench.store.tables import Tables
@@ -55,12 +55,13 @@ def test_frames_folders_and_the_command_are_judged_alike(tmp_path):
     curves = curves_of(runs)
     write_frame(runs, "runs", tmp_path)
     write_frame(curves, "curves", tmp_path)
-    whole = judge_claims(Tables.read(tmp_path)).set_index("claim_id")
+    chosen = [claim for claim in CLAIMS if claim.id in ("B1", "B2")]
+    whole = judge_claims(Tables.read(tmp_path), chosen).set_index("claim_id")
     # Plain columns, as a user's frame has them, and an index that is not in order.
     plain, columns = runs.astype({"seed": float, "rank": float})[::-1], ["verdict", "estimate", "ci_low", "margin_high"]
     for tables in ({"runs": plain, "curves": curves}, tmp_path):
         judged = api.judge(tables, claims=["B2", "B1"]).set_index("claim_id")
-        pd.testing.assert_frame_equal(judged[columns], whole.loc[["B1", "B2"], columns])
+        pd.testing.assert_frame_equal(judged[columns], whole[columns])
     assert whole.loc["B1", "verdict"] != "not tested"
     # A source has a row for each claim and model.
     judged = api.judge(REFERENCE / "apertus", claims=["B2"])
@@ -73,7 +74,6 @@ def test_frames_folders_and_the_command_are_judged_alike(tmp_path):
         (lambda: api.judge(REFERENCE / "orbit", claims=["Z9"]), "claim 'Z9': allowed: A1, .*"),
         (lambda: api.judge({"run": pd.DataFrame()}), "table 'run' is not known; allowed: data frames of runs, .*"),
         (lambda: api.judge({"runs": pd.DataFrame({"lr": ["x"]})}), "runs: column lr has 'x', which is not a number"),
-        (lambda: api.judge("nowhere"), "no table runs, .* in nowhere"),
         (lambda: api.judge(REFERENCE / "orbit", noise=Noise(0.1, 2, "mine")), "noise: .* states the noise .*"),
     ],
 )
@@ -110,30 +110,23 @@ def test_the_fit_of_a_sweep_is_that_of_the_engine():
     assert fit.lr_low < 2.3e-4 < fit.lr_high
 
 
-def test_a_sweep_that_does_not_bound_its_optimum_names_the_next_learning_rate():
+def test_a_sweep_that_does_not_bound_its_optimum_names_the_next_learning_rate_and_noise_may_be_lent():
     at_the_edge = api.fit_lr(sweep(2e-3))
     assert (at_the_edge.inside, at_the_edge.problems) == (False, ("best LR at the edge of its grid",))
     assert at_the_edge.next_lr == pytest.approx(2.15e-3, rel=0.01)
     # A run that diverged bounds the optimum from above.
     diverged = pd.concat([sweep(8e-4), pd.DataFrame({"lr": 2.15e-3, "seed": 0, "loss": [math.inf]})])
     assert "best LR at the edge of its grid" not in api.fit_lr(diverged).problems
-
-
-def test_one_seed_has_intervals_only_with_noise_from_elsewhere():
-    runs = sweep(2e-4, seeds=1).drop(columns="seed")
-    alone, lent = api.fit_lr(runs), api.fit_lr(runs, Noise(0.002, 2, "elsewhere"))
-    assert alone.lr == pytest.approx(lent.lr, rel=0.05)
-    assert math.isnan(alone.lr_low)
-    assert alone.problems == ("1 paired seeds, 3 needed",)
-    assert lent.lr_low < lent.lr < lent.lr_high
-    assert not lent.problems
+    once = sweep(2e-4, seeds=1).drop(columns="seed")
+    assert api.fit_lr(once).problems == ("1 paired seeds, 3 needed",)
+    lent = api.fit_lr(once, Noise(0.002, 2, "elsewhere"))
+    assert (lent.lr_low < lent.lr < lent.lr_high, lent.problems) == (True, ())
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"lr": "high"}, "row 0: lr = 'high'; allowed: numbers above 0"),
-        ({"seed": 0.5}, "row 0: seed = 0.5; allowed: whole numbers"),
         ({"loss": "low"}, "row 0: loss = 'low'; allowed: numbers, and null or infinity of a run that diverged"),
         ({"seed": 1}, "row 1: lr = 4.64e-05; allowed: each once with a seed, .*"),
     ],

@@ -60,12 +60,6 @@ def test_hashes_are_those_of_the_versions_of_the_constraints():
     assert missing == set()
 
 
-def test_constraints_name_no_address_of_an_index():
-    for path in REPOSITORY.glob("constraints*.txt"):
-        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-        assert [line for line in lines if "://" in line or re.match(r"-|\s+--(?!hash=)", line)] == [], path
-
-
 def test_the_conda_environment_has_the_python_of_the_images_and_the_versions_of_the_constraints():
     dependencies = yaml.safe_load((ENVIRONMENTS / "lorabench.yaml").read_text())["dependencies"]
     versions = dict(dependency.split("=") for dependency in dependencies if "=" in dependency)

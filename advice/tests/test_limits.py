@@ -77,12 +77,10 @@ def test_every_file_stands_on_its_own(tmp_path):
     ("name", "text", "message"),
     [
         ("a.yaml", VERL.replace("8}", "-8}"), "the rank is -8; allowed: whole numbers from 1 to 1e+09"),
-        ("a.yaml", f"{LLAMA_FACTORY}lora_rank: 2.5\n", "the rank is 2.5; allowed: "),
         ("a.yml", AXOLOTL.replace("16", "1" + "0" * 400), "the rank is 10000"),
         ("a.yml", AXOLOTL.replace("0.0002", ".nan"), "the learning rate is nan; allowed: numbers from 1e-20 to 1000"),
         ("a.yml", f"{AXOLOTL}gradient_accumulation_steps: 0\n", "the number of accumulated batches is 0; allowed: "),
         ("a.sh", f"{TRL} --lora_alpha -16\n", "the alpha is -16; allowed: numbers from 0 to 1e+09"),
-        ("a.sh", f"{TRL} --num_train_epochs nan\n", "the number of epochs is nan; allowed: "),
         ("a.py", PYTHON.format("-1e-4"), "the learning rate is -0.0001; allowed: "),
     ],
 )
@@ -91,15 +89,6 @@ def test_numbers_without_meaning_are_errors(tmp_path, name, text, message):
     report = audit(tmp_path)
     assert [f.message[: len(message)] for f in report.findings if f.code == "number"] == [message]
     assert json.dumps(asdict(report), allow_nan=False)
-
-
-def test_where_a_number_has_a_meaning_of_its_own_nothing_is_said(tmp_path):
-    (tmp_path / "a.yaml").write_text(VERL.replace("lora_rank: 8", "lora_rank: 0"))
-    (tmp_path / "b.sh").write_text(f"{TRL} --max_steps 10 --num_train_epochs -1 --gradient_accumulation_steps auto\n")
-    (tmp_path / "c.sh").write_text(f"{TRL.replace('--use_peft', '--use_peft false')} --lora_r 0 --max_steps -1\n")
-    report = audit(tmp_path)
-    assert len(report.configs) == 3
-    assert [finding for finding in report.findings if finding.code == "number"] == []
 
 
 HOSTILE = {

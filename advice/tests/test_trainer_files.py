@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -25,13 +24,6 @@ KNOWN = {
     trainer: set(keys.split())
     for trainer, keys in yaml.safe_load(Path(__file__).with_name("known_keys.yaml").read_text()).items()
 }
-
-
-def write_rows(path: Path, count: int) -> Path:
-    """Write examples in JSON lines: reverse two words."""
-    rows = ({"prompt": f"Reverse {n}: red tiger", "completion": "tiger red"} for n in range(count))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def audit(configs):
@@ -118,14 +110,6 @@ def test_data_of_the_hub_are_named_and_not_read(tmp_path):
     assert (info["hf_hub_url"], info["columns"]) == ("owner/chats", {"messages": "messages"})
 
 
-def test_a_model_without_a_chat_template_gets_one(tmp_path, base):
-    data = write_rows(tmp_path / "own.jsonl", 8)
-    settings, _, [row, *_] = written("trl", tmp_path / "trl", base, "--data", data)
-    assert settings["assistant_only_loss"]
-    assert "{% generation %}" in Path(settings["chat_template_path"]).read_text()
-    assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]
-
-
 def test_experts_get_lora(tmp_path, shipped):
     stacks, model = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], shipped / "moe-128"
     settings, text, _ = written("trl", tmp_path / "trl", model)
@@ -171,62 +155,38 @@ def test_what_a_trainer_cannot_do_is_one_sentence(tmp_path, base, shipped):
         assert not new.exists()
 
 
-def trained_by_trl(folder, text):
-    """Train by TRL as `trl sft --config` does, but in fp32 on the CPU; return the losses and the learning rates."""
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True])
+def test_trl_trains_as_the_reference_of_the_suite_does(tmp_path, base, full, monkeypatch):
+    """TRL trains as `trl sft --config` does, but in fp32 on the CPU."""
+    reference = pytest.importorskip("lorabench.training.reference")
     sft = pytest.importorskip("trl.scripts.sft")
-    path = folder / "trl.yaml"
-    held_out = ("test_split_size", "eval_strategy", "eval_on_start")
-    path.write_text("\n".join(line for line in text.splitlines() if not line.startswith(held_out)))
-    options = ("--config", str(path), "--use_cpu", "--bf16", "false")
-    sft.main(*sft.make_parser().parse_args_and_config(options, fail_with_unknown_args=True))
-    [state] = (folder / "out").glob("checkpoint-*/trainer_state.json")
-    steps = [step for step in json.loads(state.read_text())["log_history"] if "loss" in step]
-    return [step["loss"] for step in steps], {step["learning_rate"] for step in steps}
-
-
-def encoded(model, rows):
-    """Return examples as the suite encodes them."""
     from lorabench.config.inputs import PathModel
     from lorabench.data.tokens import encode_chat
     from lorabench.models.base import load_tokenizer
 
-    spec = PathModel(kind="path", path=str(model), chat_template="plain", parameters=1, hidden_size=1)
-    tokenizer = load_tokenizer(spec)
-    return [encode_chat(tokenizer, row.get("messages") or row["prompt"] + row["completion"]) for row in rows]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("full", [False, True])
-def test_trl_trains_as_the_reference_of_the_suite_does(tmp_path, base, full, monkeypatch):
-    reference = pytest.importorskip("lorabench.training.reference")
-    data = write_rows(tmp_path / "own.jsonl", 8)
+    data = tmp_path / "own.jsonl"
+    examples = ({"prompt": f"Reverse {n}: red tiger", "completion": "tiger red"} for n in range(8))
+    data.write_text("".join(json.dumps(row) + "\n" for row in examples))
     # Each step has all examples, so that their order does not matter.
     options = ["--data", data, "--steps", 4, "--batch-size", 8, *(["--full"] if full else [])]
     settings, text, rows = written("trl", tmp_path / "trl", base, *options)
-    losses, lrs = trained_by_trl(tmp_path / "trl", text)
-    assert lrs == {settings["learning_rate"]}
+    path = tmp_path / "trl/trl.yaml"
+    held_out = ("test_split_size", "eval_strategy", "eval_on_start")
+    path.write_text("\n".join(line for line in text.splitlines() if not line.startswith(held_out)))
+    arguments = ("--config", str(path), "--use_cpu", "--bf16", "false")
+    sft.main(*sft.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=True))
+    [state] = (tmp_path / "trl/out").glob("checkpoint-*/trainer_state.json")
+    log = [step for step in json.loads(state.read_text())["log_history"] if "loss" in step]
+    losses = [step["loss"] for step in log]
+    assert {step["learning_rate"] for step in log} == {settings["learning_rate"]}
     # TRL puts no LoRA on the unembedding.
     monkeypatch.setattr(reference, "LAYERS", [name for name in reference.LAYERS if name != "lm_head"])
     rank = None if full else settings["lora_r"]
-    expected, _ = reference.train_sft(base, encoded(base, rows), 4, 8, settings["learning_rate"], rank, 32.0, seed=0)
+    tokenizer = load_tokenizer(
+        PathModel(kind="path", path=str(base), chat_template="plain", parameters=1, hidden_size=1)
+    )
+    chats = [encode_chat(tokenizer, row["messages"]) for row in rows]
+    expected, _ = reference.train_sft(base, chats, 4, 8, settings["learning_rate"], rank, 32.0, seed=0)
     assert losses == pytest.approx(expected, rel=1e-4)
     assert losses[-1] < losses[0] - 2
-
-
-@pytest.mark.slow
-def test_trl_trains_experts_and_not_the_router(tmp_path, shipped):
-    pytest.importorskip("trl.scripts.sft")
-    from safetensors.torch import load_file
-
-    model = Path(shutil.copytree(shipped / "moe-128", tmp_path / "moe"))
-    data = write_rows(tmp_path / "own.jsonl", 8)
-    settings, text, _ = written("trl", tmp_path / "trl", model, "--data", data, "--batch-size", 8)
-    trained_by_trl(tmp_path / "trl", text)
-    adapter = load_file(tmp_path / "trl/out/adapter_model.safetensors")
-    sizes = {name: len(value) for name, value in adapter.items() if "lora_A" in name}
-    experts = [name for name in sizes if "experts" in name]
-    # Beside the experts of the three layers it is on attention, and not on the router.
-    assert (len(experts), len(sizes) - len(experts)) == (2 * 3, 4 * 3)
-    # A stack has the rank for each of its eight experts.
-    assert {sizes[name] for name in experts} == {8 * settings["lora_r"]}
-    assert all(value.abs().max() > 0 for value in adapter.values())

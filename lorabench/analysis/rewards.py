@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label, arm_table, each_arm
+from lorabench.analysis.arms import arm_label, arm_table
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.curves import metric_points
 from lorabench.analysis.estimate import N_DRAWS, Estimate, example_draws, multivariate_student, without_run_noise
@@ -80,26 +80,6 @@ def leads(runs: pd.DataFrame) -> pd.DataFrame:
     controls = runs.reindex(columns=[*method[:2], *CONTROLS]).astype(dict.fromkeys(CONTROLS, float))
     table = highest.rename("accuracy").reset_index().join(controls.groupby(method[:2]).max(), on=method[:2])
     return table.assign(lead=table["accuracy"].fillna(0.0) - table[list(CONTROLS)].max(axis=1))
-
-
-def sampler_mismatch(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the measures of the sampler against the learner over the steps of all runs of each arm of RL.
-
-    Returns:
-        One row per arm: run_ids, kl_mean (nats per token), kl_max (the largest absolute value), ratio_mean, ratio_max,
-        ratio_above_2 (the mean share of tokens), n_measured (runs with a KL), and n_above (see `runs_above_max_kl`).
-    """
-    columns = ["run_ids", "kl_mean", "kl_max", "ratio_mean", "ratio_max", "ratio_above_2", "n_measured", "n_above"]
-    metrics = ("kl", "ratio_mean", "ratio_max", "ratio_above_2")
-    points = [metric_points(curves, "train", metric).astype({"value": float}).set_index("run_id") for metric in metrics]
-    above, rows = runs_above_max_kl(curves), []
-    for arm, arm_runs in each_arm(runs[is_rl(runs)]):
-        ids = arm_runs["run_id"]
-        kl, mean, largest, above_2 = (table.loc[table.index.isin(ids), "value"] for table in points)
-        numbers = [kl.mean(), kl.abs().max(), mean.mean(), largest.max(), above_2.mean()]
-        counts = [kl.index.nunique(), int(ids.isin(above).sum())]
-        rows.append(arm | dict(zip(columns, [list(ids), *numbers, *counts], strict=True)))
-    return arm_table(rows, columns)
 
 
 def runs_above_max_kl(curves: pd.DataFrame) -> set[str]:

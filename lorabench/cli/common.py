@@ -28,11 +28,7 @@ PresetOption = Annotated[str, Option("--preset", help="A shipped preset's name o
 
 
 def plan_and_layout(preset: str) -> tuple[Plan, Layout]:
-    """Return the plan of a preset, and the layout of its files.
-
-    Raises:
-        UserError: there is no such preset, or it is not valid.
-    """
+    """Return the plan of a preset, and the layout of its files; UserError says that there is no such valid preset."""
     from lorabench.planning.plan import make_plan
     from lorabench.store.layout import Layout
 
@@ -41,11 +37,7 @@ def plan_and_layout(preset: str) -> tuple[Plan, Layout]:
 
 
 def entry(section: Mapping[str, T], name: str, what: str) -> T:
-    """Return the entry of a preset's section by its name; `what` is the word for it in the message, such as `dataset`.
-
-    Raises:
-        UserError: the preset has no such entry.
-    """
+    """Return the entry of a preset's section by its name, or raise UserError, which calls it `what`, as `dataset`."""
     if name not in section:
         raise UserError(f"{what} {name!r} is not in the preset; allowed: {', '.join(section)}")
     return section[name]

@@ -211,15 +211,12 @@ def pretraining(preset: PresetOption = "laptop") -> None:
 
 
 @steps.command()
-def fetch(
-    preset: PresetOption = "laptop",
-    out: Annotated[Path | None, Option(help="The file for the tasks' names.")] = None,
-) -> None:
+def fetch(preset: PresetOption = "laptop") -> None:
     """Look up the tasks of a preset's evaluation and download their data, for jobs without a network."""
     from lorabench.evaluation.catalog import fetch_tasks
 
     _, layout = plan_and_layout(preset)
-    fetch_tasks(layout, out or layout.eval_tasks)
+    fetch_tasks(layout)
 
 
 @steps.command()

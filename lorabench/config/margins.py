@@ -42,11 +42,7 @@ Predictions = Mapping[str, Any]
 
 
 def checked_predictions(stated: Predictions) -> dict[str, Any]:
-    """Return the section with all fields, each study's as its own model writes them.
-
-    Raises:
-        ValueError: there is no such study, or a field is wrong.
-    """
+    """Return the section with all fields of each study's model; ValueError if a study or a field is wrong."""
     known = {study.name: study for study in studies() if study.predicts}
     checked = {}
     for name, fields in stated.items():

@@ -44,17 +44,13 @@ _MOST_CHARS = 4000
 class UserData:
     """A user's dataset or file of problems."""
 
-    name: str
-    """The path or id that the user gave."""
-    source: dict[str, Any]
-    """The fields by which a preset names it, such as kind, and path or id."""
+    name: str  # The path or id that the user gave.
+    source: dict[str, Any]  # The fields by which a preset names it, such as kind, and path or id.
     tally: Tally
     usable: int
     """The number of distinct usable examples; for a large dataset of the hub, estimated from its first rows."""
-    about: str
-    """What else to say of it, for a person."""
-    mean_completion_tokens: float | None = None
-    """The mean number of scored tokens of an example; None for problems."""
+    about: str  # What else to say of it, for a person.
+    mean_completion_tokens: float | None = None  # The mean number of scored tokens of an example; None for problems.
     max_new_tokens: int | None = None
     """The longest response in tokens that leaves room for a problem; None for a dataset."""
 
@@ -143,10 +139,7 @@ def _hub_rows(name: str) -> tuple[FileFormat, Iterator[RawRow], float]:
         raise UserError(f"data {name!r} is no file and no hub id (owner/name)")
     # The datasets library reads a folder of this name before it asks the hub.
     if not os.path.isdir(name):
-        try:
-            look_up(WantedRepository("dataset", name, "main"))
-        except UserError as error:
-            raise UserError(f"{error}; the path of a local file works without the hub") from error
+        look_up(WantedRepository("dataset", name, "main"))
     import datasets
 
     try:

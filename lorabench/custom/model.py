@@ -34,15 +34,11 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 class UserModel:
     """A user's model."""
 
-    name: str
-    """The name that the user gave: a folder, a file, a hub id or a shipped base."""
-    spec: ModelSpec
-    """The model as a preset names it."""
-    family: str
-    """The `model_type` of transformers."""
+    name: str  # The name that the user gave: a folder, a file, a hub id or a shipped base.
+    spec: ModelSpec  # The model as a preset names it.
+    family: str  # The `model_type` of transformers.
     parameters: int
-    max_length: int | None
-    """The longest sequence in tokens; None if the configuration does not say."""
+    max_length: int | None  # The longest sequence in tokens; None if the configuration does not say.
 
     @property
     def sizes(self) -> Dimensions:
@@ -54,9 +50,8 @@ class UserModel:
         return self.sizes.lora("all", rank, include_unembedding=True)[0]
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}: {self.family}, {formats.parameters(self.parameters)} parameters, width {self.sizes.hidden}"
-        )
+        size = f"{formats.parameters(self.parameters)} parameters, width {self.sizes.hidden}"
+        return f"{self.name}: {self.family}, {size}"
 
 
 def find_model(name: str) -> UserModel:
@@ -88,20 +83,13 @@ def find_model(name: str) -> UserModel:
         # A model may also be a variant of a shipped configuration's, as is `llama-3.1-8b-instruct`.
         short, known = f"{name.rpartition('/')[2].lower()}-", sorted(ARCHITECTURES.glob("*.json"))
         shipped = [file for file in known if short.startswith(f"{file.stem}-")]
-        try:
-            repository = WantedRepository("model", name, "main")
-            text = shipped[-1].read_text() if shipped else look_up(repository, "config.json")
-        except UserError as error:
-            raise UserError(f"{error}; the path of a local folder with the model works without the hub") from error
-        config = ModelConfig.of(text, where)
+        repository = WantedRepository("model", name, "main")
+        config = ModelConfig.of(shipped[-1].read_text() if shipped else look_up(repository, "config.json"), where)
         width = _width(config, where)
         try:
             parameters = dimensions_of_config(config).parameters
         except KeyError as error:
-            raise UserError(
-                f"model {name!r} is of the family {config.model_type!r}, whose configuration has no {error.args[0]}; "
-                "download it and give its folder"
-            ) from error
+            raise UserError(f"{where} has no {error.args[0]}; download the model and give its folder") from error
         spec = HubModel(kind="hub", id=name, parameters=parameters, hidden_size=width)
     else:
         bases = ", ".join(("tiny", *TINY))

@@ -94,9 +94,7 @@ def init_preset(
         raise UserError(f"{path} must end in .yaml, which distinguishes a preset's path from a name")
     check_name(path)
     if is_shipped(path.stem):
-        raise UserError(
-            f"{path}: {path.stem!r} is the name of a shipped preset, with whose results its own would be mixed"
-        )
+        raise UserError(f"{path}: {path.stem!r} is the name of a shipped preset; choose another")
     if os.path.exists(path) and not force:
         raise UserError(f"{path} exists; --force overwrites it")
     if form is not None and choices.grader is not None:

@@ -1,4 +1,4 @@
-"""Chats: the examples of every SFT dataset; how a row becomes one, and how examples are drawn from endless sources."""
+"""Chats: the examples of every SFT dataset, and how examples are drawn from endless sources."""
 
 from __future__ import annotations
 
@@ -17,13 +17,8 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 Messages = list[dict[str, str]]
 """Turns in their order, each with `role` and `content`."""
 
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-"""The roles of turns in the datasets of others, with the roles that they stand for."""
-
 FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 CHATS = ("messages", "conversations")
-NO_TEXT, NO_CHAT, NO_ANSWER = "no text", "not a list of turns", "does not end with an answer of the assistant"
-NOT_UNICODE = "text that is not valid Unicode"
 # This many consecutive examples that are not wanted mean that there are no more.
 _MAX_MISSES = 500
 
@@ -31,10 +26,6 @@ Row = dict[str, Any]
 """A row of a dataset file or a problem file: its `split` and `source`, and what the kind of file holds."""
 
 Example = TypeVar("Example")
-
-
-class UnusableRowError(ValueError):
-    """A row's content is not a usable example; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -104,52 +95,3 @@ def take(examples: Iterator[Example], count: int, what: str) -> Iterator[Example
         yield example
     if taken < count:
         raise UserError(f"found {taken} distinct {what}; {count} are needed")
-
-
-def file_messages(content: dict[str, Any], format_name: str) -> Messages:
-    """Return the messages of a row; UnusableRowError says why the row is not an example of that format."""
-    if format_name == "text":
-        return [{"role": "text", "content": row_text(content.get("text"))}]
-    names = format_name.split("/")
-    if len(names) == 1:
-        messages = chat_turns(content.get(format_name))
-    else:
-        asked, answered = (content.get(name) for name in names)
-        if names[0] == "instruction" and content.get("input"):
-            asked = f"{row_text(asked)}\n\n{row_text(content['input'])}"
-        messages = []
-        # Each side of a pair is a text or a list of turns.
-        for value, role in ((asked, "user"), (answered, "assistant")):
-            messages += chat_turns(value) if isinstance(value, list) else [{"role": role, "content": row_text(value)}]
-    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise UnusableRowError(NO_ANSWER)
-    return messages
-
-
-def chat_turns(turns: Any) -> Messages:
-    """Return turns with `role` and `content`, or `from` and `value`, as messages, whose content may be empty."""
-    if not turns:
-        raise UnusableRowError(NO_TEXT)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UnusableRowError(NO_CHAT)
-    messages = []
-    for turn in turns:
-        role = turn.get("role") or turn.get("from")
-        if not isinstance(role, str) or role not in ROLES:
-            raise UnusableRowError(f"a turn of unknown role (known: {', '.join(ROLES)})")
-        content = turn.get("content") or turn.get("value", turn.get("content"))
-        messages.append({"role": ROLES[role], "content": row_text(content, may_be_empty=True)})
-    return messages
-
-
-def row_text(value: Any, may_be_empty: bool = False) -> str:
-    """Return a value of a row as text, or a number; UnusableRowError if it is none, empty, or no valid Unicode."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
-    text = str(value) if is_number else value
-    if not isinstance(text, str) or not (may_be_empty or text.strip()):
-        raise UnusableRowError(NO_TEXT)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UnusableRowError(NOT_UNICODE) from None
-    return text

@@ -25,29 +25,27 @@ import pyarrow.parquet as pq
 
 from lorabench.config.fields import FileFormat
 from lorabench.config.inputs import FileDataset, FileProblems
-from lorabench.data.chat import (
-    CHATS,
-    FORMATS,
-    Chat,
-    Example,
-    UnusableRowError,
-    file_messages,
-    is_first,
-    prompt,
-    row_text,
-    text_digest,
-)
+from lorabench.data.chat import CHATS, FORMATS, Chat, Example, Messages, is_first, prompt, text_digest
 from lorabench.data.grading import BOX, gsm8k_answer, last_box, number
 from lorabench.data.reasoning import Problem
 from lorabench.errors import UserError
 
 # Examples of reasoning datasets take 50 kB each.
 _BATCH_ROWS = 256
+NO_TEXT, NO_CHAT, NO_ANSWER = "no text", "not a list of turns", "does not end with an answer of the assistant"
+NOT_UNICODE = "text that is not valid Unicode"
 NOT_UTF8, NO_OBJECT, NO_NUMBER = "not UTF-8", "not a JSON object", "an answer that is no number"
 TOO_LONG, REPEATED = "too long", "repeats the prompt of an earlier row"
 
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+"""The roles of turns in the datasets of others, with the roles that they stand for."""
+
 RawRow = dict[str, Any] | str
 """A row as it was read: its columns by name, or the reason why it can't be read."""
+
+
+class UnusableRowError(ValueError):
+    """A row's content is not a usable example; the message is the reason."""
 
 
 @dataclass
@@ -57,8 +55,7 @@ class Tally:
     Rows are numbered from 1; blank lines are no rows.
     """
 
-    format: str
-    """What the rows are read as, such as their format."""
+    format: str  # What the rows are read as, such as their format.
     rows: int = 0
     usable: int = 0
     bad: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -155,9 +152,7 @@ def part_rows(
         for names in needed:
             present = [column for column in names if column in columns]
             if not present:
-                raise UserError(
-                    f"{name} has the columns {', '.join(columns)} in {where}; {' or '.join(names)} is needed"
-                )
+                raise UserError(f"{name} has columns {', '.join(columns)} in {where}; {' or '.join(names)} is needed")
             chosen.append(present[0])
         return chosen
 
@@ -239,6 +234,55 @@ def row_chat(content: dict[str, Any], form: str, source: str, max_chars: int | N
     return chat
 
 
+def file_messages(content: dict[str, Any], format_name: str) -> Messages:
+    """Return the messages of a row; UnusableRowError says why the row is not an example of that format."""
+    if format_name == "text":
+        return [{"role": "text", "content": row_text(content.get("text"))}]
+    names = format_name.split("/")
+    if len(names) == 1:
+        messages = chat_turns(content.get(format_name))
+    else:
+        asked, answered = (content.get(name) for name in names)
+        if names[0] == "instruction" and content.get("input"):
+            asked = f"{row_text(asked)}\n\n{row_text(content['input'])}"
+        messages = []
+        # Each side of a pair is a text or a list of turns.
+        for value, role in ((asked, "user"), (answered, "assistant")):
+            messages += chat_turns(value) if isinstance(value, list) else [{"role": role, "content": row_text(value)}]
+    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+        raise UnusableRowError(NO_ANSWER)
+    return messages
+
+
+def chat_turns(turns: Any) -> Messages:
+    """Return turns with `role` and `content`, or `from` and `value`, as messages, whose content may be empty."""
+    if not turns:
+        raise UnusableRowError(NO_TEXT)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise UnusableRowError(NO_CHAT)
+    messages = []
+    for turn in turns:
+        role = turn.get("role") or turn.get("from")
+        if not isinstance(role, str) or role not in ROLES:
+            raise UnusableRowError(f"a turn of unknown role (known: {', '.join(ROLES)})")
+        content = turn.get("content") or turn.get("value", turn.get("content"))
+        messages.append({"role": ROLES[role], "content": row_text(content, may_be_empty=True)})
+    return messages
+
+
+def row_text(value: Any, may_be_empty: bool = False) -> str:
+    """Return a value of a row as text, or a number; UnusableRowError if it is none, empty, or no valid Unicode."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    text = str(value) if is_number else value
+    if not isinstance(text, str) or not (may_be_empty or text.strip()):
+        raise UnusableRowError(NO_TEXT)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UnusableRowError(NOT_UNICODE) from None
+    return text
+
+
 def source_of(source: str, content: dict[str, Any], group: str | None) -> str:
     """Return the source of a row's example, with the row's value in the column `group`, if there is one."""
     if group is None:
@@ -289,9 +333,6 @@ def _shuffled(examples: list[Example], tally: Tally, spec: FileDataset | FilePro
     """Return examples in an order that the seed decides; UserError if there are too few."""
     needed = spec.train + spec.validation + spec.test
     if len(examples) < needed:
-        raise UserError(
-            f"{spec.path}: {tally}; {needed} are needed: train = {spec.train}, validation = {spec.validation}, "
-            f"test = {spec.test}"
-        )
+        raise UserError(f"{spec.path}: {tally}; {needed} are needed for train, validation and test")
     Random(spec.seed).shuffle(examples)
     return examples

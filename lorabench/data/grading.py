@@ -123,11 +123,7 @@ _LAYOUT = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!,;:>
 _FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 
 # How the answer of a response is read, by the kinds of sets whose answers are bare numbers; other sets want a box.
-_NUMBERS = {
-    "arithmetic": lambda response: number(response.strip()),
-    "gsm_symbolic": last_number,
-    "number": last_number,
-}
+_NUMBERS = {"arithmetic": lambda response: number(response.strip()), "gsm_symbolic": last_number, "number": last_number}
 
 
 class Grader:

@@ -30,8 +30,8 @@ from lorabench.config.inputs import (
     ReasoningProblems,
     SumProblems,
 )
-from lorabench.data.chat import SPLITS, Split, UnusableRowError, is_first, take, wanted
-from lorabench.data.files import Tally, file_problems, part_rows, usable
+from lorabench.data.chat import SPLITS, Split, is_first, take, wanted
+from lorabench.data.files import Tally, UnusableRowError, file_problems, part_rows, usable
 from lorabench.data.grading import BOX, NUMBER_BOX, gsm8k_answer, last_box, number
 from lorabench.data.reasoning import Problem, mixture, sum_problems, worked_solutions
 from lorabench.utils.files import atomic_path, read_parquet

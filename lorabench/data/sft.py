@@ -144,11 +144,7 @@ def choose_chats(
         tally.usable -= len(repeated)
     sizes = {split: int(getattr(spec, split)) for split in SPLITS}
     if tally.usable < sum(sizes.values()):
-        wanted = ", ".join(f"{count} {split}" for split, count in sizes.items())
-        raise UserError(
-            f"dataset {spec.id} has {tally.usable} usable examples in {tally.rows} rows; {sum(sizes.values())} are "
-            f"needed ({wanted}); left out: {tally.reasons() or 'none'}"
-        )
+        raise UserError(f"dataset {spec.id}: {tally}; {sum(sizes.values())} are needed for train, validation and test")
     split_of, start = dict[int, Split](), 0
     for split in reversed(SPLITS):
         split_of |= dict.fromkeys(chosen[start : start + sizes[split]].tolist(), split)
@@ -159,19 +155,15 @@ def choose_chats(
     return ((split_of[row], chat) for row, chat in chats if row in split_of), about | {"left_out": left_out}
 
 
-def shipped_file(kind: str) -> Path:
-    """Return the file of a kind of shipped text, in the columns `split`, `package`, `prompt`, `text` and `words`."""
-    return Path(__file__).with_name(f"{kind}.parquet")
-
-
 def choose_shipped(spec: ShippedDataset) -> tuple[Iterator[tuple[Split, Chat]], dict[str, Any]]:
     """Choose the examples of each split at random by the spec's seed, from the packages of that split.
 
-    With them comes a note: the packages with their versions, owners, licences and the hashes of their archives, the
-    number of examples that were read, that of usable ones, and what was left out by reason. UserError says that the
-    file was changed, or a split's packages have too few usable examples.
+    The shipped file has the columns `split`, `package`, `prompt`, `text` and `words`. With the examples comes a note:
+    the packages with their versions, owners, licences and the hashes of their archives, the number of examples that
+    were read, that of usable ones, and what was left out by reason. UserError says that the file was changed, or a
+    split's packages have too few usable examples.
     """
-    path = shipped_file(spec.kind)
+    path = Path(__file__).with_name(f"{spec.kind}.parquet")
     if file_sha256(path) != SHIPPED[spec.kind]:
         raise UserError(f"{path} was changed after it was installed; install the package again")
     table = pq.read_table(path)
@@ -196,13 +188,11 @@ def choose_shipped(spec: ShippedDataset) -> tuple[Iterator[tuple[Split, Chat]], 
             packages = list(by_package.values())
             rng.shuffle(packages)
             pool = [chats[turn] for turn in range(_MOST_OF_A_PACKAGE) for chats in packages if turn < len(chats)]
-            limit = f", at most {_MOST_OF_A_PACKAGE} of a package,"
+            limit = f", and at most {_MOST_OF_A_PACKAGE} of a package,"
         needed = getattr(spec, split)
         if len(pool) < needed:
-            raise UserError(
-                f"found {len(pool)} {split} examples{limit} of at most {spec.max_chars} characters and at least "
-                f"{spec.min_words} words in the {spec.kind}; {needed} are needed"
-            )
+            rules = f"at least {spec.min_words} words and at most {spec.max_chars} characters{limit}"
+            raise UserError(f"found {len(pool)} {split} examples of {rules} in the {spec.kind}; {needed} are needed")
         chosen += [(split, chat) for chat in pool[:needed]]
     return iter(chosen), note | {"rows": len(short) + sum(left_out.values()), "usable": len(short)}
 

@@ -90,10 +90,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, generation: bool = False) -> list[int]:
     if not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; give the model a `chat_template`: "
-            "plain, or the path of a Jinja file"
-        )
+        raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template; set the model's chat_template")
     try:
         encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=generation, return_dict=True)
     except jinja2.TemplateError as error:

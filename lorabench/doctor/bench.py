@@ -77,12 +77,9 @@ class Subject:
 
     condition: Condition
     sizes: Dimensions
-    rows: int
-    """Sequences that go through the model at once."""
-    length: int
-    """Tokens of each sequence."""
-    recomputed: int
-    """The number of layers whose activations its training steps recompute."""
+    rows: int  # Sequences that go through the model at once.
+    length: int  # Tokens of each sequence.
+    recomputed: int  # The number of layers whose activations its training steps recompute.
 
     def planned_memory(self, preset: Preset) -> float:
         """Return the plan's estimate of the memory of a training step, in bytes."""
@@ -237,9 +234,8 @@ def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: 
 def measure_step(preset: Preset, machine: Machine, subject: Subject) -> tuple[float, float]:
     """Measure training steps of one run at LR 0, where a step does all its work and does not change the weights.
 
-    Returns:
-        The peak memory of the first two steps in bytes, model and optimizer included; and the median seconds of the
-        steps after them, over half a second of steps or at least one.
+    Returned are the peak memory of the first two steps in bytes, model and optimizer included, and the median seconds
+    of the steps after them, over half a second of steps or at least one.
     """
 
     def train() -> Iterator[None]:

@@ -81,9 +81,7 @@ def record_for(execution: Execution) -> Record | None:
         try:
             record = Record.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            raise UserError(
-                f"{path} is no record of this version of lorabench doctor; delete it, and run lorabench doctor again"
-            ) from error
+            raise UserError(f"{path} is no record of this version: delete it, run lorabench doctor again") from error
         if is_called(gpu, record.device) if gpu else record.device == processor():
             fitting.append(record)
     return max(fitting, key=lambda record: record.date, default=None)

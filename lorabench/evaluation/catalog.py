@@ -34,10 +34,8 @@ class LoadedTask:
     """A task of the preset with its data."""
 
     task: EvalTask
-    leaves: dict[str, Task]
-    """The tasks that it consists of, by name."""
-    items: list[Any]
-    """These tasks, or the group that they are in lm-eval, as it takes them."""
+    leaves: dict[str, Task]  # The tasks that it consists of, by name.
+    items: list[Any]  # These tasks, or the group that they are in lm-eval, as it takes them.
 
 
 def task_index(tasks: Iterable[EvalTask]) -> TaskManager:
@@ -84,9 +82,7 @@ def load_task(index: TaskManager, task: EvalTask, layout: Layout) -> LoadedTask:
     # Tasks bring code of their own, which raises errors of any kind for missing data or packages.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise UserError(
-            f"evaluation task {task.name!r} can't be loaded; run `lorabench step fetch` with a connection: {reason}"
-        ) from error
+        raise UserError(f"task {task.name!r} can't be loaded; run `lorabench step fetch` online: {reason}") from error
     groups = [built["groups"][task.name]] if task.name in built["groups"] else list(built["tasks"].values())
     return LoadedTask(task, built["tasks"], groups)
 
@@ -101,31 +97,21 @@ def check_lengths(loaded: Iterable[LoadedTask], model: str, max_length: int) -> 
             own = (leaf.get_config("generation_kwargs") or {}).get("max_gen_toks", _MAX_NEW_TOKENS)
             drawn = loaded_task.task.max_new_tokens or own
             if leaf.OUTPUT_TYPE == "generate_until" and drawn >= max_length:
-                raise UserError(
-                    f"evaluation task {name!r} draws up to {drawn} tokens; model {model!r} takes {max_length}, the "
-                    "prompt among them; set the task's max_new_tokens to less"
-                )
+                raise UserError(f"task {name!r}: max_new_tokens = {drawn}; model {model!r} takes {max_length} in all")
 
 
-def fetch_tasks(layout: Layout, path: Path) -> None:
-    """Look up every task of a preset, download the data of the tasks on the hub, and write their names and versions.
-
-    Raises:
-        UserError: the preset has no evaluation, or a task is not known or cannot be loaded.
-    """
+def fetch_tasks(layout: Layout) -> None:
+    """Look up every task of a preset, download the data of those on the hub, and write what the tasks consist of."""
     evaluation = layout.preset.evaluation
     if evaluation is None:
         raise UserError(f"preset {layout.name} has no evaluation")
     # The files that the project's own tasks read may not have been made yet.
     others = [task for task in evaluation.tasks if task.name not in EVAL_SOURCES]
     index = task_index(others) if others else None
-    versions: dict[str, Any] = {}
+    names: dict[str, list[str]] = {}
     for task in evaluation.tasks:
-        leaves = load_task(index, task, layout).leaves if index and task in others else {}
-        versions[task.name] = {
-            name: {"version": str(leaf.VERSION), "data": data_revision(leaf)} for name, leaf in sorted(leaves.items())
-        }
-    write_json({"lm_eval": version("lm_eval"), "tasks": versions}, path)
+        names[task.name] = sorted(load_task(index, task, layout).leaves) if index and task in others else []
+    write_json({"lm_eval": version("lm_eval"), "tasks": names}, layout.eval_tasks)
 
 
 def data_revision(task: Task) -> str | None:

@@ -47,14 +47,12 @@ def documents(problems: Iterable[Problem], chat_share: float, seed: int) -> Iter
             yield f"{question}{problem.question}{answer}{problem.response}{END}"
 
 
-def heldout_documents() -> Iterator[str]:
-    """Yield the held-out documents of the tiny bases without end."""
+def write_pretraining(count: int, path: Path) -> None:
+    """Write the first `count` held-out documents of the tiny bases as parquet with a column `text`.
+
+    They lack the end token, which is not scored.
+    """
     recipe = json.loads((shipped_folder("llama-128") / "recipe.json").read_text())["recipe"]
     seed = recipe["seed"] + 1
-    return documents(pretraining_problems(recipe, seed), recipe["chat_share"], seed)
-
-
-def write_pretraining(count: int, path: Path) -> None:
-    """Write the first `count` documents as parquet with a column `text`, without the end token, which is not scored."""
-    texts = [text.removesuffix(END) for text in islice(heldout_documents(), count)]
-    write_table(pa.table({"text": texts}), path)
+    heldout = documents(pretraining_problems(recipe, seed), recipe["chat_share"], seed)
+    write_table(pa.table({"text": [text.removesuffix(END) for text in islice(heldout, count)]}), path)

@@ -27,13 +27,7 @@ from lorabench.errors import UserError
 from lorabench.evaluation import catalog
 from lorabench.evaluation.catalog import LoadedTask
 from lorabench.models.base import load_model, load_tokenizer, max_length, model_folder, package_versions, weights_sha256
-from lorabench.models.vllm_support import (
-    cache_bytes,
-    check_vllm,
-    max_lora_rank,
-    vllm_environment,
-    vllm_version,
-)
+from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank, vllm_environment, vllm_version
 from lorabench.planning.memory import EngineBatch
 from lorabench.planning.plan import Plan
 from lorabench.runs import EvalJob, Run, best_lr, finished_losses, validation_loss
@@ -71,11 +65,9 @@ _ARM = (
 def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
     """Evaluate a base, or the best run of a sweep, and write its scores and samples.
 
-    If all runs of a sweep diverged there is no model to evaluate, and both tables have no rows.
-
-    Raises:
-        UserError: a task is not known or draws more tokens than the model takes, its data or the run's weights are
-            missing, the run was trained from another base, or vLLM is to be used and cannot compute the model here.
+    If all runs of a sweep diverged there is no model to evaluate, and both tables have no rows. UserError says that a
+    task is not known or draws more tokens than the model takes, its data or the run's weights are missing, the run was
+    trained from another base, or vLLM is to be used and cannot compute the model here.
     """
     evaluation, sampler = plan.preset.evaluation, plan.preset.execution.sampler
     assert evaluation
@@ -107,9 +99,7 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
 def best_record(job: EvalJob, layout: Layout) -> dict[str, Any] | None:
     """Return the record of the run to evaluate: the first seed at the best LR; None if all runs diverged.
 
-    Raises:
-        UserError: a run of the sweep is not done; the run's weights are missing or damaged, or were trained from other
-            weights of the base.
+    UserError says that a run of the sweep is not done, or the run's weights are missing, damaged or of another base.
     """
     assert job.sweep
     sweep = job.sweep
@@ -127,10 +117,7 @@ def best_record(job: EvalJob, layout: Layout) -> dict[str, Any] | None:
     run_id = record["run_id"]
     trained_from, base = record["environment"]["model_sha256"], weights_sha256(layout.model(job.model))
     if trained_from != base:
-        names = [", ".join(f"{name} {value[:12]}" for name, value in files.items()) for files in (trained_from, base)]
-        raise UserError(
-            f"run {run_id} was trained from a base with weights {names[0]}; model {job.model!r} has {names[1]}"
-        )
+        raise UserError(f"run {run_id} was trained from the weights {trained_from}; model {job.model!r} has {base}")
     # If this file is missing, PEFT would look for a pickled file.
     file = "config.json" if record["spec"]["method"] == "fullft" else "adapter_model.safetensors"
     folder = RunFolder(layout.runs, run_id)
@@ -261,8 +248,7 @@ def run_tasks(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Run tasks on a model, with one call of lm-eval for all tasks of the same settings.
 
-    Returns:
-        The scores, as rows of the table `evals` without the columns of the model; and the samples, as rows of SAMPLES.
+    Returned are scores, as rows of the table `evals` without the model's columns, and samples, as rows of SAMPLES.
     """
     from langdetect import DetectorFactory
     from lm_eval import evaluator
@@ -279,9 +265,8 @@ def run_tasks(
     settings: dict[tuple[bool, int | None, int | None, int | None], list[LoadedTask]] = defaultdict(list)
     for loaded_task in loaded:
         task = loaded_task.task
-        settings[task.chat and template is not None, task.num_fewshot, task.limit, task.max_new_tokens].append(
-            loaded_task
-        )
+        setting = task.chat and template is not None, task.num_fewshot, task.limit, task.max_new_tokens
+        settings[setting].append(loaded_task)
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     versions = package_versions() | {name: version(name) for name in ("lm_eval", "datasets")}
@@ -333,23 +318,23 @@ def _rows(results: Any, loaded: LoadedTask) -> list[dict[str, Any]]:
         config = {
             leaf: results["configs"][leaf] | {"data_revision": catalog.data_revision(members[leaf])} for leaf in leaves
         }
-        for metric, filter_name in metrics(name):
-            rows.append(
-                {
-                    "about": task.about,
-                    "task": name,
-                    "source": task.source,
-                    "metric": metric,
-                    "filter": filter_name,
-                    "value": number(scores[f"{metric},{filter_name}"]),
-                    "stderr": number(scores.get(f"{metric}_stderr,{filter_name}")),
-                    "higher_is_better": agreed(results["higher_is_better"][leaf].get(metric) for leaf in leaves),
-                    "n_samples": sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
-                    "num_fewshot": agreed(results["n-shot"][leaf] for leaf in leaves),
-                    "task_version": _text(results["versions"].get(name)),
-                    "task_config": json.dumps(config.get(name, config), default=str, sort_keys=True),
-                }
-            )
+        rows += [
+            {
+                "about": task.about,
+                "task": name,
+                "source": task.source,
+                "metric": metric,
+                "filter": filter_name,
+                "value": number(scores[f"{metric},{filter_name}"]),
+                "stderr": number(scores.get(f"{metric}_stderr,{filter_name}")),
+                "higher_is_better": agreed(results["higher_is_better"][leaf].get(metric) for leaf in leaves),
+                "n_samples": sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
+                "num_fewshot": agreed(results["n-shot"][leaf] for leaf in leaves),
+                "task_version": _text(results["versions"].get(name)),
+                "task_config": json.dumps(config.get(name, config), default=str, sort_keys=True),
+            }
+            for metric, filter_name in metrics(name)
+        ]
     return rows
 
 

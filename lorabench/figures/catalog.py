@@ -32,15 +32,12 @@ if TYPE_CHECKING:
 class PaperFigure:
     """A figure of the paper, of a claim in its text, or of the verdicts."""
 
-    name: str
-    """The name of its files."""
+    name: str  # The name of its files.
     title: str
     caption: str
     experiments: tuple[str, ...]
-    drawn_by: str
-    """The module and its function that draw it, with a dot between them."""
-    package: str
-    """The package of the module, which is that of a study if the figure is."""
+    drawn_by: str  # The module and its function that draw it, with a dot between them.
+    package: str  # The package of the module, which is that of a study if the figure is.
     task: Task = "sft"
     table: str = "runs"
     """The table that it shows: that of the runs of its experiments and task, or compute, evals or claims."""
@@ -89,12 +86,8 @@ def figures_of_preset(preset: Preset) -> list[PaperFigure]:
 def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
     """Draw a figure from the tidy tables in the given folders and write `<name>.svg`, `.png` and `.csv` into `out`.
 
-    From merged tables it draws the runs of its own experiments only. Where the tables are refused, nothing is written.
-
-    Raises:
-        NothingToDrawError: the tables hold nothing for this figure.
-        UserError: there is no such figure; the folders hold no tables, or tables that contradict one another; or see
-            `check_table`, `check_curves` and `check_comparable`.
+    UserError says that there is no such figure, the tables hold nothing for it (NothingToDrawError), contradict one
+    another, or are refused by `check_table`, `check_curves` or `check_comparable`; then nothing is written.
     """
     if name not in FIGURES:
         raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
@@ -107,11 +100,7 @@ def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
 
 
 def save_all_figures(folders: Sequence[Path], out: Path) -> Iterator[str]:
-    """Draw the figures that the tables in the given folders have rows for, as `save_figure` does.
-
-    Yields:
-        A sentence on each figure that can't be drawn.
-    """
+    """Draw all figures that the tables have rows for as `save_figure` does; yield a sentence on each that fails."""
     tables = replace(Tables.read(*folders), claims=_claims(folders))
     shown = {"compute": tables.compute, "evals": tables.evals, "claims": tables.claims}
     figures = [
@@ -136,8 +125,6 @@ def _check(table: str, tables: Tables) -> None:
     if table == "evals":
         check_comparable(tables.evals, "scores")
     if table == "runs":
-        if tables.runs.columns.empty:
-            raise UserError("there is no table runs")
         check_table(tables.runs)
         check_curves(tables.curves)
 

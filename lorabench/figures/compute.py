@@ -37,9 +37,7 @@ def draw(tables: Tables) -> style.Drawn:
 
     The column `element` says of what quantity a row's ratio LoRA / FullFT is: `counted` (FLOPs of the linear layers as
     counted), `formula` (points of the formula's line, whose ranks are not whole numbers), `step_time` or `memory`.
-
-    Raises:
-        UserError: there is no table compute, or it has no LoRA; see also `flops_ratio`.
+    UserError says that there is no table compute, or no LoRA in it; see also `flops_ratio`.
     """
     if tables.compute.empty:
         raise UserError("there is no table compute")

@@ -85,9 +85,6 @@ def draw_by_flops(tables: Tables) -> style.Drawn:
 
     The column `element` says what a row is: `envelope` (one step of an arm) or `diverged` (one run). Losses are
     validation NLL in nats per scored token.
-
-    Raises:
-        NothingToDrawError: no run with known train_flops and train_tokens has a validation curve.
     """
     envelope = loss_by_flops(tables.runs, tables.curves).rename(columns={"value": "nll"})
     plotted = grid.tidy({"envelope": envelope, "diverged": diverged_runs(tables.runs)}, _BY_FLOPS)
@@ -244,10 +241,7 @@ def _early_rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     if common := set.intersection(*by_rank) if by_rank else set():
         losses = losses[losses["seed"].isin(common)]
     curve = losses.groupby(["arm", "method", "rank", "placement", "step"], dropna=False, as_index=False)
-    parts = {
-        "curve": curve.agg(nll=("value", "mean"), n_seeds=("seed", "nunique")),
-        "diverged": diverged_runs(at_lr),
-    }
+    parts = {"curve": curve.agg(nll=("value", "mean"), n_seeds=("seed", "nunique")), "diverged": diverged_runs(at_lr)}
     if early:
         by_seed = early.curves.by_seed
         ranks = {"rank": early.low, "other_rank": early.high, "n_seeds": early.curves.n_seeds}

@@ -32,14 +32,9 @@ def evidence_tables(
 ) -> dict[str, pd.DataFrame]:
     """Judge the shipped sources and those in more folders, and set own presets, as from `read_own`, next to them.
 
-    The optimal learning rates of published `presets`, given as folders, are pooled with those of the sources.
-
-    Returns:
-        By the names of their files: all verdicts (`claims`), their `matrix`, `measurements` with their `summary`, and
-        the known optimal learning rates (`lr_optima`).
-
-    Raises:
-        UserError: a source is refused; then nothing is judged.
+    The optimal learning rates of published `presets`, given as folders, are pooled with those of the sources. Returned
+    are, by the names of their files, all verdicts (`claims`), their `matrix`, `measurements` with their `summary`, and
+    the known optimal learning rates (`lr_optima`).
     """
     sources = read_sources(source_folders(*more))
     claims = pd.concat([judge(source) for source in sources], ignore_index=True)

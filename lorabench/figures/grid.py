@@ -104,8 +104,7 @@ def optima(parts: Sequence[Comparison], fitted: bool = False) -> pd.DataFrame:
 
 def with_interval(name: str, estimate: Estimate) -> dict[str, float]:
     """Return an estimate and the ends of its 95% interval as the columns `<name>`, `<name>_low` and `<name>_high`."""
-    low, high = estimate.interval()
-    return {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
+    return dict(zip((name, f"{name}_low", f"{name}_high"), (estimate.value, *estimate.interval()), strict=True))
 
 
 def lr_ratio(log_ratio: Estimate) -> dict[str, float]:
@@ -161,9 +160,8 @@ def titled(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     titles = []
     for (model, dataset, batch_size, steps), rows in frame.groupby(PANEL, dropna=False):
         # Of a model's id on the hub it has the part after the owner.
-        title = f"{str(model).rpartition('/')[2]} · {dataset}" + (
-            f" · batch {batch_size}" if several_batch_sizes else ""
-        )
+        title = f"{str(model).rpartition('/')[2]} · {dataset}"
+        title += f" · batch {batch_size}" if several_batch_sizes else ""
         titles.append((title + (f" · {steps} steps" if several_lengths else ""), rows))
     return titles
 
@@ -171,15 +169,10 @@ def titled(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 def panels(
     plotted: pd.DataFrame, each: int = 1, strip: float = 0.0
 ) -> tuple[Figure, Styles, list[tuple[pd.DataFrame, list[Axes]]]]:
-    """Make a figure with one panel, or two side by side, for each model, dataset, batch size and length.
+    """Make a figure with one panel, or two side by side (`each`), for each model, dataset, batch size and length.
 
-    Args:
-        plotted: columns PANEL, arm, method, rank, placement, element and others.
-        each: the number of panels of a group; the first has the title.
-        strip: the height in points to keep free above a panel with a title, for marks.
-
-    Returns:
-        The figure, the styles of its arms, and of each group its rows and its panels.
+    Above the panels a `strip` is kept free for marks, whose height is in points. Returned are the figure, the styles of
+    its arms, and of each group its rows and its panels.
     """
     groups = titled(plotted)
     columns = 2 if each == 2 else min(2, len(groups))

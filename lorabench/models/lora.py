@@ -75,10 +75,7 @@ def targets(model: PreTrainedModel, placement: Placement, include_unembedding: b
     left_out = {name.rpartition(".")[2] for name in others if placement in ("all", placement_of(name))}
     if left_out:
         names = ", ".join(sorted(left_out))
-        raise UserError(
-            f"{type(model).__name__} has layers that would get no LoRA, since placement {placement!r} does not know "
-            f"their names: {names}"
-        )
+        raise UserError(f"{type(model).__name__} has layers that placement {placement!r} does not know: {names}")
     if include_unembedding:
         modules += [name for name, module in model.named_modules() if module is head]
     return modules, stacks
@@ -131,15 +128,8 @@ def add_lora(
     )
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        for message in (
-            # Where embedding and unembedding are tied, only the unembedding carries LoRA, as intended.
-            "Model has `tie_word_embeddings=True`",
-            # PEFT calls transformers by a deprecated name, which a user can't change.
-            "`is_gradient_checkpointing` is deprecated",
-            # The rank of fused experts does take effect; PEFT looks for its pattern only among modules.
-            "The following rank_pattern keys did not match",
-        ):
-            warnings.filterwarnings("ignore", message=message)
+        # PEFT warns of tied embeddings, of which only the unembedding carries LoRA, and of what a user can't change.
+        warnings.simplefilter("ignore")
         peft_model = get_peft_model(model, config)
     layers = dict(lora_layers(peft_model))
     # PEFT rewrites the targets of some mixtures of experts, to load adapters that older versions saved.

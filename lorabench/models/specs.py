@@ -117,16 +117,13 @@ class Dimensions:
     heads: int
     kv_heads: int
     head_dim: int
-    intermediate: int
-    """Width of a dense MLP, or of an expert."""
+    intermediate: int  # Width of a dense MLP, or of an expert.
     vocabulary: int
-    tied: bool = False
-    """Whether embedding and unembedding are one matrix."""
+    tied: bool = False  # Whether embedding and unembedding are one matrix.
     query_key_norms: bool = False
     experts: int = 0
     active_experts: int = 0
-    in_bf16: bool = False
-    """Whether the model's files hold its weights in bf16."""
+    in_bf16: bool = False  # Whether the model's files hold its weights in bf16.
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:

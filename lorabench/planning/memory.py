@@ -73,9 +73,7 @@ def engine_memory(preset: Preset, model: str, condition: Condition | None = None
 
     They are held throughout the job. The first number is of all, weights and adapters in the type of products included;
     the second of keys and values, of `execution.max_cache_tokens` tokens or of the longest response if that is more.
-
-    Raises:
-        UserError: vLLM does not take adapters of the condition's rank.
+    UserError says that vLLM does not take adapters of the condition's rank.
     """
     sizes, number = dimensions(preset.models[model]), number_bytes(preset)
     weights, cached, overhead = sizes.parameters, preset.execution.max_cache_tokens, _ENGINE_ON_CPU
@@ -187,13 +185,8 @@ def step_memory(
     The first number is what is held throughout: weights with the copies that are kept from step to step, and Adam's
     moments. The second is what a step takes besides: gradients, which wait for the batch's next part; copies of weights
     in bf16, or with LoRA added; activations; and the logits, or the backward pass through a layer if that takes more.
-    Whether activations are recomputed must be decided (see `decided`).
-
-    Args:
-        rank: LoRA's rank; None is full fine-tuning.
-        tokens: tokens of a micro-batch.
-        row: tokens of a row, of RL the most in a row with several responses.
-        is_rl: whether the loss is that of RL, which also measures the entropy.
+    Whether activations are recomputed must be decided (see `decided`). Without a rank it is full fine-tuning. `tokens`
+    are those of a micro-batch, and `row` those of a row, in RL the most in a row with several responses.
     """
     bf16, recomputed = preset.protocol.precision == "bf16", preset.execution.recomputed_layers(sizes.layers)
     on_cpu = preset.execution.gpu is None
@@ -260,8 +253,7 @@ def title(condition: Condition) -> str:
 def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     """Return the smallest number of GPUs, a power of two, that holds a sweep's job; 0 on a CPU.
 
-    Raises:
-        UserError: the job does not even fit on `execution.max_gpus`.
+    UserError says that the job does not even fit on `execution.max_gpus`.
     """
     preset, condition = decided(preset, sweep), sweep.condition
     execution = preset.execution

@@ -79,10 +79,7 @@ class Plan:
         The sweeps of a job have the same model, dataset, kind of training, number of GPUs and experiments, so that a
         figure trains no more than it needs. A job grows until its start is a small share of it, but never beyond the
         longest sweep: with any number of cores the last core then finishes no later than that sweep would make it. A
-        sweep whose runs are jobs of their own stays alone.
-
-        Raises:
-            UserError: a sweep fits on no number of GPUs that the preset allows.
+        sweep whose runs are jobs of their own stays alone. UserError says that one fits on no allowed number of GPUs.
         """
         groups: dict[tuple[object, ...], list[Sweep]] = defaultdict(list)
         seconds: dict[Sweep, float] = {}
@@ -164,8 +161,7 @@ def make_plan(preset: Preset) -> Plan:
 def _block_sweeps(preset: Preset, name: str, block: SftExperiment | RlExperiment) -> Iterator[Sweep]:
     """Yield the sweep of each arm of a block of the experiment `name`, for each of its models, data and batch sizes.
 
-    Raises:
-        UserError: a variant of LoRA can't be combined with the preset's model, rank or sampler.
+    UserError says that a variant of LoRA can't be combined with the preset's model, rank or sampler.
     """
     best, around, every = block.seeds.best, block.seeds.around or block.seeds.best, block.seeds.every
     for common, (arm, grid, scale) in product(_conditions(preset, block), _arms(block, preset.protocol)):

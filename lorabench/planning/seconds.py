@@ -63,8 +63,7 @@ def flops_per_second(execution: Execution, gpus: int = 1) -> float:
 def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     """Estimate the wall-clock seconds of one run on `gpus` GPUs (0: a CPU).
 
-    Returns:
-        The seconds that are inversely proportional to the speed of `execution`, and those that do not depend on it.
+    The first number is inversely proportional to the speed of `execution`, and the second does not depend on it.
     """
     preset = memory.decided(preset, sweep, gpus)
     condition, execution, sizes = sweep.condition, preset.execution, dimensions(preset.models[sweep.condition.model])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.rules_hash import rules_sha256
@@ -65,7 +65,8 @@ class Frozen(Strict):
     expected: dict[str, Expected]
     """By claim; claims that the explored runs are not about, derivations and counts are left out. Empty where nothing
     was explored."""
-    notes: list[str]
+    notes: list[str] = Field(default_factory=list)
+    """Remarks of a person."""
 
 
 def preset_sha256(preset: Preset) -> str:
@@ -106,20 +107,14 @@ def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None 
         numbers = {name: _number(claim.get(name)) for name in ("p_again", "estimate", "ci_low", "ci_high")}
         share = _number(powers.get(claim["claim_id"]))
         expected[claim["claim_id"]] = Expected(verdict=claim["verdict"], power=share, **numbers)
-    data, same = {}, []
+    data = {}
     for name, spec in stated.sources.items():
         test = "other examples than the explored"
         if claims is None:
             test = "no examples were explored"
         elif not (isinstance(spec, FactsDataset) or (isinstance(spec, GeneratedSplits) and spec.test_seed is not None)):
             test = "the explored examples"
-            same.append(name)
         data[name] = FrozenData(id=dataset_id(spec), test=test)
-    notes = [] if power is not None else ["The power was not computed."]
-    if claims is None:
-        notes.append("The preset had never been run in this design, so that no verdicts are expected.")
-    if same:
-        notes.append(f"The test examples of {', '.join(same)} are the explored ones; only the seeds are held out.")
     return Frozen(
         preset=preset,
         date=datetime.now(UTC).date().isoformat(),
@@ -129,7 +124,6 @@ def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None 
         seeds=sorted({row["seed"] for row in make_plan(stated).rows()}),
         data=data,
         expected=expected,
-        notes=notes,
     )
 
 
@@ -152,11 +146,7 @@ def write_frozen(frozen: Frozen, path: Path) -> None:
 
 
 def read_frozen(path: Path) -> Frozen:
-    """Read what was fixed before the runs.
-
-    Raises:
-        UserError: there is no such file, or `lorabench freeze` did not write it.
-    """
+    """Read what was fixed before the runs; UserError if `lorabench freeze` wrote no such file."""
     if not path.is_file():
         raise UserError(f"frozen rules {str(path)!r}: there is no such file; `lorabench freeze` writes it")
     try:
@@ -168,11 +158,8 @@ def read_frozen(path: Path) -> Frozen:
 def check_kept(frozen: Frozen, path: Path, layout: Layout, runs: pd.DataFrame, claims: pd.DataFrame) -> str:
     """Check that the tables `runs` and `claims` kept to what was frozen in a file; return the commit of this file.
 
-    The file is in a git repository that has the commits of the runs.
-
-    Raises:
-        UserError: the file is not committed; a run was made before its commit, with changed code or with another seed,
-            or is missing; or preset, rules or data are not the frozen ones.
+    The file is in a git repository that has the commits of the runs. UserError says that it is not committed; a run was
+    made before its commit, with changed code or another seed, or is missing; or preset, rules or data are others.
     """
     if frozen.protocol_version != PROTOCOL_VERSION:
         raise UserError(f"{path} is of protocol version {frozen.protocol_version} and the runs of {PROTOCOL_VERSION}")
@@ -227,11 +214,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def came_out_again(frozen: Frozen, claims: pd.DataFrame) -> pd.DataFrame:
     """Set the verdicts of the explored runs beside those of the held-out ones, whose table `claims` is given.
 
-    Returns:
-        One row per expected claim: `claim_id`, `statement`, the verdicts `explored` and `held_out`, `again` (yes or no,
-        null where the explored verdict decides nothing), `p_again`, `power`, the explored `estimate`, `ci_low` and
-        `ci_high`, the `held_out_estimate` with `held_out_low` and `held_out_high`, and whether it is `within` the
-        explored interval (null without one). Where nothing was explored, the rows are those of the held-out claims.
+    A row per expected claim has `claim_id`, `statement`, the verdicts `explored` and `held_out`, `again` (yes or no,
+    null where the explored verdict decides nothing), `p_again`, `power`, the explored `estimate`, `ci_low` and
+    `ci_high`, the `held_out_estimate` with `held_out_low` and `held_out_high`, and whether it is `within` the explored
+    interval (null without one). Where nothing was explored, the rows are those of the held-out claims.
     """
     judged = {claim["claim_id"]: claim for claim in claims.to_dict("records")}
     unexplored = Expected(verdict="not tested", p_again=None, power=None, estimate=None, ci_low=None, ci_high=None)

@@ -24,10 +24,9 @@ UNTESTED = ("not tested", "setting not met")
 def verdicts_by_margin(
     tables: Tables, judged: pd.DataFrame, margins: Margins, predictions: Predictions | None = None
 ) -> pd.DataFrame:
-    """Judge the claims of the table `judged` that the runs test again by FACTORS times the margins of the preset.
+    """Return the table `verdicts_by_margin`: claims that the runs test, judged by FACTORS times the preset's margins.
 
-    Returns:
-        The table `verdicts_by_margin`: of each of these claims a row for each factor; those of 1 are from `judged`.
+    Each has a row for each factor; those of 1 are from the table `judged`.
     """
     tested = judged[~judged["verdict"].isin(UNTESTED)]
     claims = [claim for claim in CLAIMS if claim.id in set(tested["claim_id"])]
@@ -45,10 +44,9 @@ def verdicts_by_margin(
 def turned(by_margin: pd.DataFrame, judged: pd.DataFrame) -> dict[str, Any] | None:
     """Return which verdicts the table `verdicts_by_margin` turns, for the page; `judged` is the table `claims`.
 
-    Returns:
-        `factors`, ascending; `rows`, the claims whose verdict is not the same at all of them: each with `claim_id`,
-        `statement`, its `verdict` and `at`, its rows of the table in the order of the factors; and `stay`, the ids of
-        the other claims. None if there are no verdicts by other margins, or they belong to an earlier table `claims`.
+    There are `factors`, ascending; `rows`, the claims whose verdict is not the same at all of them: each with
+    `claim_id`, `statement`, its `verdict` and `at`, its rows of the table by factor; and `stay`, the ids of the other
+    claims. None if there are no verdicts by other margins, or they belong to an earlier table `claims`.
     """
     if by_margin.empty:
         return None

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,8 @@ from markupsafe import Markup
 
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.estimate import ExampleLosses
-from lorabench.analysis.rules import DECIDED
-from lorabench.claims.judge import CORE
+from lorabench.analysis.rewards import runs_above_max_kl
 from lorabench.claims.recipe import measured_recipe
-from lorabench.config.experiments import Block
 from lorabench.config.loading import is_shipped
 from lorabench.doctor.record import record_for
 from lorabench.errors import UserError
@@ -36,6 +34,7 @@ from lorabench.figures.style import arm_styles
 from lorabench.planning.plan import Plan
 from lorabench.report import claim_text, summary
 from lorabench.report.other_margins import turned
+from lorabench.runs import MAX_KL
 from lorabench.store.io import list_of_words, read_claims, read_rows, read_table
 from lorabench.store.layout import Layout
 from lorabench.store.published import NOT_PUBLISHED
@@ -53,11 +52,9 @@ SECTIONS += [study.texts["section"] for study in studies()]
 def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = True) -> None:
     """Write the report of a preset from its figures and its tables runs, curves, claims and, if it exists, evals.
 
-    `source` is the preset as the user named it: the name of a shipped preset, or the path of its file. The file `out`
-    appears only when it is complete. Without `evaluated`, the page needs neither scores of lm-eval nor their figures.
-
-    Raises:
-        UserError: a figure or a table is missing, or the table claims is from another version.
+    `source` is the preset as the user named it: the name of a shipped preset, or the path of its file. Without
+    `evaluated`, the page needs neither scores of lm-eval nor their figures. UserError says that a figure or a table is
+    missing, or the table claims is from another version; then the file `out` stays as it is.
     """
     # The lines of the claims show what the picture of all verdicts shows.
     left_out = {"claims"} if evaluated else {"claims", "evals"}
@@ -88,10 +85,6 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             tally=claim_text.tally(judged),
             statements=dict(zip(judged["claim_id"], judged["statement"], strict=True)),
             bases=runs[["model", "base_params", "hidden_size"]].drop_duplicates("model").to_dict("records"),
-            # The data of a user stay out of the page.
-            examples={
-                name: None if question else summary.example(layout.dataset(name)) for name in plan.preset.sources
-            },
             sections=arrange([_figure(figure, layout, source) for figure in figures], tested),
             untested=[claim for claim in claims if claim not in tested],
             margins=turned(read_table(tables, "verdicts_by_margin", optional=True), judged),
@@ -100,7 +93,8 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             environment=summary.environment(runs),
             rules=sorted(set(judged["rules"].dropna())),
             experiments=list(filter(None, (summary.experiment(name, runs, judging) for name in trained))),
-            sampler=summary.sampler(plan, runs, all_curves),
+            n_above_max_kl=len(runs_above_max_kl(all_curves)),
+            max_kl=MAX_KL,
             evaluation=summary.evaluation(read_table(tables, "evals", optional=True)) if evaluated else [],
             evaluated=evaluated,
             work=summary.work(plan, runs),
@@ -112,7 +106,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             curves=htmlsafe_json_dumps(
                 curves_to_draw(runs, all_curves), dumps=json.dumps, separators=(",", ":"), allow_nan=False
             ),
-            downloads=table_downloads(tables, out.parent, without=() if evaluated else ("evals",)),
+            downloads=table_downloads(tables, out.parent, evaluated),
             tables=tables,
             figures_folder=layout.figures,
             command=_command(source, out),
@@ -185,20 +179,17 @@ def arrange(figures: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]])
 _POINTS = 60
 """The largest number of points of one curve; they are log-spaced in steps."""
 
-MAX_PLAIN, MAX_EMBEDDED, MAX_READ = 150_000, 2_200_000, 44_000_000
-"""The largest sizes in bytes of a CSV file that is embedded uncompressed, of all embedded tables together, and of a
-file that is read for the page, since a larger one is too large even when compressed."""
+MAX_EMBEDDED = 2_200_000
+"""The largest size in bytes of all embedded tables together, compressed."""
 
 _DASHES = {"-": "", "--": "6 3", ":": "2 3"}
 
 
 def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
-    """Return the thinned learning curves of runs as plain data, for the page's script.
+    """Return the learning curves of runs as plain data, for the page's script; of many steps there are 60, log-spaced.
 
-    Returns:
-        `measures`: a list of (split, metric). `grids`: a list of lists of steps. `curves`: by run_id, a list of (index
-        of the measure, index of the grid, values to four digits). `styles`: by label, the colour, dashes and width of a
-        line. Of a curve with more than 60 steps there are the first, the last, and log-spaced ones between them.
+    `measures` are a list of (split, metric), `grids` a list of lists of steps, and `curves` by run_id a list of (index
+    of the measure, index of the grid, values to four digits). `styles` are, by label, a line's colour, dashes, width.
     """
     styles = arm_styles(runs.rename(columns={"label": "arm"}))
     drawn = {label: [style.colour, _DASHES[style.linestyle], style.linewidth] for label, style in styles.items()}
@@ -221,29 +212,23 @@ def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
     return {"measures": list(measures), "grids": list(grids), "curves": by_run, "styles": drawn}
 
 
-def table_downloads(folder: Path, page: Path, without: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Return the tables of a folder as data: URIs of their CSV files, compressed with gzip if they are large.
+def table_downloads(folder: Path, page: Path, evaluated: bool) -> list[dict[str, Any]]:
+    """Return the tables of a folder as data: URIs of their CSV files, compressed with gzip; evals only if `evaluated`.
 
-    Returns:
-        For each table but those `without`: `file` (its name), `bytes` (the size of the file), `embedded` (whether it is
-        in the page) and `uri` (a data: URI, or the path of the file from the folder of the page). A table that is too
-        large to embed even when compressed is linked, as the parquet file where it is too large for CSV.
+    For each there are `file` (its name), `bytes` (the size of the file), `embedded` (whether it is in the page) and
+    `uri` (a data: URI, or of a table that is too large to embed the path of the file from the folder of the page).
     """
     downloads, left = [], MAX_EMBEDDED
-    for name in ("runs", "curves", "claims", "evals", "compute", "counts"):
+    for name in ("runs", "curves", "claims", *(["evals"] if evaluated else []), "compute", "counts"):
         paths = [path for kind in ("csv", "parquet") if (path := folder / f"{name}.{kind}").is_file()]
-        if name in without or not paths:
-            continue
-        path, size = paths[0], paths[0].stat().st_size
-        content = path.read_bytes() if path.suffix == ".csv" and size <= MAX_READ else b""
-        content = gzip.compress(content, 6, mtime=0) if size > MAX_PLAIN and content else content
-        row: dict[str, Any] = {"file": path.name, "bytes": size, "embedded": 0 < len(content) <= left}
-        row["uri"] = Path(os.path.relpath(path, page)).as_posix()
-        if row["embedded"]:
-            left -= len(content)
-            row["uri"] = _data_uri(content, "application/gzip" if size > MAX_PLAIN else "text/csv")
-            row["file"] += ".gz" if size > MAX_PLAIN else ""
-        downloads.append(row)
+        for path in paths[:1]:
+            content = gzip.compress(path.read_bytes(), 6, mtime=0) if path.suffix == ".csv" else b""
+            row: dict[str, Any] = {"file": path.name, "bytes": path.stat().st_size}
+            row |= {"embedded": 0 < len(content) <= left, "uri": Path(os.path.relpath(path, page)).as_posix()}
+            if row["embedded"]:
+                left -= len(content)
+                row |= {"file": f"{path.name}.gz", "uri": _data_uri(content, "application/gzip")}
+            downloads.append(row)
     return downloads
 
 
@@ -260,22 +245,6 @@ def text(value: Any) -> str:
     return formats.DASH if formats.missing(value) or value == "" else str(value)
 
 
-def parametrization(block: Block) -> str:
-    """Describe how the LoRA of a block of an experiment differs from the paper's parametrization."""
-    listed = (block.alphas or [], block.inits_a, block.lr_ratios, *block.transforms)
-    alphas, inits, ratios, *transforms = (", ".join(f"{value:g}" for value in values) for values in listed)
-    parts = {
-        f"variants {', '.join(block.variants)}": block.variants != ["lora"],
-        f"alpha {alphas}": block.alphas,
-        f"alpha times rank^{block.alpha_power:g}": block.alpha_power,
-        f"init of A times {inits}": block.inits_a != [1.0],
-        f"LR of B / LR of A {ratios}": block.lr_ratios != [1.0],
-        f"p, q {' and '.join(transforms)}": transforms,
-        f"Adam's epsilon {block.eps or 0:g}": block.eps is not None,
-    }
-    return "; ".join(part for part, differs in parts.items() if differs) or "standard"
-
-
 def anchor(name: Any, kind: str) -> str:
     """Return the HTML id of a run's row or a claim's card, safe in a link."""
     return f"{kind}-{re.sub(r'[^A-Za-z0-9_.-]', '-', str(name))}"
@@ -286,71 +255,50 @@ FILTERS = {
     for function in (
         *(formats.number, formats.signed, formats.nll, formats.lr, formats.interval, formats.lr_interval),
         *(formats.count, formats.amount, formats.parameters, formats.duration, formats.when),
-        *(text, list_of_words, parametrization, anchor),
-        *(claim_text.margin, claim_text.estimate, claim_text.spread, claim_text.measured, claim_text.verdict),
+        *(text, list_of_words, anchor),
+        *(claim_text.margin, claim_text.estimate, claim_text.spread, claim_text.measured),
         *(claim_text.sentence, claim_text.details, claim_text.verdict_again),
     )
 }
 """The functions that the templates use as filters, by name."""
 
 
-LINES = 3
-"""The most claims that an entry of the index shows; the report has all."""
-
-
 def write_index(results: Path) -> Path:
-    """Write the index of a folder of results from what lies there, and return its path.
-
-    `last` of an entry is the time at which the last run was started, as text in ISO 8601; `note` says why there are no
-    verdicts.
-    """
-    own: list[dict[str, Any]] = []
-    shipped: list[dict[str, Any]] = []
+    """Write the index of the reports in a folder of results, the newest first, and return its path."""
+    own, shipped = "Your own models and data", "Presets of the paper, run here"
+    groups: dict[str, list[dict[str, Any]]] = {own: [], shipped: []}
     # Of a preset with two reports, the one with scores of lm-eval is listed.
     names = ("without_evaluation.html", "index.html")
     reports = {path.parent: path for name in names for path in sorted(results.glob(f"*/report/{name}"))}
     for report in reports.values():
-        name = report.parents[1].name
-        ours = is_shipped(name)
+        name, tables = report.parents[1].name, report.parents[1] / "tables"
         with report.open("rb") as file:
             head = file.read(2**15).decode(errors="replace")
         texts = re.findall(r'<(?:title>|meta name="(\w+)" content=")(.*?)(?:</title>|">)', head, re.DOTALL)
         stated = {field or "title": unescape(text) for field, text in texts}
-        entry: dict[str, Any] = {"title": name if ours else stated.get("title", name)}
+        entry: dict[str, Any] = {"title": name if is_shipped(name) else stated.get("title", name)}
         entry |= {"about": stated.get("description", ""), "answer": stated.get("abstract", "")}
-        entry["report"] = quote(report.relative_to(results).as_posix())
+        entry |= {"report": quote(report.relative_to(results).as_posix()), "size": (), "verdicts": (), "last": ""}
         # What is damaged of one preset keeps no other from being listed.
         try:
-            entry |= _told(results / name / "tables")
+            counts = read_claims(tables, NOT_PUBLISHED)["verdict"].value_counts()
+            runs = read_rows(tables, "runs", ["model", "started"])
         except UserError as error:
-            nothing = dict.fromkeys(("size", "verdicts", "claims"), ())
-            entry |= nothing | {"last": "", "note": f"Its tables can't be read: {error}."}
-        (shipped if ours else own).append(entry)
-    for entries in (own, shipped):
+            entry["size"] = [f"Its tables can't be read: {error}."]
+        else:
+            started = sorted(row["started"] for row in runs if row["started"])
+            days = dict.fromkeys(time[:10] for time in (*started[:1], *started[-1:]))
+            models = ", ".join(sorted({row["model"] for row in runs}))
+            entry["size"] = [f"{len(runs):,} run{'' if len(runs) == 1 else 's'}", models, " to ".join(days)]
+            entry["verdicts"] = [
+                (verdict, int(counts[verdict])) for verdict in claim_text.VERDICTS if verdict in counts
+            ]
+            entry["last"] = max(started, default="")
+        groups[shipped if is_shipped(name) else own].append(entry)
+    for entries in groups.values():
         entries.sort(key=lambda entry: entry["last"], reverse=True)
-    groups = {"Your own models and data": own, "Presets of the paper, run here": shipped}
     styles = {"style": inline("page.css"), "own_style": inline("index.css")}
-    page = environment().get_template("index.html.j2").render(groups=groups, lines=LINES, **styles)
+    page = environment().get_template("index.html.j2").render(groups=groups, **styles)
     with atomic_path(results / "index.html") as partial:
         partial.write_text(page, encoding="utf-8")
     return results / "index.html"
-
-
-def _told(tables: Path) -> dict[str, Any]:
-    """Return what the index shows of a preset's runs and claims."""
-    claims, runs = read_claims(tables, NOT_PUBLISHED), read_rows(tables, "runs", ["model", "started"])
-    # Of each fact one core claim is shown: those that are decided come first, then those that are inconclusive.
-    core = claims[claims["claim_id"].isin(CORE) & claims["verdict"].isin((*DECIDED, "inconclusive"))]
-    core = core.assign(open=core["verdict"] == "inconclusive", place=core["claim_id"].map(CORE.index))
-    core = core.sort_values(["open", "place"], kind="stable").drop_duplicates("fact").head(LINES)
-    started = sorted(row["started"] for row in runs if row["started"])
-    days = dict.fromkeys(time[:10] for time in (*started[:1], *started[-1:]))
-    models = ", ".join(sorted({row["model"] for row in runs}))
-    counts = claims["verdict"].value_counts()
-    return {
-        "last": max(started, default=""),
-        "size": [f"{len(runs):,} run{'' if len(runs) == 1 else 's'}", models, " to ".join(days)],
-        "verdicts": [(verdict, int(counts[verdict])) for verdict in claim_text.VERDICTS if verdict in counts],
-        "claims": core.to_dict("records"),
-        "note": "",
-    }

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow.parquet as pq
 
 from lorabench.analysis.arms import arm_label, arm_labels, each_arm, is_standard
 from lorabench.analysis.comparison import MIN_LRS, Judging, comparisons
 from lorabench.analysis.optima import fitted_noise
-from lorabench.analysis.rewards import is_sick, sampler_mismatch, with_error_rates
+from lorabench.analysis.rewards import is_sick, with_error_rates
 from lorabench.claims.recipe import RankRecommendation
 from lorabench.data.sft import about
 from lorabench.data.tokens import count_left_out
@@ -22,7 +20,6 @@ from lorabench.figures.verdicts import END, LINEAR, in_margins
 from lorabench.planning.costs import combined, job_cost
 from lorabench.planning.plan import Plan
 from lorabench.report.claim_text import facts, in_order
-from lorabench.runs import MAX_KL
 from lorabench.store.checks import is_rl
 from lorabench.store.io import list_of_words, with_all_columns
 from lorabench.store.layout import Layout
@@ -31,7 +28,6 @@ Records = list[dict[Any, Any]]
 
 _PLACE = ["model", "dataset", "batch_size", "steps"]
 _SCORE = ["about", "task", "metric", "filter"]
-_INPUTS = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha256"]
 
 
 def labelled(runs: pd.DataFrame) -> pd.DataFrame:
@@ -124,21 +120,6 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
     return {"name": name, "result": "accuracy" if rewarded else "NLL", "noise": noise, "arms": arms}
 
 
-def sampler(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
-    """Return how far the sampler's distribution is from the learner's in each arm of RL.
-
-    There are `arms`, the rows of `sampler_mismatch` with their `label` and the name of their `sampler` (a list, empty
-    for runs that are not in the plan), `names` of all samplers, and `n_above`, the number of runs above the KL `limit`.
-    """
-    rollouts = {run_id: sweep.condition.rollouts for sweep in plan.sweeps for run_id in sweep.run_ids}
-    arms: Records = sampler_mismatch(runs, curves).to_dict("records")
-    for row in arms:
-        sampled = [rollouts.get(run_id) for run_id in row["run_ids"]]
-        row |= {"label": arm_label(row), "sampler": sorted({drawn.sampler for drawn in sampled if drawn})}
-    names = sorted({name for row in arms for name in row["sampler"]})
-    return {"arms": arms, "names": names, "n_above": sum(row["n_above"] for row in arms), "limit": MAX_KL}
-
-
 def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the scores of lm-eval, in one table per model, dataset, batch size and length.
 
@@ -210,19 +191,8 @@ def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
 
 def inputs(runs: pd.DataFrame) -> Records:
     """Return the hashes of model, data, tokenizer and chat template, once for each combination."""
-    return runs[["model", "dataset", *_INPUTS]].drop_duplicates().to_dict("records")
-
-
-def example(path: Path) -> tuple[str, str] | None:
-    """Return the first question and its answer in the file of a dataset or a problem set; None without the file."""
-    if not path.is_file():
-        return None
-    with pq.ParquetFile(path) as file:
-        [row] = next(file.iter_batches(1)).to_pylist()
-    if "question" in row:
-        return str(row["question"]), str(row["answer"])
-    question = next(turn for turn in row["messages"] if turn["role"] != "system")
-    return question["content"], row["messages"][-1]["content"]
+    hashes = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha256"]
+    return runs[["model", "dataset", *hashes]].drop_duplicates().to_dict("records")
 
 
 def dataset_origins(layout: Layout) -> list[dict[str, Any]]:

@@ -63,22 +63,17 @@ class LrOptimum:
     method: str = ""
     rank: int | None = None
     width: float = NAN
-    batch_size: float = NAN
-    """Examples per step; in RL, responses per step."""
+    batch_size: float = NAN  # Examples per step; in RL, responses per step.
     steps: float = NAN
     alpha: float = NAN
     rl: bool = False
     lr: float = NAN
-    error: float = NAN
-    """The standard error of ln LR; NaN where the optimum is at the edge of its grid."""
+    error: float = NAN  # The standard error of ln LR; NaN where the optimum is at the edge of its grid.
     counts: bool = False
     remark: str = ""
-    mean_lr: float = 1.0
-    """The mean LR of a run over its highest."""
-    log_lrs: tuple[float, ...] = field(default=(), repr=False)
-    """The grid where it is known: ln LR in ascending order."""
-    losses: tuple[float, ...] = field(default=(), repr=False)
-    """The losses of the grid, error rates in RL."""
+    mean_lr: float = 1.0  # The mean LR of a run over its highest.
+    log_lrs: tuple[float, ...] = field(default=(), repr=False)  # The grid where it is known: ln LR in ascending order.
+    losses: tuple[float, ...] = field(default=(), repr=False)  # The losses of the grid, error rates in RL.
 
     @classmethod
     def from_row(cls, row: Mapping[Any, Any]) -> LrOptimum:
@@ -259,10 +254,9 @@ def optima_table(optima: Sequence[LrOptimum]) -> pd.DataFrame:
 def measured_optima(tables: Tables) -> pd.DataFrame:
     """Return the optimal LRs of supervised runs, of FullFT and of the LoRA to use, which `lora-advice` reads.
 
-    Returns:
-        The columns of `optima_table`, without a source, and the ends `lr_low` and `lr_high` of the 95% interval, the
-        number of the model's `parameters`, what identifies its `weights`, and whether LoRA `matches`. An optimum
-        without an interval does not count. Runs without a family or a width are left out.
+    There are the columns of `optima_table`, without a source, the ends `lr_low` and `lr_high` of the 95% interval, the
+    number of the model's `parameters`, what identifies its `weights`, and whether LoRA `matches`. An optimum without an
+    interval does not count. Runs without a family or a width are left out.
     """
     runs = with_all_columns(tables.runs, "runs")
     runs = runs[~is_rl(runs) & runs["family"].notna() & runs["hidden_size"].notna()]

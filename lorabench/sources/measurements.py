@@ -85,11 +85,10 @@ Z = 1.959964
 def read_own(folder: Path, name: str) -> pd.DataFrame:
     """Read the table `claims` of a preset, finished or published.
 
-    Returns:
-        The claims without run_ids, and the columns origin (the preset's name), explored (False where all seeds are
-        held out), held_out (the verdict on held-out seeds, null without them; the verdict itself where all seeds are),
-        scale (as `8B`) and parameters: those at the start of the claim's scope, such as `0.83M parameters, 50 steps`,
-        the larger one of a range; null for a claim that was judged on no models.
+    It gets the columns origin (the preset's name), explored (False where all seeds are held out), held_out (the verdict
+    on held-out seeds, null without them; the verdict itself where all seeds are), scale (as `8B`) and parameters: those
+    at the start of the claim's scope, such as `0.83M parameters, 50 steps`, the larger one of a range; null for a claim
+    that was judged on no models.
     """
     claims = read_claims(folder, without=NOT_PUBLISHED)
     stated = claims["scope"].astype(str).str.extract(r"^(?:[\d.]+[kMB] to )?([\d.]+)([kMB]) parameters")
@@ -112,11 +111,8 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
     """Return the matrix as a tidy table, one row for each of its claims and scale, by claim and ascending size.
 
     Where several sources are of one scale, the worst verdict decides the cell, as within a verdict over several
-    comparisons (see `lorabench.analysis.finding.SEVERITY`). Without any runs behind it a verdict is `not tested`.
-
-    Args:
-        judged: the claims of all sources, as from `source.judge`.
-        own: presets of one's own, each as from `read_own`.
+    comparisons (see `lorabench.analysis.finding.SEVERITY`). Without any runs behind it a verdict is `not tested`. Given
+    are the claims of all sources, as from `source.judge`, and own presets, each as from `read_own`.
     """
     every = pd.concat([judged.assign(origin=judged["source"]), *own], ignore_index=True)
     every = every[every["claim_id"].isin(_CLAIMS) & every["scale"].notna()].copy()

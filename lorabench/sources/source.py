@@ -15,7 +15,7 @@ from reprlib import repr as short
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from lorabench.analysis.comparison import COMPARED, MIN_LRS
 from lorabench.analysis.curves import curves_of
@@ -55,20 +55,13 @@ class Origin(Strict):
 
 
 class NoiseOf(Strict):
-    """Noise between seeds for runs with one seed: a number, or the name of another source that has several seeds."""
+    """Noise between seeds for runs with one seed: sd, dof and source, or the name of another source as `from`."""
 
     sd: PositiveFloat | None = None
     """Standard deviation of the final loss in nats, or of the final accuracy as a share."""
     dof: Positive | None = None
     source: str | None = None
     other: str | None = Field(default=None, alias="from")
-
-    @model_validator(mode="after")
-    def _is_stated_or_borrowed(self) -> NoiseOf:
-        stated = [part is not None for part in (self.sd, self.dof, self.source)]
-        if any(stated) if self.other else not all(stated):
-            raise ValueError("state sd, dof and source, or the name of another source as `from`")
-        return self
 
 
 class ModelOf(Strict):
@@ -124,24 +117,17 @@ class SourceFile(Strict):
 def import_source(folder: Path) -> tuple[SourceFile, Tables]:
     """Return the file of a source, and its runs and curves as published: nothing stands in for a loss that they lack.
 
-    Raises:
-        UserError: the file `source.yaml` is absent, not YAML, or wrong (all wrong fields are named), a table has
-            changed, or a table has something that is not explained: an unknown column, a share above 1, or two runs
-            with equal settings and seed.
+    UserError says that the file `source.yaml` is absent, not YAML, or wrong (all wrong fields are named), a table has
+    changed, or has something unexplained: an unknown column, a share above 1, or runs with equal settings and seed.
     """
     path = folder / SOURCE_FILE
     if not path.is_file():
         raise UserError(f"{folder} is no source, since it has no file {SOURCE_FILE}")
-    stated = read_yaml(path)
-    if not isinstance(stated, dict):
-        raise UserError(f"{path}: a mapping of {', '.join(SourceFile.model_fields)} is needed, not {short(stated)}")
     try:
-        source = SourceFile.model_validate(stated)
+        source = SourceFile.model_validate(read_yaml(path))
     except ValidationError as error:
-        sentences = []
-        for problem in error.errors():
-            value = "" if problem["type"] in ("missing", "value_error") else f" = {short(problem['input'])}"
-            sentences.append(f"{'.'.join(map(str, problem['loc']))}{value}: {problem['msg']}")
+        wrong = [(".".join(map(str, problem["loc"])), problem) for problem in error.errors()]
+        sentences = [f"{name} = {short(problem['input'])}: {problem['msg']}" for name, problem in wrong]
         raise UserError(f"{path}: {'; '.join(sentences)}") from error
     for table, sha256 in source.sha256.items():
         if not (folder / table).is_file():
@@ -156,8 +142,8 @@ def import_source(folder: Path) -> tuple[SourceFile, Tables]:
         check_curves(curves)
         if source.outcome == "accuracy":
             rewards = runs.reindex(columns=["run_id", "final_reward"])
-            wrong = runs["status"].eq("done") & rewards["final_reward"].isna()
-            refuse_rows(rewards, wrong, "run_id", "final_reward", "a share")
+            lacking = runs["status"].eq("done") & rewards["final_reward"].isna()
+            refuse_rows(rewards, lacking, "run_id", "final_reward", "a share")
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     return source, Tables(runs, curves)
@@ -234,11 +220,7 @@ class SourceModel:
 
 
 def source_folders(*more: Path) -> list[Path]:
-    """Return the folders of the shipped sources, and of others: each a source, or a folder of sources.
-
-    Raises:
-        UserError: a folder holds no source, or two sources have one name.
-    """
+    """Return the folders of the shipped sources, and of others: each a source, or a folder of sources."""
     folders: dict[str, Path] = {}
     for folder in (REFERENCE, *more):
         files = [*folder.glob(SOURCE_FILE), *sorted(folder.glob(f"*/{SOURCE_FILE}"))]
@@ -252,11 +234,7 @@ def source_folders(*more: Path) -> list[Path]:
 
 
 def read_sources(folders: Sequence[Path]) -> list[SourceModel]:
-    """Read sources and return their models; noise may be that of a source that is shipped and not read.
-
-    Raises:
-        UserError: a source is refused (see `import_source`), or takes its noise from one that is not there or has none.
-    """
+    """Read sources (see `import_source`) and return their models; noise may be that of any shipped source."""
     imported = {folder: import_source(folder) for folder in folders}
     published = {folder.name: tables.runs for folder, (_, tables) in imported.items()}
     models = []
@@ -297,10 +275,7 @@ BY_ACCURACY = "the test accuracy stands in for the test loss, so that losses are
 def judge(source: SourceModel, claims: Sequence[Claim] = CLAIMS, margins: Margins | None = None) -> pd.DataFrame:
     """Judge claims on a source; LoRA is that of the ranks up to the highest one with a grid of LRs.
 
-    Without margins, DEFAULT_MARGINS hold.
-
-    Returns:
-        The table `claims` with the columns source, model, scale, parameters and doubts before its own.
+    Without margins, DEFAULT_MARGINS hold. The table `claims` begins with source, model, scale, parameters and doubts.
     """
     noise, reward_noise = (None, source.noise) if source.is_rl else (source.noise, None)
     tables = source.tables

@@ -36,11 +36,10 @@ def is_rl(runs: pd.DataFrame) -> pd.Series[bool]:
 
 
 def check_table(runs: pd.DataFrame) -> None:
-    """Check that the runs table is valid. Columns that it lacks are not checked.
+    """Raise UserError unless the runs table is valid; columns that it lacks are not checked.
 
-    Raises:
-        UserError: A run_id is missing or appears twice; a column has a value that is not allowed, such as a negative
-            loss; a finished run has no finite losses, or in RL no rewards between 0 and 1; or see `check_comparable`.
+    Each run has an id of its own, allowed values, and, if it is finished, finite losses, or in RL rewards between 0 and
+    1; and the runs are comparable (see `check_comparable`).
     """
     if runs.empty:
         return
@@ -123,11 +122,7 @@ def refuse_rows(table: pd.DataFrame, wrong: pd.Series[bool], named_by: str, colu
 
 
 def check_curves(curves: pd.DataFrame) -> None:
-    """Check that the curves table can be read. It may have curves of runs that the runs table lacks.
-
-    Raises:
-        UserError: A column is missing, a step or an NLL is negative, or a run has two values of one metric at one step.
-    """
+    """Raise UserError if the curves table lacks a column, has a negative step or NLL, or two values of one point."""
     if curves.columns.empty:
         return
     point = ["run_id", "step", "split", "metric"]

@@ -56,10 +56,7 @@ def collect(jobs: list[Path], out: Path, plan: Plan, layout: Layout) -> None:
     """Merge files of jobs into the tables `runs`, `curves` (both parquet and CSV) and `test_losses` (parquet).
 
     The runs' experiments and kinds of data and base are those of the plan, and the groups of test examples those of the
-    layout's data.
-
-    Raises:
-        UserError: a file is damaged or missing, or its job is not in the plan.
+    layout's data. UserError says that a file is damaged or missing, or that its job is not in the plan.
     """
 
     def runs_of(path: Path) -> pa.Table:

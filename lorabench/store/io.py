@@ -58,10 +58,8 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
     """Read a tidy table from a folder, parquet or else CSV, in the documented types.
 
     Documented columns may be missing, and other columns are kept. Integers are `Int64`, since they may be null; lists
-    are lists of words. An `optional` table without a file is empty and has no columns.
-
-    Raises:
-        UserError: there is no such file, it can't be read, or a column holds a value of another type.
+    are lists of words. An `optional` table without a file is empty and has no columns. UserError says that there is no
+    such file, that it can't be read, or that a column holds a value of another type.
     """
     path = table_path(folder, name)
     if path is None:

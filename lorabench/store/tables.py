@@ -115,11 +115,8 @@ def merge(folders: list[Path], out: Path) -> None:
     """Merge the tables in KEYS of several folders into the folder `out`, as parquet and CSV.
 
     The merged tables have the documented columns that at least one folder has, null in the rows of the other folders.
-    `out` may be one of the folders.
-
-    Raises:
-        UserError: a folder holds no table, a table can't be read or is not valid (see `check_table`, `check_curves`
-            and `check_comparable`), or tables contradict each other. Nothing is written then.
+    `out` may be one of the folders. UserError says that a folder holds no table, that a table can't be read or is not
+    valid, or that tables contradict each other; nothing is written then.
     """
     merged = {name: merge_tables(name, frames) for name, frames in _read_all(folders).items() if frames}
     check_table(with_stand_ins(merged.get("runs", pd.DataFrame())))
@@ -132,11 +129,8 @@ def merge(folders: list[Path], out: Path) -> None:
 def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
     """Merge tables of one kind by folder: rows with the same KEYS become one row, with the experiments of all of them.
 
-    Rows are in the order in which they first appear.
-
-    Raises:
-        UserError: some tables lack a column of KEYS that others have, or rows with the same KEYS differ in a column
-            that is not in MAY_DIFFER.
+    Rows are in the order in which they first appear. UserError says that some tables lack a column of KEYS that others
+    have, or that rows with the same KEYS differ in a column that is not in MAY_DIFFER.
     """
     columns = [field.name for field in SCHEMAS[name] if any(field.name in frame for frame in frames.values())]
     keys = [key for key in KEYS[name] if key in columns or name in ("runs", "curves", "test_losses")]

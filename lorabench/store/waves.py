@@ -19,9 +19,8 @@ from lorabench.store.run_folder import RunFolder
 def waves(sweep: Sweep, layout: Layout) -> Iterator[list[Run]]:
     """Yield the waves of a sweep's runs, each when the runs of the earlier ones are finished.
 
-    Raises:
-        UserError: a run of the wave before is not finished, or a finished run was made with another commit of a Hugging
-            Face repository than is fetched now.
+    UserError says that a run of the wave before is not finished, or that a finished run was made with another commit of
+    a Hugging Face repository than is fetched now.
     """
     losses: dict[tuple[float, int], float] = {}
     while wave := next_runs(sweep, losses):

@@ -84,12 +84,8 @@ def train_sft(
 ) -> tuple[list[float], Any]:
     """Fine-tune a model on examples; return each step's loss before its update, in nats per token, and the model.
 
-    Args:
-        folder: the base model.
-        lr: the constant learning rate, about ten times as high for LoRA as for full fine-tuning.
-        rank: LoRA's rank; None for full fine-tuning.
-        alpha: the numerator of LoRA's scale.
-        seed: for the order of examples and LoRA's A.
+    The LR is constant, and about ten times as high for LoRA as for full fine-tuning, which has no rank. The order of
+    examples and LoRA's A are drawn from the seed.
     """
     model = load(folder, rank, alpha, seed)
     optimizer = adam(model, lr, eps)

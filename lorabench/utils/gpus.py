@@ -105,21 +105,16 @@ def processor() -> str:
 
 
 def visible_devices() -> list[str]:
-    """Return the numbers or UUIDs of the GPUs in CUDA_VISIBLE_DEVICES, or of all that `nvidia-smi` lists, if any."""
+    """Return the numbers or UUIDs of the GPUs in CUDA_VISIBLE_DEVICES, or of all that a working `nvidia-smi` lists."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return _nvidia_smi("--query-gpu=index")
+        if not shutil.which("nvidia-smi"):
+            return []
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        listed = subprocess.run(command, capture_output=True, text=True, check=False)
+        return [line.strip() for line in listed.stdout.splitlines()] if listed.returncode == 0 else []
     # CUDA ignores all names after one that is not valid; users write -1 for no GPU.
     return list(takewhile(lambda name: name and name[0] != "-", (name.strip() for name in chosen.split(","))))
-
-
-def _nvidia_smi(*options: str) -> list[str]:
-    """Return the lines that `nvidia-smi` answers to a query; none if it is not installed or fails."""
-    if not shutil.which("nvidia-smi"):
-        return []
-    command = ["nvidia-smi", *options, "--format=csv,noheader"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False)
-    return [line.strip() for line in listed.stdout.splitlines()] if listed.returncode == 0 else []
 
 
 @contextmanager

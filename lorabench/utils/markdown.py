@@ -26,10 +26,9 @@ def escaped(text: str) -> str:
 
 
 def with_part(text: str, page: Path, name: str, writer: str, part: str) -> str:
-    """Return the text of a page with a part between its markers; `writer` is what writes it, as the first marker says.
+    """Return the text of a page with a part between its markers, of which the first names its `writer`.
 
-    Raises:
-        UserError: the page has no place for the part.
+    UserError says that the page has no place for the part.
     """
     start, end = f"<!-- {name}: written by {writer} -->", f"<!-- end of {name} -->"
     before, start_in_text, rest = text.partition(start)

@@ -166,23 +166,7 @@ def test_sick_runs_are_those_cut_off_or_collapsed_below_the_controls():
     assert sick(final_truncated=1.0, base_reward=[0.1, 0.7, 0.1, 0.2]) == "ac"
 
 
-def test_measures_are_over_steps_and_runs_and_absent_ones_stay_absent():
-    columns = {"task": ["rl", "rl", "rl", "sft"], "method": ["lora", "lora", "fullft", "lora"], "rank": [8, 8, None, 8]}
-    about = {"model": "tiny", "dataset": "sums", "placement": "all", "batch_size": 64}
-    runs = pd.DataFrame({"run_id": list("abcd"), **columns}).assign(**about)
-    kl = {"a": [0.002, -0.02], "b": [0.004, 0.01], "c": [0.0, 0.0]}
-    measures = {"kl": kl, "ratio_max": {"a": [1.5, 3.0], "b": [1.2, 1.1]}, "ratio_above_2": {"a": [0.1, 0.3]}}
-    points = [
-        (run_id, step, "train", metric, value)
-        for metric, by_run in measures.items()
-        for run_id, values in by_run.items()
-        for step, value in enumerate(values, 1)
-    ]
-    curves = pd.DataFrame(points, columns=["run_id", "step", "split", "metric", "value"])
-    fullft, lora = rewards.sampler_mismatch(runs, curves).to_dict("records")
-    assert (lora["kl_mean"], lora["kl_max"]) == pytest.approx((-0.001, 0.02))
-    # The limit itself is not above the limit, and a negative KL of the same size is.
-    assert (lora["n_above"], lora["n_measured"]) == (1, 2)
-    assert (lora["ratio_max"], lora["ratio_above_2"]) == pytest.approx((3.0, 0.2))
-    assert (fullft["kl_max"], fullft["n_above"], fullft["n_measured"]) == (0, 0, 1)
-    assert all(math.isnan(of[name]) for of, name in ((lora, "ratio_mean"), (fullft, "ratio_above_2")))
+def test_runs_above_the_largest_kl_are_those_with_a_step_beyond_it_on_either_side():
+    points = [("a", 0.002), ("a", -0.02), ("b", rewards.MAX_KL), ("c", 0.0)]
+    curves = pd.DataFrame(points, columns=["run_id", "value"]).assign(step=1, split="train", metric="kl")
+    assert rewards.runs_above_max_kl(curves) == {"a"}

@@ -51,7 +51,7 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_sentence(text):
     FOLDER.mkdir(parents=True)
     path = FOLDER / "H100.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=f"^{path} is no record of this version of lorabench doctor; delete it"):
+    with pytest.raises(UserError, match=f"^{path} is no record of this version: delete it"):
         record_for(load_preset("core").execution)
 
 

@@ -73,6 +73,7 @@ MISTAKES = [
         r"models\.tiny: GGUF file '/no' does not exist",
     ),
     ((*RANK, "steps"), "9" * 400, r"steps = '9+': input should be a valid integer"),
+    ((*RANK, "variants"), ["dora"], "experiment rank has the variant 'dora'"),
     (("models", "My Model"), {"kind": "tiny"}, r"models\.My Model = 'My Model'"),
 ]
 

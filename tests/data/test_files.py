@@ -13,9 +13,13 @@ import pytest
 from pyarrow import csv
 
 from lorabench.config.inputs import FileDataset, FileProblems, HubDataset
-from lorabench.data.chat import NO_ANSWER, NO_CHAT, NO_TEXT, NOT_UNICODE, Chat
+from lorabench.data.chat import Chat
 from lorabench.data.files import (
+    NO_ANSWER,
+    NO_CHAT,
     NO_NUMBER,
+    NO_TEXT,
+    NOT_UNICODE,
     NOT_UTF8,
     REPEATED,
     TOO_LONG,
@@ -159,7 +163,7 @@ def test_a_file_that_is_no_use_is_one_sentence(tmp_path):
     path = write(tmp_path, [*pairs(6), {"prompt": "q"}, {"prompt": "q"}])
     with pytest.raises(UserError, match=r"6 of 8 rows can be used as prompt/completion; left out: 2 no text") as error:
         list(make_dataset(spec(path)))
-    assert str(error.value).endswith("; 8 are needed: train = 4, validation = 2, test = 2")
+    assert str(error.value).endswith("; 8 are needed for train, validation and test")
 
 
 def test_splits_are_disjoint_whole_and_drawn_by_the_seed_from_a_content_that_is_the_identity(tmp_path):

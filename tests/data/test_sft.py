@@ -17,7 +17,7 @@ from lorabench.data import sft
 from lorabench.data.chat import prompt
 from lorabench.data.identity import dataset_id
 from lorabench.data.reasoning import INSTRUCT_TASKS, PRETRAIN_TASKS
-from lorabench.data.sft import about, build_dataset, choose_shipped, make_dataset, read_dataset, write_dataset
+from lorabench.data.sft import about, build_dataset, choose_shipped, make_dataset, read_dataset
 from lorabench.errors import UserError
 
 
@@ -60,17 +60,6 @@ def test_held_out_tests_are_found_beyond_training_splits_of_any_length():
     assert (spec.seed, [row["split"] for row in make_dataset(spec)].count("test")) == (1, spec.test)
 
 
-def test_many_row_groups_hold_the_same_rows(tmp_path, monkeypatch):
-    rows = made()
-    monkeypatch.setattr(sft, "_GROUP_ROWS", 7)
-    write_dataset(iter(rows), tmp_path / "rows.parquet")
-    monkeypatch.setattr(sft, "_GROUP_CHARS", 300)
-    write_dataset(iter(rows), tmp_path / "chars.parquet")
-    groups = [pq.ParquetFile(tmp_path / f"{name}.parquet").num_row_groups for name in ("rows", "chars")]
-    assert groups[1] > groups[0] == 9
-    assert list(read_dataset(tmp_path / "rows.parquet")) == list(read_dataset(tmp_path / "chars.parquet")) == rows
-
-
 def test_facts_are_the_same_in_every_split_and_uniform(tmp_path):
     spec = FactsDataset(kind="facts", facts=300, digits=6)
     build_dataset(spec, tmp_path / "facts.parquet")
@@ -94,7 +83,7 @@ def shipped(kind="docstrings", **changes) -> ShippedDataset:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_shipped_files_keep_owners_texts_and_prompts_in_one_split(kind):
-    table = pq.read_table(sft.shipped_file(kind))
+    table = pq.read_table(Path(sft.__file__).with_name(f"{kind}.parquet"))
     rows, packages = table.to_pandas(), json.loads(table.schema.metadata[b"lorabench"])["packages"]
     counted = rows.groupby("split")["package"].nunique()
     assert (counted >= 20).all()
@@ -132,9 +121,9 @@ def test_shipped_text_has_an_identity_and_too_few_examples_are_refused(tmp_path,
     asked, answered = (turn["content"] for turn in next(read_dataset(tmp_path / "made.parquet"))["messages"])
     assert asked.startswith("What does this Python function do?\n\ndef ")
     assert answered.endswith(".")
-    with pytest.raises(UserError, match=r"found \d+ test examples, at most 10 of a package, .*; 9000 are needed"):
+    with pytest.raises(UserError, match=r"and at most 10 of a package, in the documentation; 9000 are needed"):
         choose_shipped(shipped("documentation", test=9000))
-    monkeypatch.setattr(sft, "shipped_file", lambda kind: tmp_path / "file")
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match="file was changed after it was installed; install the package again"):
+    monkeypatch.setattr(sft, "__file__", str(tmp_path / "sft.py"))
+    (tmp_path / "docstrings.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="docstrings.parquet was changed after it was installed"):
         choose_shipped(shipped())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -71,23 +70,16 @@ def test_tasks_of_presets_are_known_and_an_unknown_one_is_named():
 
 def test_answers_that_leave_no_room_for_prompts_are_refused(prepared):
     arithmetic = loaded(prepared, "lorabench_arithmetic", "gcd")
-
-    def check(max_length: int, **changes: int) -> None:
-        changed = replace(arithmetic, task=arithmetic.task.model_copy(update=changes))
-        catalog.check_lengths([changed], "tiny", max_length)
-
-    check(9)
-    with pytest.raises(UserError, match="draws up to 8 tokens; model 'tiny' takes 8, the prompt among them"):
-        check(8)
-    with pytest.raises(UserError, match="draws up to 512 tokens; model 'tiny' takes 512"):
-        check(512, max_new_tokens=512)
+    catalog.check_lengths([arithmetic], "tiny", 9)
+    with pytest.raises(UserError, match="max_new_tokens = 8; model 'tiny' takes 8"):
+        catalog.check_lengths([arithmetic], "tiny", 8)
 
 
 def test_tasks_are_looked_up_by_a_command_and_missing_files_are_named(prepared):
-    result = CliRunner().invoke(app, ["step", "fetch", "--preset", "mine.yaml", "--out", "tasks.json"])
+    result = CliRunner().invoke(app, ["step", "fetch", "--preset", "mine.yaml"])
     assert result.exit_code == 0, result.output
-    with open("tasks.json") as file:
-        assert json.load(file)["tasks"].keys() == {task["name"] for task in RAW["evaluation"]["tasks"]}
+    fetched = json.loads(prepared.layout.eval_tasks.read_text())["tasks"]
+    assert fetched.keys() == {task["name"] for task in RAW["evaluation"]["tasks"]}
     assert {path.stem for path in catalog.TASKS.glob("*.yaml")} == EVAL_SOURCES.keys()
     path = prepared.layout.dataset("gcd")
     aside = path.rename(path.with_suffix(".aside"))

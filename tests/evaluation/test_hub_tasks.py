@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import lm_eval
 import pyarrow.parquet as pq
@@ -16,6 +15,7 @@ import yaml
 
 from lorabench.config.loading import load_preset
 from lorabench.planning.plan import make_plan
+from lorabench.runs import EvalJob
 from lorabench.store.layout import Layout
 
 from ..hub.repositories import write_configs, write_gsm8k, write_jsonl
@@ -49,44 +49,28 @@ def write_repositories(root: Path) -> None:
     write_configs(root / "cais/mmlu", dict.fromkeys(sorted(members), splits))
 
 
-class Place(NamedTuple):
-    """A working directory with a preset `mine.yaml` and its own caches."""
-
-    folder: Path
-
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        caches = {"HF_HOME": str(self.folder / "hf"), "NLTK_DATA": str(self.folder / "nltk"), "HOME": str(self.folder)}
-        # HF_DATASETS_CACHE and similar variables would take precedence over HF_HOME.
-        env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | caches | environment
-        command = [sys.executable, "-m", "lorabench.cli", *arguments, "--preset", "mine.yaml"]
-        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, check=False)
-
-    def fetch(self) -> subprocess.CompletedProcess[str]:
-        with serving(self.folder / "hub") as hub:
-            return self.run("step", "fetch", "--out", "tasks.json", HF_ENDPOINT=hub.endpoint)
-
-    def evaluate(self) -> subprocess.CompletedProcess[str]:
-        """Evaluate the base without a hub."""
-        return self.run("step", "evaluate", self.job.eval_id, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
-
-    @property
-    def job(self):
-        return make_plan(load_preset(str(self.folder / "mine.yaml"))).evaluations()[0]
+def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder with a preset `mine.yaml` and its own caches."""
+    caches = {"HF_HOME": str(folder / "hf"), "NLTK_DATA": str(folder / "nltk"), "HOME": str(folder)}
+    # HF_DATASETS_CACHE and similar variables would take precedence over HF_HOME.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | caches | environment
+    command = [sys.executable, "-m", "lorabench.cli", *arguments, "--preset", "mine.yaml"]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
-def place(folder: Path, tasks: list[dict]) -> Place:
-    raw = RAW | {"evaluation": RAW["evaluation"] | {"tasks": tasks}}
-    (folder / "mine.yaml").write_text(yaml.safe_dump(raw))
-    return Place(folder)
+def fetch(folder: Path) -> subprocess.CompletedProcess[str]:
+    with serving(folder / "hub") as hub:
+        return run(folder, "step", "fetch", HF_ENDPOINT=hub.endpoint)
 
 
-def write_splitter(folder: Path) -> None:
-    """Write nltk's sentence splitter as a download would leave it, trained on almost nothing."""
-    english = folder / "nltk/tokenizers/punkt_tab/english"
-    english.mkdir(parents=True)
-    learned = {"abbrev_types.txt": "mr", "collocations.tab": "mr\tsmith", "ortho_context.tab": "he\t6"}
-    for name, text in (learned | {"sent_starters.txt": "he"}).items():
-        (english / name).write_text(text)
+def base_of(folder: Path) -> EvalJob:
+    return make_plan(load_preset(str(folder / "mine.yaml"))).evaluations()[0]
+
+
+def evaluate(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Evaluate the base without a hub."""
+    job = base_of(folder)
+    return run(folder, "step", "evaluate", job.eval_id, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
 
 
 def test_what_was_fetched_is_evaluated_offline_with_its_settings_and_commits(tmp_path):
@@ -96,19 +80,34 @@ def test_what_was_fetched_is_evaluated_offline_with_its_settings_and_commits(tmp
         named[name].model_dump(exclude_unset=True) | {"max_new_tokens": 6, "limit": limit}
         for name, limit in (("gsm8k", 2), ("ifeval", 2), ("mmlu", 1))
     ]
-    here = place(tmp_path, tasks)
-    write_splitter(tmp_path)
+    raw = RAW | {"evaluation": RAW["evaluation"] | {"tasks": tasks}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
     write_repositories(tmp_path / "hub/datasets")
-    result = here.fetch()
+    missing = "can't be loaded; run `lorabench step fetch` online: "
+    # What was not fetched is named: first the data, then the splitter.
+    for result, said in (
+        (evaluate(tmp_path), f"'gsm8k' {missing}"),
+        (fetch(tmp_path), f"'ifeval' {missing}nltk has no "),
+    ):
+        assert result.returncode == 2
+        assert said in result.stderr
+    fetched = tmp_path / Layout.of(str(tmp_path / "mine.yaml")).eval_tasks
+    assert not fetched.exists()
+    # nltk's sentence splitter as a download would leave it, trained on almost nothing.
+    english = tmp_path / "nltk/tokenizers/punkt_tab/english"
+    english.mkdir(parents=True)
+    learned = {"abbrev_types.txt": "mr", "collocations.tab": "mr\tsmith", "ortho_context.tab": "he\t6"}
+    for name, text in (learned | {"sent_starters.txt": "he"}).items():
+        (english / name).write_text(text)
+    result = fetch(tmp_path)
     assert result.returncode == 0, result.stderr
-    fetched = json.loads((tmp_path / "tasks.json").read_text())["tasks"]
+    tasks = json.loads(fetched.read_text())["tasks"]
+    assert (tasks["gsm8k"], len(tasks["mmlu"])) == (["gsm8k"], SUBJECTS)
     commit = Hub(tmp_path / "hub").commit("datasets", "openai/gsm8k")
-    assert fetched["gsm8k"] == {"gsm8k": {"version": "3.0", "data": commit}}
-    assert len(fetched["mmlu"]) == SUBJECTS
 
-    result = here.evaluate()
+    result = evaluate(tmp_path)
     assert result.returncode == 0, result.stderr
-    scores = pq.read_table(tmp_path / Layout.of(str(tmp_path / "mine.yaml")).evals(here.job)).to_pandas()
+    scores = pq.read_table(tmp_path / Layout.of(str(tmp_path / "mine.yaml")).evals(base_of(tmp_path))).to_pandas()
     levels = [f"{level}_level_{kind}_acc" for level in ("inst", "prompt") for kind in ("loose", "strict")]
     metrics = scores.groupby("task")["metric"].agg(sorted).to_dict()
     assert metrics == {"gsm8k": ["exact_match"] * 2, "ifeval": levels, "mmlu": ["acc"]}
@@ -123,16 +122,3 @@ def test_what_was_fetched_is_evaluated_offline_with_its_settings_and_commits(tmp
     assert config["generation_kwargs"]["max_gen_toks"] == 6
     assert config["data_revision"] == commit
     assert len(json.loads(by_task.loc["mmlu", "task_config"])) == SUBJECTS
-
-
-def test_data_or_a_splitter_that_were_not_fetched_are_named(tmp_path):
-    missing = "can't be loaded; run `lorabench step fetch` with a connection: "
-    result = place(tmp_path, [{"name": "gsm8k", "about": "learned"}]).evaluate()
-    assert result.returncode == 2
-    assert f"'gsm8k' {missing}" in result.stderr
-    here = place(tmp_path, [{"name": "ifeval", "about": "learned"}])
-    write_repositories(tmp_path / "hub/datasets")
-    result = here.fetch()
-    assert result.returncode == 2
-    assert f"'ifeval' {missing}nltk has no tokenizers/punkt_tab in" in result.stderr
-    assert not (tmp_path / "tasks.json").exists()

@@ -225,7 +225,7 @@ def test_weights_that_are_missing_damaged_or_of_another_base_are_named(trained):
         path.write_bytes(whole)
         other = record["environment"] | {"model_sha256": {"model.safetensors": "0" * 64}}
         write_json(record | {"environment": other}, folder.record)
-        refused("was trained from a base with weights model.saf")
+        refused("was trained from the weights {'model.saf")
     finally:
         path.write_bytes(whole)
         folder.record.write_text(text)

@@ -57,7 +57,7 @@ def test_a_damaged_dataset_is_reported_by_its_readers(place):
 def test_damaged_weights_of_a_base_are_reported(tmp_path):
     shutil.copytree(shipped_folder("llama-64"), tmp_path / "base")
     cut(tmp_path / "base/model.safetensors")
-    with pytest.raises(UserError, match=f"model {tmp_path}/base has a damaged .safetensors file .*; delete it and"):
+    with pytest.raises(UserError, match=f"model {tmp_path}/base has a damaged .safetensors file .*; get it again"):
         load_model(PathModel(kind="path", path=str(tmp_path / "base"), parameters=1, hidden_size=64))
 
 

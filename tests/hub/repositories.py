@@ -55,13 +55,10 @@ def write_configs(
     schema: Mapping[str, pa.DataType] | None = None,
     files: int = 1,
 ) -> Path:
-    """Write the parquet files of each split of each configuration, and the card that lists them; return the folder.
+    """Write some parquet files of each split of each configuration, and the card that lists them; return the folder.
 
-    Args:
-        folder: the repository.
-        configs: the rows of each split, by configuration; those of the only one, `default`, are in the folder `data`.
-        schema: the types of the columns; by default those that the rows have.
-        files: the number of files of each split.
+    The rows of the only configuration, `default`, are in the folder `data`. Columns have the types of the rows, or
+    those of a schema.
     """
     card: dict[str, dict[str, str]] = {}
     for config, splits in configs.items():
@@ -100,30 +97,6 @@ def tulu3_row(number: int, question: str | None = None, answer: str | None = Non
 
 def write_tulu3(root: Path, rows: Iterable[Row], files: int = 2) -> Path:
     return write_configs(root / "allenai/tulu-3-sft-mixture", {"default": {"train": list(rows)}}, TULU3, files)
-
-
-# https://huggingface.co/datasets/open-thoughts/OpenThoughts3-1.2M: 1,200,000 rows in 120 files, about 28 GB; 16 answers
-# to each question; no system prompts (https://forgather.readthedocs.io/en/latest/examples/datasets/open-thoughts/).
-OPENTHOUGHTS3 = {
-    "difficulty": pa.int64(),
-    "source": TEXT,
-    "domain": TEXT,
-    "conversations": pa.list_(pa.struct([("from", TEXT), ("value", TEXT)])),
-}
-
-
-def openthoughts3_row(number: int) -> dict[str, Any]:
-    """Return a row; each question has two answers."""
-    chat = [
-        {"from": "human", "value": f"riddle {number // 2}"},
-        {"from": "gpt", "value": f"<think>\u2028</think> {number}"},
-    ]
-    return {"difficulty": 7 if number % 2 else None, "source": "ai2", "domain": "math", "conversations": chat}
-
-
-def write_openthoughts3(root: Path, rows: Iterable[Row]) -> Path:
-    folder = root / "open-thoughts/OpenThoughts3-1.2M"
-    return write_configs(folder, {"default": {"train": list(rows)}}, OPENTHOUGHTS3, files=3)
 
 
 # https://huggingface.co/datasets/openai/gsm8k: configurations main and socratic, of the same columns.

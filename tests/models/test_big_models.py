@@ -14,8 +14,6 @@ from lorabench.models.counts import base_parameters, counts_table, train_flops_p
 from lorabench.models.lora import add_lora, in_expert
 from lorabench.models.passes import trained_parameters
 from lorabench.models.specs import ARCHITECTURES, architectures, dimensions, dimensions_of_config
-from lorabench.training.loss import Batch
-from lorabench.training.step_cost import count_flops
 
 SIZES = {
     "llama-3.2-1b": 1_235_814_400,
@@ -56,7 +54,7 @@ def test_parameters_are_those_of_the_model_and_as_published(name):
     assert guess.hidden == sizes.hidden
 
 
-@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-30b-a3b"])
 @pytest.mark.parametrize(("placement", "head"), [("attn", False), ("mlp", True)])
 def test_lora_is_on_the_layers_of_its_placement_and_the_unembedding(name, placement, head):
     model = on_meta(name)
@@ -122,16 +120,6 @@ def test_parts_of_the_mixture_of_experts(table):
         "unembedding": hidden * 151_936,
     }
     assert rows["trainable_params"].drop("all").sum() == rows["trainable_params"]["all"]
-
-
-def test_flops_of_a_token_are_those_counted():
-    spec = TinyModel(kind="tiny", name="qwen-64")
-    for rank in (None, 16):
-        model = load_model(spec)
-        if rank is not None:
-            model = add_lora(model, rank, "all", 32.0, True, seed=0)
-        tokens = torch.zeros(2, 16, dtype=torch.long)
-        assert train_flops_per_token(model) == count_flops(model, Batch(tokens, tokens), bf16=False)[0] / tokens.numel()
 
 
 def test_only_active_experts_count():

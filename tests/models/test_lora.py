@@ -154,7 +154,7 @@ def test_layers_that_are_unknown_or_not_the_requested_ones_are_refused():
         targets(model, "all", True)
     model = PhiForCausalLM(PhiConfig(**SMALL, num_hidden_layers=1))
     for placement, names in (("attn", "dense"), ("all", "dense, fc1, fc2")):
-        message = f"would get no LoRA, since placement '{placement}' does not know their names: {names}$"
+        message = f"placement '{placement}' does not know: {names}$"
         with pytest.raises(UserError, match=f"^PhiForCausalLM has layers that {message}"):
             targets(model, placement, True)
     # Where a model has dense MLPs and fused experts, PEFT mistakes the names of the former for those of the latter.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
 from lorabench.config.loading import load_preset
@@ -10,19 +12,24 @@ from lorabench.planning.plan import START_SHARE, Plan, make_plan
 from lorabench.planning.seconds import flops_per_second, job_seconds, start_seconds
 from lorabench.runs import Job
 
-PLANS = {name: make_plan(load_preset(name)) for name in ("laptop", "smollm2", "paper")}
+NAMES = ("laptop", "smollm2", "paper")
+
+
+@cache
+def plan_of(name: str) -> Plan:
+    return make_plan(load_preset(name))
 
 
 def seconds(plan: Plan, job: Job) -> float:
     return job_seconds(plan.preset, job, max(plan.gpus[sweep] for sweep in job.sweeps))
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("faster", [0.02, 1.0, 50.0])
 def test_each_sweep_is_in_one_job_with_others_like_it_and_long_ones_stay_alone(name, faster):
-    preset = PLANS[name].preset
+    preset = plan_of(name).preset
     preset = preset.with_execution(gflops=faster * flops_per_second(preset.execution) / 1e9)
-    plan, start = Plan(preset, PLANS[name].sweeps), start_seconds(preset)
+    plan, start = Plan(preset, plan_of(name).sweeps), start_seconds(preset)
     assert sorted(s.sweep_id for job in plan.jobs for s in job.sweeps) == sorted(s.sweep_id for s in plan.sweeps)
     alone = {sweep: seconds(plan, Job((sweep,))) for sweep in plan.sweeps}
     for job in plan.jobs:
@@ -54,7 +61,7 @@ def test_ids_are_names_of_files_and_hold_as_long_as_the_sweeps_do(raw_preset):
     assert {job.job_id for job in jobs()} > before
     raw_preset["experiments"]["rank"] = [raw_preset["experiments"]["rank"][0] | {"seeds": 3}]
     assert not {job.job_id for job in jobs()} & before
-    for plan in PLANS.values():
+    for plan in map(plan_of, NAMES):
         for job in plan.jobs:
             assert len(job.job_id) < 100
             assert plan.job(job.job_id) == job

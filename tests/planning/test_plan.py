@@ -14,8 +14,8 @@ from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.specs import shipped_folder
 from lorabench.planning.costs import per_experiment
-from lorabench.planning.plan import make_plan, merge_sweeps
-from lorabench.runs import Condition, Run, Seeds, Sweep
+from lorabench.planning.plan import make_plan
+from lorabench.runs import Condition, Run
 
 
 def planned(raw):
@@ -106,15 +106,6 @@ def test_a_model_is_known_by_its_files_not_by_its_name_or_place(raw_preset, tmp_
     assert not ids(first) & ids(retrained)
 
 
-def test_runs_shared_between_experiments_appear_once(raw_preset):
-    sweep = planned(raw_preset).sweeps[0]
-    other = Sweep(sweep.condition, (sweep.lrs[0], 0.5), Seeds(1), ("placement",))
-    (merged,) = merge_sweeps([sweep, other])
-    assert merged.lrs == tuple(sorted({*sweep.lrs, 0.5}))
-    assert (merged.seeds, merged.experiments) == (sweep.seeds, ("rank", "placement"))
-    assert {run.run_id for run in sweep.grid()} < {run.run_id for run in merged.grid()}
-
-
 def variants(raw, names, preset=None, **changes):
     """Return a plan of some variants of LoRA, with changed fields of the block and sections of the preset."""
     block = raw["experiments"]["rank"][0] | {"variants": names, "ranks": {"all": [4]}} | changes
@@ -138,13 +129,9 @@ def test_variants_of_lora_are_arms(raw_preset):
         (["dora"], {}, {"ranks": {}, "lrs": {"fullft": [1e-3], "lora": []}}, "variants .'dora'. need ranks"),
         (["pissa"], {}, {"ranks": {"all": [129]}}, "PiSSA of tiny: rank 129 is more than the smallest .* layer, 128"),
         (["dora"], {"models": {"tiny": {"kind": "tiny", "name": "moe-128"}}}, {}, "a mixture of experts can only"),
-        (["dora"], {"experiments": {}}, {}, "experiment rank has the variant 'dora'"),
     ],
 )
 def test_what_a_variant_cannot_be_combined_with_is_refused(raw_preset, names, preset, changes, message):
-    if "experiments" in preset:
-        raw_preset["experiments"]["rank"][0]["variants"] = names
-        preset = {"experiments": raw_preset["experiments"]}
     with pytest.raises((UserError, ValueError), match=message):
         variants(raw_preset, names, preset, **changes)
 

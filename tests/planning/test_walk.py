@@ -87,7 +87,7 @@ def test_a_fixed_grid_of_the_same_condition_is_part_of_the_walk():
     fixed = Sweep(CONDITION, (1e-4, 3e-4, 1e-3, 3e-3), Seeds(2, given=((1e-4, 2),)), ("early",))
     [merged] = merge_sweeps([fixed, SWEEP])
     assert merged.lrs == (1e-4, 3e-4, 4.64e-4, 1e-3, 2.15e-3, 3e-3)
-    assert (merged.seeds, merged.lattice) == (Seeds(3, 3, ((1e-4, 2),)), LATTICE)
+    assert (merged.seeds, merged.lattice, merged.experiments) == (Seeds(3, 3, ((1e-4, 2),)), LATTICE, ("early", "rank"))
     _, waves = walk(parabola(3e-3), merged)
     assert waves == [list(merged.lrs), [4.64e-3], [2.15e-3, 3e-3, 4.64e-3]]
     # A step of the fixed grid that is wider than one of the lattice is filled.

@@ -76,7 +76,6 @@ def test_what_is_frozen_says_seeds_data_and_expected_verdicts(kept: SimpleNamesp
     assert frozen.seeds == sorted(kept.runs["seed"].unique()) == [100, 101]
     assert frozen.data["instruct"].test == "other examples than the explored"
     assert {name: claim.verdict for name, claim in frozen.expected.items()} == {"B1": "confirmed", "B2": "inconclusive"}
-    assert frozen.notes == ["The power was not computed."]
     power = pd.DataFrame({"claim_id": ["B1", "B1"], "power_at_0": [0.9, 0.8], "power_at_2": [0.7, 1.0]})
     expected = freeze(f"{kept.preset}@100", kept.claims, power).expected
     assert (expected["B1"].power, expected["B2"].power) == (0.7, None)

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
-import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import yaml
-from safetensors.numpy import load_file
 
 from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.rewards import with_error_rates
 from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.data.chat import SPLITS
 from lorabench.data.files import file_chats
 from lorabench.data.sft import build_dataset
-from lorabench.data.tokens import write_tokens
-from lorabench.models.base import load_tokenizer
 from lorabench.report.other_margins import UNTESTED, turned, verdicts_by_margin
-from lorabench.report.summary import dataset_origins, example, experiment
+from lorabench.report.summary import dataset_origins, experiment
 from lorabench.store.layout import Layout
 from lorabench.store.schemas import VERDICTS_BY_MARGIN
 from lorabench.store.tables import Tables
@@ -60,29 +51,8 @@ def test_results_of_rl_are_accuracies():
     assert row["best_low"] < row["best"] < row["best_high"]
 
 
-def test_the_example_of_a_dataset_is_its_first_question_with_the_answer(tmp_path):
-    turns = {"system": "Be brief.", "user": "1+1", "assistant": "2"}
-    chat = {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
-    for name, row in (("chats", chat), ("problems", {"question": "1+1", "answer": "2"})):
-        pq.write_table(pa.Table.from_pylist([row, row]), tmp_path / name)
-        assert example(tmp_path / name) == ("1+1", "2")
-    assert example(tmp_path / "absent") is None
-
-
-@pytest.fixture
-def preset(raw_preset, tmp_path, monkeypatch):
-    """Return a function that writes `mine.yaml` with other datasets into an empty folder, and returns its layout."""
+def test_bad_rows_of_files_and_of_the_hub_are_shown_with_their_reasons(raw_preset, write_preset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def make(**changed: dict[str, Any]) -> Layout:
-        raw = raw_preset | {"datasets": raw_preset["datasets"] | changed}
-        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
-        return Layout.of("mine.yaml")
-
-    return make
-
-
-def test_bad_rows_of_files_and_of_the_hub_are_shown_with_their_reasons(preset, tmp_path):
     lines = [json.dumps({"prompt": f"Say {n}", "completion": str(n)}) for n in range(12)]
     lines[3:3] = ["not JSON", '{"prompt": "no answer"}', "{"]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
@@ -90,11 +60,13 @@ def test_bad_rows_of_files_and_of_the_hub_are_shown_with_their_reasons(preset, t
     rows = [tulu3_row(number) for number in range(30)] + [tulu3_row(0), tulu3_row(40, answer="long " * 400)]
     write_tulu3(tmp_path / "copies", rows)
     sizes = {"max_chars": 1500, "mean_tokens": 50}
-    layout = preset(
-        rows={"kind": "file", "path": "rows.jsonl", "train": 8, "validation": 2, "test": 2, **sizes},
-        tulu={"kind": "hub", "id": "allenai/tulu-3-sft-mixture", "train": 16, "validation": 4,
-              "test": 4, **sizes},
-    )  # fmt: skip
+    sizes |= {"train": 8, "validation": 2, "test": 2}
+    raw_preset["datasets"] = {
+        "rows": {"kind": "file", "path": "rows.jsonl", **sizes},
+        "tulu": {"kind": "hub", "id": "allenai/tulu-3-sft-mixture", **sizes},
+    }
+    raw_preset["experiments"]["rank"][0]["datasets"] = ["rows"]
+    layout = Layout.of(write_preset(raw_preset))
     write_json(file_chats(layout.preset.datasets["rows"])[1].plain(), layout.tally("rows"))
     build_dataset(layout.preset.datasets["tulu"], layout.dataset("tulu"), copies(tmp_path / "copies"))
     file, hub = dataset_origins(layout)
@@ -104,29 +76,13 @@ def test_bad_rows_of_files_and_of_the_hub_are_shown_with_their_reasons(preset, t
     assert hub["left_out"] == ["1 too long", "1 with the prompt of another"]
 
 
-def test_generated_data_have_a_row_for_examples_too_long_only(preset):
-    layout = preset()
-    path, tokens = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
-    build_dataset(layout.preset.datasets["instruct"], path)
-    tokenizer = load_tokenizer(layout.preset.models["tiny"])
-    write_tokens(path, tokenizer, tokens, 10_000)
-    assert dataset_origins(layout) == []
-    ends = load_file(tokens)
-    lengths = np.concatenate([np.diff(ends[f"{split}.offsets"]) for split in SPLITS])
-    limit = int(lengths.max()) - 1
-    write_tokens(path, tokenizer, tokens, 10_000, limit)
-    [row] = dataset_origins(layout)
-    counts = [int(sentence.split()[0]) for sentence in row["left_out"]]
-    assert sum(counts) == (lengths > limit).sum()
-
-
 ARMS = {None: {"optimum": 4e-4}, **{rank: {"optimum": 3.3e-3, "floor": 2.02} for rank in (4, 64)}}
 """LoRA ends 0.02 nats above full fine-tuning, where the margin is 0.058, and its optimal LR is 8.25 times as high."""
 
 
 def test_a_claim_turns_where_its_margin_passes_the_difference():
     given = Tables(*tables(arm(rank, **settings) for rank, settings in ARMS.items()))
-    chosen = [claim for claim in CLAIMS if claim.id in ("A7", "B1", "B3", "F1")]
+    chosen = [claim for claim in CLAIMS if claim.id in ("A7", "B1", "F1")]
     judged = judge_claims(given, chosen, DEFAULT_MARGINS)
     found = verdicts_by_margin(given, judged, DEFAULT_MARGINS)
     assert list(found.columns) == VERDICTS_BY_MARGIN.names

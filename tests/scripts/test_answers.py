@@ -7,8 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from answers import QUESTIONS, answer, count_of_core
-from lorabench.claims.judge import CORE
+from answers import QUESTIONS, answer
 from lorabench.figures.evidence import QUESTIONS as DRAWN
 from lorabench.figures.evidence import draw_matrix
 from lorabench.report.claim_text import VERDICTS
@@ -66,21 +65,6 @@ def test_a_difference_of_accuracies_has_the_sign_of_rank_1():
     worse = cell("not seen here", unit="error rate", estimate=0.12, ci_low=0.1, ci_high=0.15) | {"claim_id": "F1"}
     expected = "*No* on tiny models (rank 1 minus full fine-tuning: -12.0 percentage points [-15.0, -10.0])."
     assert answer(QUESTION["F1"], pd.DataFrame([worse])).endswith(expected)
-
-
-def test_core_claims_are_counted_by_size():
-    def counted(*verdicts: tuple[str, str]) -> str:
-        ids = zip(CORE, verdicts, strict=False)
-        return count_of_core(pd.DataFrame([cell(*verdict) | {"claim_id": claim_id} for claim_id, verdict in ids]))
-
-    assert counted(("confirmed", "1B"), ("not seen here", "tiny"), ("contradicted", "tiny"), ("confirmed", "tiny")) == (
-        "Of the 15 claims that carry the paper 1 holds and 2 do not on tiny models; 1 holds at 1B. The others are "
-        "undecided or not tested."
-    )
-    assert counted(("right sign, below the margin", "tiny"), ("not tested", "1B"), ("inconclusive", "8B")) == (
-        "Of the 15 claims that carry the paper 1 holds by less than matters on tiny models. The others are undecided "
-        "or not tested, and **none is decided at 1B or above**."
-    )
 
 
 def test_the_picture_says_the_answers_of_sizes_that_are_drawn_together():

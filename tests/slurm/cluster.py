@@ -173,23 +173,20 @@ def _path() -> str:
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
-def adapted_clone(folder: Path, *presets: Path) -> Path:
-    """Make a clone with some presets, whose profile looks at the state of jobs early."""
+def adapted_clone(folder: Path, preset: Path) -> Path:
+    """Make a clone with a preset, whose profile looks at the state of jobs early."""
     fresh_clone(folder)
-    for preset in presets:
-        shutil.copy(preset, folder)
+    shutil.copy(preset, folder)
     adapt_profile(folder, "status-checks: 40", "status-checks: 2")
     return folder
 
 
 @contextmanager
-def workflow(
-    cluster: Cluster, checkout: Path, *arguments: str, preset: str = "cluster.yaml"
-) -> Iterator[Callable[[], str]]:
+def workflow(cluster: Cluster, checkout: Path, *arguments: str) -> Iterator[Callable[[], str]]:
     """Run the README's command in the background; yield a function that returns its output, empty until its end."""
     log = checkout / "snakemake.out"
     command = [sys.executable, "-m", "snakemake", "--cores", "all", "--profile", "slurm", *arguments]
-    command += ["--config", f"preset={preset}"]
+    command += ["--config", "preset=cluster.yaml"]
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=checkout, env=cluster.environment, stdout=out, stderr=out)
 

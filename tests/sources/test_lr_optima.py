@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 
-import pandas as pd
 import pytest
 
-from lorabench.errors import UserError
 from lorabench.sources.lr_optima import known_optima, measured_optima
 from lorabench.sources.source import read_sources
 from lorabench.store.tables import Tables
 
-from ..conftest import REPOSITORY
 from ..handmade import make_sweep, runs_table
 from .conftest import row
 
@@ -40,36 +37,6 @@ def test_an_edge_does_not_count_and_a_diverged_neighbour_bounds(source):
     # The authors' sweep left out the runs at 3e-3 that diverged, so 1e-3 is inside.
     by_model = {optimum.model: optimum for optimum in optima if optimum.dataset == "tulu3"}
     assert (by_model["meta-llama/Llama-3.2-1B"].lr, by_model["meta-llama/Llama-3.2-1B"].counts) == (1e-3, True)
-
-
-def test_a_preset_with_a_foreign_model_is_refused(tmp_path):
-    folder = tmp_path / "lr_ratio"
-    folder.mkdir()
-    text = (REPOSITORY / "paper_figures/published/lr_ratio/lr_law.csv").read_text()
-    (folder / "lr_law.csv").write_text(text.replace("llama-64,", "llama-9,"))
-    with pytest.raises(UserError, match="model 'llama-9' is none of the preset lr_ratio: "):
-        known_optima([], [folder])
-
-
-def test_rank_1_does_not_stand_for_lora(tmp_path):
-    """Where ranks 16 and up have no interval in the figure of ranks, rank 16 of the figure of the ratio counts."""
-    shared = {"model": "smollm2-135m", "dataset": "docstrings", "batch_size": 8, "steps": 50}
-    arms = {"FullFT": ("fullft", None), "LoRA r1": ("lora", 1), "LoRA r16": ("lora", 16)}
-    ranks = []
-    for arm, (method, rank) in arms.items():
-        about = shared | {"arm": arm, "method": method, "rank": rank}
-        ranks += [about | {"element": "loss", "lr": lr, "nll": nll} for lr, nll in ((1e-4, 2.1), (2e-4, 2.0))]
-        interval = {} if arm == "LoRA r16" else {"lr_low": 1e-4, "lr_high": 4e-4}
-        ranks.append(about | interval | {"element": "optimum", "lr": 2e-4, "resolved": True})
-    condition = shared | {"element": "condition", "runs": "own", "resolved": False, "width": 576, "alpha": 32}
-    condition |= {"rank": 16, "fullft_lr": 5e-5, "lora_lr": 6e-4, "ratio_low": 7.0, "ratio_high": 20.0}
-    folder = tmp_path / "overnight"
-    folder.mkdir()
-    pd.DataFrame(ranks).to_csv(folder / "fig2_lr_by_rank.csv")
-    pd.DataFrame([condition]).to_csv(folder / "lr_ratio.csv")
-    own = {optimum.method: optimum for optimum in known_optima([], [folder]) if optimum.source == "lorabench"}
-    assert (own["fullft"].lr, own["lora"].lr, own["lora"].rank) == (2e-4, 6e-4, 16)
-    assert own["lora"].losses == (2.1, 2.0)
 
 
 def test_optima_of_own_runs_have_their_model_and_interval():

@@ -33,7 +33,7 @@ def test_even_inputs_give_sqrt_3_width_over_alpha_and_few_large_ones_give_less()
     assert first_ratio(2 * total, {"even": even}, {"even": a}) == pytest.approx(2 * expected, rel=0.05)
 
 
-@pytest.mark.parametrize("start", [1e-5, 2e-3, 1.0])
+@pytest.mark.parametrize("start", [1e-5, 1.0])
 def test_the_walk_finds_the_lowest_loss_from_either_side(start: float):
     seen = []
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lora_advice import theory
 
 from studies.lr_ratio.conditions import rms_factors
-from studies.lr_ratio.predictions import DEFAULT, MovementTheory, Predictions
+from studies.lr_ratio.predictions import DEFAULT
 from studies.lr_ratio.theories import Setting, converted_lr, predicted
 
 FULLFT_LR = 3e-4
@@ -61,17 +61,6 @@ def test_a_learning_rate_is_converted_as_the_theory_predicts_both_and_by_lora_ad
         lora.append(fullft * ratio)
     assert converted_lr(lora[0], *ours, DEFAULT.movement, 2.0) == pytest.approx(lora[1])
     assert theory.converted_lr(lora[0], *theirs, 2.0) == pytest.approx(lora[1])
-
-
-def test_theories_are_silent_where_they_say_nothing():
-    everything = {"movement", "still", "mu_a", "scale", "fixed_lora", "constant", "naive"}
-    assert set(ratios(Setting(256, 50, 8, 32.0))) == everything
-    assert "fixed_lora" not in ratios(Setting(256, 100, 8, 32.0))
-    assert set(ratios(Setting(256, 50, 8, 8.0))) == everything - {"fixed_lora", "constant"}
-    assert set(ratios(Setting(256, 50, 8, 32.0, init_a=4.0))) == {"movement", "still", "mu_a"}
-    assert set(ratios(Setting(256, 50, 8, 32.0, frozen=True))) == {"movement", "still"}
-    alone = Predictions(movement=MovementTheory(c=1.0, u0=1e-3, k=0.0))
-    assert set(ratios(Setting(64, 25, 8, 32.0), alone)) == {"movement"}
 
 
 def test_the_factors_by_which_theories_are_off():

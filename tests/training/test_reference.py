@@ -21,7 +21,7 @@ from .rl import conftest as rl
 from .rl.conftest import environment, tokenizer  # noqa: F401
 
 BASE = "llama-128"
-STEPS = 8
+STEPS = 6
 EPS = 1e-4
 """Adam's epsilon. With a smaller one an update depends on the rounding of gradients that are nearly zero."""
 
@@ -131,13 +131,3 @@ def test_rl(rank, lr, environment, tmp_path, monkeypatch):  # noqa: F811
     np.testing.assert_allclose(series(outcome, "reward"), rewards, rtol=1e-12)
     assert max(rewards) > min(rewards)
     assert_same_weights(model, theirs)
-
-
-def test_the_references_own_sampler_draws_with_the_probabilities_of_its_model(environment):  # noqa: F811
-    prompt, _ = environment.splits["train"][0]
-    model = reference.load(shipped_folder(BASE), None, 32.0, 0)
-    torch.manual_seed(0)
-    for tokens, sampled in reference.generate(model, prompt, 4, 8, *environment.texts.stop.tokens):
-        with torch.no_grad():
-            learned = reference.logprobs(model, [*prompt, *tokens])[len(prompt) - 1 :]
-        np.testing.assert_allclose(learned.numpy(), sampled, atol=1e-4)

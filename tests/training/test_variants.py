@@ -27,7 +27,7 @@ from ..conftest import slow_but
 from .conftest import TINY, condition_of, series, train, trained
 from .test_reference import assert_same_weights, examples_of
 
-STEPS, RANK, LR, EPS = 5, 8, 2e-4, 1e-4
+STEPS, RANK, LR, EPS = 4, 8, 2e-4, 1e-4
 
 
 def loraplus(model, lr, eps):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,7 +15,7 @@ from lorabench.planning.plan import make_plan
 from lorabench.runs import best_lr, finished_losses, validation_loss
 from lorabench.store.layout import Layout
 
-from .checkout import fresh_clone, shell, snakemake, started
+from .checkout import fresh_clone, snakemake, started
 
 pytestmark = pytest.mark.slow
 
@@ -118,37 +116,3 @@ def test_runs_as_jobs_give_the_tables_of_whole_jobs_although_they_were_killed(ch
     for folder in ("locks", "progress"):
         assert not list((checkout / layout.root / folder).iterdir())
     assert "Nothing to be done" in make_tables(checkout, "split")
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def mend(output: str, checkout: Path) -> list[str]:
-    """Do what the last line of a command's output says, and return the paths that were deleted."""
-    message = output.splitlines()[-1]
-    [command] = re.findall(r"`lorabench run PRESET (.*?)`", message)
-    [both] = re.findall(r"delete (\S+ and \S+) to have", message) or [command]
-    for path in both.split(" and "):
-        (shutil.rmtree if (checkout / path).is_dir() else Path.unlink)(checkout / path)
-    shell(f"lorabench run whole.yaml {command}", checkout)
-    return both.split(" and ")
-
-
-def test_what_the_sentence_says_makes_a_damaged_file_again(checkout):
-    make_tables(checkout, "whole")
-    before, curves = contents(checkout, "whole"), "results/whole/tables/curves.parquet"
-    record = next((checkout / "results/whole/runs").glob("*/record.json"))
-    for damaged, command in (
-        (checkout / curves, "lorabench claims --preset whole.yaml --tables results/whole/tables --out judged"),
-        (record, "python workflow/scripts/saved_runs.py save --preset whole.yaml"),
-    ):
-        flip(damaged)
-        deleted = mend(shell(f"! {command}", checkout), checkout)
-        of_run = str(damaged.parent.relative_to(checkout))
-        assert deleted[0] == (of_run if damaged.name == "record.json" else curves)
-        shell(command, checkout)
-    make_tables(checkout, "whole")
-    assert contents(checkout, "whole") == before

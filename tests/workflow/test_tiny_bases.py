@@ -44,15 +44,8 @@ def test_a_shipped_base_is_that_of_its_recipe(name):
     family, width = name.split("-")[:2]
     assert (model.config.model_type, model.config.hidden_size) == (TYPES[family], int(width))
     assert not model.config.tie_word_embeddings
-    experts = sum(p.numel() for parameter, p in model.named_parameters() if ".experts." in parameter)
-    idle = experts - experts * RECIPES[name].active_experts // max(1, RECIPES[name].experts)
     believed = dimensions(spec(name))
     assert (believed.parameters, believed.hidden) == (model.num_parameters(), model.config.hidden_size)
-    # Neither the embedding, which is a lookup, nor the router counts.
-    left_out = ("embed_tokens.weight", "mlp.gate.weight")
-    linear = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(left_out))
-    assert believed.active_linear == linear - idle
-    assert bool(idle) == (name == "moe-128")
     assert record(name)["parameters"] == model.num_parameters()
 
 
@@ -65,8 +58,8 @@ def test_heldout_loss_is_as_recorded(name):
 
 @pytest.mark.parametrize("name", ["llama-64-sums", pytest.param("moe-128", marks=pytest.mark.slow)])
 def test_the_recipe_rebuilds(name, tmp_path):
-    few = {"train_tokens": 12_000, "tokenizer_documents": 300, "batch": 4, "block": 64}
-    small = replace(RECIPES[name], **few, heldout_tokens=2_000, warmup_steps=5)
+    few = {"train_tokens": 6_000, "tokenizer_documents": 300, "batch": 4, "block": 64}
+    small = replace(RECIPES[name], **few, heldout_tokens=500, warmup_steps=5)
     first, second = tiny_bases.build(tmp_path / "a", small), tiny_bases.build(tmp_path / "b", small)
     assert first["weights_sha256"] == second["weights_sha256"]
     assert first["heldout_nll_nats_per_token"] < 6.5  # ln(1024) is 6.93

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
-from pathlib import Path
+from itertools import accumulate
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -15,13 +14,16 @@ from lorabench.analysis.arms import ARM
 from lorabench.claims.judge import CLAIMS
 from lorabench.config.execution import EVAL_SOURCES
 from lorabench.figures.catalog import figures_of_preset
+from lorabench.models.base import converted_folder
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
+from lorabench.utils.files import SNAKEFILE
 
 from ..conftest import REPOSITORY
-from .checkout import fresh_clone, git, shell, snakemake, started
+from .checkout import fresh_clone, git, shell, snakemake
 
-FAILURES = REPOSITORY / "docs/failures.md"
+HERE = "--snakefile", str(SNAKEFILE)
+"""The workflow in another folder, without a clone."""
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,8 @@ def planned_jobs(output: str) -> dict[str, int]:
     return {rule: int(count) for rule, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE) if rule != "total"}
 
 
-def test_the_main_job_is_the_laptop_preset_whose_data_and_longest_jobs_come_first(checkout):
-    output = snakemake(checkout, "--dry-run")
+def test_the_main_job_is_the_laptop_preset_whose_data_and_longest_jobs_come_first(tmp_path):
+    output = snakemake(tmp_path, *HERE, "--dry-run")
     jobs, plan = planned_jobs(output), make_plan(Layout.of("laptop").preset)
     assert jobs["train"] == len(plan.jobs) < len(plan.sweeps)
     blocks = re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", output, re.MULTILINE)
@@ -62,14 +64,13 @@ def test_a_figure_is_a_target_that_trains_only_what_it_needs(checkout):
     assert planned_jobs(output)["experiment_tables"] == 2
 
 
-def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(checkout):
-    raw = yaml.safe_load((REPOSITORY / "workflow/presets/smoke.yaml").read_text())
-    raw["experiments"]["rank"][0]["ranks"] = {"all": [0]}
-    (checkout / "wrong.yaml").write_text(yaml.safe_dump(raw))
-    output = snakemake(checkout, "--config", "preset=wrong.yaml", fails=True)
+def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(tmp_path, raw_preset):
+    raw_preset["experiments"]["rank"][0]["ranks"] = {"all": [0]}
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(raw_preset))
+    output = snakemake(tmp_path, *HERE, "--config", "preset=wrong.yaml", fails=True)
     assert "wrong.yaml: experiments.rank.0.ranks.all.0 = 0: input should be greater than or equal to 1" in output
     assert "Traceback" not in output
-    assert not (checkout / "results/wrong").exists()
+    assert not (tmp_path / "results/wrong").exists()
 
 
 @pytest.fixture(scope="module")
@@ -125,55 +126,6 @@ def test_what_a_finished_clone_says_of_itself(smoke):
     assert "claims with verdicts" in text
 
 
-MOMENTS = [r"(local)?rule tokens:", *[r"1 of \d+ steps"] * 9]
-"""Beginnings of lines of Snakemake at which it is killed, one after the other."""
-
-
-def kill_at(checkout: Path, line: str) -> None:
-    """Start the smoke preset, and kill Snakemake alone as it prints a line; what it has started goes on."""
-    process = started(checkout, "--config", "preset=smoke")
-    while not re.search(f"^{line}", printed := (checkout / "printed").read_text(), re.MULTILINE):
-        assert process.poll() is None, printed
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-
-
-@pytest.mark.slow
-def test_after_kills_the_documented_commands_end_in_the_report(smoke, tmp_path):
-    documented = re.search(r"```text\n(snakemake --unlock\n.*?)```", FAILURES.read_text(), re.DOTALL)
-    unlock, again = (line.split()[1:] for line in documented[1].splitlines())
-    checkout = fresh_clone(tmp_path / "clone")
-    for number, line in enumerate(MOMENTS):
-        kill_at(checkout, line)
-        if not number:
-            # Which of the two comes first depends on whether a step was at work.
-            assert re.search("--unlock|--rerun-incomplete", snakemake(checkout, "--config", "preset=smoke", fails=True))
-        snakemake(checkout, *unlock, "--config", "preset=smoke")
-    snakemake(checkout, *again, "--config", "preset=smoke")
-    assert (checkout / "results/smoke/report/index.html").is_file()
-    for name, columns in (("test_losses", None), ("evals", ["run_id", "task", "metric", "value"])):
-        killed, undisturbed = (
-            pq.read_table(folder / f"results/smoke/tables/{name}.parquet", columns=columns)
-            for folder in (checkout, smoke[0])
-        )
-        assert killed.equals(undisturbed), name
-
-
-@pytest.mark.slow
-def test_what_snakemake_leaves_out_is_said(smoke):
-    """It leaves out what reads a file by `ancient` where the file is there and is made again."""
-    checkout, _ = smoke
-    report = checkout / "results/smoke/report/index.html"
-    report.rename(report.with_name("away"))
-    try:
-        output = snakemake(checkout, "--config", "preset=smoke", "--forcerun", "eval_tasks", fails=True)
-    finally:
-        report.with_name("away").rename(report)
-    assert "results/smoke/report/index.html is not made yet: give the same command again" in output
-    assert "Traceback" not in output
-
-
 BAD_TASKS = [
     {"name": "lorabench_pretraining", "about": "forgotten", "limit": 4},
     # Only lm-eval's index shows that this task does not exist.
@@ -194,3 +146,55 @@ def test_an_evaluation_that_fails_is_reported_early_and_keeps_back_only_its_scor
     assert all((checkout / layout.job(job)).is_file() for job in make_plan(layout.preset).jobs)
     assert "without the scores" in (checkout / layout.report_without_evaluation).read_text()
     assert not (checkout / layout.report).exists()
+
+
+@pytest.mark.slow
+def test_rules_of_the_module_write_into_the_folder_and_a_prefix_is_refused(tmp_path):
+    """A workflow in another folder uses this one as a module, as config/README.md says."""
+    [snakefile] = re.findall(r"```python\n(.*?)```", (REPOSITORY / "config/README.md").read_text(), re.DOTALL)
+    snakefile = snakefile.replace("path/to/lorabench", str(REPOSITORY))
+    (tmp_path / "Snakefile").write_text(snakefile)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/config.yaml").write_text("preset: smoke\n")
+    snakemake(tmp_path, "results/smoke/plan.parquet")
+    assert (tmp_path / "results/smoke/plan.parquet").is_file()
+    (tmp_path / "Snakefile").write_text(snakefile.replace("config: config", 'config: config\n    prefix: "other"'))
+    output = snakemake(tmp_path, "--dry-run", fails=True)
+    assert "module prefix: 'other/results/smoke/report/index.html' is expected" in output
+    assert "Traceback" not in output
+
+
+# A command in place of lorabench, which says when a job starts and ends.
+JOB = """#!/bin/bash
+echo start >>log
+sleep 0.5
+echo end >>log
+mkdir -p results/smollm2/jobs && touch results/smollm2/jobs/$3.parquet
+"""
+
+
+@pytest.mark.slow
+def test_without_a_scheduler_no_more_jobs_run_at_once_than_there_are_gpus(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "bin").mkdir()
+    for name, text in (("lorabench", JOB), ("nvidia-smi", "#!/bin/sh\nprintf '0\\n1\\n'\n")):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    # Four training jobs of one GPU each, whose data and bases are there.
+    layout = Layout.of("smollm2")
+    jobs = [job for job in make_plan(layout.preset).jobs if job.sweeps[0].condition.task == "sft"][:4]
+    for condition in (job.sweeps[0].condition for job in jobs):
+        base = converted_folder(layout.preset.models[condition.model]) / "model.safetensors"
+        for path in (layout.tokens(condition.model, condition.dataset), base):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).touch()
+    options = (*HERE, "--cores", "32", "--allowed-rules", "train", "--config", "preset=smollm2")
+    snakemake(tmp_path, *(str(layout.job(job)) for job in jobs), *options, commands=f"{tmp_path}/bin")
+    words = (tmp_path / "log").read_text().split()
+    assert words.count("start") == len(jobs)
+    assert max(accumulate(1 if word == "start" else -1 for word in words)) == 2
+    # One that needs more GPUs than there are would wait forever.
+    refused = snakemake(
+        tmp_path, *HERE, "--dry-run", "--config", "preset=paper", fails=True, commands=f"{tmp_path}/bin"
+    )
+    assert "GPUs, and this machine shows 2; lower execution.max_gpus" in refused

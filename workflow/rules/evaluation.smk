@@ -17,7 +17,7 @@ rule eval_tasks:
     params:
         preset=PRESET,
     shell:
-        "lorabench step fetch --preset {params.preset:q} --out {output:q} 2> >(tee {log:q} >&2)"
+        "lorabench step fetch --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
 
 rule pretraining:

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 from lora_advice.audit.config import TrainingConfig
-from lora_advice.audit.structure import adapted, check_layers, families, trained_parameters
+from lora_advice.audit.structure import adapted, check_layers, trained_parameters
 from lora_advice.models import facts
 
 pytestmark = pytest.mark.slow
@@ -71,12 +71,3 @@ def test_half_of_a_fused_parameter_is_refused(tmp_path):
         trained("qwen3_moe", tmp_path, target_modules=list(targets))
     run = TrainingConfig(str(tmp_path / "a.yaml"), "trl", method="lora", rank=2, targets=targets)
     assert said(run, tmp_path)[0] == ["error"]
-
-
-def test_peft_converts_these_families():
-    from peft.utils import transformers_weight_conversion as conversion
-
-    known = {*conversion._MOE_TARGET_MODULE_MAPPING}
-    patterns = conversion._MODEL_TO_CONVERSION_PATTERN
-    converted = {family for family, about in families().items() if about["former_modules"]}
-    assert converted <= {family for family, pattern in patterns.items() if pattern in known}

@@ -76,12 +76,8 @@ def test_a_folder_is_read_without_what_is_hidden_or_large(tmp_path, monkeypatch)
 
 def test_a_named_file_that_is_not_understood_has_a_reason(tmp_path):
     file = tmp_path / "other.yaml"
-    for text, file_format, reason in (
-        ("a: 1", None, "it is of no format that is known: "),
-        ("a: 1", "axolotl", "it states no training run of axolotl"),
-        ("- 1", "axolotl", "it has no options"),
-    ):
-        file.write_text(text)
+    file.write_text("a: 1")
+    for file_format, reason in ((None, "it is of no format"), ("axolotl", "it states no training run of axolotl")):
         _, _, (missing,) = read_paths([file], file_format)
         assert missing.reason.startswith(reason)
     with pytest.raises(UserError, match="there is no such file"):

@@ -23,7 +23,6 @@ def test_counted_parameters_are_the_published_ones() -> None:
         ("meta-llama/Llama-3.1-8B-Instruct", "llama", 4096, 8.03, 0),
         ("torchtune.models.llama3_1.lora_llama3_1_8b", "llama", 4096, 8.03, 0),
         ("torchtune.models.qwen2_5.lora_qwen2_5_0_5b", "qwen2", 896, 0.494, 0),
-        ("Qwen/Qwen2.5-Math-1.5B-Instruct", "qwen2", 1536, 1.54, 0),
         ("$HOME/models/deepseek-llm-7b-chat", "llama", 4096, 6.91, 0),
         ("mistralai/Mixtral-8x7B-v0.1", "mixtral", 4096, 46.7, 8),
         ("Qwen/Qwen3-30B-A3B", "qwen3_moe", 2048, 30.5, 128),

