@@ -30,9 +30,9 @@ import numpy as np
 from lorabench.analysis.estimate import cholesky_root, mixture_of_students
 from lorabench.analysis.fit_rows import Bend, FitRows, lowest_point
 
-ASYMMETRY, OWN_ASYMMETRY = 0.3, 0.1
+ASYMMETRY, KINDS_ASYMMETRY, OWN_ASYMMETRY = 0.3, 0.1, 0.05
 """The standard deviations, before the runs, of the asymmetry over the curvature, per unit of ln LR: that of all arms,
-and what an arm has besides."""
+and what full fine-tuning, LoRA on attention and other LoRA, and each arm, have besides."""
 
 MISFIT = 0.05
 """The standard deviation, before the runs, of what a curve differs from a cubic, over its curvature times x^2."""
@@ -57,7 +57,7 @@ _TRIED = (
     {0.0: 0.2, 0.6: 0.25, 1.5: 0.25, 4.0: 0.2, 12.0: 0.1},
     {0.0: 0.2, 0.6: 0.25, 0.85: 0.3, 1.0: 0.25},
     {0.0: 0.25, 0.75: 0.5, 1.5: 0.25},
-    {0.1: 0.2, 0.3: 0.4, 0.8: 0.4},
+    {0.15: 0.3, 0.4: 0.4, 1.2: 0.3},
 )
 """By size, the values that are tried, each with its probability before the runs."""
 
@@ -227,7 +227,7 @@ class _Model:
         # Rows of several seeds are weighted to have the noise of one run, and curves that are as uncertain as its own.
         of_curvature, cubes, misfits = (rows.weights * each for each in (rows.runs["x"] ** 2, bent * x**3, x**2))
         same_lr = same_arm & np.equal.outer(rows.runs["lr"], rows.runs["lr"])
-        unshared = OWN_ASYMMETRY**2 * same_arm * np.outer(cubes, cubes)
+        unshared = (KINDS_ASYMMETRY**2 * shared + OWN_ASYMMETRY**2 * same_arm) * np.outer(cubes, cubes)
         unshared += MISFIT**2 * same_lr * np.outer(misfits, misfits)
         curves = np.array([same_arm * np.outer(of_curvature, of_curvature), np.outer(cubes, cubes), unshared])
         self.curves = curvature**2 * curves * np.array([1.0, ASYMMETRY**2, 1.0])[:, None, None]

@@ -139,19 +139,19 @@ def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
     are none.
 
     Two LRs are equally good if their test error rates agree exactly with every seed that both have, as policies do that
-    end at one rule; so are three or more that can't be told from the best by the noise of the fit (two standard
-    errors). Two such LRs are no flat top, since the optimum may lie halfway between them.
+    end at one rule; so are three or more that can't be told from the best by the spread of seeds at an LR (two
+    standard errors). Two such LRs are no flat top, since the optimum may lie halfway between them.
     """
     grid = comparison.fit.grids.get(arm_label(arm))
     if grid is None:
         return []
     rows = comparison.rows[arm_label(arm)]
     errors = rows[rows["status"] == "done"].pivot_table(index="seed", columns="lr", values="test_loss").astype(float)
-    best = errors[grid.lrs[grid.centre]]
+    best, noise = errors[grid.lrs[grid.centre]], math.sqrt(float(errors.var().mean()))
     within_noise, exact = [], []
     for lr in grid.lrs.tolist():
         both = (errors[lr] - best).dropna()
-        close = 2 * comparison.fit.sigma * math.sqrt(1 / errors[lr].count() + 1 / best.count())
+        close = 2 * noise * math.sqrt(1 / errors[lr].count() + 1 / best.count())
         exact.append(len(both) > 0 and bool(np.allclose(both, 0, atol=TIE)))
         within_noise.append(exact[-1] or bool(abs(errors[lr].mean() - best.mean()) <= close))
     for alike, least in ((exact, 2), (within_noise, 3)):

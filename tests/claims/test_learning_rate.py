@@ -159,7 +159,7 @@ def test_optima_off_the_law_and_its_published_exponents_contradict():
 def test_a_law_that_fits_but_does_not_predict_is_left_open():
     # A model at the end of a line bends it, so that the others miss it.
     def bent(name, lr):
-        return lr * (2.4 if name == "qwen-4" else 1.0)
+        return lr * (3.5 if name == "qwen-4" else 1.0)
 
     row = judged("B7", *world(lora=bent, fullft=bent))
     assert row["verdict"] == "inconclusive"

@@ -27,6 +27,7 @@ def arm(
     lrs: Sequence[float] = LRS,
     offsets: Sequence[float] = OFFSETS,
     diverges_from: float = math.inf,
+    around: int = 0,
     model: str = "tiny",
     dataset: str = "instruct",
     placement: str = "all",
@@ -36,11 +37,12 @@ def arm(
 ) -> ArmTables:
     """Return the runs and curves of one arm, which is FullFT if it has no rank.
 
-    `floor` is its final test loss at `optimum`. The curves do not depend on `floor`: they differ by LR and seed.
+    The first seed has all LRs, the others the best and `around` to both sides. `floor` is the final test loss at `optimum`. The curves do not depend on `floor`: they differ by LR and seed.
     """
     method = "fullft" if rank is None else "lora"
     best = min((lr for lr in lrs if lr < diverges_from), key=lambda lr: abs(math.log(lr / optimum)))
-    cells = [(lr, 0) for lr in lrs] + [(best, seed) for seed in range(1, len(offsets))]
+    repeated = [lr for lr in lrs if abs(lrs.index(lr) - lrs.index(best)) <= around]
+    cells = [(lr, 0) for lr in lrs] + [(lr, seed) for seed in range(1, len(offsets)) for lr in repeated]
     runs, curves = [], []
     for lr, seed in cells:
         rest = "".join(f"-{name}{columns[name]}" for name in ("alpha", "init_a", "lr_ratio", "eps") if name in columns)
