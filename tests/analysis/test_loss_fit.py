@@ -199,7 +199,7 @@ def test_the_error_from_test_examples_is_that_of_new_examples():
 
 def test_few_groups_of_test_examples_are_named_and_one_group_leaves_the_verdict_open():
     random = np.random.default_rng(8)
-    runs, group = world(random), np.repeat(np.arange(6), 10)
+    runs, group = world(random, arms=("FullFT", "LoRA r8")), np.repeat(np.arange(6), 10)
     arm_part, steepness = random.normal(0, 0.5, 6), random.normal(0, 0.04, 6)
 
     def of_run(run):
@@ -211,13 +211,13 @@ def test_few_groups_of_test_examples_are_named_and_one_group_leaves_the_verdict_
     def compared(groups):
         judging = Judging(examples=ExampleLosses(nats, tokens, dict.fromkeys(nats, groups)))
         (comparison,) = comparisons(runs, pd.DataFrame(), judging)
-        return comparison, comparison.gap(comparison.lora[64], comparison.fullft)
+        return comparison, comparison.gap(comparison.lora[8], comparison.fullft)
 
     _, singly = compared(np.arange(60))
     comparison, gap = compared(group)
     assert gap.example_error > 2 * singly.example_error
     assert (gap.n_examples, gap.n_groups, singly.n_groups) == (60, 6, 60)
-    arms = [comparison.lora[64], comparison.fullft]
+    arms = [comparison.lora[8], comparison.fullft]
     assert comparison.gap_text(*arms).endswith("; the 60 test examples come from 6 groups")
     # Each group has its own optimal LR, so further seeds would not tell where that of all is.
     (problem,) = comparison.problems(arms[:1], resolved=True)
