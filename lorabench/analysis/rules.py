@@ -30,6 +30,10 @@ LEVEL = 0.05
 """The largest probability of a wrong decision."""
 
 
+Bound = Literal["above", "below"]
+"""From where an estimate bounds a number that is not known itself: it is an upper or a lower bound."""
+
+
 class NewRuns(NamedTuple):
     """Other runs, whose estimates follow from one that is known: `shifts` are added to it, and `widths` are the errors
     over its own, (runs,) each."""
@@ -83,11 +87,15 @@ class Within:
         """The ends of the band that confirms, or the margin and infinity."""
         return self.low, self.high
 
-    def answers(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> Answers:
-        """Return what the numbers of runs say of the claim."""
+    def answers(self, estimate: Estimate, runs: NewRuns = AS_IT_IS, bound: Bound | None = None) -> Answers:
+        """Return what the numbers of runs say of the claim; with `bound`, they are bounds of the number from there."""
         low, high = runs.interval(estimate, 1 - 2 * LEVEL)
         below = runs.share_below(estimate, self.high, "right")
         above = 1 - runs.share_below(estimate, self.low, "left")
+        if bound == "above":
+            low, below = np.full_like(low, -math.inf), np.ones_like(below)
+        elif bound == "below":
+            high, above = np.full_like(high, math.inf), np.ones_like(above)
         against = np.minimum(1.0, 2 * np.minimum(below, above))
         return Answers((self.low <= low) & (high <= self.high), against, np.zeros(len(runs.shifts), bool))
 
@@ -126,12 +134,16 @@ class Above:
     def margins(self) -> tuple[float, float]:
         return self.margin, math.inf
 
-    def answers(self, estimate: Estimate, runs: NewRuns = AS_IT_IS) -> Answers:
+    def answers(self, estimate: Estimate, runs: NewRuns = AS_IT_IS, bound: Bound | None = None) -> Answers:
         # With few degrees of freedom the two-sided interval is the stricter one where the estimate is large.
         low, positive = runs.interval(estimate, 1 - 2 * LEVEL)[0], runs.interval(estimate, 1 - LEVEL)[0] > 0
         above_half = (low >= self.margin / 2) | (self.margin <= 0)
         confirmed = (estimate.value + runs.shifts >= self.margin) & above_half & positive
         above = 1 - runs.share_below(estimate, self.margin, "left")
+        if bound == "above":
+            confirmed, positive = np.zeros_like(confirmed), np.zeros_like(positive)
+        elif bound == "below":
+            above = np.ones_like(above)
         return Answers(confirmed, np.minimum(1.0, above if self.margin > 0 else 2 * above), positive)
 
     def strain(self, estimate: Estimate) -> float:
@@ -262,6 +274,8 @@ class Problem:
 
     text: str
     remedy: Remedy | None = None
+    bound: Bound | None = None
+    """From where the estimate bounds the number in spite of it, if so."""
 
 
 def cheapest(rule: Rule, estimate: Estimate) -> Remedy | None:
