@@ -95,13 +95,13 @@ def _preset(folder: Path, source: str, work: Path, say: Callable[[str], None]) -
         except (UserError, OSError) as error:
             yield Compared(str(path), "", [f"it can't be made again: {error}"])
 
-    def files(name: str, where: Path = tables) -> Iterator[Compared]:
-        yield from (_compare(base, path, name) for path in sorted(where.glob(f"{name}.*"), reverse=True))
+    def files(name: str, where: Path = tables, origin: bool = True) -> Iterator[Compared]:
+        yield from (_compare(base, path, name, origin) for path in sorted(where.glob(f"{name}.*"), reverse=True))
 
     with chdir(work):
         collected = [tables, *(layout.tables(name) for name in layout.preset.experiments.trained())]
         if (base / layout.runs).is_dir():
-            yield from _runs(plan, layout, base, say)
+            yield (runs := _runs(plan, layout, base, say))
             yield from (_compare(base, layout.job(job), "jobs") for job in plan.jobs if layout.job(job).is_file())
             say("collecting the tables again")
             for where in collected:
@@ -109,7 +109,9 @@ def _preset(folder: Path, source: str, work: Path, say: Callable[[str], None]) -
                 yield from repeat(where, collect, [layout.job(job) for job in jobs], where, plan, layout)
                 # A preset has tables of those experiments that have a figure.
                 if (base / where).is_dir():
-                    yield from (compared for name in _COLLECTED for compared in files(name, where))
+                    yield from (
+                        compared for name in _COLLECTED for compared in files(name, where, not runs.differences)
+                    )
         else:
             yield Compared(str(layout.runs), "it is not there, so all is verified from the collected tables on", [])
             yield from (
@@ -181,7 +183,7 @@ def _link(base: Path, layout: Layout, work: Path) -> None:
             link.symlink_to(target.resolve())
 
 
-def _runs(plan: Plan, layout: Layout, base: Path, say: Callable[[str], None]) -> Iterator[Compared]:
+def _runs(plan: Plan, layout: Layout, base: Path, say: Callable[[str], None]) -> Compared:
     """Check the run folders, and write the file of each job again; it is taken as it is if a run can't be read."""
     checked, problems = 0, []
     for number, job in enumerate(plan.jobs, 1):
@@ -208,7 +210,7 @@ def _runs(plan: Plan, layout: Layout, base: Path, say: Callable[[str], None]) ->
         except UserError as error:
             own.append(str(error))
         problems += own
-    yield Compared(str(layout.runs), f"{checked} run folders are whole", problems)
+    return Compared(str(layout.runs), f"{checked} run folders are whole", problems)
 
 
 def _taken(base: Path, where: Path, name: str) -> Iterator[Compared]:
@@ -244,8 +246,11 @@ def _figure(figure: PaperFigure, tables: Sequence[Path], base: Path, where: Path
     yield _compare(base, picture)
 
 
-def _compare(base: Path, again: Path, key: str = "") -> Compared:
-    """Compare the file in `base` with the one that was made again, and take it over in its place if they are equal."""
+def _compare(base: Path, again: Path, key: str = "", origin: bool = True) -> Compared:
+    """Compare the file in `base` with the one that was made again, and take it over in its place if they are equal.
+
+    `origin` is whether what they say that they were made from is compared: tables of damaged runs are of others.
+    """
     there, seen = base / again, ""
     if not there.is_file():
         return Compared(str(again), seen, ["it is missing"])
@@ -262,10 +267,9 @@ def _compare(base: Path, again: Path, key: str = "") -> Compared:
             if not filecmp.cmp(there, again, shallow=False):
                 differences = _different_cells(rows, _rows(again), _KEYS.get(key, ()))
         # What an older version has made does not say what it was made from.
-        if again.suffix in (".parquet", ".svg"):
-            named, now = named_in(there), named_in(again)
-            if named and now and named != now:
-                differences.append(f"it was made from {named[:12]}, recomputed {now[:12]}")
+        if origin and again.suffix in (".parquet", ".svg") and (named := named_in(there)) and named != named_in(again):
+            now = named_in(again) or "nothing"
+            differences.insert(0, f"it was made from {named[:12]}, recomputed {now[:12]}")
         if again.suffix == ".parquet":
             check_parquet(there)
     except UserError as error:
@@ -321,7 +325,9 @@ def _numbered(table: pa.Table, key: Sequence[str]) -> dict[str, int]:
     rows: dict[str, int] = {}
     times: Counter[str] = Counter()
     for number, values in enumerate(zip(*(table[name].to_pylist() for name in key), strict=True)):
-        row = ", ".join(f"{name} {value}" for name, value in zip(key, values, strict=True))
+        # A whole number is one, too, where a table was written again with a column of them as decimal numbers.
+        texts = [str(value).removesuffix(".0") for value in values]
+        row = ", ".join(f"{name} {text}" for name, text in zip(key, texts, strict=True))
         times[row] += 1
         rows[row if times[row] == 1 else f"{row} (the {times[row]}th time)"] = number
     return rows
