@@ -17,7 +17,6 @@ import pandas as pd
 from lorabench.errors import UserError
 from lorabench.store.checks import check_comparable, check_curves, check_table, is_rl
 from lorabench.store.io import list_of_words, read_table, table_path, typed_columns, write_frame
-from lorabench.store.made_from import of_tables
 from lorabench.store.schemas import SCHEMAS
 
 _SCORE = "run_id model dataset task metric filter num_fewshot n_samples sampler eval_batch_size task_version"
@@ -126,9 +125,8 @@ def merge(folders: list[Path], out: Path) -> None:
     check_table(with_stand_ins(merged.get("runs", pd.DataFrame())))
     check_curves(merged.get("curves", pd.DataFrame()))
     check_comparable(merged.get("evals", pd.DataFrame()), "scores")
-    made_from = of_tables(folders, list(KEYS))
     for name, frame in merged.items():
-        write_frame(frame, name, out, all_columns=False, made_from=made_from)
+        write_frame(frame, name, out, all_columns=False)
 
 
 def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
