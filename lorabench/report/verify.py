@@ -14,9 +14,8 @@ import hashlib
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir
+from contextlib import chdir, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,9 +38,10 @@ from lorabench.store.io import table_path, write_csv, write_frame, write_table
 from lorabench.store.layout import Layout
 from lorabench.store.made_from import SOURCE, named_in
 from lorabench.store.run_folder import RunFolder
+from lorabench.store.schemas import JOB
 from lorabench.store.tables import KEYS
 from lorabench.store.waves import finished
-from lorabench.utils.files import check_parquet
+from lorabench.utils.files import check_parquet, read_parquet
 from lorabench.utils.formats import missing
 
 _KEYS = KEYS | {"claims": ["claim_id"], "verdicts_by_margin": ["claim_id", "factor"], "jobs": ["run_id"]}
@@ -67,7 +67,7 @@ def verify(folder: Path, preset: str | None, say: Callable[[str], None]) -> Iter
     Raises:
         UserError: the folder has no tables of runs, or is not that of the preset.
     """
-    folder = folder.resolve()
+    folder = Path(os.path.abspath(folder))
     with TemporaryDirectory() as made:
         # Paths of the user's data may lead up from the folder that the preset is run in.
         work = Path(made, "a/b/c/d")
@@ -86,7 +86,7 @@ def _preset(folder: Path, source: str, work: Path, say: Callable[[str], None]) -
     layout, base = Layout.of(source), folder.parents[1]
     plan, tables = make_plan(layout.preset), layout.tables()
     if base / layout.root != folder:
-        raise UserError(f"folder {folder} is not that of preset {source!r}, which is {layout.root}; allowed: --preset")
+        raise UserError(f"folder {folder} is not {layout.root}, that of preset {source!r}; give its preset by --preset")
     _link(base, layout, work)
 
     def repeat(path: Path, step: Callable[..., object], *arguments: object) -> Iterator[Compared]:
@@ -139,7 +139,7 @@ def _preset(folder: Path, source: str, work: Path, say: Callable[[str], None]) -
         for page, evaluated in pages.items():
             say(f"building {page} again")
             yield from repeat(page, build, plan, layout, source, page, evaluated)
-            yield _compare(base, page)
+            yield from (_compare(base, path) for path in page.parent.glob(page.name))
         known = {path for where in (*collected, layout.figures, layout.report.parent) for path in where.glob("*.*")}
         there = [path for where in (*collected, layout.report.parent) for path in sorted((base / where).glob("*.*"))]
         for path in (path.relative_to(base) for path in there):
@@ -188,16 +188,15 @@ def _runs(plan: Plan, layout: Layout, base: Path, say: Callable[[str], None]) ->
     checked, problems = 0, []
     for number, job in enumerate(plan.jobs, 1):
         say(f"checking the runs of job {number} of {len(plan.jobs)}")
-        path, own = layout.job(job), []
-        rows = []
-        if (base / path).is_file():
+        path, rows, own = layout.job(job), [], []
+        # A damaged file of a job is named when it is compared.
+        with suppress(UserError, OSError):
             shutil.copyfile(base / path, path)
-            rows = pq.read_table(path, columns=["run_id"])["run_id"].to_pylist()
-        for run_id in rows:
-            run = RunFolder(layout.runs, run_id)
+            rows = read_parquet(path, pa.schema([JOB.field("run_id")]))["run_id"].to_pylist()
+        for run in (RunFolder(layout.runs, run_id) for run_id in rows):
             try:
                 if not run.done():
-                    raise UserError(f"run {run_id} of {path} is not in {run.final}")
+                    raise UserError(f"run {run.run_id} of {path} is not in {run.final}")
                 run.read_nested()
                 run.check_files(*([run.weights] if run.weights.exists() else []))
             except UserError as error:
@@ -323,13 +322,13 @@ def _numbered(table: pa.Table, key: Sequence[str]) -> dict[str, int]:
     if not key:
         return {f"row {number + 1}": number for number in range(len(table))}
     rows: dict[str, int] = {}
-    times: Counter[str] = Counter()
     for number, values in enumerate(zip(*(table[name].to_pylist() for name in key), strict=True)):
         # A whole number is one, too, where a table was written again with a column of them as decimal numbers.
         texts = [str(value).removesuffix(".0") for value in values]
         row = ", ".join(f"{name} {text}" for name, text in zip(key, texts, strict=True))
-        times[row] += 1
-        rows[row if times[row] == 1 else f"{row} (the {times[row]}th time)"] = number
+        while row in rows:
+            row += " (again)"
+        rows[row] = number
     return rows
 
 

@@ -72,7 +72,9 @@ def made(tmp_path_factory) -> Path:
         lrs = [3e-4, 1e-3, 3e-3, 1e-2]
         block = {"models": ["tiny"], "datasets": ["instruct"], "ranks": {"all": [1, 4]}, "batch_sizes": [4]}
         block |= {"seeds": 2, "lrs": {"fullft": lrs, "lora": lrs}}
-        data = {"kind": "instruct", "train": 64, "validation": 8, "test": 8, "max_chars": 240}
+        sizes = {"train": 64, "validation": 8, "test": 8, "max_chars": 240, "mean_tokens": 40}
+        data = {"kind": "file", "path": "../chats.jsonl", **sizes}
+        Path("../chats.jsonl").write_text("{}")
         raw = {
             "description": "a preset for tests",
             "models": {"tiny": {"kind": "tiny"}},
@@ -96,6 +98,7 @@ def made(tmp_path_factory) -> Path:
 def results(made, tmp_path, monkeypatch) -> Path:
     """Enter a copy of the folder, which a test may edit; return the folder of the preset's results."""
     shutil.copytree(made, tmp_path / "copy")
+    shutil.copy(made.parent / "chats.jsonl", tmp_path)
     monkeypatch.chdir(tmp_path / "copy")
     return Path("results/mine")
 
