@@ -357,13 +357,13 @@ def _excerpts(there: Any, again: Any) -> tuple[str, str]:
 class _Page(HTMLParser):
     """The texts of a page and the values of its tags, each with the last id before it.
 
-    Styles, the script and the checks of the machine, which may have been made later, are left out.
+    The checks of the machine are left out, since they may have been made later.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.parts: list[tuple[str, str]] = []
-        self._id, self._shown = "top", True
+        self._id = "top"
         text = path.read_text(encoding="utf-8")
         self.feed(re.sub(r'<section aria-labelledby="machine">.*?</section>', "", text, flags=re.DOTALL))
 
@@ -371,17 +371,16 @@ class _Page(HTMLParser):
         """Note the values of a tag; of embedded files their hash."""
         values = {name: value or "" for name, value in attrs}
         self._id = values.get("id", self._id)
-        self._shown = tag != "style" and (tag != "script" or bool(values))
-        for name, value in values.items() if "http-equiv" not in values else ():
+        for name, value in values.items():
             if value.startswith("data:"):
-                name += f" of {values['download']}" if "download" in values else " of the picture"
+                name += f" of {values.get('download', 'the picture')}"
                 value = f"a file with SHA-256 {hashlib.sha256(value.encode()).hexdigest()[:12]}"
             self.parts.append((f"{self._id}, {name}", value))
 
     def handle_data(self, data: str) -> None:
         """Note a text."""
-        if self._shown and data.strip():
-            self.parts.append((self._id, " ".join(data.split())))
+        if text := " ".join(data.split()):
+            self.parts.append((self._id, text))
 
 
 def _different_texts(there: list[tuple[str, str]], again: list[tuple[str, str]]) -> list[str]:

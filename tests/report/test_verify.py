@@ -22,7 +22,7 @@ from lorabench.runs import finished_losses
 from lorabench.store import collect
 from lorabench.store.io import write_frame, write_table
 from lorabench.store.layout import Layout
-from lorabench.store.made_from import named_in
+from lorabench.store.made_from import named_in, of_runs
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import CURVES, RUN_TEST_LOSSES, CurvePoint, ExampleLoss
 from lorabench.store.waves import end_sweep
@@ -197,6 +197,14 @@ def test_damaged_and_deleted_runs_are_named(results):
     assert len(named) == len(starts)
     assert all(any(line.startswith(start) for line in named) for start in starts)
     assert all(f"{layout.jobs}" in line for line in named)
+
+
+def test_tables_name_the_records_of_their_runs(results):
+    layout, runs = Layout.of("mine.yaml"), pd.read_parquet(TABLES / "runs.parquet")["run_id"]
+    named = {named_in(TABLES / f"{name}.parquet") for name in ("runs", "curves", "test_losses")}
+    assert named == {of_runs(layout.runs, runs)}
+    replace(RunFolder(layout.runs, runs[0]).record, '"done"', '"diverged"')
+    assert named != {of_runs(layout.runs, runs)}
 
 
 def test_what_was_made_of_an_edited_table_names_it(results, monkeypatch):
