@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, suppress
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -140,11 +141,11 @@ def _preset(folder: Path, source: str, work: Path, say: Callable[[str], None]) -
             say(f"building {page} again")
             yield from repeat(page, build, plan, layout, source, page, evaluated)
             yield from (_compare(base, path) for path in page.parent.glob(page.name))
-        known = {path for where in (*collected, layout.figures, layout.report.parent) for path in where.glob("*.*")}
-        there = [path for where in (*collected, layout.report.parent) for path in sorted((base / where).glob("*.*"))]
-        for path in (path.relative_to(base) for path in there):
-            if path not in known:
-                yield Compared(str(path), "it is not checked, since no step makes it", [])
+        for where in (*collected, layout.figures, layout.report.parent):
+            for path in sorted(
+                {file.name for file in (base / where).glob("*.*")} - {file.name for file in where.glob("*.*")}
+            ):
+                yield Compared(str(where / path), "it is not checked, since no step makes it", [])
 
 
 def _tables_alone(folder: Path, preset: str | None, work: Path, say: Callable[[str], None]) -> Iterator[Compared]:
@@ -257,9 +258,12 @@ def _compare(base: Path, again: Path, key: str = "", origin: bool = True) -> Com
     try:
         if again.suffix == ".html":
             parts = [_Page(path).parts for path in (there, again)]
-            seen, differences = f"{len(parts[0])} texts and links agree", _different_texts(*parts)
+            seen, differences = f"{len(parts[0])} tags and texts agree", _different_texts(*parts)
         elif again.suffix == ".svg":
-            seen, differences = _different_picture(there, again)
+            one, other = (SOURCE.sub("", path.read_text(encoding="utf-8")) for path in (there, again))
+            seen = "the picture agrees"
+            if one != other:
+                differences = [f"it is not the picture that Matplotlib {version('matplotlib')} draws of its tables"]
         else:
             rows = _rows(there)
             seen = f"{len(rows)} rows agree"
@@ -278,15 +282,6 @@ def _compare(base: Path, again: Path, key: str = "", origin: bool = True) -> Com
     if not differences:
         shutil.copyfile(there, again)
     return Compared(str(again), seen, differences)
-
-
-def _different_picture(there: Path, again: Path) -> tuple[str, list[str]]:
-    """Return what is seen of a picture, and how it differs; one that another Matplotlib drew is not compared."""
-    pictures = [SOURCE.sub("", path.read_text(encoding="utf-8")) for path in (there, again)]
-    libraries = [" ".join(re.findall("Matplotlib v[^,]*", picture)) for picture in pictures]
-    if libraries[0] != libraries[1]:
-        return f"it is not compared, since {libraries[0]} drew it, and {libraries[1]} is installed", []
-    return "the picture agrees", [] if pictures[0] == pictures[1] else ["it is not the picture of its tables"]
 
 
 def _rows(path: Path) -> pa.Table:
@@ -311,7 +306,7 @@ def _different_cells(there: pa.Table, again: pa.Table, key: Sequence[str]) -> li
             continue
         cells = zip(shared, *(column.to_pylist() for column in columns), strict=True)
         unequal = [(row, *_excerpts(a, b)) for row, a, b in cells if not _same(a, b)]
-        if len(unequal) == len(shared) > 1 and len({values for _, *values in unequal}) == 1:
+        if len(unequal) == len(shared) > 1 and len({cell[1:] for cell in unequal}) == 1:
             unequal = [("every row", *unequal[0][1:])]
         differences += [f"{row}: {name} is {a}, recomputed {b}" for row, a, b in unequal]
     return differences
@@ -355,7 +350,7 @@ def _excerpts(there: Any, again: Any) -> tuple[str, str]:
 
 
 class _Page(HTMLParser):
-    """The texts of a page and the values of its tags, each with the last id before it.
+    """The texts and tags of a page, and the values of these, each with the last id before it.
 
     The checks of the machine are left out, since they may have been made later.
     """
@@ -368,9 +363,10 @@ class _Page(HTMLParser):
         self.feed(re.sub(r'<section aria-labelledby="machine">.*?</section>', "", text, flags=re.DOTALL))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note the values of a tag; of embedded files their hash."""
+        """Note a tag and its values; of embedded files their hash."""
         values = {name: value or "" for name, value in attrs}
         self._id = values.get("id", self._id)
+        self.parts.append((self._id, f"<{tag}>"))
         for name, value in values.items():
             if value.startswith("data:"):
                 name += f" of {values.get('download', 'the picture')}"
@@ -384,7 +380,7 @@ class _Page(HTMLParser):
 
 
 def _different_texts(there: list[tuple[str, str]], again: list[tuple[str, str]]) -> list[str]:
-    """Return sentences on the texts and links of a page that differ, each with the id before it."""
+    """Return sentences on the tags and texts of a page that differ, each with the id before it."""
     pairs = [pair for pair in zip(there, again, strict=False) if pair[0] != pair[1]]
     if len(there) != len(again):
         pairs = pairs[:1]
@@ -393,5 +389,5 @@ def _different_texts(there: list[tuple[str, str]], again: list[tuple[str, str]])
         one, another = _excerpts(text, other)
         differences.append(f"at #{place}: {one!r}, recomputed {another!r}")
     if len(there) != len(again):
-        differences.append(f"from there on it has {len(there)} texts and links, recomputed {len(again)}")
+        differences.append(f"from there on it has {len(there)} tags and texts, recomputed {len(again)}")
     return differences

@@ -146,7 +146,7 @@ def test_what_nobody_edited_agrees(results):
     assert (status, different(lines)) == (0, set())
     assert lines[0] == "results/mine/runs: 15 run folders are whole"
     assert "results/mine/tables/rank/test_losses.parquet: 120 rows agree" in lines
-    assert [line for line in lines if line.endswith("texts and links agree")]
+    assert [line for line in lines if line.endswith("tags and texts agree")]
 
 
 def test_every_edit_is_named_and_nothing_else(results):
@@ -158,6 +158,7 @@ def test_every_edit_is_named_and_nothing_else(results):
     edit(TABLES / "rank/test_losses.parquet", put(9, "loss", 7.0))
     edit(TABLES / "claims.parquet", put(5, "verdict", "confirmed!"))
     edit(TABLES / "claims.csv", put(6, "verdict", "contradicted!"))
+    edit(TABLES / "rank/runs.csv", lambda table: table.assign(model="large"))
     edit(TABLES / "counts.csv", lambda table: table.drop(index=2))
     edit(FIGURE, put(2, "lr", 0.125))
     flip(TABLES / "curves.parquet")
@@ -171,9 +172,10 @@ def test_every_edit_is_named_and_nothing_else(results):
         f"{TABLES}/rank/test_losses.parquet": f"run_id {runs.loc[1, 'run_id']}, example 1: loss is 7.0, recomputed ",
         f"{TABLES}/claims.parquet": f"claim_id {claims.loc[5, 'claim_id']}: verdict is confirmed!, recomputed ",
         f"{TABLES}/claims.csv": f"claim_id {claims.loc[6, 'claim_id']}: verdict is contradicted!, recomputed ",
+        f"{TABLES}/rank/runs.csv": "every row: model is large, recomputed tiny",
         f"{TABLES}/counts.csv": "architecture llama-3.1-8b, placement all, part all, rank 256, ",
         f"{FIGURE}": "row 3: lr is 0.125, recomputed ",
-        f"{FIGURE.with_suffix('.svg')}": "it is not the picture of its tables",
+        f"{FIGURE.with_suffix('.svg')}": "it is not the picture that ",
         f"{page_file}": "at #runs: '15 (15 expected): 14 done, ",
         f"{TABLES}/rank/curves.csv": "it is missing",
     }
