@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from lorabench.config.inputs import FileDataset, FileProblems
 from lorabench.config.loading import is_shipped, load_preset, split_name
 from lorabench.errors import UserError
-from lorabench.figures.catalog import FIGURES, PaperFigure, figures_of_preset, save_figure
+from lorabench.figures.catalog import FIGURES, figures_of_preset, save_figure
 from lorabench.models.counts import counts_table
 from lorabench.planning.plan import Plan, make_plan
 from lorabench.report.judged import write_claims, write_verdicts_by_margin
@@ -45,7 +45,7 @@ from lorabench.store.waves import finished
 from lorabench.utils.files import check_parquet, read_parquet
 from lorabench.utils.formats import missing
 
-_KEYS = KEYS | {"claims": ["claim_id"], "verdicts_by_margin": ["claim_id", "factor"], "jobs": ["run_id"]}
+_KEYS = KEYS | {"claims": ["claim_id"], "verdicts_by_margin": ["claim_id", "factor"]}
 _COLLECTED = ("runs", "curves", "test_losses")
 _EXCERPT = 60
 
@@ -58,7 +58,10 @@ class Compared(NamedTuple):
     differences: list[str]
 
 
-def verify(folder: Path, preset: str | None, say: Callable[[str], None]) -> Iterator[Compared]:
+Results = Iterator[Compared]
+
+
+def verify(folder: Path, preset: str | None, say: Callable[[str], None]) -> Results:
     """Make everything again that a folder of results or of tables holds, and compare it with what is there.
 
     Of a preset's results (`results/<preset>`) that is all from the run folders to the page, or from the tables on if
@@ -83,72 +86,56 @@ def verify(folder: Path, preset: str | None, say: Callable[[str], None]) -> Iter
             raise UserError(f"folder {folder} has no table runs, from which claims and figures could be made again")
 
 
-def _preset(folder: Path, source: str, work: Path, say: Callable[[str], None]) -> Iterator[Compared]:
+def _preset(folder: Path, source: str, work: Path, say: Callable[[str], None]) -> Results:
     layout, base = Layout.of(source), folder.parents[1]
     plan, tables = make_plan(layout.preset), layout.tables()
     if base / layout.root != folder:
         raise UserError(f"folder {folder} is not {layout.root}, that of preset {source!r}; give its preset by --preset")
     _link(base, layout, work)
 
-    def repeat(path: Path, step: Callable[..., object], *arguments: object) -> Iterator[Compared]:
-        try:
-            step(*arguments)
-        except (UserError, OSError) as error:
-            yield Compared(str(path), "", [f"it can't be made again: {error}"])
-
-    def files(name: str, where: Path = tables, origin: bool = True) -> Iterator[Compared]:
-        yield from (_compare(base, path, name, origin) for path in sorted(where.glob(f"{name}.*"), reverse=True))
-
     with chdir(work):
-        collected = [tables, *(layout.tables(name) for name in layout.preset.experiments.trained())]
+        experiments = layout.preset.experiments.trained()
         if (base / layout.runs).is_dir():
-            yield (runs := _runs(plan, layout, base, say))
-            yield from (_compare(base, layout.job(job), "jobs") for job in plan.jobs if layout.job(job).is_file())
+            yield _runs(plan, layout, base, say)
+            yield from (_compare(base, layout.job(job), ["run_id"]) for job in plan.jobs if layout.job(job).is_file())
             say("collecting the tables again")
-            for where in collected:
-                jobs = plan.jobs if where == tables else plan.jobs_of(where.name)
-                yield from repeat(where, collect, [layout.job(job) for job in jobs], where, plan, layout)
+            for name in (None, *experiments):
+                where, jobs = (
+                    layout.tables(name),
+                    [layout.job(job) for job in (plan.jobs_of(name) if name else plan.jobs)],
+                )
                 # A preset has tables of those experiments that have a figure.
-                if (base / where).is_dir():
-                    yield from (
-                        compared for name in _COLLECTED for compared in files(name, where, not runs.differences)
-                    )
+                names = _COLLECTED if (base / where).is_dir() else ()
+                yield from _again(base, where, names, collect, jobs, where, plan, layout)
         else:
             yield Compared(str(layout.runs), "it is not there, so all is verified from the collected tables on", [])
-            yield from (
-                compared for where in collected for name in _COLLECTED for compared in _taken(base, where, name)
-            )
+            for where in (tables, *map(layout.tables, experiments)):
+                yield from (compared for name in _COLLECTED for compared in _taken(base, where, name))
         if evaluations := plan.evaluations():
             scores = [layout.evals(job) for job in evaluations]
-            yield from repeat(tables / "evals.parquet", collect_evals, scores, tables)
-            yield from files("evals")
+            yield from _again(base, tables, ["evals"], collect_evals, scores, tables)
         yield from _taken(base, tables, "compute")
-        yield from repeat(tables / "counts.parquet", write_frame, counts_table(), "counts", tables)
-        yield from files("counts")
+        yield from _again(base, tables, ["counts"], write_frame, counts_table(), "counts", tables)
         say("judging the claims again")
         margins, predictions = layout.preset.margins, layout.preset.predictions or {}
-        yield from repeat(tables / "claims.parquet", write_claims, tables, tables, margins, predictions)
-        yield from [*files("claims"), *files("optima")]
+        yield from _again(base, tables, ["claims", "optima"], write_claims, tables, tables, margins, predictions)
         say("judging them by other margins again")
-        by_margin = tables / "verdicts_by_margin.parquet"
-        yield from repeat(by_margin, write_verdicts_by_margin, tables, margins, predictions)
-        yield from files(by_margin.stem)
+        yield from _again(base, tables, ["verdicts_by_margin"], write_verdicts_by_margin, tables, margins, predictions)
         say("drawing the figures again")
+        where = layout.figures
         for figure in figures_of_preset(layout.preset):
-            yield from _figure(figure, figure.folders(layout), base, layout.figures)
+            yield from _again(base, where, [figure.name], save_figure, figure.name, figure.folders(layout), where)
         pages = {layout.report: True} | ({layout.report_without_evaluation: False} if evaluations else {})
         for page, evaluated in pages.items():
             say(f"building {page} again")
-            yield from repeat(page, build, plan, layout, source, page, evaluated)
-            yield from (_compare(base, path) for path in page.parent.glob(page.name))
-        for where in (*collected, layout.figures, layout.report.parent):
-            for path in sorted(
-                {file.name for file in (base / where).glob("*.*")} - {file.name for file in where.glob("*.*")}
-            ):
-                yield Compared(str(where / path), "it is not checked, since no step makes it", [])
+            yield from _again(base, page.parent, [page.stem], build, plan, layout, source, page, evaluated)
+        for where in (tables, *map(layout.tables, experiments), layout.figures, layout.report.parent):
+            made = {path.name for path in where.glob("*.*")}
+            for name in sorted({path.name for path in (base / where).glob("*.*")} - made):
+                yield Compared(str(where / name), "it is not checked", [])
 
 
-def _tables_alone(folder: Path, preset: str | None, work: Path, say: Callable[[str], None]) -> Iterator[Compared]:
+def _tables_alone(folder: Path, preset: str | None, work: Path, say: Callable[[str], None]) -> Results:
     yield Compared(str(folder), "it has no run folders, so all is verified from the collected tables on", [])
     stated = None if preset is None else load_preset(preset)
     with chdir(work):
@@ -157,13 +144,13 @@ def _tables_alone(folder: Path, preset: str | None, work: Path, say: Callable[[s
         if table_path(folder, "claims"):
             say("judging the claims again")
             margins, predictions = (None, None) if stated is None else (stated.margins, stated.predictions or {})
-            write_claims(folder, Path(), margins, predictions)
-            for path in sorted([*Path().glob("claims.*"), *Path().glob("optima.*")]):
-                yield _compare(folder, path, path.stem)
+            judged = ["claims", "optima"]
+            yield from _again(folder, Path(), judged, write_claims, folder, Path(), margins, predictions)
         say("drawing the figures again")
         for figure in FIGURES.values():
-            if (folder / f"{figure.name}.csv").is_file():
-                yield from _figure(figure, [folder if figure.table != "claims" else Path()], folder, Path())
+            if (folder / f"{figure.name}.svg").is_file():
+                shown = [Path() if figure.table == "claims" else folder]
+                yield from _again(folder, Path(), [figure.name], save_figure, figure.name, shown, Path())
 
 
 def _link(base: Path, layout: Layout, work: Path) -> None:
@@ -213,7 +200,7 @@ def _runs(plan: Plan, layout: Layout, base: Path, say: Callable[[str], None]) ->
     return Compared(str(layout.runs), f"{checked} run folders are whole", problems)
 
 
-def _taken(base: Path, where: Path, name: str) -> Iterator[Compared]:
+def _taken(base: Path, where: Path, name: str) -> Results:
     """Take a table as it is: the checksum of its parquet file is checked, and its CSV file made of that again."""
     path, csv = where / f"{name}.parquet", where / f"{name}.csv"
     where.mkdir(exist_ok=True)
@@ -231,29 +218,29 @@ def _taken(base: Path, where: Path, name: str) -> Iterator[Compared]:
     yield Compared(str(path), f"{len(table)} rows are taken as they are", [])
     if csv.is_file():
         write_csv(table.to_pandas(ignore_metadata=True), csv)
-        yield _compare(base, csv, name)
+        yield _compare(base, csv, _KEYS.get(name, ()))
 
 
-def _figure(figure: PaperFigure, tables: Sequence[Path], base: Path, where: Path) -> Iterator[Compared]:
-    """Draw a figure again, and compare its numbers and its picture."""
-    numbers, picture = (where / f"{figure.name}.{kind}" for kind in ("csv", "svg"))
+def _again(base: Path, where: Path, names: Sequence[str], step: Callable[..., object], *arguments: object) -> Results:
+    """Make files of some names in a folder again by a step, and compare them; if it fails, take tables as they are."""
     try:
-        save_figure(figure.name, tables, where)
+        step(*arguments)
     except (UserError, OSError) as error:
-        yield Compared(str(numbers), "", [f"it can't be made again: {error}"])
+        yield Compared(str(where), "", [f"{' and '.join(names)} can't be made again: {error}"])
+        for name in names:
+            yield from _taken(base, where, name)
         return
-    yield _compare(base, numbers)
-    yield _compare(base, picture)
+    for path in (path for name in names for path in sorted(where.glob(f"{name}.*"), reverse=True)):
+        if path.suffix != ".png":
+            yield _compare(base, path, _KEYS.get(path.stem, ()) if step is not save_figure else ())
 
 
-def _compare(base: Path, again: Path, key: str = "", origin: bool = True) -> Compared:
-    """Compare the file in `base` with the one that was made again, and take it over in its place if they are equal.
-
-    `origin` is whether what they say that they were made from is compared: tables of damaged runs are of others.
-    """
+def _compare(base: Path, again: Path, key: Sequence[str]) -> Compared:
+    """Compare the file in `base` with the one that was made again, and take it over in its place if they are equal."""
     there, seen = base / again, ""
     if not there.is_file():
         return Compared(str(again), seen, ["it is missing"])
+    origin: list[str] = []
     differences: list[str] = []
     try:
         if again.suffix == ".html":
@@ -268,11 +255,10 @@ def _compare(base: Path, again: Path, key: str = "", origin: bool = True) -> Com
             rows = _rows(there)
             seen = f"{len(rows)} rows agree"
             if not filecmp.cmp(there, again, shallow=False):
-                differences = _different_cells(rows, _rows(again), _KEYS.get(key, ()))
+                differences = _different_cells(rows, _rows(again), key)
         # What an older version has made does not say what it was made from.
-        if origin and again.suffix in (".parquet", ".svg") and (named := named_in(there)) and named != named_in(again):
-            now = named_in(again) or "nothing"
-            differences.insert(0, f"it was made from {named[:12]}, recomputed {now[:12]}")
+        if again.suffix in (".parquet", ".svg") and (named := named_in(there)) and named != named_in(again):
+            origin = [f"it was made from {named[:12]}, recomputed {(named_in(again) or 'nothing')[:12]}"]
         if again.suffix == ".parquet":
             check_parquet(there)
     except UserError as error:
@@ -281,7 +267,7 @@ def _compare(base: Path, again: Path, key: str = "", origin: bool = True) -> Com
         differences.append(f"it can't be read: {error}")
     if not differences:
         shutil.copyfile(there, again)
-    return Compared(str(again), seen, differences)
+    return Compared(str(again), seen, origin + differences)
 
 
 def _rows(path: Path) -> pa.Table:
