@@ -39,6 +39,9 @@ ADVICE = {
 }
 """The commands of the distribution lora-advice, which are offered here too, with their help."""
 
+MOST_LINES = 20
+"""The most differences of a file that `verify` prints."""
+
 PresetArgument = Annotated[str, Argument(help="A shipped preset's name or the path of a YAML file.")]
 # A command's imports make many objects and little garbage: collecting it less often takes a tenth off each start.
 gc.set_threshold(20_000)
@@ -200,10 +203,8 @@ def claims(
 ) -> None:
     """Judge the paper's claims from tidy tables."""
     from lorabench.analysis.optima import pooled_noise
-    from lorabench.claims.judge import judge_claims
     from lorabench.config.loading import load_preset, read_margins
-    from lorabench.sources.lr_optima import measured_optima
-    from lorabench.store.io import write_csv, write_frame
+    from lorabench.report.judged import write_claims
     from lorabench.store.tables import Tables
 
     if preset is not None and margins is not None:
@@ -213,11 +214,7 @@ def claims(
         stated = load_preset(preset)
         chosen, predictions = stated.margins, stated.predictions or {}
     elsewhere = None if noise is None else pooled_noise(Tables.read(noise).runs, str(noise))
-    read = Tables.read(tables)
-    judged = judge_claims(read, margins=chosen, noise=elsewhere, predictions=predictions)
-    write_frame(judged, "claims", out)
-    if len(optima := measured_optima(read)):
-        write_csv(optima, out / "optima.csv")
+    judged = write_claims(tables, out, chosen, predictions, elsewhere)
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in judged["verdict"].value_counts().items())
     print(f"{len(judged)} claims: {verdicts}; written to {out / 'claims.csv'}")
     untested = judged.loc[judged["verdict"].eq("not tested"), "reason"].value_counts()
@@ -248,6 +245,30 @@ def merge(folders: list[Path], out: Annotated[Path, Option(help="Folder of the m
     from lorabench.store.tables import merge as merge_folders
 
     merge_folders(folders, out)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, Argument(help="The results of a preset, such as results/laptop, or a folder of tables.")],
+    preset: Annotated[str | None, Option(help="The preset, if the folder's name is not that of a shipped one.")] = None,
+) -> None:
+    """Make tables, claims, figures and page again from the runs, and name every number that differs.
+
+    Exits with status 1 if one does.
+    """
+    from lorabench.report.verify import verify as compared_files
+
+    differing = 0
+    for compared in compared_files(folder, preset, lambda step: print(f"{step} ...", file=sys.stderr)):
+        lines = compared.differences or [compared.seen]
+        more = [f"{len(lines) - MOST_LINES} further differences"] if len(lines) > MOST_LINES else []
+        for line in [*lines[:MOST_LINES], *more]:
+            print(f"{compared.name}: {formats.printable(line)}")
+        differing += bool(compared.differences)
+    if differing:
+        print(f"lorabench: {differing} files or folders differ", file=sys.stderr)
+        raise typer.Exit(1)
+    print("nothing differs")
 
 
 @app.command("import")

@@ -285,14 +285,10 @@ def counts(out: Annotated[Path, Option(help="Folder for the table.")]) -> None:
 @steps.command("verdicts-by-margin")
 def verdicts_by_margin(preset: PresetOption = "laptop") -> None:
     """Judge the claims of a preset by other margins than its own, for the table `verdicts_by_margin`."""
-    from lorabench.report.other_margins import verdicts_by_margin as judge_by_margins
-    from lorabench.store.io import read_claims, write_frame
-    from lorabench.store.tables import Tables
+    from lorabench.report.judged import write_verdicts_by_margin
 
     _, layout = plan_and_layout(preset)
-    tables, stated = layout.tables(), layout.preset
-    judged = judge_by_margins(Tables.read(tables), read_claims(tables), stated.margins, stated.predictions or {})
-    write_frame(judged, "verdicts_by_margin", tables)
+    write_verdicts_by_margin(layout.tables(), layout.preset.margins, layout.preset.predictions or {})
 
 
 @steps.command()

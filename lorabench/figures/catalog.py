@@ -17,6 +17,7 @@ from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.errors import NothingToDrawError, UserError
 from lorabench.store.checks import check_comparable, check_curves, check_table, is_rl
 from lorabench.store.io import read_claims, table_path, with_all_columns, write_csv
+from lorabench.store.made_from import of_tables
 from lorabench.store.tables import Tables
 from lorabench.utils.studies import studies
 from lorabench.utils.yaml_files import read_yaml
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from lorabench.analysis.comparison import Task
     from lorabench.config.preset import Preset
+    from lorabench.store.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,18 @@ class PaperFigure:
         with applied():
             drawn: tuple[Figure, pd.DataFrame] = getattr(import_module(f"{self.package}.{module}"), function)(tables)
         return drawn
+
+    @property
+    def shows(self) -> tuple[str, ...]:
+        """The tables that it is drawn from."""
+        return ("runs", "curves", "test_losses") if self.table == "runs" else (self.table,)
+
+    def folders(self, layout: Layout) -> list[Path]:
+        """Return the folders of tables that a preset draws it from: those of its experiments, as far as there are."""
+        if self.table != "runs":
+            return [layout.tables()]
+        chosen = layout.preset.experiments.chosen()
+        return [layout.tables(experiment) for experiment in self.experiments if experiment in chosen]
 
     def own_runs(self, runs: pd.DataFrame) -> pd.DataFrame:
         """Return the runs of the figure's task and experiments; a run without experiments belongs to all of them."""
@@ -96,7 +110,7 @@ def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
     else:
         tables = Tables.read(*folders)
     _check(FIGURES[name].table, tables)
-    _save(FIGURES[name], tables, out)
+    _save(FIGURES[name], tables, out, of_tables(folders, FIGURES[name].shows))
 
 
 def save_all_figures(folders: Sequence[Path], out: Path) -> Iterator[str]:
@@ -112,7 +126,7 @@ def save_all_figures(folders: Sequence[Path], out: Path) -> Iterator[str]:
         _check(table, tables)
     for figure in figures:
         try:
-            _save(figure, tables, out)
+            _save(figure, tables, out, of_tables(folders, figure.shows))
         except NothingToDrawError as nothing:
             yield f"figure {figure.name} is not drawn: {nothing}"
 
@@ -129,7 +143,7 @@ def _check(table: str, tables: Tables) -> None:
         check_curves(tables.curves)
 
 
-def _save(figure: PaperFigure, tables: Tables, out: Path) -> None:
+def _save(figure: PaperFigure, tables: Tables, out: Path, made_from: str) -> None:
     from lorabench.figures.style import write_figure
 
     if figure.table == "runs":
@@ -141,7 +155,7 @@ def _save(figure: PaperFigure, tables: Tables, out: Path) -> None:
         tables = replace(tables, runs=runs, curves=curves_of(tables.curves, runs))
     drawn, plotted = figure.draw(tables)
     for kind in ("svg", "png"):
-        write_figure(drawn, out / f"{figure.name}.{kind}")
+        write_figure(drawn, out / f"{figure.name}.{kind}", made_from)
     write_csv(plotted, out / f"{figure.name}.csv")
 
 

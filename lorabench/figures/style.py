@@ -170,9 +170,12 @@ def mark(label: str, marker: str, **properties: Any) -> Line2D:
     return line(label, marker=marker, **{"color": MUTED, "ls": "none", "ms": 6, **properties})
 
 
-def write_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as SVG or PNG, by the suffix, whole or not at all; the same figure always gives the same bytes."""
+def write_figure(figure: Figure, path: Path, made_from: str | None = None) -> None:
+    """Write a figure as SVG or PNG, by the suffix, whole or not at all; the same figure always gives the same bytes.
+
+    The hash of what it was made from becomes its source (see `lorabench.store.made_from`).
+    """
     kind = path.suffix.removeprefix(".")
-    metadata = {"svg": {"Date": None}, "png": {"Software": None}}[kind]
+    metadata = {"svg": {"Date": None}, "png": {"Software": None}}[kind] | {"Source": made_from}
     with applied(), atomic_path(path) as partial:
         figure.savefig(partial, format=kind, dpi=PNG_DPI, metadata=metadata)

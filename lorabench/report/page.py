@@ -37,6 +37,7 @@ from lorabench.report.other_margins import turned
 from lorabench.runs import MAX_KL
 from lorabench.store.io import list_of_words, read_claims, read_rows, read_table
 from lorabench.store.layout import Layout
+from lorabench.store.made_from import named_in, of_tables
 from lorabench.store.published import NOT_PUBLISHED
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
@@ -47,6 +48,10 @@ _HERE = Path(__file__).parent
 SECTIONS: list[dict[str, Any]] = yaml.safe_load((_HERE / "sections.yaml").read_text(encoding="utf-8"))
 """The page's sections in the paper's order, and then those of studies: which figures and claims are shown together."""
 SECTIONS += [study.texts["section"] for study in studies()]
+
+
+_SHOWN = ("runs", "curves", "test_losses", "claims", "verdicts_by_margin", "evals", "compute", "counts")
+"""The tables that the page is made from."""
 
 
 def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = True) -> None:
@@ -108,6 +113,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             ),
             downloads=table_downloads(tables, out.parent, evaluated),
             tables=tables,
+            made_from=of_tables([tables], [name for name in _SHOWN if evaluated or name != "evals"]),
             figures_folder=layout.figures,
             command=_command(source, out),
         )
@@ -146,6 +152,7 @@ def _figure(figure: PaperFigure, layout: Layout, source: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} does not exist; draw the figure with `{command}`") from error
     files = {"svg": _data_uri(svg, "image/svg+xml"), "csv": _data_uri(csv, "text/csv")}
+    files |= {"made_from": named_in(path.with_suffix(".svg")) or ""}
     return {"name": figure.name, "title": figure.title, "caption": figure.caption, "command": command, **files}
 
 

@@ -20,6 +20,7 @@ from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
 from lorabench.store.io import write_csv, write_frame, write_table
 from lorabench.store.layout import Layout
+from lorabench.store.made_from import of_files, of_runs
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import CURVES, EVALS, JOB, RUN_TEST_LOSSES, RUNS, TEST_LOSSES, CurvePoint, ExampleLoss
 from lorabench.utils.files import read_parquet
@@ -84,12 +85,14 @@ def collect(jobs: list[Path], out: Path, plan: Plan, layout: Layout) -> None:
             raise UserError(f"{count} test losses of a run on {dataset}, which has {len(groups)} test examples")
         return rows.append_column("group", groups.take(rows["example"]))
 
-    write_table(runs, out / "runs.parquet")
+    made_from = of_runs(layout.runs, runs["run_id"].to_pylist())
+    write_table(runs, out / "runs.parquet", made_from)
     write_csv(runs.to_pandas(), out / "runs.csv")
     points = pa.concat_tables(entries(read_parquet(path, curves), "curve", CURVES) for path in jobs)
-    write_table(points, out / "curves.parquet")
+    write_table(points, out / "curves.parquet", made_from)
     write_csv(points.to_pandas(), out / "curves.csv")
-    write_table(pa.concat_tables(map(losses_of, jobs)).cast(TEST_LOSSES), out / "test_losses.parquet")
+    test_losses = pa.concat_tables(map(losses_of, jobs)).cast(TEST_LOSSES)
+    write_table(test_losses, out / "test_losses.parquet", made_from)
 
 
 def entries(table: pa.Table, column: str, schema: pa.Schema) -> pa.Table:
@@ -159,4 +162,5 @@ def collect_evals(files: list[Path], out: Path) -> None:
     order = ["model", "dataset", "batch_size", "steps", "method", "rank", "placement", "lr", "seed", "run_id"]
     scores = pd.concat([read_parquet(path, EVALS).to_pandas() for path in files])
     # The stable sort keeps the rows of one model in the order of its tasks.
-    write_frame(scores.sort_values(order, na_position="first", kind="stable"), "evals", out)
+    scores = scores.sort_values(order, na_position="first", kind="stable")
+    write_frame(scores, "evals", out, made_from=of_files((path.stem, path) for path in files))

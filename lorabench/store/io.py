@@ -17,15 +17,22 @@ from lorabench.errors import UserError
 from lorabench.store.schemas import CLAIMS, PARQUET_ONLY, SCHEMAS
 from lorabench.utils.files import add_checksum, atomic_path, check_parquet
 
+MADE_FROM = b"made_from_sha256"
+"""The key of a parquet file's metadata for the hash of what it was made from (`lorabench.store.made_from`)."""
 
-def write_table(table: pa.Table, path: Path, **options: Any) -> None:
+
+def write_table(table: pa.Table, path: Path, made_from: str | None = None, **options: Any) -> None:
     """Write a parquet file with a checksum, whole or not at all; UserError says that the disk is full."""
+    if made_from is not None:
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), MADE_FROM: made_from})
     with atomic_path(path) as partial:
         pq.write_table(table, partial, **options)
         add_checksum(partial)
 
 
-def write_frame(frame: pd.DataFrame, name: str, out: Path, all_columns: bool = True) -> None:
+def write_frame(
+    frame: pd.DataFrame, name: str, out: Path, all_columns: bool = True, made_from: str | None = None
+) -> None:
     """Write the tidy table `name` into the folder `out`, as parquet and, unless it is in PARQUET_ONLY, as CSV.
 
     It has all documented columns or, without `all_columns`, those of them that the frame has.
@@ -34,7 +41,8 @@ def write_frame(frame: pd.DataFrame, name: str, out: Path, all_columns: bool = T
     if not all_columns:
         schema = pa.schema([field for field in schema if field.name in frame])
     frame = frame.reindex(columns=schema.names)
-    write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), out / f"{name}.parquet")
+    table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
+    write_table(table, out / f"{name}.parquet", made_from)
     if name not in PARQUET_ONLY:
         write_csv(frame, out / f"{name}.csv")
 

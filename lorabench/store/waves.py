@@ -69,8 +69,7 @@ def run_without_weights(plan: Plan, sweep: Sweep, layout: Layout) -> Run | None:
 
 def end_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], None]) -> pa.Table:
     """Delete the weights of a finished sweep that the preset does not keep; return its runs as rows of JOB."""
-    losses = finished_losses(sweep, lambda run: _loss(run, layout))
-    folders = {(lr, seed): RunFolder(layout.runs, Run(sweep.condition, lr, seed).run_id) for lr, seed in losses}
+    losses, folders = finished(sweep, layout)
     best = best_lr(sweep, losses)
     if sweep.lattice is not None:
         say(
@@ -78,9 +77,18 @@ def end_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], Non
             + ("all diverged" if best is None else f"the lowest loss at lr {best:.3g}")
         )
     if plan.preset.execution.keep_weights == "best":
-        for folder in (folder for (lr, _), folder in folders.items() if lr != best):
+        for folder in (folder for (lr, _), folder in zip(losses, folders, strict=True) if lr != best):
             shutil.rmtree(folder.weights, ignore_errors=True)
-    return sweep_table(list(folders.values()), sweep)
+    return sweep_table(folders, sweep)
+
+
+def finished(sweep: Sweep, layout: Layout) -> tuple[dict[tuple[float, int], float], list[RunFolder]]:
+    """Return the losses of a finished sweep's runs by LR and seed, and their folders in this order.
+
+    UserError says that a run is damaged or not finished.
+    """
+    losses = finished_losses(sweep, lambda run: _loss(run, layout))
+    return losses, [RunFolder(layout.runs, Run(sweep.condition, lr, seed).run_id) for lr, seed in losses]
 
 
 def _loss(run: Run, layout: Layout) -> float:

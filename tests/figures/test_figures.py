@@ -13,6 +13,7 @@ from lorabench.analysis.step_flops import loss_by_flops
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES, save_figure
 from lorabench.figures.style import arm_styles, write_figure
+from lorabench.store.made_from import of_tables
 from lorabench.store.tables import Tables
 
 from ..claims.test_compute import compute_table
@@ -51,7 +52,7 @@ def test_save_writes_what_draw_returns_with_the_same_bytes_each_time(tables: Pat
     read = Tables.read(tables)
     figure, plotted = FIGURES[name].draw(Tables(read.runs, read.curves))
     for kind in ("svg", "png"):
-        write_figure(figure, tmp_path / f"again.{kind}")
+        write_figure(figure, tmp_path / f"again.{kind}", of_tables([tables], FIGURES[name].shows))
         assert (tmp_path / f"again.{kind}").read_bytes() == files[f"{name}.{kind}"]
     written = pd.read_csv(tmp_path / f"{name}.csv")
     assert list(written.columns) == list(plotted.columns)

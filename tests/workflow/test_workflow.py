@@ -120,6 +120,7 @@ def test_what_a_finished_clone_says_of_itself(smoke):
     assert changes == set()
     assert "Nothing to be done" in snakemake(checkout, "--config", "preset=smoke")
     assert "36/36 runs (100%), 4/4 jobs done" in shell("lorabench status --preset smoke", checkout)
+    assert "nothing differs" in shell("lorabench verify results/smoke", checkout)
     snakemake(checkout, "--config", "preset=smoke", "--report", "snakemake_report.html")
     text = (checkout / "snakemake_report.html").read_text()
     assert "fig2_lr_by_rank" in text

@@ -162,13 +162,10 @@ def figure_files(names):
 def figure_tables(wildcards):
     """The input of a figure: the tables of its experiments, as far as the preset has them."""
     figure = FIGURES[wildcards.figure]
-    if figure.table != "runs":
-        return [LAYOUT.tables() / f"{figure.table}.parquet"]
     return [
-        LAYOUT.tables(experiment) / f"{name}.parquet"
-        for experiment in figure.experiments
-        if experiment in EXPERIMENTS
-        for name in ("runs", "curves", "test_losses")
+        folder / f"{name}.parquet"
+        for folder in figure.folders(LAYOUT)
+        for name in figure.shows
     ]
 
 
