@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import ALPHA, arm_labels, is_standard, with_arm_columns
-from lorabench.analysis.comparison import COMPARED, MIN_LRS
+from lorabench.analysis.comparison import COMPARED
+from lorabench.analysis.fit_rows import MIN_LRS
 
 _TEXTS = {0.0: "alpha {:.3g}", 1.0: "alpha = {:.3g} r", 0.5: "alpha = {:.3g} sqrt(r)"}
 

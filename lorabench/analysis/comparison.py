@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from lorabench.analysis.estimate import Estimate, ExampleLosses
 from lorabench.analysis.finding import MIN_SEEDS, N_AGAIN, Finding, UnjudgedError, again, decide, nats
 from lorabench.analysis.fit_rows import MAX_STEP, MIN_LRS
 from lorabench.analysis.loss_fit import LossFit, Noise, fit_losses
-from lorabench.analysis.rules import LEVEL, Above, Margin, Problem, Remedy, Rule, Verdict, Within, gain_margin
+from lorabench.analysis.rules import LEVEL, Above, Bound, Margin, Problem, Remedy, Rule, Verdict, Within, gain_margin
 from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS, Margins, Predictions
 from lorabench.store.checks import is_rl
 from lorabench.utils.formats import with_interval
@@ -37,6 +37,9 @@ OVERSHOOT: dict[Task, float] = {"sft": 1.0, "rl": 0.5}
 Between LRs that are a factor of 2.4 apart, a parabola as steep as was measured falls by up to 0.9 margins of SFT. A
 loss that is flat and then rises steeply seems to fall by more, and so does an accuracy that breaks down.
 """
+
+BEYOND = 0.005
+"""The probability up to which an optimum does not lie beyond an end of its LRs."""
 
 _ONE_GROUP = Problem(
     "the error from test examples is not known, since all of them are of one group",
@@ -176,14 +179,26 @@ class Comparison:
         return done.loc[done["lr"] == most.idxmin()]
 
     def problems(self, arms: Sequence[Arm], resolved: bool = False) -> list[Problem]:
-        """Return the reasons against a verdict on fitted minima of arms, or, if `resolved`, on their optimal LRs."""
-        labels = [arm_label(arm) for arm in arms]
-        problems = [problem for label in labels if (problem := self._grid_problem(label, resolved))]
+        """Return the reasons against a verdict on fitted minima of arms, or, if `resolved`, on their optimal LRs; their
+        bounds are those of the number of the first arm minus that of the second."""
+        labels, problems = [arm_label(arm) for arm in arms], []
+        for label in labels:
+            if (problem := self._grid_problem(label, resolved)) is not None:
+                problems.append(problem if label == labels[0] else problem.of_subtracted())
+        noise = self._noise_problems(labels)
         if problems:
-            return problems
-        if any(self.fit.minima[label].n_groups == 1 for label in labels):
+            return [replace(problem, bound=None) for problem in problems] if noise else problems
+        for label in labels if resolved and not noise else []:
+            if not self.fit.resolved[label]:
+                problem = self._unresolved(label)
+                problems.append(problem if label == labels[0] else problem.of_subtracted())
+        return noise or problems
+
+    def _noise_problems(self, labels: Sequence[str]) -> list[Problem]:
+        """Return why the errors of arms are not known, if so."""
+        if any(label in self.fit.minima and self.fit.minima[label].n_groups == 1 for label in labels):
             return [_ONE_GROUP]
-        paired = len(frozenset.intersection(*(self.fit.seeds[label] for label in labels)))
+        paired = len(frozenset.intersection(*(self.fit.seeds.get(label, frozenset()) for label in labels)))
         if paired < MIN_SEEDS and self.judging.noise is None:
             remedy = Remedy(f"{MIN_SEEDS} seeds (now {paired})", seeds=MIN_SEEDS)
             return [Problem(f"{paired} paired seeds, {MIN_SEEDS} needed", remedy)]
@@ -191,27 +206,44 @@ class Comparison:
             return [Problem("the seed noise is not known: means of several seeds need final_test_nll_sd")]
         if not self.fit.sigma > 0:
             return [Problem("all seeds alike: no seed noise to judge by")]
-        for label in labels if resolved else []:
-            if not self.fit.resolved[label]:
-                seeds = max(MIN_SEEDS, 2 * len(self.fit.seeds[label]))
-                remedy = Remedy(f"{seeds} seeds at the LRs around the optimum of {label}", seeds, around=True)
-                optimum = self.fit.optima[label]
-                if optimum.n_groups < optimum.n_examples and optimum.example_error > optimum.seed_error:
-                    text = f"{2 * optimum.n_groups} groups of test examples (now {optimum.n_groups})"
-                    remedy = Remedy(text, test_examples=2 * optimum.n_examples)
-                problems.append(Problem(f"{label}: optimum not resolved by its grid", remedy))
-        return problems
+        return []
+
+    def _unresolved(self, label: str) -> Problem:
+        """Return the problem that the LRs around the optimum of an arm do not resolve it."""
+        seeds, optimum = max(MIN_SEEDS, 2 * len(self.fit.seeds[label])), self.fit.optima[label]
+        remedy = Remedy(f"{seeds} seeds at the LRs around the optimum of {label}", seeds, around=True)
+        if optimum.n_groups < optimum.n_examples and optimum.example_error > optimum.seed_error:
+            text = f"{2 * optimum.n_groups} groups of test examples (now {optimum.n_groups})"
+            remedy = Remedy(text, test_examples=2 * optimum.n_examples)
+        grid, bound = self.fit.grids[label], None
+        low, high = np.log(grid.lrs[grid.window[[0, -1]]])
+        at_ends: dict[Bound, float] = {
+            "below": float(np.mean(optimum.draws <= low + 1e-9)),
+            "above": float(np.mean(optimum.draws >= high - 1e-9)),
+        }
+        # An optimum that may lie beyond one end only, is bounded from the other side.
+        bound = next((side for side, share in at_ends.items() if share <= BEYOND), None)
+        return Problem(f"{label}: optimum not resolved by its grid", remedy, bound)
 
     def _grid_problem(self, label: str, resolved: bool) -> Problem | None:
-        """Return what the LRs of an arm lack for a minimum, or for an optimum."""
+        """Return what the LRs of an arm lack for a minimum, or for an optimum.
+
+        A minimum at the end of the LRs bounds the lowest loss from above, and its LR the optimal one from within.
+        """
         grid = self.fit.grids.get(label)
         if grid is None:
             return Problem(f"{label}: no run finished")
         if len(grid.lrs) < MIN_LRS and grid.coarse is None:
             text = f"{label}: {len(grid.lrs)} LRs finished, {MIN_LRS} needed"
             return Problem(text, Remedy(f"{MIN_LRS} LRs of {label}"))
+
+        def bounded(text: str, further: float) -> Problem:
+            beyond: Bound = "below" if further > grid.lrs[grid.centre] else "above"
+            known = label in self.fit.minima and self.fit.minima[label].known
+            return Problem(text, _further_lr(label, further), None if not known else beyond if resolved else "above")
+
         if grid.edge is not None:
-            return Problem(f"{label}: best LR at the edge of its grid", _further_lr(label, grid.edge))
+            return bounded(f"{label}: best LR at the edge of its grid", grid.edge)
         if grid.coarse is not None and resolved:
             text = f"{label}: no finished LR within a factor of {MAX_STEP} of the best"
             return Problem(text, _further_lr(label, grid.coarse))
@@ -220,7 +252,7 @@ class Comparison:
         lr = math.exp(self.fit.optima[label].value)
         # At the end of its LRs, further seeds would not show how the loss goes on.
         if (further := grid.lr_to_add(lr)) is not None:
-            return Problem(f"{label}: fitted optimum at the end of its LRs", _further_lr(label, further))
+            return bounded(f"{label}: fitted optimum at the end of its LRs", further)
         minimum, (measured, error) = self.fit.minima[label].value, self.fit.measured[label]
         if measured - minimum > max(OVERSHOOT["rl" if self.is_rl else "sft"] * self.margin.value, 2 * error):
             text = f"fitted minimum {minimum:.4f}, but no LR has less than {measured:.4f}"
@@ -263,11 +295,14 @@ class Comparison:
         margin_rule: str,
         problems: Sequence[Problem] = (),
         resolved: bool = False,
+        difference: bool = False,
     ) -> Finding:
         """Apply a rule to a number that follows from fitted minima of arms, or, if `resolved`, from their optimal LRs;
-        `problems` are added to theirs."""
+        `problems` are added to theirs. If it is the `difference` of two, a bound of it may decide."""
         problems, reopened = [*self.problems(arms, resolved), *problems], self.reopened(arms, resolved)
-        return decide(rule, estimate, text, self.run_ids(arms), problems, margin_rule, reopened)
+        bounds = {problem.bound for problem in problems if difference}
+        bound = bounds.pop() if len(bounds) == 1 else None
+        return decide(rule, estimate, text, self.run_ids(arms), problems, margin_rule, reopened, bound)
 
     def gap_text(self, arm: Arm, other: Arm) -> str:
         """Return the gap as text, with the parts of its error."""
@@ -283,7 +318,8 @@ class Comparison:
         """Judge the gap of an arm to another by the rule that a function makes from the margin (`Within.margin`)."""
         margin, gap = self.margin, self.gap(arm, other)
         problems = [Problem(margin.problem)] if margin.problem else []
-        return self.decide(rule(margin.value), gap, self.gap_text(arm, other), [arm, other], margin.rule, problems)
+        text, arms = self.gap_text(arm, other), [arm, other]
+        return self.decide(rule(margin.value), gap, text, arms, margin.rule, problems, difference=True)
 
     def equal_losses(self, arm: Arm, other: Arm, better_too: bool = False) -> Finding:
         """Judge whether the losses of two arms are the same within the margin, or the first's is lower if allowed."""

@@ -137,10 +137,12 @@ def decide(
     problems: Sequence[Problem] = (),
     margin_rule: str = "",
     reopened: np.ndarray | None = None,
+    bound: rules.Bound | None = None,
 ) -> Finding:
     """Apply a rule to an estimate with its text, the runs behind it, reasons against a verdict, and the rule that gives
     the margin, as text; if its error is not known, or with any problem, the finding is inconclusive. `reopened` says
-    which replicates have a reason against a verdict, (N_AGAIN,)."""
+    which replicates have a reason against a verdict, (N_AGAIN,). If in spite of the problems the estimate is a `bound`
+    of the number, this may decide."""
     problems, known = list(problems), estimate.known
     if not known and not problems:
         problems.append(Problem("the error of the estimate is not known", Remedy(f"{MIN_SEEDS} seeds", MIN_SEEDS)))
@@ -151,19 +153,25 @@ def decide(
         margin_high=rule.margins[1],
         margin_rule=margin_rule,
         detectable=estimate.detectable if known else math.nan,
-        against=float(rule.answers(estimate).against[0]) if known else 1.0,
+        against=float(rule.answers(estimate, bound=bound).against[0]) if known else 1.0,
     )
-    if problems:
+    if problems and (bound is None or not known):
         return judged
 
     runs = rules.AS_IT_IS
     if high > low:
         runs = rules.NewRuns(*(np.concatenate(both) for both in zip(rules.AS_IT_IS, again(estimate), strict=True)))
-    confirmed, against, right_sign = rule.answers(estimate, runs)
+    confirmed, against, right_sign = rule.answers(estimate, runs, bound)
     failed = np.where(right_sign, _RIGHT_SIGN, _CONTRADICTED)
     verdicts = np.where(confirmed, _CONFIRMED, np.where(against <= LEVEL, failed, _OPEN)).astype(np.int8)
-    if reopened is not None:
+    if reopened is not None and bound is None:
         verdicts[1:][reopened[: len(verdicts) - 1]] = _OPEN
+    if bound is not None:
+        if verdicts[0] == _OPEN:
+            return judged
+        side = "at most" if bound == "above" else "at least"
+        judged = replace(judged, reason=f"{judged.reason}, so that it is {side} this", remedy=None)
+        return judged.with_outcomes(Outcomes(verdicts, against))
     judged = judged.with_outcomes(Outcomes(verdicts, against))
     # A claim that fails in one comparison may be open as one of several (see `worst`).
     return judged if judged.verdict == "confirmed" else replace(judged, remedy=rules.cheapest(rule, estimate))

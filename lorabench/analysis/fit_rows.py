@@ -135,7 +135,8 @@ def _below_cliffs(window: np.ndarray, lrs: np.ndarray, losses: np.ndarray) -> np
     curve = np.polynomial.Polynomial.fit(x[three], losses[three], 2)
     least = losses[window].min()
     allowed = np.maximum(CLIFF * (curve(x[window]) - least), losses[three].max() - least)
-    return window[losses[window] - least <= allowed]
+    below: np.ndarray = window[losses[window] - least <= allowed]
+    return below
 
 
 class Bend(NamedTuple):

@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import ARM, STANDARD, is_standard, with_arm_columns
-from lorabench.analysis.comparison import MIN_LRS, comparisons
+from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.curves import metric_points, train_curves
 from lorabench.analysis.estimate import ratio_of_means
+from lorabench.analysis.fit_rows import MIN_LRS
 
 PAIR_SETTING = ["model", "dataset", "rank", "placement", "batch_size", "steps", "eps"]
 """Columns that are equal, with the seed, in runs that differ only in their parametrization and LR."""

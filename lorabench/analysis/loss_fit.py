@@ -131,7 +131,7 @@ def fit_losses(
     elif len(means):
         pooled = math.sqrt(float(((means["n"] - 1) * means["sd"] ** 2).sum() / (means["n"] - 1).sum()))
         noise = Noise(pooled, int((means["n"] - 1).sum()), "the standard deviations in the table")
-    if (fitted := fit_mixed(counted, noise and (noise.sigma, noise.dof))) is None:
+    if (fitted := fit_mixed(counted, None if noise is None else (noise.sigma, noise.dof))) is None:
         return nothing
     sigma, dof = math.nan, 0
     if len(counted.seeds) > 1 or noise is not None:

@@ -325,5 +325,5 @@ def as_ratio(judged: Finding) -> Finding:
 def judge_ratio(comparison: Comparison, arm: Arm, other: Arm, rule: Rule, margin_rule: str = "") -> Finding:
     """Judge the ratio of the optimal LRs of two arms by a rule on its natural logarithm; the finding has ratios."""
     log_ratio = comparison.fit.log_ratio(arm_label(arm), arm_label(other))
-    text = ratio_text(comparison, arm, other)
-    return as_ratio(comparison.decide(rule, log_ratio, text, [arm, other], margin_rule, resolved=True))
+    text, arms = ratio_text(comparison, arm, other), [arm, other]
+    return as_ratio(comparison.decide(rule, log_ratio, text, arms, margin_rule, resolved=True, difference=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -276,6 +276,10 @@ class Problem:
     remedy: Remedy | None = None
     bound: Bound | None = None
     """From where the estimate bounds the number in spite of it, if so."""
+
+    def of_subtracted(self) -> Problem:
+        """Return the problem of a difference from which the number is subtracted."""
+        return replace(self, bound={"above": "below", "below": "above", None: None}[self.bound])
 
 
 def cheapest(rule: Rule, estimate: Estimate) -> Remedy | None:

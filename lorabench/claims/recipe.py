@@ -15,9 +15,10 @@ import pandas as pd
 
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import arm_label
-from lorabench.analysis.comparison import COMPARED, MIN_LRS, NEEDED_BY, Arm, Comparison, Judging, Task, comparisons
+from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, Judging, Task, comparisons
 from lorabench.analysis.estimate import unknown
 from lorabench.analysis.finding import Finding
+from lorabench.analysis.fit_rows import MIN_LRS
 from lorabench.analysis.optima import ratio_interval
 from lorabench.analysis.rules import Margin
 from lorabench.claims.reinforcement import if_learned, rewarded_errors

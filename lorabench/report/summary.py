@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label, arm_labels, each_arm, is_standard
-from lorabench.analysis.comparison import MIN_LRS, Judging, comparisons
+from lorabench.analysis.comparison import Judging, comparisons
+from lorabench.analysis.fit_rows import MIN_LRS
 from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.rewards import is_sick, with_error_rates
 from lorabench.claims.recipe import RankRecommendation

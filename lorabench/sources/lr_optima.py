@@ -20,8 +20,9 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import ALPHA
-from lorabench.analysis.comparison import MIN_LRS, Judging
+from lorabench.analysis.comparison import Judging
 from lorabench.analysis.estimate import ExampleLosses
+from lorabench.analysis.fit_rows import MIN_LRS
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage, predict_lr
 from lorabench.analysis.optima import mean_lr

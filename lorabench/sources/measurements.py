@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.finding import SEVERITY
+from lorabench.analysis.fit_rows import MIN_LRS
 from lorabench.analysis.random_effects import p_of_groups, random_effects
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS

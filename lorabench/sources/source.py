@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 from pydantic import Field, ValidationError
 
-from lorabench.analysis.comparison import COMPARED, MIN_LRS
+from lorabench.analysis.comparison import COMPARED
 from lorabench.analysis.curves import curves_of
+from lorabench.analysis.fit_rows import MIN_LRS
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.optima import pooled_noise
 from lorabench.analysis.rewards import is_sick

@@ -13,6 +13,8 @@ import pytest
 from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.loss_fit import Noise, fit_losses
+from lorabench.analysis.optima import judge_ratio
+from lorabench.analysis.rules import Above
 
 CURVATURE = 0.06
 LRS = {"FullFT": [1e-4, 2.5e-4, 6e-4, 1.5e-3, 4e-3], "LoRA r64": [5e-4, 1.2e-3, 3e-3, 7e-3, 1.7e-2]}
@@ -122,6 +124,25 @@ def test_an_optimum_at_the_edge_is_flagged_with_the_lr_to_add():
     assert not fit_losses(coarse).resolved.get("FullFT", False)
 
 
+def test_an_arm_whose_best_lr_is_at_the_edge_bounds_gaps_and_ratios_from_one_side():
+    runs = world(np.random.default_rng(5), seeds=6, own=0.002, run=0.002, arms=("FullFT", "LoRA r8"))
+    # Full fine-tuning goes on to fall beyond its highest LR, so that LoRA's loss is at least as much above its lowest.
+    (comparison,) = comparisons(runs[~((runs["method"] == "fullft") & (runs["lr"] > 6e-4))], pd.DataFrame())
+    lora, fullft = comparison.lora[8], comparison.fullft
+    for arms, side, verdict in (([lora, fullft], "below", "confirmed"), ([fullft, lora], "above", "contradicted")):
+        (problem,) = comparison.problems(arms)
+        assert (problem.bound, "edge" in problem.text) == (side, True)
+        assert comparison.worse(*arms).verdict == verdict
+        assert comparison.equal_losses(*arms).verdict == "contradicted"
+        assert comparison.equal_losses(*arms, better_too=True).verdict == (
+            "contradicted" if arms[0] == lora else "confirmed"
+        )
+    # Its optimal LR is at least that one, so LoRA's is at most so many times as high.
+    (problem,) = comparison.problems([lora, fullft], resolved=True)
+    assert problem.bound == "above"
+    assert judge_ratio(comparison, lora, fullft, Above(math.log(100))).verdict == "contradicted"
+
+
 @pytest.mark.parametrize(("optimum", "added"), [(2.2e-3, math.sqrt(1.5e-3 * 4e-3)), (1.2e-3, None)])
 def test_an_optimum_at_the_end_of_the_window_asks_for_an_lr_and_not_for_seeds(optimum, added):
     """Validation losses, which have their optimum at lower LRs, have centred the window there."""
@@ -137,7 +158,7 @@ def test_an_optimum_at_the_end_of_the_window_asks_for_an_lr_and_not_for_seeds(op
         assert (problem.remedy.seeds, problem.remedy.lrs) == (6, ())
         assert not comparison.problems([comparison.fullft])
     else:
-        assert comparison.problems([comparison.fullft]) == [problem]
+        assert [other.text for other in comparison.problems([comparison.fullft])] == [problem.text]
         assert (problem.remedy.lrs, problem.remedy.seeds) == ((("FullFT", pytest.approx(added)),), None)
 
 
@@ -200,6 +221,7 @@ def test_the_error_from_test_examples_is_that_of_new_examples():
 def test_few_groups_of_test_examples_are_named_and_one_group_leaves_the_verdict_open():
     random = np.random.default_rng(8)
     runs, group = world(random, arms=("FullFT", "LoRA r8")), np.repeat(np.arange(6), 10)
+    runs["final_test_nll"] += 1.0
     arm_part, steepness = random.normal(0, 0.5, 6), random.normal(0, 0.04, 6)
 
     def of_run(run):

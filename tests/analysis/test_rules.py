@@ -10,7 +10,7 @@ from scipy.stats import t
 
 from lorabench.analysis.estimate import N_DRAWS, Estimate, exact, student
 from lorabench.analysis.finding import Finding, decide, together, worst
-from lorabench.analysis.rules import LEVEL, Above, NewRuns, Within, cheapest, gain_margin, student_shape
+from lorabench.analysis.rules import LEVEL, Above, NewRuns, Problem, Within, cheapest, gain_margin, student_shape
 
 
 def estimate(value: float, error: float = 0.01, dof: float = 1e6) -> Estimate:
@@ -27,6 +27,25 @@ def test_an_equality_is_confirmed_by_two_one_sided_tests_and_contradicted_outsid
     assert [verdict(rule, value) for value in (0.012, 0.015, 0.048)] == ["confirmed", "inconclusive", "inconclusive"]
     assert [verdict(rule, value) for value in (0.052, -0.052)] == ["contradicted"] * 2
     assert [verdict(better_too, value) for value in (-0.2, 0.052)] == ["confirmed", "contradicted"]
+
+
+def test_a_bound_decides_what_holds_for_all_numbers_beyond_it():
+    problem, sides = Problem("best LR at the edge"), ("above", "below")
+
+    def verdicts(rule, *values):
+        return [
+            tuple(decide(rule, estimate(value), "x", ["a"], [problem], bound=side).verdict for side in sides)
+            for value in values
+        ]
+
+    open_, yes, no = "inconclusive", "confirmed", "contradicted"
+    # From above, a number may be as low as it likes: it is below a margin, and never above one.
+    assert verdicts(Within.margin(0.03), 0.0, 0.1, -0.1) == [(open_, open_), (open_, no), (no, open_)]
+    assert verdicts(Within.margin(0.03, better_too=True), 0.0, 0.1) == [(yes, open_), (open_, no)]
+    assert verdicts(Above(0.03), 0.1, -0.1) == [(open_, yes), (no, open_)]
+    judged = decide(Above(0.03), estimate(0.1), "x", ["a"], [problem], bound="below")
+    assert judged.reason == "x; best LR at the edge, so that it is at least this"
+    assert decide(Above(0.03), estimate(0.1), "x", ["a"], [problem]).verdict == open_
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,10 @@ def test_nothing_is_claimed_of_arms_that_do_not_learn():
 @pytest.mark.parametrize(
     ("settings", "missing"),
     [
-        ({"every": {"lrs": LRS[1:6], "around": 0}}, "two others and 3 seeds at these, or of 6 LRs (here at most 5 LRs of"),
+        (
+            {"every": {"lrs": LRS[1:6], "around": 0}},
+            "and 3 seeds at these, or of 6 LRs (here at most 5 LRs of",
+        ),
         ({"every": {"train": {"response_length": grown(2, 2)}}}, "8 tokens or more (here 2.0 tokens on average"),
         ({"rule_reward": 0.7}, "the best constant answer and cheap rule (here tiny/problems: FullFT 0.80"),
     ],

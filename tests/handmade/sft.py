@@ -37,7 +37,8 @@ def arm(
 ) -> ArmTables:
     """Return the runs and curves of one arm, which is FullFT if it has no rank.
 
-    The first seed has all LRs, the others the best and `around` to both sides. `floor` is the final test loss at `optimum`. The curves do not depend on `floor`: they differ by LR and seed.
+    The first seed has all LRs, the others the best and `around` to both sides. `floor` is the final test loss at
+    `optimum`. The curves do not depend on `floor`: they differ by LR and seed.
     """
     method = "fullft" if rank is None else "lora"
     best = min((lr for lr in lrs if lr < diverges_from), key=lambda lr: abs(math.log(lr / optimum)))
