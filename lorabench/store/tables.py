@@ -25,7 +25,7 @@ KEYS = {
     "curves": ["run_id", "step", "split", "metric"],
     "compute": ["model", "method", "rank", "placement", "batch_size", "sequence_length", "device", "threads"],
     "counts": ["architecture", "placement", "part", "rank", "include_unembedding"],
-    "evals": [*_SCORE.split(), "template_sha256"],
+    "evals": [*_SCORE.split(), "template_sha256", "test_data"],
     "test_losses": ["run_id", "example"],
 }
 """The columns that identify a row of each table."""
@@ -141,7 +141,8 @@ def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
     columns = [field.name for field in SCHEMAS[name] if any(field.name in frame for frame in frames.values())]
     keys = [key for key in KEYS[name] if key in columns or name in ("runs", "curves", "test_losses")]
     for folder, frame in frames.items():
-        if missing := [key for key in keys if key not in frame]:
+        # Older tables do not identify their test data.
+        if missing := [key for key in keys if key not in frame and key != "test_data"]:
             raise UserError(f"the table {name} in {folder} has no column {', '.join(missing)}")
     whole = pd.concat(list(frames.values()), ignore_index=True)
     folders = np.repeat([str(folder) for folder in frames], [len(frame) for frame in frames.values()])
