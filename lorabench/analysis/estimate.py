@@ -46,6 +46,10 @@ class Estimate:
     n_examples: int = 0
     n_groups: int = 0
     """The number of groups of test examples; `n_examples` where each example is its own group."""
+    renewed: bool = False
+    """Whether a further batch of runs has other test examples."""
+    looks: int = 0
+    """The number of batches after each of which the number is tested; 0 for a single test."""
 
     @property
     def draws(self) -> np.ndarray:
@@ -76,15 +80,16 @@ class Estimate:
     @cached_property
     def seed_error(self) -> float:
         """The standard error from seeds, as half of the draws' central 68%."""
-        return _standard_error(self.seed_part)
+        return standard_error(self.seed_part)
 
     @cached_property
     def example_error(self) -> float:
         """The standard error from test examples; 0 where it is not known."""
-        return 0.0 if self.example_part is None else _standard_error(self.example_part)
+        return 0.0 if self.example_part is None else standard_error(self.example_part)
 
 
-def _standard_error(part: np.ndarray) -> float:
+def standard_error(part: np.ndarray) -> float:
+    """Return the standard error of draws, as half of their central 68%."""
     low, high = np.quantile(part, [0.1587, 0.8413]).tolist()
     return float(high - low) / 2
 
@@ -97,8 +102,8 @@ def combined(function: Callable[..., ArrayLike], *estimates: Estimate) -> Estima
     example_part, parts = None, [each.value + each.example_part for each in estimates if each.example_part is not None]
     if len(parts) == len(estimates):
         example_part = np.asarray(function(*parts)) - value
-    counts = (min(getattr(each, name) for each in estimates) for name in ("n_seeds", "n_examples", "n_groups"))
-    return Estimate(value, seed_part, example_part, *counts)
+    names = ("n_seeds", "n_examples", "n_groups", "renewed")
+    return Estimate(value, seed_part, example_part, *(min(getattr(each, name) for each in estimates) for name in names))
 
 
 def unknown(value: float = math.nan) -> Estimate:
@@ -258,12 +263,9 @@ class ExampleLosses:
         order, ends = np.lexsort((table["example"].to_numpy(float), place)), np.cumsum(np.bincount(place))[:-1]
         columns = table["loss"].to_numpy(float), table["tokens"].to_numpy(float), groups
         parts = (np.split(values[order], ends) for values in columns)
-        named = table["test_data"].to_numpy(object) if "test_data" in table else np.full(len(table), None)
-        ids = {
-            str(run_id): named[at] for run_id, at in zip(run_ids, np.unique(place, return_index=True)[1], strict=True)
-        }
-        test_data = {run_id: name for run_id, name in ids.items() if not pd.isna(name)}
-        return cls(*(dict(zip(map(str, run_ids), of_runs, strict=True)) for of_runs in parts), test_data)
+        nats, tokens, groups = (dict(zip(map(str, run_ids), of_runs, strict=True)) for of_runs in parts)
+        first = table.drop_duplicates("run_id").set_index("run_id")
+        return cls(nats, tokens, groups, first["test_data"].dropna().to_dict() if "test_data" in table else {})
 
     def splits(self, run_ids: Sequence[str]) -> dict[str, list[str]]:
         """Return the runs on each test split, by what identifies it; one split if that of a run is not known."""

@@ -163,13 +163,14 @@ def fit_losses(
     by_kind = [list(dict.fromkeys(kind)) for kind in zip(*places_by_arm.values(), strict=True)]
     order = [place for kind in reversed(by_kind) for place in kind]
     seed_parts = _seed_parts(counted, solution, order, dof, f"seeds of {name}") if dof and sigma > 0 else []
-    fitted_ids, influences, n_examples, n_groups, n_splits = counted.runs["run_id"].tolist(), None, 0, 0, 1
+    fitted_ids, influences, n_examples, n_groups = counted.runs["run_id"].tolist(), None, 0, 0
+    splits: dict[str, list[str]] = {}
     on_runs = examples.influences(fitted_ids) if examples else None
     if examples and on_runs is not None:
         hat, weighted = solution.hat / counted.weights, counted.weights[:, None] * on_runs
         influences = estimate.without_run_noise(weighted, solution.design, hat, solution.covariance)
         n_examples, n_groups = examples.n_examples(fitted_ids), on_runs.shape[1]
-        n_splits = len(examples.splits(fitted_ids))
+        splits = examples.splits(fitted_ids)
     of_seeds = solution.coefficients.copy()
     of_seeds[[place for own in places_by_arm.values() for place in own]] = 0.0
     # The losses without the effects of their seeds that all arms share.
@@ -200,9 +201,9 @@ def fit_losses(
         by_seed = np.array(_vertex(own + drawn, ends, bend)) - value[:, None]
         by_example = np.array([None, None])
         if influences is not None:
-            drawn = estimate.example_draws(influences[places], test_split, n_splits)
+            drawn = estimate.example_draws(influences[places], test_split, len(splits))
             by_example = np.array(_vertex(own + drawn, ends, bend)) - value[:, None]
-        counts = len(seeds[label]), n_examples, n_groups
+        counts = len(seeds[label]), n_examples, n_groups, all("@" in name for name in splits)
         position, minimum = (Estimate(float(value[part]), by_seed[part], by_example[part], *counts) for part in (0, 1))
         optimum = replace(position, value=lowest[label][0])
         outside = (position.draws <= ends[0] + 1e-9) | (position.draws >= ends[1] - 1e-9)

@@ -295,6 +295,19 @@ VERDICTS_BY_MARGIN = _schema(
     like=CLAIMS,
 )
 
+CLAIMS_BY_BATCH = _schema(
+    """
+    string claim_id
+    int64 batches: how many registered batches were judged together
+    string verdict: what these batches alone say, whatever was decided before
+    float64 margin_low margin_high
+    float64 estimate
+    float64 ci_low ci_high: ends of the estimate's 95% interval; those after all batches hold together
+    float64 spent: what these looks have spent of the level of 5%
+    """,
+    like=CLAIMS,
+)
+
 PRESET = _schema(
     "string preset: the preset of the row; `@` and a number after its name: on held-out seeds from that one"
 )
@@ -318,6 +331,7 @@ SCHEMAS = {
     "evals": EVALS,
     "claims": CLAIMS,
     "verdicts_by_margin": VERDICTS_BY_MARGIN,
+    "claims_by_batch": CLAIMS_BY_BATCH,
 }
 """The columns of each tidy table, by its name."""
 
