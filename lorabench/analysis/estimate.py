@@ -263,9 +263,9 @@ class ExampleLosses:
         order, ends = np.lexsort((table["example"].to_numpy(float), place)), np.cumsum(np.bincount(place))[:-1]
         columns = table["loss"].to_numpy(float), table["tokens"].to_numpy(float), groups
         parts = (np.split(values[order], ends) for values in columns)
-        nats, tokens, groups = (dict(zip(map(str, run_ids), of_runs, strict=True)) for of_runs in parts)
-        first = table.drop_duplicates("run_id").set_index("run_id")
-        return cls(nats, tokens, groups, first["test_data"].dropna().to_dict() if "test_data" in table else {})
+        nats, tokens, by_group = (dict(zip(map(str, run_ids), of_runs, strict=True)) for of_runs in parts)
+        first = table.drop_duplicates("run_id").reindex(columns=["run_id", "test_data"]).dropna()
+        return cls(nats, tokens, by_group, dict(zip(first["run_id"].map(str), first["test_data"], strict=True)))
 
     def splits(self, run_ids: Sequence[str]) -> dict[str, list[str]]:
         """Return the runs on each test split, by what identifies it; one split if that of a run is not known."""

@@ -93,7 +93,7 @@ def _of(tables: Tables, numbers: Sequence[int]) -> Tables:
     return replace(tables, **chosen)
 
 
-def in_words(row: Mapping[str, Any], batches: Sequence[Batch], last: str) -> str:
+def in_words(row: Mapping[Any, Any], batches: Sequence[Batch], last: str) -> str:
     """Return in words after how many batches a claim was decided, or what it would take, what was spent of the level,
     and which batches do not count; `row` is that of the deciding look, and `last` the verdict of all batches."""
     number = f"{row['batches']} batch{'es' if row['batches'] > 1 else ''}"

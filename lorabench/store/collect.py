@@ -80,8 +80,7 @@ def collect(jobs: list[Path], out: Path, plan: Plan, layout: Layout) -> None:
         rows = entries(table, "test_losses", RUN_TEST_LOSSES)
         # The runs of a job have the same model and dataset.
         model, dataset = (table[name][0].as_py() if len(table) else None for name in ("model", "dataset"))
-        spec = layout.preset.sources.get(dataset)
-        test_data = id_of_test(spec, layout.preset.first_seed) if spec else None
+        test_data = id_of_test(layout.preset.sources[dataset], layout.preset.first_seed) if dataset else None
         rows = rows.append_column("test_data", pa.repeat(pa.scalar(test_data, pa.string()), len(rows)))
         groups = test_groups(layout, model, dataset) if model and dataset else None
         if groups is None:
