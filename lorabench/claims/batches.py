@@ -76,8 +76,11 @@ def judge_batches(
     answers = pd.concat([decided, looks[-1]]).drop_duplicates("claim_id").set_index("claim_id")
     answers = answers.loc[looks[-1]["claim_id"]].reset_index()
     last = dict(zip(looks[-1]["claim_id"], looks[-1]["verdict"], strict=True))
+    on_runs = {claim.id for claim in claims if claim.experiments}
     reasons = [
-        f"{in_words(row, batches, last[row['claim_id']])}: {row['reason']}" if row["n_runs"] else row["reason"]
+        f"{in_words(row, batches, last[row['claim_id']])}: {row['reason']}"
+        if row["claim_id"] in on_runs and row["verdict"] != "not tested"
+        else row["reason"]
         for row in answers.to_dict("records")
     ]
     return answers.assign(reason=reasons)[list(judged.columns)], by_batch[CLAIMS_BY_BATCH.names]
@@ -100,7 +103,8 @@ def in_words(row: Mapping[Any, Any], batches: Sequence[Batch], last: str) -> str
     words = [f"decided after {number}, level spent {row['spent']:.1%} of {LEVEL:.0%}"]
     if row["verdict"] not in DECIDED:
         words = [f"open after {number}, {row['spent']:.1%} of {LEVEL:.0%} spent"]
-        words += [f"at this error {row['would_decide']}"] if row["would_decide"] else []
+        needs = row["would_decide"] or ""
+        words += [f"at this error {needs}" if "batches" in needs else f"it needs {needs}"] if needs else []
     elif row["verdict"] != last:
         words.append(f"later batches with it say: {last}")
     if left := ", ".join(f"{batch.number} ({batch.about})" for batch in batches if batch.status != "registered"):

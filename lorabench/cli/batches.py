@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,9 +117,7 @@ def _show_cost(preset: str, experiments: Sequence[str], budget: str) -> None:
     takes = f"{formats.number(cost.gpu_hours)} GPU-hours"
     if planned.preset.execution.gpu is None:
         takes = formats.duration(3_600 * cost.job_hours / min(at_once, len(jobs)))
-    print(
-        f"each batch of {', '.join(experiments)}: {cost.runs} runs in {len(jobs)} jobs, about {takes}; budget {budget}"
-    )
+    print(f"each batch of {', '.join(experiments)}: {cost.runs} runs, about {takes}; budget {budget}")
 
 
 def _run(preset: str, batch: str, command: Command, options: list[str], end: float | None) -> bool:
@@ -131,7 +128,8 @@ def _run(preset: str, batch: str, command: Command, options: list[str], end: flo
     if (path := register(preset, batch)) is not None:
         print(f"{batch} is registered in {path}; commit it if its verdicts are to be published", flush=True)
     words, environment = command(batch, options)
-    process = subprocess.Popen(words, env=environment, stdout=sys.stderr)
+    # Its messages are no part of what this command prints.
+    process = subprocess.Popen(words, env=environment, stdout=2)
     try:
         status = process.wait(None if end is None else max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:

@@ -35,17 +35,17 @@ def judge_registered(
         .render(
             preset=Layout.of(preset).name,
             batches=batches,
-            claims=[_claim(row, by_batch[by_batch["claim_id"] == row["claim_id"]]) for row in _on_runs(judged)],
+            claims=[
+                _claim(row, by_batch[by_batch["claim_id"] == row["claim_id"]])
+                for row in judged[judged["verdict"].ne("not tested")].to_dict("records")
+                if row["claim_id"] in {claim.id for claim in claims if claim.experiments}
+            ],
             style=inline("page.css"),
         )
     )
     with atomic_path(out / "index.html") as partial:
         partial.write_text(page, encoding="utf-8")
     return judged, by_batch
-
-
-def _on_runs(claims: pd.DataFrame) -> list[dict[Any, Any]]:
-    return claims[claims["verdict"].ne("not tested") & claims["n_runs"].gt(0)].to_dict("records")
 
 
 def _claim(claim: dict[Any, Any], looks: pd.DataFrame) -> dict[Any, Any]:

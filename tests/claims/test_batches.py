@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy.special import ndtri
 
@@ -55,37 +54,16 @@ def test_each_look_is_judged_at_its_level_and_its_intervals_hold_together(looks)
     assert judged(1 + two_sided).against == pytest.approx(0.05, rel=0.05)
 
 
-N_EXAMPLES, SPREAD = 100, 0.2
-
-
-def tables_of(gaps: dict[int, float], sigma: float = 0.002, spread: float = 0.0, shared: bool = False) -> Tables:
-    """Make the tables of batches, by number, with the gap of LoRA to FullFT in each beyond what test examples do to an
-    arm, which have a standard deviation and may be those of all batches."""
-    runs, curves, losses, noise = [], [], [], np.random.default_rng(5)
-    of_all = noise.normal(0, spread, (2, N_EXAMPLES))
-    for number, gap in gaps.items():
-        of_batch = of_all if shared else noise.normal(0, spread, (2, N_EXAMPLES))
-        for rank, effects in zip((None, 64), of_batch, strict=True):
-            floor = 2.0 + (gap if rank else 0.0) + effects.mean()
-            own, points = sft.arm(rank, optimum=1e-3, floor=floor, offsets=noise.normal(0, sigma, 5))
-            for row in [*own, *points]:
-                row["run_id"] += f"@{number}"
-            for run in own:
-                run["seed"] += 100 * number
-                means = run["final_test_nll"] + effects - effects.mean()
-                about = {"run_id": run["run_id"], "tokens": 1, "test_data": "data" if shared else f"data@{number}00"}
-                losses += [about | {"example": example, "loss": mean} for example, mean in enumerate(means)]
-            runs, curves = [*runs, *own], [*curves, *points]
-    return Tables(*sft.typed(pd.DataFrame(runs), pd.DataFrame(curves)), test_losses=pd.DataFrame(losses))
+SPREAD = 0.2
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_error_of_test_examples_that_batches_share_is_not_averaged(shared):
-    tables = tables_of(dict.fromkeys(range(1, 5), 0.0), spread=SPREAD, shared=shared)
+    tables = sft.batches(dict.fromkeys(range(1, 5), 0.0), spread=SPREAD, shared=shared)
     judging = Judging(examples=ExampleLosses.of(tables.test_losses))
     [comparison] = comparisons(tables.runs, tables.curves, judging)
     fullft, lora = comparison.arms
-    gap, of_one = comparison.gap(lora, fullft), SPREAD * np.sqrt(2 / N_EXAMPLES)
+    gap, of_one = comparison.gap(lora, fullft), SPREAD * np.sqrt(2 / 100)
     assert (gap.n_seeds, gap.n_examples, gap.renewed) == (20, 100 if shared else 400, not shared)
     # Seeds see a part of what differs between the batches.
     error = np.hypot(gap.seed_error, gap.example_error)
@@ -100,7 +78,7 @@ def looks_at(tables: Tables, batches=REGISTERED):
 
 def test_the_first_decision_stays_and_a_later_disagreement_is_shown():
     # The margin is 0.058.
-    claim, by_batch = looks_at(tables_of({1: 0.0, 2: 0.12, 3: 0.12}), REGISTERED[:3])
+    claim, by_batch = looks_at(sft.batches({1: 0.0, 2: 0.12, 3: 0.12}), REGISTERED[:3])
     assert by_batch["verdict"].tolist() == ["confirmed", *["inconclusive"] * 2]
     assert by_batch["spent"].tolist() == pytest.approx([0.05 / 3, 0.025, 0.03])
     assert (claim["verdict"], claim["n_seeds"]) == ("confirmed", 5)
@@ -111,7 +89,7 @@ def test_the_first_decision_stays_and_a_later_disagreement_is_shown():
 
 
 def test_batches_that_are_not_registered_are_named_and_not_counted():
-    tables = tables_of({0: 0.5, 1: 0.055, 2: 0.057, 3: 0.5})
+    tables = sft.batches({0: 0.5, 1: 0.055, 2: 0.057, 3: 0.5})
     others = [Batch(0, "explored", "explored"), *REGISTERED[:2], Batch(3, "unregistered", "unregistered")]
     claim, by_batch = looks_at(tables, others)
     assert by_batch["batches"].tolist() == [1, 2]
