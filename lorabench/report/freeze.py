@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import subprocess
 from datetime import UTC, datetime
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import yaml
 from pydantic import ValidationError
 
 from lorabench.analysis.rules import DECIDED
-from lorabench.claims.batches import SEEDS, Batch
+from lorabench.claims.batches import SEEDS, Batch, Status
 from lorabench.claims.rules_hash import rules_sha256
 from lorabench.config.fields import Strict
 from lorabench.config.inputs import FactsDataset, GeneratedSplits
@@ -214,11 +215,11 @@ def is_registered(preset: str) -> bool:
     return (frozen.preset_sha256, frozen.rules_sha256) == (preset_sha256(stated), rules)
 
 
-def registered(name: str, count: int) -> list[str]:
+def registered(name: str, n: int) -> list[str]:
     """Return the first batches of a preset that are registered, or that are to be, each with its first seed."""
     batches: list[str] = []
     number = 1
-    while len(batches) < count:
+    while len(batches) < n:
         batch = f"{name}@{number * SEEDS}"
         # Batches that were run unregistered, or by other rules, are left out, as long as none counts.
         if batches or is_registered(batch) or not _is_used(batch):
@@ -255,27 +256,31 @@ def _batch_number(preset: str) -> int:
 
 
 def batches_of(name: str, runs: pd.DataFrame) -> list[Batch]:
-    """Return the batches of a preset that have runs in a table, in ascending order; see `Batch.status`."""
+    """Return the batches of a preset that have runs in a table, or were frozen or run here, in ascending order."""
     batches: list[Batch] = []
-    counted = 0
-    for number, own in runs.groupby(runs["seed"] // SEEDS):
-        preset = f"{name}@{number * SEEDS}"
-        path = frozen_path(preset) if number else None
-        if path is None:
-            batches.append(Batch(0, "explored", "explored"))
+    counted, number_of = 0, runs["seed"].astype(int) // SEEDS
+    numbers = {*number_of, *([0] if Layout.of(name).tables().is_dir() else [])}
+    numbers |= set(takewhile(lambda number: _is_used(f"{name}@{number * SEEDS}"), count(1)))
+    for number in sorted(numbers):
+        preset, own = f"{name}@{number * SEEDS}", runs[number_of == number]
+        path, about = frozen_path(preset), ""
+        status: Status = "unregistered"
+        if not number:
+            status, about = "explored", "explored"
         elif not path.is_file():
-            batches.append(Batch(int(number), "unregistered", "unregistered"))
+            about = "unregistered"
         elif not is_registered(preset):
-            batches.append(Batch(int(number), "explored", f"registered by other rules or for another design in {path}"))
+            status, about = "explored", f"registered by other rules or for another design in {path}"
+        elif own.empty:
+            status, about = "waiting", "without runs"
         elif "started" in own and (own["started"].dropna().str[:10] < read_frozen(path).date).any():
-            batches.append(Batch(int(number), "unregistered", "run before it was registered"))
+            about = "run before it was registered"
         elif number > (due := counted + 1 if counted else _batch_number(registered(name, 1)[0])):
-            batches.append(Batch(int(number), "waiting", f"waits for batch {due}"))
+            status, about = "waiting", f"waits for batch {due}"
         else:
-            counted, frozen = int(number), read_frozen(path)
-            batches.append(
-                Batch(counted, "registered", f"registered on {frozen.date}" + f" by {frozen.by}" * bool(frozen.by))
-            )
+            counted, frozen = number, read_frozen(path)
+            status, about = "registered", f"registered on {frozen.date}" + f" by {frozen.by}" * bool(frozen.by)
+        batches.append(Batch(number, status, about))
     return batches
 
 
