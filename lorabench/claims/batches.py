@@ -106,7 +106,7 @@ def in_words(row: Mapping[Any, Any], batches: Sequence[Batch], last: str) -> str
         needs = row["would_decide"] or ""
         words += [f"at this error {needs}" if "batches" in needs else f"it needs {needs}"] if needs else []
     elif row["verdict"] != last:
-        words.append(f"later batches with it say: {last}")
-    if left := ", ".join(f"{batch.number} ({batch.about})" for batch in batches if batch.status != "registered"):
-        words.append(f"not counted: batch {left}")
+        words.append(f"with later batches {last}")
+    if left := ", ".join(f"batch {batch.number} ({batch.about})" for batch in batches if batch.status != "registered"):
+        words.append(f"without {left}")
     return "; ".join(words)

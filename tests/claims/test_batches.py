@@ -82,7 +82,7 @@ def test_the_first_decision_stays_and_a_later_disagreement_is_shown():
     assert by_batch["verdict"].tolist() == ["confirmed", *["inconclusive"] * 2]
     assert by_batch["spent"].tolist() == pytest.approx([0.05 / 3, 0.025, 0.03])
     assert (claim["verdict"], claim["n_seeds"]) == ("confirmed", 5)
-    assert claim["reason"].startswith("decided after 1 batch, level spent 1.7% of 5%; later batches with it say: incon")
+    assert claim["reason"].startswith("decided after 1 batch, level spent 1.7% of 5%; with later batches incon")
     # The estimates of the batches differ by far more than their errors, so that all together decide nothing.
     assert by_batch["estimate"].tolist() == pytest.approx([0.0, 0.06, 0.08], abs=0.01)
     assert (by_batch["ci_high"] - by_batch["ci_low"]).iloc[1] > 0.2
@@ -95,6 +95,6 @@ def test_batches_that_are_not_registered_are_named_and_not_counted():
     assert by_batch["batches"].tolist() == [1, 2]
     assert claim["estimate"] == pytest.approx(0.056, abs=0.003)
     assert "open after 2 batches, 2.5% of 5% spent; at this error " in claim["reason"]
-    assert "not counted: batch 0 (explored), 3 (unregistered)" in claim["reason"]
+    assert "without batch 0 (explored), batch 3 (unregistered)" in claim["reason"]
     with pytest.raises(UserError, match=r"no batch of runs is registered.*batch 0: explored; batch 3: unregistered"):
         looks_at(tables, [others[0], others[-1]])
