@@ -52,6 +52,10 @@ ELSEWHERE = {
         ("lorabench freeze", "git ", "lorabench run long_runs@100", "python workflow/scripts/"),
         "they need finished runs; tests/report/test_freeze.py and tests/scripts do what they do",
     ),
+    **dict.fromkeys(
+        ("lorabench decide", "lorabench run laptop --batches", "lorabench claims --preset laptop --tables"),
+        "they need runs; tests/cli/test_batches.py does what they do",
+    ),
     "lorabench evidence --out": "the next command of that name does the same with a table more",
     'pip install "lora-advice': "the suite's tests have it installed",
     "snakemake doctor": "it trains nothing; tests/workflow/test_slurm_profile.py plans it",
