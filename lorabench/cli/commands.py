@@ -255,6 +255,8 @@ def claims(
     if preset is not None and not stated.first_seed and "seed" in read.runs and read.runs["seed"].ge(SEEDS).any():
         from lorabench.report.batches import judge_registered
 
+        if elsewhere is not None:
+            raise UserError("--noise: batches have several seeds each; allowed: tables of one seed, without batches")
         judged, _ = judge_registered(preset, read, out)
     else:
         judged = judge_claims(read, margins=chosen, noise=elsewhere, predictions=predictions)

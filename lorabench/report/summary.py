@@ -31,7 +31,7 @@ Records = list[dict[Any, Any]]
 
 _PLACE = ["model", "dataset", "batch_size", "steps"]
 _SCORE = ["about", "task", "metric", "filter"]
-_INPUTS = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha256"]
+_INPUTS = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha256", "test_data"]
 
 
 def labelled(runs: pd.DataFrame) -> pd.DataFrame:
@@ -210,7 +210,7 @@ def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
 
 def inputs(runs: pd.DataFrame) -> Records:
     """Return the hashes of model, data, tokenizer and chat template, once for each combination."""
-    return runs[["model", "dataset", *_INPUTS]].drop_duplicates().to_dict("records")
+    return runs.reindex(columns=["model", "dataset", *_INPUTS]).drop_duplicates().to_dict("records")
 
 
 def example(path: Path) -> tuple[str, str] | None:
