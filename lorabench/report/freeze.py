@@ -207,12 +207,15 @@ def _is_used(preset: str) -> bool:
 
 
 def is_registered(preset: str) -> bool:
-    """Return whether a preset with its first seed was frozen as it is, by the rules of today."""
+    """Return whether a preset with its first seed was frozen with its data as it is, by the rules of today."""
     path, stated = frozen_path(preset), Layout.of(preset).preset
     if not path.is_file():
         return False
-    frozen, rules = read_frozen(path), rules_sha256(stated.margins, stated.predictions or {})
-    return (frozen.preset_sha256, frozen.rules_sha256) == (preset_sha256(stated), rules)
+    frozen = read_frozen(path)
+    fixed = frozen.protocol_version, frozen.preset_sha256, frozen.rules_sha256
+    today = PROTOCOL_VERSION, preset_sha256(stated), rules_sha256(stated.margins, stated.predictions or {})
+    data = {name: about.id for name, about in frozen.data.items()}
+    return fixed == today and data == {name: dataset_id(spec) for name, spec in stated.sources.items()}
 
 
 def registered(name: str, n: int) -> list[str]:
@@ -232,10 +235,12 @@ def register(name: str, batch: str) -> Path | None:
     """Freeze a batch of a preset before its runs if it is not registered; return the file that is new, if any.
 
     What is expected of it is what was expected of the batch before, or else the verdicts of the explored runs here by
-    the rules of today.
+    the rules of today. UserError says that the batch was run or frozen by other rules.
     """
     if is_registered(batch):
         return None
+    if _is_used(batch):
+        raise UserError(f"{batch} was run before it was registered, or registered by other rules or for another design")
     explored, stated = Layout.of(name), Layout.of(batch).preset
     number, claims = _batch_number(batch), None
     before = f"{name}@{(number - 1) * SEEDS}"

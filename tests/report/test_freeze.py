@@ -201,6 +201,8 @@ def test_batches_count_that_were_registered_before_their_runs_without_a_gap(kept
         path = frozen_path(f"{name}@{100 * number}")
         path.write_text(path.read_text().replace(kept.rules, "another"))
     assert statuses() == {1: "explored", 2: "explored", 3: "explored"}
+    with pytest.raises(UserError, match="@300 was run before it was registered, or registered by other rules"):
+        register(name, f"{name}@300")
     assert registered(name, 2) == [f"{name}@400", f"{name}@500"]
     register(name, f"{name}@400")
     assert statuses(4) == {1: "explored", 2: "explored", 3: "explored", 4: "registered"}
