@@ -175,8 +175,10 @@ def findings(
         if look is not None:
             look.claim = claim.id
         outer = LOOK.set(look)
-        judged = _judged(claim, evidence)
-        LOOK.reset(outer)
+        try:
+            judged = _judged(claim, evidence)
+        finally:
+            LOOK.reset(outer)
         reasons = [judged.reason, *remarks_on_alpha(evidence.runs, judged.run_ids)]
         yield (claim, *_with_conditions(claim, evidence, replace(judged, reason="; ".join(reasons))))
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 
 from lorabench.analysis.rules import DECIDED
@@ -49,9 +50,9 @@ def claims_named(ids: Sequence[str]) -> list[Claim]:
     return [by_id[name] for name in dict.fromkeys(ids)]
 
 
-def run_batches(preset: str, count: int, command: Command, options: list[str]) -> None:
+def run_batches(preset: str, n: int, command: Command, options: list[str]) -> None:
     """Run the first batches of a preset, and judge all claims on them together."""
-    batches = _batches(preset, count)
+    batches = _batches(preset, n)
     folders: list[Path] = []
     for batch in batches:
         _run(preset, batch, command, options, None)
@@ -76,7 +77,7 @@ def decide(preset: str, ids: Sequence[str], budget: str, command: Command, optio
         )
     _show_cost(preset, experiments, budget)
     out, folders = layout.batches("_".join(claim.id for claim in claims)), []
-    for number in range(1, 1_000_000):
+    for number in count(1):
         batch = _batches(preset, number)[-1]
         tables = [Layout.of(batch).tables(name) for name in experiments]
         if not _run(preset, batch, command, [*(str(folder / "runs.parquet") for folder in tables), *options], end):
@@ -98,11 +99,11 @@ def decide(preset: str, ids: Sequence[str], budget: str, command: Command, optio
             return
 
 
-def _batches(preset: str, count: int) -> list[str]:
+def _batches(preset: str, n: int) -> list[str]:
     """Return the names of the first batches of a preset, which is named without a first seed."""
     if split_name(preset)[1] is not None:
         raise UserError(f"preset {preset!r}: batches have first seeds of their own; allowed: the name without @")
-    return registered(preset, count)
+    return registered(preset, n)
 
 
 def _show_cost(preset: str, experiments: Sequence[str], budget: str) -> None:
