@@ -18,6 +18,7 @@ from lorabench.config.margins import Margins, Predictions
 from lorabench.errors import UserError
 from lorabench.store.schemas import CLAIMS_BY_BATCH
 from lorabench.store.tables import Tables
+from lorabench.utils.formats import missing
 
 SEEDS = 100
 """The number of seeds that a batch may have: the seeds of batch 2 are those from 200 up, and those of batch 0 were
@@ -79,7 +80,7 @@ def judge_batches(
     on_runs = {claim.id for claim in claims if claim.experiments}
     reasons = [
         f"{in_words(row, batches, last[row['claim_id']])}: {row['reason']}"
-        if row["claim_id"] in on_runs and row["verdict"] != "not tested"
+        if row["claim_id"] in on_runs and row["verdict"] in (*DECIDED, "inconclusive")
         else row["reason"]
         for row in answers.to_dict("records")
     ]
@@ -103,7 +104,7 @@ def in_words(row: Mapping[Any, Any], batches: Sequence[Batch], last: str) -> str
     words = [f"decided after {number}, level spent {row['spent']:.1%} of {LEVEL:.0%}"]
     if row["verdict"] not in DECIDED:
         words = [f"open after {number}, {row['spent']:.1%} of {LEVEL:.0%} spent"]
-        needs = row["would_decide"] or ""
+        needs = "" if missing(row["would_decide"]) else row["would_decide"]
         words += [f"at this error {needs}" if "batches" in needs else f"it needs {needs}"] if needs else []
     elif row["verdict"] != last:
         words.append(f"with later batches {last}")

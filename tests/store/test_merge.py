@@ -125,13 +125,18 @@ def batch(folder: Path, number: int, test_data: str, **columns: str) -> Path:
     scores = [make_eval("base", number / 8), make_eval(8, 0.5, run_id=runs["run_id"].iloc[0], seed=first)]
     losses = TEST_LOSSES.assign(run_id=runs["run_id"].iloc[0], example=range(len(TEST_LOSSES)), test_data=test_data)
     evals = evals_table(scores).assign(test_data=test_data)
+    # A task whose data no seed changes, read from the batch's own folder.
+    shared = {"task": "wikitext", "about": "forgotten", "source": None, "test_data": None}
+    other = evals_table([make_eval("base", 0.5, task_config=f"{folder}/{number}", **shared)])
+    evals = pd.concat([evals, other], ignore_index=True)
     return write(folder / str(number), runs=runs, evals=evals, test_losses=losses)
 
 
 def test_batches_of_seeds_are_merged_with_the_scores_of_the_base_on_the_test_examples_of_each(tmp_path):
     tables = merged(batch(tmp_path, 1, "data@100"), batch(tmp_path, 2, "data@200"))
     assert tables.runs["seed"].tolist() == [100, 101, 100, 101, 200, 201, 200, 201]
-    base = tables.evals[tables.evals["method"].isna()]
+    base = tables.evals[tables.evals["method"].isna() & tables.evals["source"].notna()]
+    assert (tables.evals["task"] == "wikitext").sum() == 1
     assert base[["value", "test_data"]].to_numpy().tolist() == [[0.125, "data@100"], [0.25, "data@200"]]
     save_figure("learned_forgotten", [tmp_path / "1", tmp_path / "2"], tmp_path / "figures")
     plotted = pd.read_csv(tmp_path / "figures/learned_forgotten.csv")
