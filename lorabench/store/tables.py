@@ -32,8 +32,8 @@ KEYS = {
 
 _MACHINE = "wall_s peak_mem_bytes device threads host started git_sha git_dirty_patch versions"
 MAY_DIFFER = {"runs": _MACHINE.split(), "compute": ["step_s", "peak_mem_bytes"], "evals": ["versions", "task_config"]}
-"""Columns that describe the machine, as paths in a task's configuration do, in which rows may differ; the first folder's
-values are kept."""
+"""Columns that describe the machine, as paths in a task's configuration do. Rows may differ in them, and the first
+folder's values are kept."""
 
 REMARK = "remark_on_losses"
 """The column of `runs` with what a reader of a verdict should know about a run's losses; null for nothing."""
