@@ -46,6 +46,10 @@ class Estimate:
     n_examples: int = 0
     n_groups: int = 0
     """The number of groups of test examples; `n_examples` where each example is its own group."""
+    renewed: bool = False
+    """Whether a further batch of runs has other test examples."""
+    looks: int = 0
+    """The number of batches after each of which the number is tested; 0 for a single test."""
 
     @property
     def draws(self) -> np.ndarray:
@@ -76,15 +80,16 @@ class Estimate:
     @cached_property
     def seed_error(self) -> float:
         """The standard error from seeds, as half of the draws' central 68%."""
-        return _standard_error(self.seed_part)
+        return standard_error(self.seed_part)
 
     @cached_property
     def example_error(self) -> float:
         """The standard error from test examples; 0 where it is not known."""
-        return 0.0 if self.example_part is None else _standard_error(self.example_part)
+        return 0.0 if self.example_part is None else standard_error(self.example_part)
 
 
-def _standard_error(part: np.ndarray) -> float:
+def standard_error(part: np.ndarray) -> float:
+    """Return the standard error of draws, as half of their central 68%."""
     low, high = np.quantile(part, [0.1587, 0.8413]).tolist()
     return float(high - low) / 2
 
@@ -97,8 +102,8 @@ def combined(function: Callable[..., ArrayLike], *estimates: Estimate) -> Estima
     example_part, parts = None, [each.value + each.example_part for each in estimates if each.example_part is not None]
     if len(parts) == len(estimates):
         example_part = np.asarray(function(*parts)) - value
-    counts = (min(getattr(each, name) for each in estimates) for name in ("n_seeds", "n_examples", "n_groups"))
-    return Estimate(value, seed_part, example_part, *counts)
+    names = ("n_seeds", "n_examples", "n_groups", "renewed")
+    return Estimate(value, seed_part, example_part, *(min(getattr(each, name) for each in estimates) for name in names))
 
 
 def unknown(value: float = math.nan) -> Estimate:
@@ -255,6 +260,8 @@ class ExampleLosses:
     """By run_id, the scored tokens of each example, (examples,)."""
     groups: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     """By run_id, the number of each example's group, (examples,); where a run is missing, each example is its own."""
+    test_data: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """By run_id, what identifies its test split; where a run is missing, all runs have one test split."""
 
     @classmethod
     def of(cls, table: pd.DataFrame) -> ExampleLosses:
@@ -269,16 +276,41 @@ class ExampleLosses:
         order, ends = np.lexsort((table["example"].to_numpy(float), place)), np.cumsum(np.bincount(place))[:-1]
         columns = table["loss"].to_numpy(float), table["tokens"].to_numpy(float), groups
         parts = (np.split(values[order], ends) for values in columns)
-        return cls(*(dict(zip(map(str, run_ids), of_runs, strict=True)) for of_runs in parts))
+        nats, tokens, by_group = (dict(zip(map(str, run_ids), of_runs, strict=True)) for of_runs in parts)
+        first = table.drop_duplicates("run_id").reindex(columns=["run_id", "test_data"]).dropna()
+        return cls(nats, tokens, by_group, dict(zip(first["run_id"].map(str), first["test_data"], strict=True)))
+
+    def splits(self, run_ids: Sequence[str]) -> dict[str, list[str]]:
+        """Return the runs on each test split, by what identifies it; one split if that of a run is not known."""
+        if not all(run_id in self.test_data for run_id in run_ids):
+            return {"": list(run_ids)}
+        names = sorted({self.test_data[run_id] for run_id in run_ids})
+        return {name: [run_id for run_id in run_ids if self.test_data[run_id] == name] for name in names}
+
+    def n_examples(self, run_ids: Sequence[str]) -> int:
+        """Return the number of test examples of runs, in all splits."""
+        return sum(len(self.tokens[own[0]]) for own in self.splits(run_ids).values())
 
     def influences(self, run_ids: Sequence[str]) -> np.ndarray | None:
-        """Return what groups of test examples do to the mean losses of runs on one test split, (runs, groups).
+        """Return what groups of test examples do to the mean losses of runs, (runs, groups).
 
-        The product with their transpose is the covariance of the mean losses over other groups. They are NaN where
-        there is one group only. None if a run lacks its losses or the runs have different splits.
+        The product with their transpose is the covariance of the mean losses over other groups. The groups of a test
+        split move only the runs on it, so that their error is averaged over splits, and that of a split that all runs
+        share is not. They are NaN where a split has one group only. None if a run lacks its losses, or runs on one
+        split have different examples.
         """
         if not len(run_ids) or any(run_id not in self.nats for run_id in run_ids):
             return None
+        blocks = []
+        for own in self.splits(run_ids).values():
+            if (falls := self._on_one_split(own)) is None:
+                return None
+            block = np.zeros((len(run_ids), falls.shape[1]))
+            block[np.isin(run_ids, own)] = falls
+            blocks.append(block)
+        return np.hstack(blocks)
+
+    def _on_one_split(self, run_ids: Sequence[str]) -> np.ndarray | None:
         splits = [
             (self.tokens[run_id], self.groups.get(run_id, np.arange(len(self.tokens[run_id])))) for run_id in run_ids
         ]
@@ -296,14 +328,14 @@ class ExampleLosses:
         return falls * math.sqrt((n - 1) / n)
 
 
-def example_draws(influences: np.ndarray, test_split: str) -> np.ndarray:
+def example_draws(influences: np.ndarray, test_split: str, splits: int = 1) -> np.ndarray:
     """Draw the error from test examples of several numbers, (N_DRAWS, numbers), from the influences of groups on them.
 
     These are (numbers, groups), as from `ExampleLosses.influences` or sums of those; NaN gives NaN. Numbers of one test
-    split, which is named, have their draws in common.
+    split, or of so many `splits` together, which are named, have their draws in common.
     """
     n, numbers = influences.shape[1], influences.T.astype(np.float32)
-    factors = shuffled(_chi_factors(max(n - 1, 1)), f"groups of {test_split}") / _UNIT
+    factors = shuffled(_chi_factors(max(n - splits, 1)), f"groups of {test_split}") / _UNIT
     sums = [part.astype(np.float32) @ numbers for part in _multipliers(test_split, n)]
     return np.asarray(factors[:, None] * np.concatenate(sums))
 

@@ -22,6 +22,7 @@ from scipy.special import fdtri
 from lorabench.analysis import rules
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.rules import DECIDED, LEVEL, Problem, Remedy, Rule, Verdict
+from lorabench.analysis.sequential import LOOK, level
 from lorabench.utils.formats import with_interval
 
 MIN_SEEDS = 3
@@ -143,10 +144,15 @@ def decide(
     the margin, as text; if its error is not known, or with any problem, the finding is inconclusive. `reopened` says
     which replicates have a reason against a verdict, (N_AGAIN,). If in spite of the problems the estimate is a `bound`
     of the number, this may decide."""
+    run_ids, look = tuple(run_ids), LOOK.get()
+    if look is not None:
+        estimate = look.guarded(estimate, run_ids)
     problems, known = list(problems), estimate.known
     if not known and not problems:
         problems.append(Problem("the error of the estimate is not known", Remedy(f"{MIN_SEEDS} seeds", MIN_SEEDS)))
-    low, high = estimate.interval() if known else (math.nan, math.nan)
+    # Of several looks, the intervals of all hold together.
+    both_sides = 1 - 2 * level(LEVEL / 2, estimate.looks)
+    low, high = estimate.interval(both_sides) if known else (math.nan, math.nan)
     judged = replace(
         finding(run_ids, text, "inconclusive", problems, estimate.value, (low, high), rule.strain(estimate)),
         margin_low=rule.margins[0],

@@ -116,8 +116,8 @@ def fit_losses(
         examples: the losses by test example; without them their error is not known.
         noise: seed noise from elsewhere, for a comparison with one seed.
         name: names the comparison, for the draws of the error from seeds.
-        test_split: names the test split. Fits with one test split draw the same examples, whose error cancels in
-            differences.
+        test_split: names the test split, or the splits of all batches. Fits with the same splits draw the same
+            examples, whose error cancels in differences.
     """
     of_rl = bool(is_rl(runs).any())
     arms = {arm_label(arm): run_array(rows) for arm, rows in each_arm(with_losses(runs))}
@@ -140,11 +140,13 @@ def fit_losses(
         # The error lies between the cells of arm and seed, of which there are fewer than runs.
         dof = max(1, min(dof, int(counted.cells.max()) + 1 - len(counted.in_arm) - (len(counted.seeds) - 1)))
     fitted_ids, influences, n_examples, n_groups = counted.runs["run_id"].tolist(), None, 0, 0
+    splits: dict[str, list[str]] = {}
     on_runs = examples.influences(fitted_ids) if examples else None
     if examples and on_runs is not None:
         hat, weighted = fitted.hat / counted.weights, counted.weights[:, None] * on_runs
         influences = estimate.without_run_noise(weighted, fitted.design, hat, fitted.noise)
-        n_examples, n_groups = len(examples.tokens[fitted_ids[0]]), on_runs.shape[1]
+        n_examples, n_groups = examples.n_examples(fitted_ids), on_runs.shape[1]
+        splits = examples.splits(fitted_ids)
     of_seeds = fitted.coefficients.copy()
     of_seeds[[place for own in fitted.places.values() for place in own]] = 0.0
     # The losses without the effects of their seeds that all arms share.
@@ -181,9 +183,9 @@ def fit_losses(
         by_seed = np.array(lowest_point(own + drawn, ends, bend)) - value[:, None]
         by_example = np.array([None, None])
         if influences is not None:
-            drawn = estimate.example_draws(influences[places], test_split)
+            drawn = estimate.example_draws(influences[places], test_split, len(splits))
             by_example = np.array(lowest_point(own + drawn, ends, bend)) - value[:, None]
-        counts = len(seeds[label]), n_examples, n_groups
+        counts = len(seeds[label]), n_examples, n_groups, all("@" in name for name in splits)
         position, minimum = (Estimate(float(value[part]), by_seed[part], by_example[part], *counts) for part in (0, 1))
         optimum = replace(position, value=lowest[label][0])
         outside = (position.draws <= ends[0] + 1e-9) | (position.draws >= ends[1] - 1e-9)

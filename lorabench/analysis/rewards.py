@@ -225,8 +225,9 @@ def cost_of_a_miss(comparison: Comparison, arm: Arm) -> Estimate:
     on_runs = examples.influences(run_ids)
     if on_runs is not None:
         influences = without_run_noise(on_runs, np.sign(hat).T, hat, np.eye(len(run_ids)))
-        example_part = cost(means - example_draws(influences, str(comparison.runs["dataset"].iloc[0]))) - value
-        n_examples, n_groups = len(examples.tokens[run_ids[0]]), on_runs.shape[1]
+        split, n_splits = str(comparison.runs["dataset"].iloc[0]), len(examples.splits(run_ids))
+        example_part = cost(means - example_draws(influences, split, n_splits)) - value
+        n_examples, n_groups = examples.n_examples(run_ids), on_runs.shape[1]
     return Estimate(value, cost(means + errors) - value, example_part, int(n_runs.max()), n_examples, n_groups)
 
 

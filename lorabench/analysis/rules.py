@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from lorabench.analysis.estimate import N_DRAWS, POWER, Estimate
+from lorabench.analysis.sequential import level, overall
 
 Verdict = Literal[
     "confirmed",
@@ -27,7 +28,7 @@ DECIDED: tuple[Verdict, ...] = ("confirmed", "right sign, below the margin", "co
 """The verdicts that decide something."""
 
 LEVEL = 0.05
-"""The largest probability of a wrong decision."""
+"""The largest probability of a wrong decision, after all batches of runs together (`Estimate.looks`)."""
 
 
 Bound = Literal["above", "below"]
@@ -61,7 +62,7 @@ class Answers(NamedTuple):
 
     confirmed: np.ndarray
     against: np.ndarray
-    """The smallest levels at which the runs contradict the claim (p-values)."""
+    """The smallest levels, of all looks together, at which the runs contradict the claim (p-values)."""
     right_sign: np.ndarray
     """Which runs have the claimed sign if they contradict."""
 
@@ -89,14 +90,14 @@ class Within:
 
     def answers(self, estimate: Estimate, runs: NewRuns = AS_IT_IS, bound: Bound | None = None) -> Answers:
         """Return what the numbers of runs say of the claim; with `bound`, they are bounds of the number from there."""
-        low, high = runs.interval(estimate, 1 - 2 * LEVEL)
+        low, high = runs.interval(estimate, 1 - 2 * level(LEVEL, estimate.looks))
         below = runs.share_below(estimate, self.high, "right")
         above = 1 - runs.share_below(estimate, self.low, "left")
         if bound == "above":
             low, below = np.full_like(low, -math.inf), np.ones_like(below)
         elif bound == "below":
             high, above = np.full_like(high, math.inf), np.ones_like(above)
-        against = np.minimum(1.0, 2 * np.minimum(below, above))
+        against = np.minimum(1.0, 2 * overall(np.minimum(below, above), estimate.looks))
         return Answers((self.low <= low) & (high <= self.high), against, np.zeros(len(runs.shifts), bool))
 
     def strain(self, estimate: Estimate) -> float:
@@ -108,11 +109,12 @@ class Within:
             return estimate.value / max(abs(self.high), 1e-12)
         return -estimate.value / max(abs(self.low), 1e-12)
 
-    def power(self, truth: float, error: float, dof: float, tests: int) -> tuple[float, float]:
+    def power(self, truth: float, error: float, dof: float, tests: int, looks: int = 0) -> tuple[float, float]:
         """Return the probabilities of a confirmation and of a contradiction of the truth by an estimate with a standard
-        error and its degrees of freedom, where a number of tests share the level of a contradiction."""
+        error and its degrees of freedom, where a number of tests share the level of a contradiction, at the last of a
+        number of looks."""
         to_high, to_low = (self.high - truth) / error, (truth - self.low) / error
-        one_sided, two_sided = (stdtrit(dof, 1 - level) for level in (LEVEL, LEVEL / 2 / tests))
+        one_sided, two_sided = (stdtrit(dof, 1 - level(alpha, looks)) for alpha in (LEVEL, LEVEL / 2 / tests))
         confirmed = stdtr(dof, to_high - one_sided) + stdtr(dof, to_low - one_sided) - 1
         contradicted = stdtr(dof, -to_high - two_sided) + stdtr(dof, -to_low - two_sided)
         return max(0.0, float(confirmed)), float(contradicted)
@@ -136,10 +138,11 @@ class Above:
 
     def answers(self, estimate: Estimate, runs: NewRuns = AS_IT_IS, bound: Bound | None = None) -> Answers:
         # With few degrees of freedom the two-sided interval is the stricter one where the estimate is large.
-        low, positive = runs.interval(estimate, 1 - 2 * LEVEL)[0], runs.interval(estimate, 1 - LEVEL)[0] > 0
+        low, two_sided = (runs.interval(estimate, 1 - 2 * level(LEVEL / n, estimate.looks))[0] for n in (1, 2))
+        positive = two_sided > 0
         above_half = (low >= self.margin / 2) | (self.margin <= 0)
         confirmed = (estimate.value + runs.shifts >= self.margin) & above_half & positive
-        above = 1 - runs.share_below(estimate, self.margin, "left")
+        above = overall(1 - runs.share_below(estimate, self.margin, "left"), estimate.looks)
         if bound == "above":
             confirmed, positive = np.zeros_like(confirmed), np.zeros_like(positive)
         elif bound == "below":
@@ -149,9 +152,10 @@ class Above:
     def strain(self, estimate: Estimate) -> float:
         return -estimate.value / self.margin if self.margin > 0 else -estimate.value
 
-    def power(self, truth: float, error: float, dof: float, tests: int) -> tuple[float, float]:
-        sides = 1 if self.margin > 0 else 2
-        one_sided, two_sided, contradicts = stdtrit(dof, 1 - LEVEL / np.array([1, 2, sides * tests])).tolist()
+    def power(self, truth: float, error: float, dof: float, tests: int, looks: int = 0) -> tuple[float, float]:
+        shares = 1, 2, (1 if self.margin > 0 else 2) * tests
+        levels = np.array([level(LEVEL / share, looks) for share in shares])
+        one_sided, two_sided, contradicts = stdtrit(dof, 1 - levels).tolist()
         above_half = self.margin / 2 + one_sided * error if self.margin > 0 else 0.0
         least = max(self.margin, above_half, two_sided * error)
         contradicted = stdtr(dof, (self.margin - truth) / error - contradicts)
@@ -190,7 +194,9 @@ def gain_margin(share: float, gain: float, tuned_arm: str, rewarded: bool = Fals
 
 
 MANY_SEEDS = 200
-"""A number of seeds above which a remedy says that seeds won't decide a claim."""
+"""A number of seeds above which a remedy says that seeds won't decide a claim; below, of further batches."""
+
+MANY_BATCHES = 30
 
 
 @dataclass(frozen=True)
@@ -210,6 +216,10 @@ class Plan:
     """The number of comparisons that share the level of a contradiction."""
     open: int = 1
     """The number of comparisons that need more seeds; a confirmation needs all of them."""
+    looks: int = 0
+    """The number of batches that the seeds come from, after each of which there is a test, and below whether a further
+    batch has other test examples."""
+    renewed: bool = False
 
     def decides(self, n_seeds: float, more_examples: float = 1.0) -> bool:
         """Return whether a number of seeds, and so many times as many examples, decide with a probability of POWER."""
@@ -218,11 +228,18 @@ class Plan:
         # More seeds and more groups have as many more degrees of freedom (Welch, Satterthwaite).
         dofs = self.dof * (n_seeds - 1) / max(self.n_seeds - 1, 1), max(self.n_groups * more_examples - 1, 1)
         dof = error**4 / max(seeds**2 / dofs[0] + examples**2 / dofs[1], 1e-48)
-        confirmed, contradicted = self.rule.power(self.value, error, min(dof, 1e9), self.tests)
+        looks = math.ceil(self.looks * min(n_seeds / self.n_seeds, MANY_SEEDS)) if self.looks else 0
+        confirmed, contradicted = self.rule.power(self.value, error, min(dof, 1e9), self.tests, looks)
         return confirmed >= POWER ** (1 / self.open) or contradicted >= POWER
 
     def remedy(self) -> Remedy:
-        """Return the least number of seeds, or else of test examples, that decides."""
+        """Return the least number of seeds, or else of test examples, that decides; of batches, their number."""
+        if self.looks:
+            for further in range(1, MANY_BATCHES + 1):
+                factor = (self.looks + further) / self.looks
+                if self.decides(self.n_seeds * factor, factor if self.renewed else 1.0):
+                    return Remedy(f"about {further} more batches", seeds=math.ceil(self.n_seeds * factor), plan=self)
+            return Remedy(f"more than {MANY_BATCHES} further batches at this error", plan=self)
 
         def least_seeds(more_examples: float) -> int | None:
             numbers = range(self.n_seeds + 1, MANY_SEEDS + 1)
@@ -288,7 +305,8 @@ def cheapest(rule: Rule, estimate: Estimate) -> Remedy | None:
         return None
     numbers = estimate.n_seeds, estimate.n_examples, estimate.n_groups or estimate.n_examples
     shape = student_shape(estimate.seed_part)
-    return Plan(rule, estimate.value, *shape, estimate.example_error, *numbers).remedy()
+    looks, renewed = estimate.looks, estimate.renewed
+    return Plan(rule, estimate.value, *shape, estimate.example_error, *numbers, looks=looks, renewed=renewed).remedy()
 
 
 _DOFS = np.geomspace(1, 1000, 200)

@@ -17,6 +17,7 @@ from lorabench.analysis.estimate import ExampleLosses
 from lorabench.analysis.finding import Finding, with_parts
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.published import estimates_by_claim
+from lorabench.analysis.sequential import LOOK, Look
 from lorabench.claims import (
     batch_size,
     capacity,
@@ -70,6 +71,7 @@ def judge_claims(
     noise: Noise | None = None,
     reward_noise: Noise | None = None,
     predictions: Predictions | None = None,
+    look: Look | None = None,
 ) -> pd.DataFrame:
     """Judge claims on the tidy tables; a claim whose table or columns are missing is not tested, and its reason names
     them.
@@ -81,6 +83,7 @@ def judge_claims(
         noise: seed noise of supervised runs from elsewhere, for comparisons with one seed.
         reward_noise: the same of final accuracies in RL, as shares.
         predictions: what studies predict; without them the default ones hold.
+        look: the look at batches of runs, if the tables are of batches (see `batches.judge_batches`).
 
     Returns:
         The table `claims`, one row per claim; the estimate is from the comparison that decides, and the reason gives
@@ -94,7 +97,7 @@ def judge_claims(
     runs, replications = tables.runs, estimates_by_claim()
     rules = rules_sha256(margins, predictions)
     rows = []
-    for claim, judged, missing in findings(tables, claims, margins, noise, reward_noise, predictions):
+    for claim, judged, missing in findings(tables, claims, margins, noise, reward_noise, predictions, look):
         if margins is None and re.search(r"of the gain|of the loss \(|lr_factor", judged.margin_rule):
             rule = judged.margin_rule.replace("the preset's", "the")
             judged = replace(judged, margin_rule=f"default margins: {rule}")
@@ -141,6 +144,7 @@ def findings(
     noise: Noise | None = None,
     reward_noise: Noise | None = None,
     predictions: Predictions | None = None,
+    look: Look | None = None,
 ) -> Iterator[tuple[Claim, Finding, str | None]]:
     """Judge claims on tables that are checked already; see `judge_claims`.
 
@@ -168,7 +172,13 @@ def findings(
             curves = curves_of(every_curve, chosen) if "run_id" in runs else every_curve
             by_runs[key] = Evidence(chosen, curves, tables.compute, tables.counts, runs, judging[claim.task])
         evidence = by_runs[key]
-        judged = _judged(claim, evidence)
+        if look is not None:
+            look.claim = claim.id
+        outer = LOOK.set(look)
+        try:
+            judged = _judged(claim, evidence)
+        finally:
+            LOOK.reset(outer)
         reasons = [judged.reason, *remarks_on_alpha(evidence.runs, judged.run_ids)]
         yield (claim, *_with_conditions(claim, evidence, replace(judged, reason="; ".join(reasons))))
 

@@ -7,6 +7,7 @@ import os
 import sys
 from argparse import ArgumentParser
 from importlib.metadata import entry_points, version
+from itertools import dropwhile
 from pathlib import Path
 from typing import Annotated
 
@@ -116,15 +117,48 @@ def plan(
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def run(context: typer.Context, preset: PresetArgument = "laptop") -> None:
+def run(
+    context: typer.Context,
+    preset: PresetArgument = "laptop",
+    batches: Annotated[
+        int | None, Option(min=1, max=1000, help="Run so many batches of held-out seeds, and judge them together.")
+    ] = None,
+) -> None:
     """Run a preset in this folder: start Snakemake on the packaged workflow, and pass all further options on to it."""
     from lorabench.config.loading import preset_path
 
     preset_path(preset)
-    command = snakemake_command(preset, context.args)
+    if batches is not None:
+        from lorabench.cli.batches import run_batches
+
+        run_batches(preset, batches, _started, context.args)
+        return
+    command, environment = _started(preset, context.args)
+    os.execve(command[0], command, environment)
+
+
+def _started(preset: str, options: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the command line that runs a preset, and its environment."""
     # The workflow's rules call `lorabench`, so this environment's commands come first in PATH.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    os.execve(command[0], command, os.environ | {"PATH": path})
+    return snakemake_command(preset, options), os.environ | {"PATH": path}
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def decide(
+    context: typer.Context,
+    ids: Annotated[list[str], Argument(metavar="CLAIM...", help="The ids of claims, such as B2 E1.")],
+    preset: PresetOption = "laptop",
+    budget: Annotated[str, Option(help="When to stop: a time such as 30m, 2h or 1d.")] = "1h",
+) -> None:
+    """Run what claims need, batch after batch of held-out seeds, until they are decided or the budget ends.
+
+    All further options are passed on to Snakemake, such as --profile slurm after the claims.
+    """
+    from lorabench.cli.batches import decide as decide_claims
+
+    options = [*dropwhile(lambda word: not word.startswith("-"), ids), *context.args]
+    decide_claims(preset, ids[: len(ids) + len(context.args) - len(options)], budget, _started, options)
 
 
 def snakemake_command(preset: str, options: list[str]) -> list[str]:
@@ -193,7 +227,7 @@ def doctor(preset: PresetOption = "laptop") -> None:
 
 @app.command()
 def claims(
-    tables: Annotated[Path, Option(help="Folder with the tidy tables.")],
+    tables: Annotated[list[Path], Option(help="Folder with the tidy tables; several are merged.")],
     out: Annotated[Path, Option(help="Folder for the claims table.")],
     preset: Annotated[str | None, Option(help="The preset of the runs, which states the margins.")] = None,
     margins: Annotated[Path | None, Option(help="A YAML file with the margins, for runs without a preset.")] = None,
@@ -201,8 +235,12 @@ def claims(
         Path | None, Option(help="Folder of tables whose seed noise holds where there is one seed.")
     ] = None,
 ) -> None:
-    """Judge the paper's claims from tidy tables."""
+    """Judge the paper's claims from tidy tables.
+
+    Runs on held-out seeds of a preset that is named without a first seed are judged batch after batch.
+    """
     from lorabench.analysis.optima import pooled_noise
+    from lorabench.claims.batches import SEEDS
     from lorabench.config.loading import load_preset, read_margins
     from lorabench.report.judged import write_claims
     from lorabench.store.tables import Tables
@@ -214,7 +252,15 @@ def claims(
         stated = load_preset(preset)
         chosen, predictions = stated.margins, stated.predictions or {}
     elsewhere = None if noise is None else pooled_noise(Tables.read(noise).runs, str(noise))
-    judged = write_claims(tables, out, chosen, predictions, elsewhere)
+    read = Tables.read(*tables)
+    if preset is not None and not stated.first_seed and "seed" in read.runs and read.runs["seed"].ge(SEEDS).any():
+        from lorabench.report.batches import judge_registered
+
+        if elsewhere is not None:
+            raise UserError("--noise: batches have several seeds each; allowed: tables of one seed, without batches")
+        judged, _ = judge_registered(preset, read, out)
+    else:
+        judged = write_claims(tables, out, chosen, predictions, elsewhere)
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in judged["verdict"].value_counts().items())
     print(f"{len(judged)} claims: {verdicts}; written to {out / 'claims.csv'}")
     untested = judged.loc[judged["verdict"].eq("not tested"), "reason"].value_counts()
@@ -271,22 +317,6 @@ def verify(
     print("nothing differs")
 
 
-@app.command("import")
-def import_source(
-    source: Annotated[Path, Argument(metavar="FOLDER", help="A folder with a file source.yaml and its tables.")],
-    out: Annotated[Path, Option(help="Folder for the tidy tables.")],
-) -> None:
-    """Read runs that others have published, as their source.yaml describes them, into the tidy tables."""
-    from lorabench.sources.source import import_source as read
-    from lorabench.store.io import write_frame
-
-    imported = read(source)[1]
-    # Of the documented columns, those that the source has are written.
-    write_frame(imported.runs, "runs", out, all_columns=False)
-    write_frame(imported.curves, "curves", out, all_columns=False)
-    print(f"{source}: {len(imported.runs)} runs and {len(imported.curves)} points of curves")
-
-
 @app.command()
 def evidence(
     out: Annotated[Path, Option(help="Folder for the tables and figures.")] = Path("results/evidence"),
@@ -325,10 +355,12 @@ def freeze(
 ) -> None:
     """Fix rules, seeds, data and expected verdicts of a preset before it is run on held-out seeds.
 
-    The first of these seeds is 100, or SEED of `<preset>@SEED`. Writes workflow/frozen/<preset>.yaml.
+    The first of these seeds is 100, or SEED of `<preset>@SEED`. Writes workflow/frozen/<preset>.yaml, and of a further
+    batch of seeds <preset>@SEED.yaml, which expects what the batch before does.
     """
     import pandas as pd
 
+    from lorabench.claims.batches import SEEDS
     from lorabench.config.loading import split_name
     from lorabench.report import freeze as freezing
     from lorabench.store.io import read_claims, table_path
@@ -339,6 +371,11 @@ def freeze(
     explored, seeded = Layout.of(name), f"{name}@100" if first_seed is None else preset
     if power is not None and not power.is_file():
         raise UserError(f"--power {power}: there is no such file")
+    path, batch = freezing.frozen_path(seeded), (first_seed or 0) // SEEDS
+    if batch > 1 and freezing.is_registered(f"{name}@{(batch - 1) * SEEDS}"):
+        freezing.register(name, seeded)
+        print(f"batch {batch} is registered in {path}; commit it, then run: lorabench run {seeded}")
+        return
     places = (explored.tables(), explored.published)
     claims = next((folder for folder in places if table_path(folder, "claims")), None)
     if unexplored and claims is not None and not (claims == explored.published and redesigned):
@@ -352,7 +389,6 @@ def freeze(
             "or say --unexplored if it was never run"
         )
     judged = None if unexplored or claims is None else read_claims(claims, without=NOT_PUBLISHED)
-    path = Path("workflow/frozen") / f"{explored.name}.yaml"
     freezing.write_frozen(freezing.freeze(seeded, judged, None if power is None else pd.read_csv(power)), path)
     print(f"wrote {path}; commit it, then run: lorabench run {seeded}")
     print(f"and at the end: python workflow/scripts/publish.py --held-out {path}")

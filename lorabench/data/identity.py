@@ -13,8 +13,10 @@ from pathlib import Path
 
 from lorabench.config.inputs import (
     DatasetSpec,
+    FactsDataset,
     FileDataset,
     FileProblems,
+    GeneratedSplits,
     HubDataset,
     HubProblems,
     ProblemSpec,
@@ -43,6 +45,16 @@ def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
     # Data of the hub once had a path, which counts as null.
     former = {"path": None} if isinstance(spec, HubDataset | HubProblems) else {}
     return digest([PROTOCOL_VERSION, spec.model_dump(exclude=without) | former, *content], 8)
+
+
+def id_of_test(spec: DatasetSpec | ProblemSpec, first_seed: int) -> str:
+    """Return what identifies the test examples of data in a preset with a first seed: the id of the data with the first
+    seed 0, followed by the first seed where it gives other test examples (see `Preset.first_seed`)."""
+    if first_seed and isinstance(spec, FactsDataset):
+        return f"{dataset_id(spec.model_copy(update={'seed': spec.seed - first_seed}))}@{first_seed}"
+    if first_seed and isinstance(spec, GeneratedSplits) and spec.test_seed == first_seed:
+        return f"{dataset_id(spec.model_copy(update={'test_seed': None}))}@{first_seed}"
+    return dataset_id(spec)
 
 
 @cache

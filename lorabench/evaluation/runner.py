@@ -22,6 +22,7 @@ import pyarrow as pa
 from lorabench.config.execution import Evaluation
 from lorabench.config.fields import SamplerName
 from lorabench.config.inputs import ModelSpec, PathModel
+from lorabench.data.identity import id_of_test
 from lorabench.data.tokens import template_key
 from lorabench.errors import UserError
 from lorabench.evaluation import catalog
@@ -91,7 +92,9 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
         if record is not None:
             about |= {"run_id": record["run_id"], **{name: record["spec"].get(name) for name in _ARM}}
             about |= {name: record["outcome"].get(name) for name in ("final_test_nll", "final_reward")}
-        rows = [about | row for row in scores]
+        sources, first_seed = layout.preset.sources, layout.preset.first_seed
+        data = {name: id_of_test(spec, first_seed) for name, spec in sources.items()}
+        rows = [about | row | {"test_data": data.get(row["source"])} for row in scores]
     write_table(pa.Table.from_pylist(samples, schema=SAMPLES), layout.samples(job))
     write_table(pa.Table.from_pylist(rows, schema=EVALS), layout.evals(job))
 

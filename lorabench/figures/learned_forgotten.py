@@ -109,8 +109,10 @@ def _mean(scores: pd.DataFrame, own: bool = False) -> tuple[pd.Series[float], pd
     """
     on_own_data = scores["source"].eq(scores["dataset"])
     scores = scores[on_own_data] if own and on_own_data.any() else scores
-    values = scores.pivot(index="key", columns="task", values="value").dropna()
-    stderrs = scores.pivot(index="key", columns="task", values="stderr").reindex(values.index)
+    # A base has a score on the test data of each batch of its runs.
+    means = scores.groupby(["key", "task"], as_index=False)[["value", "stderr"]].mean()
+    values = means.pivot(index="key", columns="task", values="value").dropna()
+    stderrs = means.pivot(index="key", columns="task", values="stderr").reindex(values.index)
     error = np.sqrt((stderrs**2).sum(axis="columns", skipna=False)) / max(1, len(values.columns))
     names = ["task", "metric", "filter"]
     tasks = scores[names].fillna("none").drop_duplicates().sort_values(names)

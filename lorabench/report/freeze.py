@@ -3,12 +3,16 @@
 `freeze` writes down the rules, the seeds, the data and the verdicts that are expected of a preset, in a file that is
 committed before the runs. `check_kept` refuses runs that were made before, with changed code, or by other rules than
 the frozen ones. `came_out_again` sets the expected verdicts beside those of the runs.
+
+Each batch of seeds of a design is frozen in a file of its own before it is run, and `batches_of` says which batches of
+runs count as registered by these files.
 """
 
 from __future__ import annotations
 
 import subprocess
 from datetime import UTC, datetime
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +21,17 @@ import yaml
 from pydantic import Field, ValidationError
 
 from lorabench.analysis.rules import DECIDED
+from lorabench.claims.batches import SEEDS, Batch, Status
 from lorabench.claims.rules_hash import rules_sha256
 from lorabench.config.fields import Strict
 from lorabench.config.inputs import FactsDataset, GeneratedSplits
+from lorabench.config.loading import split_name
 from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.runs import PROTOCOL_VERSION, next_runs, validation_loss
+from lorabench.store.io import read_claims, table_path
 from lorabench.store.layout import Layout
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path, digest
@@ -60,6 +67,8 @@ class Frozen(Strict):
     protocol_version: int
     preset_sha256: str
     rules_sha256: str
+    by: str = ""
+    """Who froze it, by the name that git knows; empty in older files."""
     seeds: list[int]
     data: dict[str, FrozenData]
     expected: dict[str, Expected]
@@ -67,6 +76,16 @@ class Frozen(Strict):
     was explored."""
     notes: list[str] = Field(default_factory=list)
     """Remarks of a person."""
+
+
+FROZEN = Path("workflow/frozen")
+"""The folder of the files, from the root of the repository or from a folder of one's own."""
+
+
+def frozen_path(preset: str) -> Path:
+    """Return the file of what is fixed of a preset with its first seed; that of the first batch has the bare name."""
+    name, first_seed = Layout.of(preset).name, split_name(preset)[1]
+    return FROZEN / f"{split_name(name)[0] if first_seed == SEEDS else name}.yaml"
 
 
 def preset_sha256(preset: Preset) -> str:
@@ -83,15 +102,27 @@ def preset_sha256(preset: Preset) -> str:
     return digest(stated, 64)
 
 
-def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None = None) -> Frozen:
+def freeze(
+    preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None = None, earlier: Frozen | None = None
+) -> Frozen:
     """Return what is fixed of a preset, named with a first seed above those that were explored.
 
     `claims` is the table of the explored runs, judged by the rules of today (else UserError), or None if the preset
-    never ran; `power` is that of `python -m benchmarks.calibration --preset`, or None.
+    never ran; `power` is that of `python -m benchmarks.calibration --preset`, or None. What is expected of a further
+    batch is what was expected of an `earlier` one.
+
+    Raises:
+        UserError: the first seed is 0; the batch before was neither frozen nor run; or the batch has too many seeds.
     """
     stated = Layout.of(preset).preset
     if not stated.first_seed:
         raise UserError(f"preset {preset!r} has the first seed 0, which was explored; give another, such as 100")
+    seeds = sorted({row["seed"] for row in make_plan(stated).rows()})
+    if seeds[-1] // SEEDS > stated.first_seed // SEEDS:
+        raise UserError(f"preset {preset!r} has the seeds up to {seeds[-1]}; a batch has at most {SEEDS} seeds")
+    number, name = stated.first_seed // SEEDS, split_name(preset)[0]
+    if number > 1 and not _is_used(before := f"{name}@{(number - 1) * SEEDS}"):
+        raise UserError(f"batch {number} of {name} waits for batch {number - 1}: freeze {before} first")
     rules = rules_sha256(stated.margins, stated.predictions or {})
     explored = pd.DataFrame(columns=["claim_id", "verdict", "kind", "rules"]) if claims is None else claims
     if judged_by := _other_rules(explored, rules):
@@ -110,20 +141,27 @@ def freeze(preset: str, claims: pd.DataFrame | None, power: pd.DataFrame | None 
     data = {}
     for name, spec in stated.sources.items():
         test = "other examples than the explored"
-        if claims is None:
+        if earlier is not None and name in earlier.data:
+            test = earlier.data[name].test
+        elif claims is None:
             test = "no examples were explored"
         elif not (isinstance(spec, FactsDataset) or (isinstance(spec, GeneratedSplits) and spec.test_seed is not None)):
             test = "the explored examples"
         data[name] = FrozenData(id=dataset_id(spec), test=test)
+    notes = [] if earlier is None else [f"What is expected is what was expected of {earlier.preset}."]
+    if earlier is not None:
+        expected = earlier.expected
     return Frozen(
         preset=preset,
         date=datetime.now(UTC).date().isoformat(),
         protocol_version=PROTOCOL_VERSION,
         preset_sha256=preset_sha256(stated),
         rules_sha256=rules,
-        seeds=sorted({row["seed"] for row in make_plan(stated).rows()}),
+        by=(_git(Path(), "config", "user.name") or "").strip(),
+        seeds=seeds,
         data=data,
         expected=expected,
+        notes=notes,
     )
 
 
@@ -153,6 +191,94 @@ def read_frozen(path: Path) -> Frozen:
         return Frozen.model_validate(read_yaml(path))
     except ValidationError as error:
         raise UserError(f"{path} is not as `lorabench freeze` writes it: {error.errors()[0]}") from error
+
+
+def _is_used(preset: str) -> bool:
+    """Return whether a batch was frozen or run."""
+    return frozen_path(preset).is_file() or Layout.of(preset).root.is_dir()
+
+
+def is_registered(preset: str) -> bool:
+    """Return whether a preset with its first seed was frozen with its data as it is, by the rules of today."""
+    path, stated = frozen_path(preset), Layout.of(preset).preset
+    if not path.is_file():
+        return False
+    frozen = read_frozen(path)
+    fixed = frozen.protocol_version, frozen.preset_sha256, frozen.rules_sha256
+    today = PROTOCOL_VERSION, preset_sha256(stated), rules_sha256(stated.margins, stated.predictions or {})
+    data = {name: about.id for name, about in frozen.data.items()}
+    return fixed == today and data == {name: dataset_id(spec) for name, spec in stated.sources.items()}
+
+
+def registered(name: str, n: int) -> list[str]:
+    """Return the first batches of a preset that are registered, or that are to be, each with its first seed."""
+    batches: list[str] = []
+    number = 1
+    while len(batches) < n:
+        batch = f"{name}@{number * SEEDS}"
+        # Batches that were run unregistered, or by other rules, are left out, as long as none counts.
+        if batches or is_registered(batch) or not _is_used(batch):
+            batches.append(batch)
+        number += 1
+    return batches
+
+
+def register(name: str, batch: str) -> Path | None:
+    """Freeze a batch of a preset before its runs if it is not registered; return the file that is new, if any.
+
+    What is expected of it is what was expected of the batch before, or else the verdicts of the explored runs here by
+    the rules of today. UserError says that the batch was run or frozen by other rules.
+    """
+    if is_registered(batch):
+        return None
+    if _is_used(batch):
+        raise UserError(f"{batch} was run before it was registered, or registered by other rules or for another design")
+    explored, stated = Layout.of(name), Layout.of(batch).preset
+    number, claims = _batch_number(batch), None
+    before = f"{name}@{(number - 1) * SEEDS}"
+    earlier = read_frozen(frozen_path(before)) if number > 1 and is_registered(before) else None
+    if any(table_path(folder, "claims") for folder in (explored.tables(), explored.published)):
+        claims = pd.DataFrame(columns=["claim_id", "verdict", "kind", "rules"])
+        if table_path(explored.tables(), "claims"):
+            judged = read_claims(explored.tables())
+            by_today = not _other_rules(judged, rules_sha256(stated.margins, stated.predictions or {}))
+            claims = judged if by_today else claims
+    path = frozen_path(batch)
+    write_frozen(freeze(batch, claims, earlier=earlier), path)
+    return path
+
+
+def _batch_number(preset: str) -> int:
+    return (split_name(preset)[1] or 0) // SEEDS
+
+
+def batches_of(name: str, runs: pd.DataFrame) -> list[Batch]:
+    """Return the batches of a preset that have runs in a table, or were frozen or run here, in ascending order."""
+    batches: list[Batch] = []
+    counted, number_of = 0, runs["seed"].astype(int) // SEEDS
+    numbers = {*number_of, *([0] if Layout.of(name).tables().is_dir() else [])}
+    numbers |= set(takewhile(lambda number: _is_used(f"{name}@{number * SEEDS}"), count(1)))
+    for number in sorted(numbers):
+        preset, own = f"{name}@{number * SEEDS}", runs[number_of == number]
+        path, about = frozen_path(preset), ""
+        status: Status = "unregistered"
+        if not number:
+            status, about = "explored", "explored"
+        elif not path.is_file():
+            about = "unregistered"
+        elif not is_registered(preset):
+            status, about = "explored", f"registered by other rules or for another design in {path}"
+        elif own.empty:
+            status, about = "waiting", "without runs"
+        elif "started" in own and (own["started"].dropna().str[:10] < read_frozen(path).date).any():
+            about = "run before it was registered"
+        elif number > (due := counted + 1 if counted else _batch_number(registered(name, 1)[0])):
+            status, about = "waiting", f"waits for batch {due}"
+        else:
+            counted, frozen = number, read_frozen(path)
+            status, about = "registered", f"registered on {frozen.date}" + f" by {frozen.by}" * bool(frozen.by)
+        batches.append(Batch(number, status, about))
+    return batches
 
 
 def check_kept(frozen: Frozen, path: Path, layout: Layout, runs: pd.DataFrame, claims: pd.DataFrame) -> str:

@@ -21,10 +21,10 @@ JUDGED = ("runs", "curves", "test_losses", "counts", "compute")
 
 
 def write_claims(
-    tables: Path, out: Path, margins: Margins | None, predictions: Predictions | None, noise: Noise | None = None
+    folders: list[Path], out: Path, margins: Margins | None, predictions: Predictions | None, noise: Noise | None = None
 ) -> pd.DataFrame:
-    """Judge the claims on the tables of a folder (see `judge_claims`), and write the tables `claims` and `optima`."""
-    read, made_from = Tables.read(tables), of_tables([tables], JUDGED, rules_sha256(margins, predictions))
+    """Judge the claims on the tables of folders (see `judge_claims`), and write the tables `claims` and `optima`."""
+    read, made_from = Tables.read(*folders), of_tables(folders, JUDGED, rules_sha256(margins, predictions))
     judged = judge_claims(read, margins=margins, noise=noise, predictions=predictions)
     write_frame(judged, "claims", out, made_from=made_from)
     if len(optima := measured_optima(read)):

@@ -192,8 +192,8 @@ def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
 
 def inputs(runs: pd.DataFrame) -> Records:
     """Return the hashes of model, data, tokenizer and chat template, once for each combination."""
-    hashes = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha256"]
-    return runs[["model", "dataset", *hashes]].drop_duplicates().to_dict("records")
+    hashes = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha256", "test_data"]
+    return runs.reindex(columns=["model", "dataset", *hashes]).drop_duplicates().to_dict("records")
 
 
 def dataset_origins(layout: Layout) -> list[dict[str, Any]]:

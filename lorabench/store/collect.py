@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from lorabench.config.inputs import HubDataset, HubModel, ModelSpec, TinyModel
 from lorabench.config.preset import Preset
-from lorabench.data.identity import has_groups
+from lorabench.data.identity import has_groups, id_of_test
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
@@ -78,6 +78,8 @@ def collect(jobs: list[Path], out: Path, plan: Plan, layout: Layout) -> None:
         rows = entries(table, "test_losses", RUN_TEST_LOSSES)
         # The runs of a job have the same model and dataset.
         model, dataset = (table[name][0].as_py() if len(table) else None for name in ("model", "dataset"))
+        test_data = id_of_test(layout.preset.sources[dataset], layout.preset.first_seed) if dataset else None
+        rows = rows.append_column("test_data", pa.repeat(pa.scalar(test_data, pa.string()), len(rows)))
         groups = test_groups(layout, model, dataset) if model and dataset else None
         if groups is None:
             return rows.append_column("group", pa.nulls(len(rows), pa.string()))
@@ -91,7 +93,7 @@ def collect(jobs: list[Path], out: Path, plan: Plan, layout: Layout) -> None:
     points = pa.concat_tables(entries(read_parquet(path, curves), "curve", CURVES) for path in jobs)
     write_table(points, out / "curves.parquet", made_from)
     write_csv(points.to_pandas(), out / "curves.csv")
-    test_losses = pa.concat_tables(map(losses_of, jobs)).cast(TEST_LOSSES)
+    test_losses = pa.concat_tables(losses_of(path).select(TEST_LOSSES.names) for path in jobs).cast(TEST_LOSSES)
     write_table(test_losses, out / "test_losses.parquet", made_from)
 
 
@@ -133,8 +135,10 @@ def with_unrecorded(table: pa.Table, preset: Preset) -> pa.Table:
         "schedule": pa.array([protocol.get("schedule", "constant") for protocol in protocols], pa.string()),
     }
     kinds = {name: source.kind for name, source in preset.sources.items()}
+    test_data = {name: id_of_test(source, preset.first_seed) for name, source in preset.sources.items()}
     base_kinds = {name: base_kind(model) for name, model in preset.models.items()}
     columns["data_kind"] = pa.array(map(kinds.get, table["dataset"].to_pylist()), pa.string())
+    columns["test_data"] = pa.array(map(test_data.get, table["dataset"].to_pylist()), pa.string())
     columns["base_kind"] = pa.array(map(base_kinds.get, table["model"].to_pylist()), pa.string())
     for name, values in columns.items():
         table = table.set_column(table.schema.get_field_index(name), name, values)

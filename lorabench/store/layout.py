@@ -52,6 +52,10 @@ class Layout:
         """Return the folder of the tidy tables, of one experiment or of all."""
         return self.root / "tables" / experiment if experiment else self.root / "tables"
 
+    def batches(self, claims: str) -> Path:
+        """Return the folder of the verdicts on batches of the preset together, of `all` claims or of some by name."""
+        return self.root / "batches" / claims
+
     def dataset(self, dataset: str) -> Path:
         """Return the file of a dataset or a problem set."""
         return self.root / "data" / f"{dataset}.{dataset_id(self.preset.sources[dataset])}.parquet"

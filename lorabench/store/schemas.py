@@ -132,6 +132,8 @@ RUNS = _schema(
     string git_dirty_patch: hash of the code's uncommitted changes (see `patches/`)
     string versions: versions of packages, as JSON
     string model_sha256 dataset_sha256 tokenizer_sha256 template_sha256: hashes of the run's inputs
+    string test_data: what identifies the test examples: a hash of the dataset's rules, followed by `@100` where the
+        first seed 100 gives it other test examples than the first seed 0; null in older tables
     string protocol: optimizer, precision and similar settings, as JSON
     """
 )
@@ -159,6 +161,7 @@ TEST_LOSSES = _schema(
     int32 tokens: scored tokens of the example; in RL 1
     string group: what the example shares with others, such as its package: the error from test examples is that of
         groups. Null where each example is its own group, and in older tables
+    string test_data
     """,
     like=RUNS,
 )
@@ -211,6 +214,7 @@ EVALS = _schema(
     string about: `learned`: the task measures what fine-tuning teaches; `forgotten`: what it may lose
     string task: lm-eval's name of the task
     string source: the dataset or problem set that a task of this project reads; null for others
+    string test_data: what identifies the examples of the source; null for others and in older tables
     string metric: lm-eval's name of the metric
     string filter: lm-eval's name of the rule that extracts an answer from the text (`strict-match`,
         `flexible-extract`), `none` if the task has none
@@ -291,6 +295,19 @@ VERDICTS_BY_MARGIN = _schema(
     like=CLAIMS,
 )
 
+CLAIMS_BY_BATCH = _schema(
+    """
+    string claim_id
+    int64 batches: how many registered batches were judged together
+    string verdict: what these batches alone say, whatever was decided before
+    float64 margin_low margin_high
+    float64 estimate
+    float64 ci_low ci_high: ends of the estimate's 95% interval; those after all batches hold together
+    float64 spent: what these looks have spent of the level of 5%
+    """,
+    like=CLAIMS,
+)
+
 PRESET = _schema(
     "string preset: the preset of the row; `@` and a number after its name: on held-out seeds from that one"
 )
@@ -314,6 +331,7 @@ SCHEMAS = {
     "evals": EVALS,
     "claims": CLAIMS,
     "verdicts_by_margin": VERDICTS_BY_MARGIN,
+    "claims_by_batch": CLAIMS_BY_BATCH,
 }
 """The columns of each tidy table, by its name."""
 

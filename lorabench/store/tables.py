@@ -25,14 +25,15 @@ KEYS = {
     "curves": ["run_id", "step", "split", "metric"],
     "compute": ["model", "method", "rank", "placement", "batch_size", "sequence_length", "device", "threads"],
     "counts": ["architecture", "placement", "part", "rank", "include_unembedding"],
-    "evals": [*_SCORE.split(), "template_sha256"],
+    "evals": [*_SCORE.split(), "template_sha256", "test_data"],
     "test_losses": ["run_id", "example"],
 }
 """The columns that identify a row of each table."""
 
 _MACHINE = "wall_s peak_mem_bytes device threads host started git_sha git_dirty_patch versions"
-MAY_DIFFER = {"runs": _MACHINE.split(), "compute": ["step_s", "peak_mem_bytes"], "evals": ["versions"]}
-"""Columns that describe the machine, in which rows may differ; the first folder's values are kept."""
+MAY_DIFFER = {"runs": _MACHINE.split(), "compute": ["step_s", "peak_mem_bytes"], "evals": ["versions", "task_config"]}
+"""Columns that describe the machine, as paths in a task's configuration do. Rows may differ in them, and the first
+folder's values are kept."""
 
 REMARK = "remark_on_losses"
 """The column of `runs` with what a reader of a verdict should know about a run's losses; null for nothing."""
@@ -135,7 +136,8 @@ def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
     columns = [field.name for field in SCHEMAS[name] if any(field.name in frame for frame in frames.values())]
     keys = [key for key in KEYS[name] if key in columns or name in ("runs", "curves", "test_losses")]
     for folder, frame in frames.items():
-        if missing := [key for key in keys if key not in frame]:
+        # Older tables do not identify their test data.
+        if missing := [key for key in keys if key not in frame and key != "test_data"]:
             raise UserError(f"the table {name} in {folder} has no column {', '.join(missing)}")
     whole = pd.concat(list(frames.values()), ignore_index=True)
     folders = np.repeat([str(folder) for folder in frames], [len(frame) for frame in frames.values()])

@@ -92,6 +92,26 @@ def test_groups_are_read_from_the_table_and_those_of_one_group_have_no_error():
     assert ExampleLosses.of(table).influences(["a", "b"]) is None
 
 
+def test_the_error_from_test_examples_is_averaged_over_splits_and_that_of_a_shared_split_is_not():
+    losses, ids = np.array([1.0, 2.0, 4.0, 9.0]), ["a", "b"]
+    runs = [{"run_id": run, "example": n, "loss": loss, "tokens": 2} for run in ids for n, loss in enumerate(losses)]
+    table, one = pd.DataFrame(runs), np.var(losses / 2, ddof=1) / 4
+
+    def of_mean(test_data, groups=None):
+        examples = ExampleLosses.of(table.assign(test_data=np.repeat(test_data, 4), group=groups))
+        assert examples.n_examples(ids) == 4 * len(examples.splits(ids))
+        return float((examples.influences(ids).mean(0) ** 2).sum())
+
+    assert of_mean(["x@100", "x@200"]) == pytest.approx(one / 2)
+    # Groups of the same name in two splits are others.
+    assert of_mean(["x@100", "x@200"], ["p", "p", "q", "q"] * 2) == pytest.approx(np.var([0.75, 3.25], ddof=1) / 4)
+    # The same examples err together, and so may those of which it is not known.
+    assert [of_mean(same) for same in (["x", "x"], [None, "x"])] == pytest.approx([one] * 2)
+    other = table.assign(test_data=np.repeat(["x", "x@100"], 4), tokens=[2] * 4 + [3] * 4)
+    assert ExampleLosses.of(other).influences(ids).shape == (2, 8)
+    assert ExampleLosses.of(other.drop(columns="test_data")).influences(ids) is None
+
+
 def test_only_what_all_runs_of_an_arm_share_is_left():
     random, n = np.random.default_rng(0), 400
     design = np.kron(np.eye(2), np.ones((6, 1)))  # the means of two arms of six runs

@@ -52,6 +52,10 @@ ELSEWHERE = {
         ("lorabench freeze", "git ", "lorabench run long_runs@100", "python workflow/scripts/"),
         "they need finished runs; tests/report/test_freeze.py and tests/scripts do what they do",
     ),
+    **dict.fromkeys(
+        ("lorabench decide", "lorabench run laptop --batches", "lorabench claims --preset laptop --tables"),
+        "they need runs; tests/cli/test_batches.py does what they do",
+    ),
     "lorabench evidence --out": "the next command of that name does the same with a table more",
     'pip install "lora-advice': "the suite's tests have it installed",
     "snakemake doctor": "it trains nothing; tests/workflow/test_slurm_profile.py plans it",
@@ -96,7 +100,7 @@ def test_every_command_is_run_here_or_named():
 
 
 def test_commands_in_the_text_exist_with_their_options():
-    """`run` and `step` pass options on."""
+    """`run`, `decide` and `step` pass options on."""
     commands = get_command(app).commands | get_command(advice).commands
     known = {name: {option for each in command.params for option in each.opts} for name, command in commands.items()}
     wrong = []
@@ -106,7 +110,7 @@ def test_commands_in_the_text_exist_with_their_options():
         inline = re.findall(r"`([^`]+)`", re.sub(fence, "", text, flags=re.M | re.S))
         for line in [*lines, *(" ".join(code.split()) for code in inline)]:
             for name, rest in re.findall(r"^(?:lorabench|lora-advice) ([a-z-]+)([^#|]*)", line):
-                options = set() if name in ("run", "step") else set(re.findall(r"--[a-z-]+", rest))
+                options = set() if name in ("run", "decide", "step") else set(re.findall(r"--[a-z-]+", rest))
                 if name not in known or options - known[name]:
                     wrong.append(f"{page.name}: {line}")
     assert wrong == []

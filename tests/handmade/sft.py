@@ -6,7 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
+
+from lorabench.store.tables import Tables
 
 LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
@@ -99,3 +102,24 @@ def typed(runs: pd.DataFrame, curves: pd.DataFrame) -> tuple[pd.DataFrame, pd.Da
         {name: "Int64" for name in INTEGERS if name in runs} | {name: float for name in FLOATS if name in runs}
     )
     return runs, curves.astype({"step": "Int64", "value": float})
+
+
+def batches(gaps: dict[int, float], sigma: float = 0.002, spread: float = 0.0, shared: bool = False) -> Tables:
+    """Make the tables of batches, by number, with the gap of LoRA to FullFT in each beyond what test examples do to an
+    arm, which have a standard deviation and may be those of all batches."""
+    runs, curves, losses, noise = [], [], [], np.random.default_rng(5)
+    of_all = noise.normal(0, spread, (2, 100))
+    for number, gap in gaps.items():
+        of_batch = of_all if shared else noise.normal(0, spread, (2, 100))
+        for rank, effects in zip((None, 64), of_batch, strict=True):
+            floor = 2.0 + (gap if rank else 0.0) + effects.mean()
+            own, points = arm(rank, optimum=1e-3, floor=floor, offsets=noise.normal(0, sigma, 5))
+            for row in [*own, *points]:
+                row["run_id"] += f"@{number}"
+            for run in own:
+                run["seed"] += 100 * number
+                means = run["final_test_nll"] + effects - effects.mean()
+                about = {"run_id": run["run_id"], "tokens": 1, "test_data": "data" if shared else f"data@{number}00"}
+                losses += [about | {"example": example, "loss": mean} for example, mean in enumerate(means)]
+            runs, curves = [*runs, *own], [*curves, *points]
+    return Tables(*typed(pd.DataFrame(runs), pd.DataFrame(curves)), test_losses=pd.DataFrame(losses))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,19 @@ from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.report import freeze as freezing
-from lorabench.report.freeze import came_out_again, check_kept, freeze, read_frozen, summary_of, write_frozen
+from lorabench.report.freeze import (
+    batches_of,
+    came_out_again,
+    check_kept,
+    freeze,
+    frozen_path,
+    is_registered,
+    read_frozen,
+    register,
+    registered,
+    summary_of,
+    write_frozen,
+)
 from lorabench.runs import finished_losses
 from lorabench.store.io import write_frame
 from lorabench.store.layout import Layout
@@ -97,8 +110,11 @@ def test_the_command_takes_the_explored_verdicts_of_the_runs_here(kept: SimpleNa
     assert read_frozen(kept.path).data["instruct"].test == "no examples were explored"
     write_frame(kept.claims, "claims", Layout.of(kept.preset).tables())
     assert "mine has verdicts in results/mine/tables" in command(kept.preset, "--unexplored")
+    # A further batch of seeds has a file of its own, and expects what the batch before does.
     assert f"run: lorabench run {kept.preset}@200" in command(f"{kept.preset}@200")
-    assert read_frozen(kept.path).seeds == [200, 201]
+    further = read_frozen(kept.path.with_name("mine@200.yaml"))
+    assert (further.seeds, further.expected) == ([200, 201], read_frozen(kept.path).expected)
+    assert "mine.yaml waits for batch 4: freeze " in command(f"{kept.preset}@500")
     # Published verdicts of an earlier design do not count as explored.
     explored = Layout.of(kept.preset)
     shutil.rmtree(explored.tables())
@@ -159,3 +175,34 @@ def test_verdicts_that_come_out_again_are_counted_among_the_decided_ones(kept: S
     assert again["held_out"].tolist()[:2] == ["confirmed", "inconclusive"]
     assert again["again"].isna().all()
     assert summary_of(again) == "2 of 3 verdicts are decided, by rules fixed before any run"
+
+
+def test_batches_count_that_were_registered_before_their_runs_without_a_gap(kept: SimpleNamespace):
+    name, started = kept.preset, datetime.now(UTC).isoformat()
+
+    def statuses(*numbers: int, day: str = started) -> dict[int, str]:
+        seeds = pd.DataFrame({"seed": [100 * number for number in numbers], "started": day})
+        return {batch.number: batch.status for batch in batches_of(name, seeds)}
+
+    assert (is_registered(f"{name}@100"), is_registered(f"{name}@200")) == (True, False)
+    assert statuses(0, 1, 2) == {0: "explored", 1: "registered", 2: "unregistered"}
+    register(name, f"{name}@200")
+    register(name, f"{name}@300")
+    assert register(name, f"{name}@300") is None
+    assert statuses(0, 1, 2, 3) == {0: "explored", 1: "registered", 2: "registered", 3: "registered"}
+    # Batch 3 waits for the runs of batch 2, and none of batch 1 can be left out.
+    assert statuses(1, 3) == {1: "registered", 2: "waiting", 3: "waiting"}
+    assert statuses(2) == {1: "waiting", 2: "waiting", 3: "waiting"}
+    assert statuses(1, day="2026-01-01")[1] == "unregistered"
+    assert registered(name, 4) == [f"{name}@{seed}" for seed in (100, 200, 300, 400)]
+    # Batches by other rules do not count, and the next ones begin anew.
+    for number in (1, 2, 3):
+        path = frozen_path(f"{name}@{100 * number}")
+        path.write_text(path.read_text().replace(kept.rules, "another"))
+    assert statuses() == {1: "explored", 2: "explored", 3: "explored"}
+    with pytest.raises(UserError, match="@300 was run before it was registered, or registered by other rules"):
+        register(name, f"{name}@300")
+    assert registered(name, 2) == [f"{name}@400", f"{name}@500"]
+    register(name, f"{name}@400")
+    assert statuses(4) == {1: "explored", 2: "explored", 3: "explored", 4: "registered"}
+    assert read_frozen(frozen_path(f"{name}@400")).expected == {}

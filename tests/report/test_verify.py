@@ -54,7 +54,7 @@ def make_all(layout: Layout) -> None:
     for where, jobs in ((tables, plan.jobs), (layout.tables("rank"), plan.jobs_of("rank"))):
         collect.collect([layout.job(job) for job in jobs], where, plan, layout)
     write_frame(counts_table(), "counts", tables)
-    write_claims(tables, tables, margins, {})
+    write_claims([tables], tables, margins, {})
     write_verdicts_by_margin(tables, margins, {})
     save_figure(NAME, FIGURES[NAME].folders(layout), layout.figures)
     page.build(plan, layout, "mine.yaml", layout.report)

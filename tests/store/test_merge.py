@@ -7,7 +7,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lorabench.config.loading import load_preset
+from lorabench.data.identity import dataset_id, id_of_test
 from lorabench.errors import UserError
+from lorabench.figures.catalog import save_figure
 from lorabench.store.io import write_csv
 from lorabench.store.tables import Tables, merge
 
@@ -107,3 +110,52 @@ def test_columns_may_be_missing_on_one_side(tmp_path):
     assert result.loc[both, "alpha"].tolist() == pytest.approx(whole.loc[both, "alpha"].tolist(), nan_ok=True)
     assert result.loc[only_a, "alpha"].isna().all()
     assert result.loc[only_a, "experiments"].tolist() == [[]] * 4
+
+
+def batch(folder: Path, number: int, test_data: str, **columns: str) -> Path:
+    """Write the tables of a batch of runs, whose dataset differs in its test examples and whose base was evaluated."""
+    first = 100 * number
+    runs = runs_table([make_run(8, lr, first + n) for lr in (1e-3, 3e-3) for n in range(2)])
+    runs = runs.assign(dataset_sha256=f"file {number}", test_data=test_data, **columns)
+    scores = [make_eval("base", number / 8), make_eval(8, 0.5, run_id=runs["run_id"].iloc[0], seed=first)]
+    losses = TEST_LOSSES.assign(run_id=runs["run_id"].iloc[0], example=range(len(TEST_LOSSES)), test_data=test_data)
+    evals = evals_table(scores).assign(test_data=test_data)
+    # A task whose data no seed changes, read from the batch's own folder.
+    shared = {"task": "wikitext", "about": "forgotten", "source": None, "test_data": None}
+    other = evals_table([make_eval("base", 0.5, task_config=f"{folder}/{number}", **shared)])
+    evals = pd.concat([evals, other], ignore_index=True)
+    return write(folder / str(number), runs=runs, evals=evals, test_losses=losses)
+
+
+def test_batches_of_seeds_are_merged_with_the_scores_of_the_base_on_the_test_examples_of_each(tmp_path):
+    tables = merged(batch(tmp_path, 1, "data@100"), batch(tmp_path, 2, "data@200"))
+    assert tables.runs["seed"].tolist() == [100, 101, 100, 101, 200, 201, 200, 201]
+    base = tables.evals[tables.evals["method"].isna() & tables.evals["source"].notna()]
+    assert (tables.evals["task"] == "wikitext").sum() == 1
+    assert base[["value", "test_data"]].to_numpy().tolist() == [[0.125, "data@100"], [0.25, "data@200"]]
+    save_figure("learned_forgotten", [tmp_path / "1", tmp_path / "2"], tmp_path / "figures")
+    plotted = pd.read_csv(tmp_path / "figures/learned_forgotten.csv")
+    assert plotted.loc[plotted["arm"] == "base", "learned"].tolist() == pytest.approx([0.1875])
+
+
+@pytest.mark.parametrize("test_data", ["other@200", "data@100", None])
+def test_other_data_under_one_name_are_no_batch(tmp_path, test_data):
+    folders = [batch(tmp_path, 1, "data@100"), batch(tmp_path, 2, test_data)]
+    (folders[1] / "evals.parquet").unlink()
+    with pytest.raises(UserError, match="runs of instruct have different datasets under one name"):
+        merged(*folders)
+
+
+def test_an_older_table_of_evaluations_does_not_identify_its_data(tmp_path):
+    older = write(tmp_path / "older", evals=BASE.drop(columns="test_data"))
+    newer = write(tmp_path / "newer", evals=BASE.assign(value=0.2, test_data="data@100"))
+    assert merged(older, newer).evals["value"].tolist() == [0.1, 0.2]
+
+
+def test_test_examples_are_identified_by_the_first_seed_where_they_depend_on_it():
+    explored, held_out = load_preset("laptop"), load_preset("laptop@100")
+    for name, spec in explored.sources.items():
+        assert id_of_test(spec, 0) == dataset_id(spec)
+        assert id_of_test(held_out.sources[name], 100) == f"{dataset_id(spec)}@100"
+    [docstrings] = [spec for spec in load_preset("overnight@100").sources.values() if spec.kind == "docstrings"]
+    assert id_of_test(docstrings, 100) == dataset_id(docstrings)

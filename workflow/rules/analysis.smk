@@ -5,6 +5,7 @@ localrules:
     counts,
     claims,
     verdicts_by_margin,
+    decide,
 
 
 rule plan:
@@ -124,3 +125,24 @@ rule verdicts_by_margin:
         preset=PRESET,
     shell:
         "HF_HUB_OFFLINE=1 lorabench step verdicts-by-margin --preset {params.preset:q} 2> >(tee {log:q} >&2)"
+
+
+# The claims that the folder names, such as B2_E1, are decided batch after batch, each by a Snakemake of its own; those
+# that the budget leaves open are gone on with by --force.
+rule decide:
+    output:
+        LAYOUT.root / "batches/{claims}/index.html",
+    log:
+        LAYOUT.root / "logs/decide.{claims}.log",
+    wildcard_constraints:
+        claims="[A-Z0-9_]+",
+    conda:
+        "../envs/lorabench.yaml"
+    params:
+        preset=PRESET,
+        claims=lambda wildcards: wildcards.claims.split("_"),
+        budget=config.get("budget", "1h"),
+        options=config.get("options", f"--cores {workflow.cores}"),
+    shell:
+        "lorabench decide {params.claims} --preset {params.preset:q} --budget {params.budget:q} {params.options} "
+        "2> >(tee {log:q} >&2)"

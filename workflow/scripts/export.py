@@ -41,6 +41,7 @@ MEANINGS = {
     "evals": "Scores of lm-eval: one row per evaluated model, task, metric and filter.",
     "claims": "One row per claim of the paper.",
     "verdicts_by_margin": "One row per tested claim and size of the margins: what they would decide.",
+    "claims_by_batch": "One row per claim and number of batches that were judged together.",
 }
 """A sentence on each tidy table, by its name."""
 
