@@ -118,7 +118,7 @@ def _preset(folder: Path, source: str, work: Path, say: Callable[[str], None]) -
         yield from _again(base, tables, ["counts"], write_frame, counts_table(), "counts", tables)
         say("judging the claims again")
         margins, predictions = layout.preset.margins, layout.preset.predictions or {}
-        yield from _again(base, tables, ["claims", "optima"], write_claims, tables, tables, margins, predictions)
+        yield from _again(base, tables, ["claims", "optima"], write_claims, [tables], tables, margins, predictions)
         say("judging them by other margins again")
         yield from _again(base, tables, ["verdicts_by_margin"], write_verdicts_by_margin, tables, margins, predictions)
         say("drawing the figures again")
@@ -145,7 +145,7 @@ def _tables_alone(folder: Path, preset: str | None, work: Path, say: Callable[[s
             say("judging the claims again")
             margins, predictions = (None, None) if stated is None else (stated.margins, stated.predictions or {})
             judged = ["claims", "optima"]
-            yield from _again(folder, Path(), judged, write_claims, folder, Path(), margins, predictions)
+            yield from _again(folder, Path(), judged, write_claims, [folder], Path(), margins, predictions)
         say("drawing the figures again")
         for figure in FIGURES.values():
             if (folder / f"{figure.name}.svg").is_file():
