@@ -119,7 +119,7 @@ def test_a_sweep_that_does_not_bound_its_optimum_names_the_next_learning_rate_an
     assert "best LR at the edge of its grid" not in api.fit_lr(diverged).problems
     once = sweep(2e-4, seeds=1).drop(columns="seed")
     assert api.fit_lr(once).problems == ("1 paired seeds, 3 needed",)
-    lent = api.fit_lr(once, Noise(0.002, 2, "elsewhere"))
+    lent = api.fit_lr(once, Noise(0.001, 2, "elsewhere"))
     assert (lent.lr_low < lent.lr < lent.lr_high, lent.problems) == (True, ())
 
 

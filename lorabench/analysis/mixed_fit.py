@@ -161,7 +161,9 @@ def fit_mixed(rows: FitRows, known: tuple[float, int] | None = None) -> MixedFit
         order=order,
         weights=weights,
         shifts=(solved.coefficients - means)[:, order],
-        roots=cholesky_root((variances[:, None, None] * solved.covariances)[:, order][:, :, order]),
+        roots=cholesky_root(
+            (solved.covariances * np.maximum(variances, model.least)[:, None, None])[:, order][:, :, order]
+        ),
         dof=dof,
         sizes=weights @ sizes,
         sigma=math.sqrt(float(weights @ (variances * _own_variance(sizes, arms)))),
@@ -251,7 +253,8 @@ class _Model:
             for _ in range(1 if known else 3):
                 root = np.linalg.cholesky(noise + of_curves / np.maximum(variances, self.least)[:, None, None])
                 squares = (np.linalg.solve(root, left[:, None]) ** 2).sum((1, 2))
-                variances = variances if known else squares / len(left)
+                # Losses that lie on a parabola leave nothing.
+                variances = variances if known else np.maximum(squares / len(left), np.finfo(float).tiny)
             likelihoods = -np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1) - len(left) / 2 * np.log(variances)
             if known:
                 likelihoods -= (known[1] + len(left)) / 2 * np.log1p(squares / variances / known[1])

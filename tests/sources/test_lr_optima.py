@@ -50,5 +50,5 @@ def test_optima_of_own_runs_have_their_model_and_interval():
         assert optimum["model"] == optimum["weights"] == '{"weights": "1"}'
         assert 0 < optimum["lr_low"] < optimum["lr"] < optimum["lr_high"]
         assert (optimum["error"] >= math.log(1.15), optimum["counts"]) == (True, True)
-    assert table["remark"].tolist() == ["fitted", "fitted, not resolved"]
+    assert table["remark"].tolist() == ["fitted", "fitted"]
     assert measured_optima(Tables.of({"runs": runs_table(unknown)})).empty
