@@ -90,7 +90,7 @@ def test_a_claim_turns_where_its_margin_passes_the_difference():
     assert list(verdicts.columns) == [0.25, 0.5, 1, 2, 4]
     own = judged.set_index("claim_id")["verdict"]
     assert verdicts[1.0].to_dict() == own[~own.isin(UNTESTED)].to_dict()
-    assert verdicts.loc["A7"].tolist() == ["inconclusive", *["confirmed"] * 4]
+    assert verdicts.loc["A7"].tolist() == [*["inconclusive"] * 2, *["confirmed"] * 3]
     margins = found[found["claim_id"] == "A7"]["margin_high"].tolist()
     assert margins == pytest.approx([0.058 * factor for factor in (0.25, 0.5, 1, 2, 4)], rel=0.01)
     # 8.25 is 10 within a factor of 1.27, and not within 1.13.
