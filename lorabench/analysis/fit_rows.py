@@ -54,12 +54,11 @@ class ArmGrid:
     lrs: np.ndarray
     """All LRs with a finished run, ascending."""
     centre: int
-    """Index of the LR with the lowest mean of validation and test loss."""
+    """Index of the LR with the lowest loss, by which the window is centred."""
     window: np.ndarray
     """Indices of the LRs that count for the fit."""
     edge: float | None
-    """The LR to add on a side where no finished or diverged run bounds the lowest loss: the mean of validation and test
-    loss, or the test loss, which is fitted."""
+    """The LR to add on a side where no finished or diverged run bounds the lowest loss."""
     coarse: float | None
     """The LR to add between the lowest loss and a neighbour that is more than MAX_STEP away or diverged."""
     diverged: np.ndarray
@@ -83,9 +82,9 @@ def arm_grid(runs: np.ndarray, cliffs: bool = False) -> ArmGrid | None:
     """Return the LRs of an arm from its `run_array`; None if no run finished. With `cliffs`, as in RL, where accuracies
     have flat tops and then break down, losses of any height count.
 
-    The window is centred by the mean of validation and test loss, which is less noisy than either. The test loss is
-    fitted, so its lowest must not lie at the edge either. Both are means over the seeds that finished at all LRs of the
-    first seed.
+    The window is centred by the mean of validation and test loss, which is less noisy than either; or, if that is
+    lowest at the first or last LR, by the validation loss, by which grids walk. Both are means over the seeds that
+    finished at all LRs of the first seed.
     """
     first = runs["seed"] == runs["seed"].min()
     usable = first & runs["done"]
@@ -95,16 +94,17 @@ def arm_grid(runs: np.ndarray, cliffs: bool = False) -> ArmGrid | None:
     counted = runs[runs["done"] & np.isin(runs["lr"], lrs)]
     seeds, row = np.unique(counted["seed"], return_inverse=True)
 
-    def lowest_at(losses: np.ndarray) -> tuple[int, np.ndarray]:
+    last = len(lrs) - 1
+    validation, test = counted["validation_loss"], counted["test_loss"]
+    # A table with one evaluation set has one of the two losses.
+    both, walked = np.nanmean([validation, test], axis=0), np.where(np.isfinite(validation), validation, test)
+    for losses in (both, walked):
         by_seed = np.full((len(seeds), len(lrs)), math.nan)
         by_seed[row, np.searchsorted(lrs, counted["lr"])] = losses
         means = by_seed[np.isfinite(by_seed).all(1)].mean(0)
-        best: int = lrs.tolist().index(lowest(dict(zip(lrs.tolist(), means.tolist(), strict=True)), TIE))
-        return best, means
-
-    # A table with one evaluation set has one of the two losses.
-    centre, means = lowest_at(np.nanmean([counted["validation_loss"], counted["test_loss"]], axis=0))
-    last = len(lrs) - 1
+        centre: int = lrs.tolist().index(lowest(dict(zip(lrs.tolist(), means.tolist(), strict=True)), TIE))
+        if 0 < centre < last:
+            break
     diverged = np.sort(runs["lr"][first & runs["diverged"]])
     reach = MAX_STEP * 1.001
     window = np.flatnonzero((lrs >= lrs[centre] / reach) & (lrs <= lrs[centre] * reach))
@@ -112,10 +112,9 @@ def arm_grid(runs: np.ndarray, cliffs: bool = False) -> ArmGrid | None:
     step = float(lrs[1] / lrs[0]) if last else MAX_STEP
     above = diverged[diverged > lrs[last]]
     edge = coarse = None
-    best = {centre, lowest_at(counted["test_loss"])[0]}
-    if 0 in best:
+    if centre == 0:
         edge = lrs[0] / step
-    elif last in best and not len(above):
+    elif centre == last and not len(above):
         edge = lrs[last] * step
     elif centre == last:
         coarse = math.sqrt(lrs[centre] * above[0])
