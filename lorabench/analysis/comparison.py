@@ -262,24 +262,20 @@ class Comparison:
         return None
 
     def reopened(self, arms: Iterable[Arm], resolved: bool = False) -> np.ndarray:
-        """Return the replicates of the arms (see `finding`) that have a reason against a verdict, (N_AGAIN,): an
-        optimum nearest to the first or last LR of its grid, or, if `resolved`, one that the grid does not resolve."""
+        """Return the replicates of the arms (see `finding`) that have a reason against a verdict, (N_AGAIN,): if
+        `resolved`, an optimum that the LRs around the best one, at which its grid would end, do not resolve."""
         lost = np.zeros(N_AGAIN, bool)
-        for label in map(arm_label, arms):
+        for label in map(arm_label, arms) if resolved else ():
             optimum = self.fit.optima.get(label)
             if optimum is None or not optimum.known:
                 continue
-            grid = self.fit.grids[label]
-            lrs, new = np.log(grid.lrs), again(optimum)
-            best = np.searchsorted((lrs[1:] + lrs[:-1]) / 2, optimum.value + new.shifts)
-            bounded_above = (grid.diverged > grid.lrs[-1]).any() and not resolved
-            lost |= (best == 0) | ((best == len(lrs) - 1) & (not bounded_above))
-            if resolved:
-                # Its window has the LRs around its own best one.
-                near = np.abs(lrs[:, None] - lrs) <= math.log(MAX_STEP) + 1e-3
-                first, last = (np.array([lrs[row][end] for row in near])[best] for end in (0, -1))
-                low, high = new.interval(optimum, 1 - LEVEL)
-                lost |= (low <= first) | (high >= last)
+            new, step = again(optimum), math.log(MAX_STEP)
+            lrs = np.log(self.fit.grids[label].lrs)
+            # The grid walks on as far as it has to, in steps of its own.
+            step = min(float(np.diff(lrs).max()), step) if len(lrs) > 1 else step
+            best = lrs[0] + step * np.round((optimum.value + new.shifts - lrs[0]) / step)
+            low, high = new.interval(optimum, 1 - LEVEL)
+            lost |= (low <= best - step) | (high >= best + step)
         return lost
 
     def gap(self, arm: Arm, other: Arm) -> Estimate:

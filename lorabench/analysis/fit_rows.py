@@ -108,7 +108,7 @@ def arm_grid(runs: np.ndarray, cliffs: bool = False) -> ArmGrid | None:
     diverged = np.sort(runs["lr"][first & runs["diverged"]])
     reach = MAX_STEP * 1.001
     window = np.flatnonzero((lrs >= lrs[centre] / reach) & (lrs <= lrs[centre] * reach))
-    window = window if cliffs else _below_cliffs(window, lrs, means)
+    window = window if cliffs else _below_cliffs(window, lrs, means, centre)
     step = float(lrs[1] / lrs[0]) if last else MAX_STEP
     above = diverged[diverged > lrs[last]]
     edge = coarse = None
@@ -124,18 +124,21 @@ def arm_grid(runs: np.ndarray, cliffs: bool = False) -> ArmGrid | None:
     return ArmGrid(lrs, centre, window, edge, coarse, diverged)
 
 
-def _below_cliffs(window: np.ndarray, lrs: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Return the indices of LRs without those of losses that rise more than CLIFF times as much as the parabola through
-    the three neighbouring LRs with the lowest losses: a loss far above the best one is no part of a parabola."""
-    if len(window) < MIN_LRS + 1:
+def _below_cliffs(window: np.ndarray, lrs: np.ndarray, losses: np.ndarray, centre: int) -> np.ndarray:
+    """Return the indices of the LRs that a parabola fits: the three neighbours around the centre with the lowest
+    losses, and those of the window whose loss rises at most CLIFF times as much as the parabola through the three. A
+    loss far above the best one is no part of a parabola."""
+    x, reach = np.log(lrs), math.log(MAX_STEP) + 1e-3
+    starts = [start for start in range(max(0, centre - 2), centre + 1) if start + 3 <= len(lrs)]
+    starts = [start for start in starts if np.diff(x[start : start + 3]).max() <= reach]
+    if not starts:
         return window
-    first = min(range(len(window) - 2), key=lambda start: losses[window[start : start + 3]].sum())
-    three, x = window[first : first + 3], np.log(lrs)
+    first = min(starts, key=lambda start: losses[start : start + 3].sum())
+    three = np.arange(first, first + 3)
     curve = np.polynomial.Polynomial.fit(x[three], losses[three], 2)
-    least = losses[window].min()
+    rise, least = losses[window] - losses[three].min(), losses[three].min()
     allowed = np.maximum(CLIFF * (curve(x[window]) - least), losses[three].max() - least)
-    below: np.ndarray = window[losses[window] - least <= allowed]
-    return below
+    return np.union1d(three, window[rise <= allowed])
 
 
 class Bend(NamedTuple):
