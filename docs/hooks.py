@@ -132,9 +132,8 @@ def claims_page() -> str:
         "",
         "Where the paper leaves open what would confirm a statement, the criterion is this project's choice. "
         "The criteria use the [two decision rules](verdicts.md#the-two-decision-rules). *The margin* without a number "
-        "is that of the preset: for losses 2% of the gain from the base to full fine-tuning, for accuracies 10% of "
-        "the gain, for learning rates a factor of 1.6. Where the conditions are not met, the verdict is `setting not "
-        "met`.",
+        "is that of the preset: for losses 2% of the gain from the base to full fine-tuning, for accuracies 2 points, "
+        "for learning rates a factor of 1.6. Where the conditions are not met, the verdict is `setting not met`.",
         "",
     ]
     for family, members in groupby(ordered, key=lambda claim: claim.id[0]):

@@ -80,7 +80,7 @@ class NoiseLevels:
     @property
     def rl_margin(self) -> float:
         """The margin of error rates that the default preset gives."""
-        return DEFAULT_MARGINS.reward * (self.rl_tuned - self.rl_base)
+        return DEFAULT_MARGINS.reward
 
 
 N_PROBLEMS = 160

@@ -31,12 +31,8 @@ Arm = dict[str, Any]
 Task = Literal["sft", "rl"]
 """Supervised fine-tuning, or reinforcement learning (RL)."""
 
-OVERSHOOT: dict[Task, float] = {"sft": 1.0, "rl": 0.5}
-"""How many margins a fitted minimum may lie below the lowest mean of the runs at an LR, or two of its standard errors.
-
-Between LRs that are a factor of 2.4 apart, a parabola as steep as was measured falls by up to 0.9 margins of SFT. A
-loss that is flat and then rises steeply seems to fall by more, and so does an accuracy that breaks down.
-"""
+CEILING = 0.03
+"""The error rate up to which an arm is about perfect; arms that all are can't differ by much, whatever is true."""
 
 BEYOND = 0.005
 """The probability up to which an optimum does not lie beyond an end of its LRs."""
@@ -140,15 +136,32 @@ class Comparison:
         return fit_losses(self.runs, self.judging.examples, self.judging.noise, name, test_split=group[1])
 
     @cached_property
+    def of_accuracies(self) -> bool:
+        """Whether the losses are error rates, as in RL and where a source has no test losses."""
+        accuracies = self.runs.reindex(columns=["final_reward"])["final_reward"].astype(float)
+        return self.is_rl or bool((with_losses(self.runs)["test_loss"].astype(float) == 1 - accuracies).any())
+
+    @cached_property
     def margin(self) -> Margin:
-        """The smallest difference of test losses that matters; in RL of error rates."""
+        """The smallest difference of test losses, or of error rates, that matters: that of one seed is not below the
+        standard deviation of a seed."""
+        margin, sigma = self._stated_margin, self.fit.sigma
+        one_seed = self.judging.noise is not None and all(len(seeds) == 1 for seeds in self.fit.seeds.values())
+        if not one_seed or not sigma > margin.value:
+            return margin
+        rule = f"the standard deviation of a seed ({sigma:.4f}), since there is one seed, in place of {margin.rule}"
+        return replace(margin, value=sigma, rule=rule)
+
+    @property
+    def _stated_margin(self) -> Margin:
         lowest = {arm_label(arm): self.fit.lowest.get(arm_label(arm), (0.0, math.inf))[1] for arm in self.arms}
         arm = self.fullft or min(self.arms, key=lambda arm: lowest[arm_label(arm)])
         label, margins = arm_label(arm), self.judging.margins
         loss = lowest[label]
-        if self.is_rl:
-            base = float(self.runs["base_reward"].astype(float).mean()) if "base_reward" in self.runs else math.nan
-            return gain_margin(margins.reward, 1 - loss - base, label, rewarded=True)
+        if self.of_accuracies:
+            base = float(self.runs.reindex(columns=["base_reward"])["base_reward"].astype(float).mean())
+            problem = f"{label} is no better than the base" if base >= 1 - loss else None
+            return Margin(margins.reward, f"{100 * margins.reward:.3g} points of accuracy", problem)
         points = self.points("validation", "nll")
         at_start = points[(points["step"] == 0) & points["run_id"].isin(self.runs["run_id"])]
         tuned = with_losses(self.at_optimum(arm))["validation_loss"]
@@ -195,7 +208,9 @@ class Comparison:
         return noise or problems
 
     def _noise_problems(self, labels: Sequence[str]) -> list[Problem]:
-        """Return why the errors of arms are not known, if so."""
+        """Return why arms can't be told apart, or the errors are not known, if so."""
+        if self.of_accuracies and all(self.fit.lowest.get(label, (0.0, 1.0))[1] <= CEILING for label in labels):
+            return [Problem(f"all arms are within {CEILING:.0%} of perfect: a ceiling", Remedy("harder problems"))]
         if any(label in self.fit.minima and self.fit.minima[label].n_groups == 1 for label in labels):
             return [_ONE_GROUP]
         paired = len(frozenset.intersection(*(self.fit.seeds.get(label, frozenset()) for label in labels)))
@@ -254,7 +269,9 @@ class Comparison:
         if (further := grid.lr_to_add(lr)) is not None:
             return bounded(f"{label}: fitted optimum at the end of its LRs", further)
         minimum, (measured, error) = self.fit.minima[label].value, self.fit.measured[label]
-        if measured - minimum > max(OVERSHOOT["rl" if self.is_rl else "sft"] * self.margin.value, 2 * error):
+        # Between LRs that are a factor of 2.4 apart, a parabola as steep as was measured falls by up to 0.9 margins of
+        # SFT. A loss that is flat and then rises steeply seems to fall by more, and so does an accuracy that breaks down.
+        if measured - minimum > max(self.margin.value, 2 * error):
             text = f"fitted minimum {minimum:.4f}, but no LR has less than {measured:.4f}"
             if self.is_rl:
                 text = f"fitted peak {1 - minimum:.3f}, but no LR has more than {1 - measured:.3f}"

@@ -173,7 +173,7 @@ class Margin:
     value: float
     rule: str
     problem: str | None = None
-    """Why the rule can't be applied; the value is then NaN."""
+    """Why the margin decides nothing, if so."""
 
     @property
     def problems(self) -> list[Problem]:
@@ -183,11 +183,10 @@ class Margin:
         return []
 
 
-def gain_margin(share: float, gain: float, tuned_arm: str, rewarded: bool = False) -> Margin:
-    """Return a margin that is a share of the gain from the base to a tuned arm, in nats per token, or in RL
-    (`rewarded`) in accuracy; NaN if the gain is not known."""
-    quantity, unit = (" in accuracy", "") if rewarded else ("", " nats")
-    rule = f"{100 * share:.3g}% of the gain{quantity} from the base to {tuned_arm} ({gain:.3f}{unit})"
+def gain_margin(share: float, gain: float, tuned_arm: str) -> Margin:
+    """Return a margin that is a share of the gain from the base to a tuned arm, in nats per token; NaN if the gain is
+    not known."""
+    rule = f"{100 * share:.3g}% of the gain from the base to {tuned_arm} ({gain:.3f} nats)"
     if not gain > 0:
         return Margin(math.nan, rule, f"{tuned_arm} is no better than the base, so there is no gain to compare with")
     return Margin(share * gain, rule)

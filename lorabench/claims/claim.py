@@ -141,12 +141,14 @@ def judge_part(judge: Judge, part: Any) -> Finding:
 
 
 def judge_each(named: Iterable[tuple[str, Any]], judge: Judge) -> Finding:
-    """Judge several things and return the finding that decides; its reason gives all reasons, each after its name."""
-    findings = []
-    for name, part in named:
-        judged = judge_part(judge, part)
-        findings.append(replace(judged, reason=f"{name}: {judged.reason}"))
-    unjudged_if(not findings, "no such runs")
+    """Judge several things and return the finding that decides; its reason gives all reasons, each after its name and,
+    of several, its verdict."""
+    by_name = [(name, judge_part(judge, part)) for name, part in named]
+    unjudged_if(not by_name, "no such runs")
+    findings = [
+        replace(judged, reason=f"{name}{f' ({judged.verdict})' if len(by_name) > 1 else ''}: {judged.reason}")
+        for name, judged in by_name
+    ]
     return with_parts(together(findings), findings)
 
 

@@ -22,9 +22,9 @@ from lorabench.claims import scope
 from lorabench.claims.claim import (
     Evidence,
     claim,
-    doubted,
     few_seeds,
     highest_and_full,
+    judge_each,
     named_problems,
     number,
     unjudged_if,
@@ -171,7 +171,11 @@ def _rank_1_worse(comparison: Comparison) -> Finding:
     if not (growth.known and growth.interval()[0] > 0):
         slow = "the gap does not surely grow late, so it may be slow learning and no lack of capacity"
         problems.append(Problem(slow, Remedy("longer runs")))
-    return doubted(replace(judged, reason=f"{judged.reason}; {text}"), problems, ["confirmed"])
+    grows = decide(Above(0.0), growth, text, judged.run_ids, problems)
+    both = judge_each([("worse than FullFT", judged), ("the gap grows late", grows)], lambda statement: statement)
+    if judged.verdict == "confirmed":
+        judged = replace(judged.with_outcomes(both.outcomes), remedy=both.remedy)
+    return replace(judged, reason=both.reason)
 
 
 EARLY_STEPS = 100

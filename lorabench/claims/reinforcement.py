@@ -23,7 +23,7 @@ from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, finding, toge
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio
 from lorabench.analysis.rewards import FAR, MAX_TRUNCATED, MIN_GAIN, NEAR, TestReward, beyond_controls, with_error_rates
-from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within, gain_margin
+from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within
 from lorabench.claims import scope
 from lorabench.claims.claim import Evidence, claim, doubted, highest_and_full, judge_each, number, unjudged_if
 from lorabench.claims.scope import RL_PRESETS, Named
@@ -296,8 +296,8 @@ def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Findi
     lacking = not steps or not paired or 0 not in full
     unjudged_if(lacking, "no accuracies of both before and after training", "inconclusive")
     before, after = float(full[0].mean()), float(full[steps[-1]].mean())
-    margin = gain_margin(comparison.judging.margins.reward, after - before, "FullFT", rewarded=True)
-    problems = curve_problems(comparison, [lora, fullft], len(paired))
+    margin = comparison.margin
+    problems = [*curve_problems(comparison, [lora, fullft], len(paired)), *margin.problems]
     if not after - before >= MIN_GAIN:
         problems.append(Problem(f"FullFT gains less than {MIN_GAIN:g} on it"))
     counts = points_at_optimum(comparison, fullft, name, "n_problems")["value"]
@@ -317,8 +317,7 @@ def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Findi
         by_seed = mean_over_seeds((both[0] - both[1]).dropna(), about)
         gap = replace(by_seed, example_part=error * normal(f"problems of {about}"), n_examples=n_problems)
         text = f"accuracy - FullFT's = {number(gap, 4, '+')} after step {step}"
-        rule = f"{margin.rule} on {name}"
-        findings.append(decide(Within.margin(margin.value), gap, text, ids, problems, rule))
+        findings.append(decide(Within.margin(margin.value), gap, text, ids, problems, margin.rule))
     decisive = worst(findings)
     more = f"one of {len(steps)} evaluations on {n_problems} problems; FullFT {before:.3f} before, {after:.3f} after"
     return replace(decisive, reason=f"{decisive.reason} ({more})")

@@ -25,8 +25,8 @@ class Margins(Strict):
     final_loss: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """For losses of SFT, too: a share of the final loss of full fine-tuning. The smaller margin holds, since on a
     task that is almost solved nearly all of the fall is the format of the answers."""
-    reward: Annotated[float, Field(gt=0, lt=1)]
-    """For accuracies of RL: a share of the gain in accuracy from the base to full fine-tuning."""
+    reward: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """For accuracies, such as those of RL: a difference."""
     lr_factor: Annotated[float, Field(gt=1, le=1e20)]
     """For optimal LRs: the factor up to which two count as the same."""
 

@@ -80,7 +80,7 @@ FIGURES: dict[str, PaperFigure] = {}
 """All figures by name: the verdicts, then the others in the paper's order, and then those of studies."""
 
 # In captions, texts that are shared stand for their names in braces.
-_SHARED = {"loss_margin": f"{DEFAULT_MARGINS.loss:.0%}", "reward_margin": f"{DEFAULT_MARGINS.reward:.0%}"}
+_SHARED = {"loss_margin": f"{DEFAULT_MARGINS.loss:.0%}", "reward_margin": f"{100 * DEFAULT_MARGINS.reward:g} points"}
 _OWN = read_yaml(Path(__file__).with_name("captions.yaml"))
 for _texts, _package in ((_OWN, __package__), *((study.texts, study.package) for study in studies())):
     for _name, _text in _texts.get("shared", {}).items():

@@ -289,10 +289,7 @@ def judge(source: SourceModel, claims: Sequence[Claim] = CLAIMS, margins: Margin
     above = ranks > ranks.where(n_lrs >= MIN_LRS).groupby(cells, dropna=False).transform("max")
     tables = replace(tables, runs=tables.runs[~above])
     if source.by_accuracy:
-        # The margin of accuracies is a share of the gain, as in RL, however low the error rate.
-        stated = margins or DEFAULT_MARGINS
-        of_accuracy = stated.model_copy(update={"loss": stated.reward, "final_loss": 1.0})
-        judged = judge_claims(_error_rates_as_losses(tables), claims, of_accuracy, noise)
+        judged = judge_claims(_error_rates_as_losses(tables), claims, margins or DEFAULT_MARGINS, noise)
         judged["unit"] = judged["unit"].replace("nats per token", "error rate")
         for column in ("reason", "margin_rule"):
             judged[column] = judged[column].str.replace(r"\bnats\b", "in error rate", regex=True)

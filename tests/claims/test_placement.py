@@ -61,8 +61,8 @@ def test_every_claim_is_confirmed_where_all_hold():
     for rank in (8, 16):
         assert f"LoRA r{rank} mlp - LoRA r{rank} =" in confirmed.loc["E2", "reason"]
     # The part that decides comes first; here it is the nearer one to its margin.
-    assert confirmed.loc["E3", "reason"].startswith("the MLP against all layers: sparse/instruct: ")
-    assert "; attention against the MLP: " in confirmed.loc["E3", "reason"]
+    assert confirmed.loc["E3", "reason"].startswith("the MLP against all layers (confirmed): sparse/instruct: ")
+    assert "; attention against the MLP (confirmed): " in confirmed.loc["E3", "reason"]
 
 
 @pytest.mark.parametrize(

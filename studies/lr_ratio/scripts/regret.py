@@ -78,7 +78,7 @@ def regrets(optima: Sequence[LrOptimum], before: dict[Base, float]) -> pd.DataFr
         if own is not None and own.losses:
             lowest = min(own.losses)
             gain = before.get((lora.source, lora.model, lora.dataset), math.nan) - lowest
-            margin = DEFAULT_MARGINS.reward * gain
+            margin = DEFAULT_MARGINS.reward
             if not lora.rl:
                 margin = min(DEFAULT_MARGINS.loss * gain, DEFAULT_MARGINS.final_loss * lowest)
         shift = pooled_optimum(lora).shift
