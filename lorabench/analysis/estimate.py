@@ -171,37 +171,47 @@ def normal(name: str) -> np.ndarray:
 def multivariate_student(covariance: np.ndarray, dof: float, name: str) -> np.ndarray:
     """Return draws of a multivariate t distribution around 0, (N_DRAWS, numbers), by the name of the numbers. The
     covariance, (numbers, numbers), is that if the degrees of freedom were many."""
-    root = cholesky_root(covariance)
-    root[np.diag(covariance) == 0] = 0.0
-    return mixture_of_students(np.ones(1), np.zeros((1, len(root))), root[None], dof, name, range(len(root)))
+    roots, numbers = cholesky_root(covariance)[None], len(covariance)
+    return mixture_of_students(np.ones(1), np.zeros((1, numbers)), roots, dof, name, range(numbers))
 
 
 def mixture_of_students(
-    weights: np.ndarray, shifts: np.ndarray, roots: np.ndarray, dof: float, name: str, chosen: Sequence[int]
+    weights: np.ndarray,
+    shifts: np.ndarray,
+    roots: np.ndarray,
+    dof: float,
+    name: str,
+    chosen: Sequence[int],
+    known: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return draws of a mixture of multivariate t distributions, (N_DRAWS, chosen places), by the name of the numbers.
 
     Each part has a weight, (parts,), a centre, (parts, numbers), and a triangular root of its covariance if the degrees
-    of freedom were many, (parts, numbers, numbers).
+    of freedom were many, (parts, numbers, numbers). To it comes an independent normal error, if any, of which the root
+    of the covariance is `known`, of the same shape.
     """
-    shares, even = _even_points(math.ceil(shifts.shape[1] / _BLOCK))
+    numbers = shifts.shape[1]
+    shares, even = _even_points(math.ceil(numbers * (1 if known is None else 2) / _BLOCK))
     part = np.searchsorted(np.cumsum(weights)[:-1], shares, side="right")
     by_part, places = np.argsort(part, kind="stable"), list(chosen)
     draws, ends = np.empty((N_DRAWS, len(places))), np.cumsum(np.bincount(part, minlength=len(weights)))
-    for own, at in zip(roots[:, places], np.split(by_part, ends[:-1]), strict=True):
-        draws[at] = even[at, : shifts.shape[1]] @ own.T
     # One chi-squared draw for all numbers makes normal ones multivariate t.
-    draws *= _chi_factors(dof)[:, None]
-    return shuffled(draws + shifts[part][:, places], name)
+    factors = _chi_factors(dof)[:, None]
+    for number, at in enumerate(np.split(by_part, ends[:-1])):
+        draws[at] = shifts[number, places] + factors[at] * (even[at, :numbers] @ roots[number, places].T)
+        if known is not None:
+            draws[at] += even[at, numbers : 2 * numbers] @ known[number, places].T
+    return shuffled(draws, name)
 
 
 def cholesky_root(covariance: np.ndarray) -> np.ndarray:
-    """Return lower triangular roots of covariances, (..., numbers, numbers), in which a number may follow from others.
-    They are continuous in the covariance, as eigenvectors are not; a negligible share is added to each variance."""
+    """Return lower triangular roots of covariances, (..., numbers, numbers), in which a number may follow from others
+    or have no error. They are continuous in the covariance, as eigenvectors are not; a negligible share is added to
+    each variance."""
     errors = np.sqrt(np.diagonal(covariance, axis1=-2, axis2=-1))[..., None]
     scales = np.where(errors > 0, errors, 1.0)
     correlations = covariance / (scales * np.swapaxes(scales, -1, -2))
-    return np.asarray(scales * np.linalg.cholesky(correlations + 1e-9 * np.eye(covariance.shape[-1])))
+    return np.asarray(errors * np.linalg.cholesky(correlations + 1e-9 * np.eye(covariance.shape[-1])))
 
 
 @lru_cache(maxsize=256)

@@ -93,7 +93,9 @@ class MixedFit:
     shifts: np.ndarray
     """Their coefficients minus the means, in that order, (combinations, coefficients)."""
     roots: np.ndarray
-    """Triangular roots of their covariances, in that order, (combinations, coefficients, coefficients)."""
+    """Triangular roots of the covariances of their errors from noise, in that order, (combinations, coefficients,
+    coefficients), and below of those from what is known of the curves alone, which no estimated variance scales."""
+    known_roots: np.ndarray
     dof: int
     """The degrees of freedom of each of the t distributions."""
     sizes: np.ndarray
@@ -110,7 +112,8 @@ class MixedFit:
     def draws(self, arm: str, name: str) -> np.ndarray:
         """Return draws of the errors of an arm's coefficients, (N_DRAWS, coefficients of the arm), by a name."""
         chosen = [self.order.index(place) for place in self.places[arm]]
-        return mixture_of_students(self.weights, self.shifts, self.roots, self.dof, name, chosen)
+        mixture = self.weights, self.shifts, self.roots
+        return mixture_of_students(*mixture, self.dof, name, chosen, self.known_roots)
 
 
 def fit_mixed(rows: FitRows, known: tuple[float, int] | None = None) -> MixedFit | None:
@@ -161,9 +164,8 @@ def fit_mixed(rows: FitRows, known: tuple[float, int] | None = None) -> MixedFit
         order=order,
         weights=weights,
         shifts=(solved.coefficients - means)[:, order],
-        roots=cholesky_root(
-            (solved.covariances * np.maximum(variances, model.least)[:, None, None])[:, order][:, :, order]
-        ),
+        roots=cholesky_root(solved.from_noise[:, order][:, :, order]),
+        known_roots=cholesky_root(solved.from_curves[:, order][:, :, order]),
         dof=dof,
         sizes=weights @ sizes,
         sigma=math.sqrt(float(weights @ (variances * _own_variance(sizes, arms)))),
@@ -200,10 +202,13 @@ class _Solved(NamedTuple):
     """Generalized least squares by combinations of sizes."""
 
     coefficients: np.ndarray
-    """(combinations, coefficients), and below their covariances over the variance of e, (combinations, coefficients,
-    coefficients), and the matrices that make them from the losses, (combinations, coefficients, runs)."""
-    covariances: np.ndarray
+    """(combinations, coefficients)"""
+    from_noise: np.ndarray
+    """The covariances of their errors, (combinations, coefficients, coefficients), and below of those from what is
+    known of the curves alone."""
+    from_curves: np.ndarray
     hats: np.ndarray
+    """The matrices that make the coefficients from the losses, (combinations, coefficients, runs)."""
 
 
 class _Model:
@@ -264,15 +269,16 @@ class _Model:
 
     def solve(self, sizes: np.ndarray, variances: np.ndarray) -> _Solved:
         """Fit the coefficients with given variances of e."""
-        design, assumed = self.design, np.maximum(variances, self.least)[:, None, None]
-        precision = np.zeros((len(sizes), design.shape[1], design.shape[1]))
-        covariances = _noise(sizes, self.parts)
+        design, p = self.design, self.design.shape[1]
+        assumed = np.maximum(variances, self.least)[:, None, None]
+        precision, noise, curves = np.zeros((len(sizes), p, p)), _noise(sizes, self.parts), self.curves[2] / assumed
         if self.curvature > 0:
             own, differences = slice(2 * self.arms, 3 * self.arms), np.eye(self.arms) - 1 / self.arms
             precision[:, own, own] = assumed * differences / (sizes[:, SPREAD, None, None] * self.curvature) ** 2
             precision[:, -1, -1] = assumed[:, 0, 0] / (ASYMMETRY * self.curvature) ** 2
-            covariances += self.curves[2] / assumed
-        weighted = np.linalg.solve(covariances, design).transpose(0, 2, 1)
+        weighted = np.linalg.solve(noise + curves, design).transpose(0, 2, 1)
         inverse = np.linalg.inv(weighted @ design + precision)
         hats = inverse @ weighted
-        return _Solved(hats @ self.y, inverse, hats)
+        transposed = hats.transpose(0, 2, 1)
+        from_curves = assumed * (hats @ curves @ transposed + inverse @ precision @ inverse)
+        return _Solved(hats @ self.y, assumed * (hats @ noise @ transposed), from_curves, hats)
