@@ -182,7 +182,7 @@ def test_one_arm_alone_has_the_errors_of_its_optimum_within_seeds_and_of_its_min
         resolved = fit.resolved["FullFT"]
         held.append((position[0] <= optimum <= position[1], minimum[0] <= 2 <= minimum[1], resolved))
         # Effects of seeds, however large, do not move the optimum.
-        assert other.optima["FullFT"].interval() == pytest.approx(position)
+        assert other.optima["FullFT"].interval() == pytest.approx(position, abs=1e-3)
     # Two binomial standard errors below 95%.
     assert (np.mean(held, axis=0) >= 0.88).all()
 

@@ -26,8 +26,8 @@ def jitter(runs, sigma):
 
 
 def around(optimum):
-    """Return an LR grid of half decades whose middle is near the optimum but not at it."""
-    return [1.1 * optimum * 3.0**step for step in (-2, -1, 0, 1, 2)]
+    """Return an LR grid of thirds of decades whose middle is near the optimum but not at it."""
+    return [1.1 * optimum * 2.15**step for step in (-2, -1, 0, 1, 2)]
 
 
 def ranks(optima, **settings):
