@@ -17,7 +17,7 @@ from lorabench.analysis.estimate import Estimate, ExampleLosses
 from lorabench.analysis.finding import MIN_SEEDS, N_AGAIN, Finding, UnjudgedError, again, decide, nats
 from lorabench.analysis.fit_rows import MAX_STEP, MIN_LRS
 from lorabench.analysis.loss_fit import LossFit, Noise, fit_losses
-from lorabench.analysis.rules import LEVEL, Above, Bound, Margin, Problem, Remedy, Rule, Verdict, Within, gain_margin
+from lorabench.analysis.rules import LEVEL, Above, Bound, Margin, Problem, Remedy, Rule, Verdict, Within
 from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS, Margins, Predictions
 from lorabench.store.checks import is_rl
 from lorabench.utils.formats import with_interval
@@ -157,11 +157,11 @@ class Comparison:
         lowest = {arm_label(arm): self.fit.lowest.get(arm_label(arm), (0.0, math.inf))[1] for arm in self.arms}
         arm = self.fullft or min(self.arms, key=lambda arm: lowest[arm_label(arm)])
         label, margins = arm_label(arm), self.judging.margins
-        loss = lowest[label]
+        loss, no_gain = lowest[label], f"{label} is no better than the base, so there is no gain to compare with"
         if self.of_accuracies:
             base = float(self.runs.reindex(columns=["base_reward"])["base_reward"].astype(float).mean())
-            problem = f"{label} is no better than the base" if base >= 1 - loss else None
-            return Margin(margins.reward, f"{100 * margins.reward:.3g} points of accuracy", problem)
+            rule = f"{100 * margins.reward:.3g} points of accuracy"
+            return Margin(margins.reward, rule, no_gain if base >= 1 - loss else None)
         points = self.points("validation", "nll")
         at_start = points[(points["step"] == 0) & points["run_id"].isin(self.runs["run_id"])]
         tuned = with_losses(self.at_optimum(arm))["validation_loss"]
@@ -169,11 +169,13 @@ class Comparison:
         if math.isnan(gain):
             rule = f"{SHARE_OF_LOSS:.0%} of the loss ({loss:.3f} nats), since the base's loss is not known"
             return Margin(SHARE_OF_LOSS * loss, rule)
-        of_gain = gain_margin(margins.loss, gain, label)
-        if of_gain.problem or of_gain.value <= margins.final_loss * loss:
-            return of_gain
-        rule = f"{100 * margins.final_loss:.3g}% of the final loss of {label} ({loss:.3f} nats)"
-        return Margin(margins.final_loss * loss, f"{rule}, which is less than {of_gain.rule}")
+        rule = f"{100 * margins.loss:.3g}% of the gain from the base to {label} ({gain:.3f} nats)"
+        if not gain > 0:
+            return Margin(math.nan, rule, no_gain)
+        if margins.loss * gain <= margins.final_loss * loss:
+            return Margin(margins.loss * gain, rule)
+        of_loss = f"{100 * margins.final_loss:.3g}% of the final loss of {label} ({loss:.3f} nats)"
+        return Margin(margins.final_loss * loss, f"{of_loss}, which is less than {rule}")
 
     @kept
     def at_optimum(self, arm: Arm) -> pd.DataFrame:
@@ -330,9 +332,8 @@ class Comparison:
     def judge_gap(self, rule: Callable[[float], Rule], arm: Arm, other: Arm) -> Finding:
         """Judge the gap of an arm to another by the rule that a function makes from the margin (`Within.margin`)."""
         margin, gap = self.margin, self.gap(arm, other)
-        problems = [Problem(margin.problem)] if margin.problem else []
         text, arms = self.gap_text(arm, other), [arm, other]
-        return self.decide(rule(margin.value), gap, text, arms, margin.rule, problems, difference=True)
+        return self.decide(rule(margin.value), gap, text, arms, margin.rule, margin.problems, difference=True)
 
     def equal_losses(self, arm: Arm, other: Arm, better_too: bool = False) -> Finding:
         """Judge whether the losses of two arms are the same within the margin, or the first's is lower if allowed."""

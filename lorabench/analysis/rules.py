@@ -183,15 +183,6 @@ class Margin:
         return []
 
 
-def gain_margin(share: float, gain: float, tuned_arm: str) -> Margin:
-    """Return a margin that is a share of the gain from the base to a tuned arm, in nats per token; NaN if the gain is
-    not known."""
-    rule = f"{100 * share:.3g}% of the gain from the base to {tuned_arm} ({gain:.3f} nats)"
-    if not gain > 0:
-        return Margin(math.nan, rule, f"{tuned_arm} is no better than the base, so there is no gain to compare with")
-    return Margin(share * gain, rule)
-
-
 MANY_SEEDS = 200
 """A number of seeds above which a remedy says that seeds won't decide a claim; below, of further batches."""
 

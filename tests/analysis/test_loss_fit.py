@@ -182,7 +182,7 @@ def test_one_arm_alone_has_the_errors_of_its_optimum_within_seeds_and_of_its_min
         resolved = fit.resolved["FullFT"]
         held.append((position[0] <= optimum <= position[1], minimum[0] <= 2 <= minimum[1], resolved))
         # Effects of seeds, however large, do not move the optimum.
-        assert other.optima["FullFT"].interval() == pytest.approx(position, abs=1e-3)
+        assert other.optima["FullFT"].interval() == pytest.approx(position, abs=3e-3)
     # Two binomial standard errors below 95%.
     assert (np.mean(held, axis=0) >= 0.88).all()
 
@@ -196,6 +196,24 @@ def test_one_seed_has_no_error_unless_its_noise_is_known_from_elsewhere():
     # Two arms with a standard deviation of 0.01 each; the noise grows with the LR, and the shape of the loss is not
     # known well.
     assert 0.01 <= gap.seed_error <= 0.018
+
+
+def test_the_margin_of_one_seed_is_no_smaller_than_a_seeds_deviation():
+    def margin(sigma, seeds):
+        [comparison] = comparisons(world(seeds=seeds), pd.DataFrame(), Judging(noise=Noise(sigma, 1000, "elsewhere")))
+        return comparison.margin.value
+
+    # Without the loss of the base the margin is 1% of the lowest loss.
+    assert margin(0.01, 1) == pytest.approx(0.01)
+    assert [margin(0.001, 1), margin(0.01, 3)] == pytest.approx([0.0025] * 2, rel=0.01)
+
+
+def test_the_margin_of_accuracies_is_two_points_where_there_is_a_gain():
+    runs = world(np.random.default_rng(0))
+    runs["final_reward"] = 1 - runs["final_test_nll"]
+    for base, problems in ((0.5, 0), (0.9, 1)):
+        [comparison] = comparisons(runs.assign(base_reward=base), pd.DataFrame())
+        assert (comparison.margin.value, len(comparison.margin.problems)) == (0.02, problems)
 
 
 def with_examples(runs, random, of_run, n):

@@ -10,7 +10,7 @@ from scipy.stats import t
 
 from lorabench.analysis.estimate import N_DRAWS, Estimate, exact, student
 from lorabench.analysis.finding import Finding, decide, together, worst
-from lorabench.analysis.rules import LEVEL, Above, NewRuns, Problem, Within, cheapest, gain_margin, student_shape
+from lorabench.analysis.rules import LEVEL, Above, NewRuns, Problem, Within, cheapest, student_shape
 
 
 def estimate(value: float, error: float = 0.01, dof: float = 1e6) -> Estimate:
@@ -150,9 +150,3 @@ def test_one_of_several_comparisons_contradicts_at_its_share_of_the_level():
     assert worst([strong, good]).verdict == "contradicted"
     # A comparison without a verdict does not count as a chance to fail.
     assert worst([weak, Finding("not tested", "")]).verdict == "contradicted"
-
-
-def test_without_a_gain_there_is_no_margin():
-    assert gain_margin(0.02, 0.5, "FullFT").value == pytest.approx(0.01)
-    for gain in (-0.2, math.nan):
-        assert math.isnan(gain_margin(0.02, gain, "FullFT").value)

@@ -107,14 +107,14 @@ def test_what_each_claim_is_about():
 
 @pytest.mark.parametrize(("attention", "verdict"), [(0.6, "confirmed"), (0.8, "contradicted")])
 def test_placement_in_rl(attention, verdict):
-    # The base's accuracy is 0.1, so that the margin is about 0.07.
     peaks = {("attn", 17): attention, ("mlp", 8): 0.8, ("all", 8): 0.8}
     runs, curves = tables(
         rl.arm(rank, optimum=2e-3, peak=peak, placement=name, trainable_params=PER_RANK[name] * rank)
         for (name, rank), peak in peaks.items()
     )
     runs["best_reward"] += [0.002 * jitter(run_id) for run_id in runs["run_id"]]
-    verdict_is(judged("E5", runs, curves), verdict, "attention against the MLP: tiny/problems: LoRA r17 attn - LoRA r8")
+    part = f"attention against the MLP ({verdict}): tiny/problems: LoRA r17 attn - LoRA r8"
+    verdict_is(judged("E5", runs, curves), verdict, part)
 
 
 COUNTED = ["architecture", "placement", "part", "rank", "include_unembedding", "trainable_params"]

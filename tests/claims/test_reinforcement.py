@@ -128,6 +128,14 @@ def test_inconclusive_where_noise_or_data_leave_it_open(claims, settings, reason
         verdict_is(row, "inconclusive", reason)
 
 
+def test_arms_that_are_all_about_perfect_decide_nothing():
+    perfect = {FULLFT: {"peak": 0.985}, RANK_1: {"peak": 0.98}}
+    claim = judged("F1", *world(perfect))
+    verdict_is(claim, "inconclusive", "a ceiling")
+    assert claim["margin_high"] == 0.02
+    verdict_is(judged("F1", *world(perfect | {RANK_1: {"peak": 0.9}})), "contradicted")
+
+
 def test_an_lr_is_missing_near_the_optimum_or_between_two_breakdowns():
     near = (1e-5, 3e-5, 1e-4, 1.2e-4, 1.3e-4, 1.4e-4)
     claim = judged("F2", *world({FULLFT: {"lrs": near}}))
