@@ -45,9 +45,8 @@ class MadeArm:
     """Its curvature over that of the noise levels."""
     skew: float = 0.0
     """The rate per ln LR by which its curvature grows towards high LRs, beyond that of the noise levels."""
-    lr_noise: float = 0.0
-    """The power of the LR with which the noise of its seeds and runs grows; the noise levels are those at its optimum.
-    """
+    cliff: float = math.inf
+    """How far ln LR lies above the optimum where the loss begins to rise much faster."""
     lag: float = 0.0
     """The number of steps by which it starts late, as a share of all steps."""
     moved: Curve | None = None

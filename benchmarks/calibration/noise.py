@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from benchmarks.calibration.seeds import SeedNoise
 from lorabench.analysis.arms import arm_label, each_arm
 from lorabench.analysis.comparison import Comparison, comparisons
 from lorabench.analysis.estimate import ExampleLosses
@@ -31,12 +33,8 @@ class NoiseLevels:
     """The rise of the loss around its optimum, per squared unit of ln LR."""
     asymmetry: float = 0.011
     """The part of the rise that grows with the third power of ln LR: the loss rises faster towards high LRs."""
-    shared_seed: float = 0.0069
-    """SD over seeds of the loss of all arms alike, through the order of the data."""
-    arm_seed: float = 0.004
-    """SD over seeds of the loss of one arm at all LRs."""
-    run: float = 0.004
-    """SD of what is left for a single run."""
+    seeds: SeedNoise = SeedNoise()
+    """What seeds do to the loss."""
     example_common: float = 0.123
     """SD over test examples of their difficulty for all arms alike."""
     example_arm: float = 0.0073
@@ -53,12 +51,8 @@ class NoiseLevels:
     """The loss of full fine-tuning."""
     rl_curvature: float = 0.11
     """The rise of the error rate of reinforcement learning (RL), per squared unit of ln LR."""
-    rl_shared_seed: float = 0.005
-    """SD over seeds of the error rate of all arms alike."""
-    rl_arm_seed: float = 0.011
-    """SD over seeds of the error rate of one arm."""
-    rl_run: float = 0.011
-    """SD of what is left of the error rate for a single run."""
+    rl_seeds: SeedNoise = SeedNoise(common=0.005, walk=0.026, arm=0.008, fullft=0.01, run=0.011)
+    """What seeds do to the error rate."""
     rl_problem_common: float = 0.8
     """The share of a test problem's difficulty, as a variance, that all arms have in common."""
     rl_problem_arm: float = 0.05
@@ -86,7 +80,9 @@ class NoiseLevels:
 N_PROBLEMS = 160
 """The number of test problems of RL, as in `laptop`."""
 
-_MEDIANS = ("curvature", "asymmetry", "gain", "loss")
+_MEDIANS = ("curvature", "asymmetry", "gain", "loss", "share", "growth")
+
+_SIZES = tuple(asdict(SeedNoise()))
 
 
 def measure_noise(tables: Tables, datasets: Sequence[str] = ()) -> NoiseLevels:
@@ -108,10 +104,10 @@ def measure_noise(tables: Tables, datasets: Sequence[str] = ()) -> NoiseLevels:
         if comparison.fullft is None or not comparison.lora:
             continue
         measured = _shape(comparison) | _seeds(comparison) | _examples(comparison, examples) | _level(comparison)
-        if "paired" in measured and "n_examples" in measured:
+        if "run" in measured and "n_examples" in measured:
             # Runs differ in what single test examples do to them, too.
             example_variance = measured["example_run"] ** 2 / measured.pop("n_examples")
-            measured["paired"] = math.sqrt(max(measured["paired"] ** 2 - example_variance, 0.0))
+            measured["run"] = math.sqrt(max(measured["run"] ** 2 - example_variance, 0.0))
         for name, value in measured.items():
             parts.setdefault(name, []).append(value)
         for name, values in _steps(comparison).items():
@@ -121,11 +117,8 @@ def measure_noise(tables: Tables, datasets: Sequence[str] = ()) -> NoiseLevels:
         for name, values in parts.items()
         if np.isfinite(values).any()
     }
-    paired = measured_noise.pop("paired", None)
-    if paired is not None:
-        # Seeds repeat one LR, so the two are not told apart; the fit, too, takes them to be alike where it must.
-        measured_noise["arm_seed"] = measured_noise["run"] = paired / math.sqrt(2)
-    return NoiseLevels(**measured_noise, **_rl(tables))
+    sizes = {name: measured_noise.pop(name) for name in _SIZES if name in measured_noise}
+    return NoiseLevels(**measured_noise, seeds=SeedNoise(**sizes), **_rl(tables))
 
 
 def _shape(comparison: Comparison) -> dict[str, float]:
@@ -148,25 +141,8 @@ def _shape(comparison: Comparison) -> dict[str, float]:
 
 
 def _seeds(comparison: Comparison) -> dict[str, float]:
-    """Measure what seeds do to all arms and to one arm, from arms with several seeds at one LR."""
-    parts = []
-    for arm in comparison.arms:
-        arm_runs = comparison.rows[arm_label(arm)]
-        several = arm_runs.groupby("lr")["seed"].transform("nunique")
-        if several.max() >= 3:
-            at = arm_runs[several == several.max()]
-            at = at[at["lr"] == at["lr"].min()]
-            parts.append(at.set_index("seed")["final_test_nll"].astype(float).rename(arm_label(arm)))
-    if len(parts) < 2:
-        return {}
-    table = pd.concat(parts, axis=1).dropna().to_numpy(float)
-    seeds, arms = table.shape
-    if seeds < 3:
-        return {}
-    residual = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-    own = float((residual**2).sum()) / ((seeds - 1) * (arms - 1))
-    shared = float(table.mean(1).var(ddof=1)) - own / arms
-    return {"shared_seed": math.sqrt(max(shared, 0.0)), "paired": math.sqrt(own)}
+    """Return the sizes of what seeds do, as the fit has them."""
+    return {name: size for name, size in comparison.fit.sizes.items() if name in _SIZES}
 
 
 def _examples(comparison: Comparison, examples: ExampleLosses) -> dict[str, float]:
@@ -224,7 +200,7 @@ def _steps(comparison: Comparison) -> dict[str, Sequence[float]]:
     return {"batch": batches, "step": single}
 
 
-def _rl(tables: Tables) -> dict[str, float]:
+def _rl(tables: Tables) -> dict[str, Any]:
     """Measure the shape and the noise of error rates in RL; the shares of a problem's difficulty are not measured."""
     runs = tables.runs[is_rl(tables.runs)]
     if runs.empty:
@@ -237,9 +213,12 @@ def _rl(tables: Tables) -> dict[str, float]:
         levels = NoiseLevels()
         run_share = 1 - levels.rl_problem_common - levels.rl_problem_arm
         problem_variance = run_share * minimum.value * (1 - minimum.value) / N_PROBLEMS
-        luck = math.sqrt(max(comparison.fit.sigma**2 - problem_variance, 0.0) / 2)
+        sizes = _seeds(comparison)
+        sizes["run"] = math.sqrt(max(sizes["run"] ** 2 - problem_variance, 0.0))
         curvature = float(np.median(list(comparison.fit.curvature.values())))
         base = float(comparison.runs["base_reward"].astype(float).mean())
         measured = {"rl_curvature": curvature, "rl_base": base, "rl_tuned": 1 - minimum.value}
-        parts.append(measured | {"rl_arm_seed": luck, "rl_run": luck})
-    return {str(name): float(value) for name, value in pd.DataFrame(parts).median().items()}
+        parts.append(measured | sizes)
+    medians = pd.DataFrame(parts, dtype=float).median().dropna().to_dict()
+    sizes = {name: medians.pop(name) for name in _SIZES if name in medians}
+    return medians | {"rl_seeds": replace(NoiseLevels.rl_seeds, **sizes)}

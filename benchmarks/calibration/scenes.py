@@ -41,6 +41,9 @@ LR_MARGIN = math.log(DEFAULT_MARGINS.lr_factor)
 
 TEN = math.log(10.0)
 
+SHAPE = ("curvatures", "asymmetry", "cliff")
+"""The traits that a world is without where the rise of the loss around the optimum is what the claim is about."""
+
 RUN: dict[str, Any] = {"model": "made-up", "dataset": "worked", "batch_size": 8, "steps": 1000}
 RUN |= {"family": "llama", "hidden_size": 128}
 
@@ -214,7 +217,7 @@ def beside_lora(k: float, noise: NoiseLevels, random: np.random.Generator) -> li
 
 def wider(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return variants of LoRA of which DoRA has a range of good LRs that is wider by k margins."""
-    return _beside_lora(random, noise, {"curvature": math.exp(-2 * k * LR_MARGIN)}, without=("curvatures", "asymmetry"))
+    return _beside_lora(random, noise, {"curvature": math.exp(-2 * k * LR_MARGIN)}, without=SHAPE)
 
 
 def lengths(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
@@ -286,5 +289,4 @@ def law(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeS
         fullft_lr = math.log(5e-5) + exponents[family] * math.log(2000 / width) + (apart if number == 1 else 0.0)
         log_lrs.append((fullft_lr, fullft_lr + TEN))
     # The curvature says what being off the law costs.
-    shape = ("curvatures", "asymmetry")
-    return [replace(sweep, without=shape) for sweep in _models(_WIDTHS, log_lrs, noise, random)]
+    return [replace(sweep, without=SHAPE) for sweep in _models(_WIDTHS, log_lrs, noise, random)]

@@ -2,9 +2,9 @@
 
 The loss of a run of an arm at a learning rate and with a seed is
 
-    minimum + curvature x^2 exp(skew x) + (seed) + (arm and seed) + (run),
+    minimum + curvature x^2 exp(skew x) + (what its seed does),
 
-with x = ln LR - ln optimal LR. On top of it each test example has a difficulty for all arms, one for the arm, and one
+with x = ln LR - ln optimal LR; `seeds` has the last part. On top of it each test example has a difficulty for all arms, one for the arm, and one
 for the run, and each group of examples has one for the arm; the loss of the test split is the mean over them. As in
 the shipped presets, the first seed is trained at every LR of the grid, which is extended while its best LR is at an
 end, and further seeds are trained at the LR with the lowest validation loss, or around it by the walk and the race of
@@ -24,6 +24,7 @@ import pandas as pd
 
 from benchmarks.calibration.made import MadeArm, MadeSweep
 from benchmarks.calibration.noise import NoiseLevels
+from benchmarks.calibration.seeds import SeedEffects
 from lorabench.runs import Condition, Lattice, Seeds, Sweep, finished_losses
 from lorabench.store.tables import Tables
 
@@ -39,8 +40,8 @@ GROUPS = 20
 FURTHER = 2
 """The largest number of LRs by which a grid is extended at either end."""
 
-MOST_NOISE = 10.0
-"""The largest factor by which high LRs enlarge the noise."""
+CLIFF = 10.0
+"""How many times as fast as around its optimum a loss rises from its cliff on."""
 
 _NAMES = np.array([f"group {number}" for number in range(GROUPS)], object)
 
@@ -131,7 +132,7 @@ def _add_sweep(
     tokens, common, valid_common = dataset.tokens, dataset.common, dataset.valid_common
     weights, names = tokens / tokens.sum(), group_names(dataset.groups)
     seeds = max(arm.seeds for arm in sweep.arms)
-    shared = noise.shared_seed * random.standard_normal(seeds)
+    effects = SeedEffects(noise.seeds, seeds, random)
     lowest = sweep.arms[0].minimum
     last = int(sweep.columns.get("steps") or max([1, *sweep.curve_steps, *sweep.validation_steps]))
     steps = np.asarray(sweep.curve_steps, int)
@@ -139,10 +140,9 @@ def _add_sweep(
     batches = noise.batch * averaged * random.standard_normal((seeds, len(steps)))
     for arm_number, arm in enumerate(sweep.arms):
         lr, seed = cells(arm)
-        arm_luck = noise.arm_seed * random.standard_normal(seeds)
         x = np.log(lr) - arm.optimum
         excess = excess_loss(x, arm, noise)
-        luck = noise_factor(x, arm) * (shared[seed] + arm_luck[seed] + noise.run * random.standard_normal(len(lr)))
+        luck = effects.of_arm(arm.columns, x, seed)
         level = arm.minimum + excess + luck
         valid_n = math.sqrt(sweep.validation_examples)
         valid = (
@@ -174,7 +174,7 @@ def _add_sweep(
         rows.groups += [names] * len(lr)
         curve = partial(_curve, arm, np.log(lr) - arm.optimum, luck, (lowest, last), noise)
         at = np.array([0, *sweep.validation_steps], int)
-        split_noise = (valid - level)[:, None] + noise.run * random.standard_normal((len(lr), len(at)))
+        split_noise = (valid - level)[:, None] + noise.seeds.run * random.standard_normal((len(lr), len(at)))
         # The validation examples are as hard for the base as for all arms.
         validation = curve(at) + np.where(at > 0, split_noise, valid_common)
         rows.curves.append(points(run_ids, at, "validation", "nll", validation))
@@ -213,12 +213,8 @@ def _curve(
 def excess_loss(x: np.ndarray, arm: MadeArm, noise: NoiseLevels) -> np.ndarray:
     """Return the rise of the loss at distances in ln LR from the optimum, in nats per token; at most to the base's."""
     skew = noise.asymmetry / noise.curvature + arm.skew
-    return np.minimum(arm.curvature * noise.curvature * x**2 * np.exp(skew * x), noise.gain)
-
-
-def noise_factor(x: np.ndarray, arm: MadeArm) -> np.ndarray:
-    """Return the noise of seeds and runs over that at the optimum, at distances in ln LR from it."""
-    return np.minimum(np.exp(arm.lr_noise * x), MOST_NOISE)
+    squares = x**2 * np.exp(skew * x) + CLIFF * np.maximum(x - arm.cliff, 0.0)
+    return np.minimum(arm.curvature * noise.curvature * squares, noise.gain)
 
 
 def cells(arm: MadeArm) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,116 @@
+"""How often the 95% intervals of fits hold the truth, in made-up sweeps whose seeds do what those of real sweeps do,
+and worse. The errors are those from seeds: test examples add nothing."""
+
+from __future__ import annotations
+
+import math
+import sys
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import product
+from types import MappingProxyType
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.calibration.made import MadeSweep
+from benchmarks.calibration.noise import NoiseLevels
+from benchmarks.calibration.scenes import FULLFT, RUN, TEN, an_optimum, lora, made_arm
+from benchmarks.calibration.seeds import SeedNoise
+from benchmarks.calibration.traits import PLAIN, Traits, with_traits
+from benchmarks.calibration.worlds import make_tables
+from lorabench.analysis.comparison import comparisons
+
+_MEASURED = SeedNoise(common=0.008, walk=0.012, arm=0.001, fullft=0.0025, run=0.002)
+"""The sizes in the sweeps of the model of 135 million parameters."""
+
+_SHAPES = replace(PLAIN, curvatures=1.5, asymmetry=0.3)
+
+KINDS: Mapping[str, tuple[SeedNoise, Traits]] = MappingProxyType(
+    {
+        "measured": (_MEASURED, _SHAPES),
+        "tiny models": (SeedNoise(), _SHAPES),
+        "shares all": (replace(_MEASURED, fullft=0.0, share=1.0), _SHAPES),
+        "shares most": (replace(_MEASURED, share=0.88), _SHAPES),
+        # The level of full fine-tuning is as far from that of LoRA as if it had one of its own.
+        "shares nothing": (replace(_MEASURED, fullft=0.008 * math.sqrt(2), share=0.0), _SHAPES),
+        "twice the growth": (replace(_MEASURED, growth=1.5), _SHAPES),
+        "curvatures differ": (_MEASURED, replace(_SHAPES, curvatures=3.0)),
+        "cliff at high LR": (_MEASURED, replace(_SHAPES, cliff=2.0)),
+        "none of it": (SeedNoise(0.008, 0.0, 0.0, 0.0, 0.002, 1.0, 0.0), _SHAPES),
+    }
+)
+"""By kind of world, what its seeds do, and what its curves have that a fit does not know."""
+
+_PAIRS = {
+    "B1": ("LoRA r256", "FullFT", "optima"),
+    "B2": ("LoRA r256", "FullFT", "minima"),
+    "B3": ("LoRA r256", "LoRA r16", "optima"),
+    "E1": ("LoRA r64 attn", "LoRA r64 mlp", "minima"),
+    "E2": ("LoRA r256", "LoRA r64 mlp", "minima"),
+}
+"""By claim, the two arms that it compares, and whether by their optimal LRs or by their lowest losses."""
+
+COLUMNS = ["kind", "claim_id", "n_worlds", "holds", "holds_error", "half_width", "rms_error", "mean_error"]
+"""The columns of the table: the share of worlds whose interval holds the truth with its binomial standard error, the
+median half width of the intervals, and the root mean square and the mean of the errors; of ratios of optimal LRs in
+natural logarithms, of losses in nats per token."""
+
+CHUNK = 10
+"""The number of worlds that a process makes at a time."""
+
+
+def a_sweep(random: np.random.Generator) -> MadeSweep:
+    """Return a sweep of FullFT and four LoRA arms with three seeds at the three LRs around the best one; their LRs lie
+    on one lattice, where the optima of LoRA lie ten times as high as that of FullFT, more or less."""
+    optimum, nats = an_optimum(random), np.array([0.0, 0.002, 0.002, 0.003, 0.015])
+    optima = optimum + np.array([0.0, *(TEN + np.array([0.0, 0.0, -0.1, 0.1]))]) + 0.1 * random.standard_normal(5)
+    columns = [FULLFT, lora(256), lora(16), lora(64, "mlp"), lora(64, "attn")]
+    step, arms = TEN / 3, []
+    for own, at, minimum in zip(columns, optima, NoiseLevels.loss + nats, strict=True):
+        lrs = np.exp(optimum + step * (round((at - optimum) / step) + np.arange(-2, 3)))
+        arms.append(replace(made_arm(own, at, minimum, random), lrs=lrs, repeats="around"))
+    return MadeSweep(arms, RUN, test_examples=2)
+
+
+def errors_of(kind: str, first: int, seed: int = 0) -> pd.DataFrame:
+    """Make and fit CHUNK worlds of a kind, and return for each claim the error of its number and its interval."""
+    seeds, traits = KINDS[kind]
+    curvature = NoiseLevels.curvature if kind == "tiny models" else 0.035
+    noise = NoiseLevels(curvature=curvature, asymmetry=0.2 * curvature, seeds=seeds)
+    noise = replace(noise, example_common=0.0, example_arm=0.0, example_run=0.0)
+    rows = []
+    for number in range(first, first + CHUNK):
+        random = np.random.default_rng([seed, zlib.crc32(kind.encode()), number])
+        [sweep] = with_traits([a_sweep(random)], traits, random)
+        made = [sweep]
+        assert isinstance(made[0], MadeSweep)
+        tables = make_tables(made, noise, random)
+        [comparison] = comparisons(tables.runs, tables.curves)
+        arms = dict(zip(("FullFT", "LoRA r256", "LoRA r16", "LoRA r64 mlp", "LoRA r64 attn"), sweep.arms, strict=True))
+        for claim_id, (label, other, of) in _PAIRS.items():
+            of_arm = "optimum" if of == "optima" else "minimum"
+            truth = getattr(arms[label], of_arm) - getattr(arms[other], of_arm)
+            gap = comparison.fit.gap(label, other, of)
+            rows.append((kind, claim_id, gap.value - truth, *(end - truth for end in gap.interval())))
+    return pd.DataFrame(rows, columns=["kind", "claim_id", "error", "low", "high"])
+
+
+def interval_shares(worlds: int, processes: int, seed: int = 0) -> pd.DataFrame:
+    """Return the table of intervals: a row for each kind of world and claim, with the columns COLUMNS."""
+    tasks = list(product(KINDS, range(0, worlds, CHUNK), [seed]))
+    parts = []
+    with ProcessPoolExecutor(processes) as pool:
+        for task, part in zip(tasks, pool.map(errors_of, *zip(*tasks, strict=True)), strict=True):
+            parts.append(part)
+            print(f"intervals: {len(parts)} of {len(tasks)} parts ({task[0]})", file=sys.stderr)
+    rows = []
+    for (kind, claim_id), found in pd.concat(parts).groupby(["kind", "claim_id"], sort=False):
+        error, known = found["error"], found.dropna()
+        holds = float((known["low"].le(0) & known["high"].ge(0)).mean())
+        half = float((known["high"] - known["low"]).median() / 2)
+        about = len(known), holds, math.sqrt(holds * (1 - holds) / len(known)), half
+        rows.append((kind, claim_id, *about, math.sqrt(float((error**2).mean())), float(error.mean())))
+    return pd.DataFrame(rows, columns=COLUMNS)
