@@ -21,6 +21,7 @@ from benchmarks.calibration.scenes import FULLFT, RUN, TEN, an_optimum, lora, ma
 from benchmarks.calibration.seeds import SeedNoise
 from benchmarks.calibration.traits import PLAIN, Traits, with_traits
 from benchmarks.calibration.worlds import make_tables
+from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import comparisons
 
 _MEASURED = SeedNoise(common=0.008, walk=0.012, arm=0.001, fullft=0.0025, run=0.002)
@@ -53,10 +54,12 @@ _PAIRS = {
 }
 """By claim, the two arms that it compares, and whether by their optimal LRs or by their lowest losses."""
 
-COLUMNS = ["kind", "claim_id", "n_worlds", "holds", "holds_error", "half_width", "rms_error", "mean_error"]
-"""The columns of the table: the share of worlds whose interval holds the truth with its binomial standard error, the
-median half width of the intervals, and the root mean square and the mean of the errors; of ratios of optimal LRs in
-natural logarithms, of losses in nats per token."""
+COLUMNS = ["kind", "claim_id", "n_worlds", "holds_in_all", "n_judged", "holds", "holds_error", "half_width"]
+COLUMNS += ["rms_error", "mean_error"]
+"""The columns of the table: the number of worlds and the share of them whose interval holds the truth; and of those in
+which nothing is against a verdict, such as an optimum at the end of its LRs, their number, that share with its binomial
+standard error, the median half width of the intervals, and the root mean square and the mean of the errors; of ratios
+of optimal LRs in natural logarithms, of losses in nats per token."""
 
 CHUNK = 10
 """The number of worlds that a process makes at a time."""
@@ -71,7 +74,7 @@ def a_sweep(random: np.random.Generator) -> MadeSweep:
     step, arms = TEN / 3, []
     for own, at, minimum in zip(columns, optima, NoiseLevels.loss + nats, strict=True):
         lrs = np.exp(optimum + step * (round((at - optimum) / step) + np.arange(-2, 3)))
-        arms.append(replace(made_arm(own, at, minimum, random), lrs=lrs, repeats="around"))
+        arms.append(replace(made_arm(own, at, minimum, random), lrs=lrs))
     return MadeSweep(arms, RUN, test_examples=2)
 
 
@@ -79,23 +82,21 @@ def errors_of(kind: str, first: int, seed: int = 0) -> pd.DataFrame:
     """Make and fit CHUNK worlds of a kind, and return for each claim the error of its number and its interval."""
     seeds, traits = KINDS[kind]
     curvature = NoiseLevels.curvature if kind == "tiny models" else 0.035
-    noise = NoiseLevels(curvature=curvature, asymmetry=0.2 * curvature, seeds=seeds)
-    noise = replace(noise, example_common=0.0, example_arm=0.0, example_run=0.0)
+    noise = NoiseLevels(curvature, seeds=seeds, example_common=0.0, example_arm=0.0, example_run=0.0)
     rows = []
     for number in range(first, first + CHUNK):
         random = np.random.default_rng([seed, zlib.crc32(kind.encode()), number])
         [sweep] = with_traits([a_sweep(random)], traits, random)
-        made = [sweep]
-        assert isinstance(made[0], MadeSweep)
-        tables = make_tables(made, noise, random)
+        tables = make_tables([sweep], noise, random)
         [comparison] = comparisons(tables.runs, tables.curves)
-        arms = dict(zip(("FullFT", "LoRA r256", "LoRA r16", "LoRA r64 mlp", "LoRA r64 attn"), sweep.arms, strict=True))
+        made = {arm_label(arm.columns): arm for arm in sweep.arms}
+        arms = {arm_label(arm): arm for arm in comparison.arms}
         for claim_id, (label, other, of) in _PAIRS.items():
-            of_arm = "optimum" if of == "optima" else "minimum"
-            truth = getattr(arms[label], of_arm) - getattr(arms[other], of_arm)
-            gap = comparison.fit.gap(label, other, of)
-            rows.append((kind, claim_id, gap.value - truth, *(end - truth for end in gap.interval())))
-    return pd.DataFrame(rows, columns=["kind", "claim_id", "error", "low", "high"])
+            name = "optimum" if of == "optima" else "minimum"
+            truth, gap = getattr(made[label], name) - getattr(made[other], name), comparison.fit.gap(label, other, of)
+            is_judged = not comparison.problems([arms[label], arms[other]], resolved=of == "optima")
+            rows.append((kind, claim_id, is_judged, gap.value - truth, *(end - truth for end in gap.interval())))
+    return pd.DataFrame(rows, columns=["kind", "claim_id", "is_judged", "error", "low", "high"])
 
 
 def interval_shares(worlds: int, processes: int, seed: int = 0) -> pd.DataFrame:
@@ -108,9 +109,9 @@ def interval_shares(worlds: int, processes: int, seed: int = 0) -> pd.DataFrame:
             print(f"intervals: {len(parts)} of {len(tasks)} parts ({task[0]})", file=sys.stderr)
     rows = []
     for (kind, claim_id), found in pd.concat(parts).groupby(["kind", "claim_id"], sort=False):
-        error, known = found["error"], found.dropna()
-        holds = float((known["low"].le(0) & known["high"].ge(0)).mean())
-        half = float((known["high"] - known["low"]).median() / 2)
-        about = len(known), holds, math.sqrt(holds * (1 - holds) / len(known)), half
-        rows.append((kind, claim_id, *about, math.sqrt(float((error**2).mean())), float(error.mean())))
+        holds, judged = found["low"].le(0) & found["high"].ge(0), found[found["is_judged"]]
+        share, n, error = float(holds[found["is_judged"]].mean()), len(judged), judged["error"]
+        about = len(found), float(holds.mean()), n, share, math.sqrt(share * (1 - share) / n)
+        half = float((judged["high"] - judged["low"]).median() / 2)
+        rows.append((kind, claim_id, *about, half, math.sqrt(float((error**2).mean())), float(error.mean())))
     return pd.DataFrame(rows, columns=COLUMNS)

@@ -34,8 +34,8 @@ class MadeArm:
     lrs: np.ndarray
     seeds: int = 3
     repeats: Literal["best", "around", "every"] = "best"
-    """At which LRs further seeds are trained: that with the lowest validation loss of the first seed, also the two
-    next to it, or all."""
+    """At which LRs further seeds are trained: of fixed LRs that with the lowest validation loss of the first seed, or
+    all; or the three around the best one of a sweep that finds its LRs."""
     seeds_around: int | None = None
     """With `around`, the number of seeds at these three LRs; the others are trained at the lowest only. None for all.
     """

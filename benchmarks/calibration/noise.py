@@ -20,6 +20,8 @@ from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.store.checks import is_rl
 from lorabench.store.tables import Tables
 
+_SEEDS, _RL_SEEDS = SeedNoise(), SeedNoise(common=0.005, walk=0.026, arm=0.008, fullft=0.01, run=0.011)
+
 
 @dataclass(frozen=True)
 class NoiseLevels:
@@ -31,9 +33,9 @@ class NoiseLevels:
 
     curvature: float = 0.053
     """The rise of the loss around its optimum, per squared unit of ln LR."""
-    asymmetry: float = 0.011
-    """The part of the rise that grows with the third power of ln LR: the loss rises faster towards high LRs."""
-    seeds: SeedNoise = SeedNoise()
+    asymmetry: float = 0.2
+    """The rate per ln LR by which the curvature grows towards high LRs; it is not measured."""
+    seeds: SeedNoise = _SEEDS
     """What seeds do to the loss."""
     example_common: float = 0.123
     """SD over test examples of their difficulty for all arms alike."""
@@ -51,7 +53,7 @@ class NoiseLevels:
     """The loss of full fine-tuning."""
     rl_curvature: float = 0.11
     """The rise of the error rate of reinforcement learning (RL), per squared unit of ln LR."""
-    rl_seeds: SeedNoise = SeedNoise(common=0.005, walk=0.026, arm=0.008, fullft=0.01, run=0.011)
+    rl_seeds: SeedNoise = _RL_SEEDS
     """What seeds do to the error rate."""
     rl_problem_common: float = 0.8
     """The share of a test problem's difficulty, as a variance, that all arms have in common."""
@@ -80,7 +82,7 @@ class NoiseLevels:
 N_PROBLEMS = 160
 """The number of test problems of RL, as in `laptop`."""
 
-_MEDIANS = ("curvature", "asymmetry", "gain", "loss", "share", "growth")
+_MEDIANS = ("curvature", "gain", "loss", "share", "growth")
 
 _SIZES = tuple(asdict(SeedNoise()))
 
@@ -103,7 +105,7 @@ def measure_noise(tables: Tables, datasets: Sequence[str] = ()) -> NoiseLevels:
     for comparison in comparisons(runs, tables.curves):
         if comparison.fullft is None or not comparison.lora:
             continue
-        measured = _shape(comparison) | _seeds(comparison) | _examples(comparison, examples) | _level(comparison)
+        measured = _seeds(comparison) | _examples(comparison, examples) | _level(comparison)
         if "run" in measured and "n_examples" in measured:
             # Runs differ in what single test examples do to them, too.
             example_variance = measured["example_run"] ** 2 / measured.pop("n_examples")
@@ -119,25 +121,6 @@ def measure_noise(tables: Tables, datasets: Sequence[str] = ()) -> NoiseLevels:
     }
     sizes = {name: measured_noise.pop(name) for name in _SIZES if name in measured_noise}
     return NoiseLevels(**measured_noise, seeds=SeedNoise(**sizes), **_rl(tables))
-
-
-def _shape(comparison: Comparison) -> dict[str, float]:
-    """Measure curvature and asymmetry by cubics through the four LRs of the first seed around each optimum."""
-    curvatures, asymmetries = [], []
-    for arm in comparison.arms:
-        optimum = comparison.fit.optima.get(arm_label(arm))
-        arm_runs = comparison.rows[arm_label(arm)]
-        first = arm_runs[arm_runs["seed"] == arm_runs["seed"].min()]
-        if optimum is None or len(first) < 4 or not comparison.fit.resolved[arm_label(arm)]:
-            continue
-        x = np.log(first["lr"].to_numpy(float)) - optimum.value
-        nearest = np.argsort(np.abs(x))[:4]
-        cubic = np.polynomial.polynomial.polyfit(x[nearest], first["final_test_nll"].to_numpy(float)[nearest], 3)
-        curvatures.append(float(cubic[2]))
-        asymmetries.append(float(cubic[3]))
-    if not curvatures:
-        return {}
-    return {"curvature": float(np.median(curvatures)), "asymmetry": float(np.median(asymmetries))}
 
 
 def _seeds(comparison: Comparison) -> dict[str, float]:
@@ -171,12 +154,13 @@ def _examples(comparison: Comparison, examples: ExampleLosses) -> dict[str, floa
 
 
 def _level(comparison: Comparison) -> dict[str, float]:
-    """Measure the loss of FullFT and the gain from the base."""
+    """Measure the curvature, the loss of FullFT and the gain from the base."""
     margin, fullft = comparison.margin, comparison.fullft
     assert fullft is not None
     loss = comparison.fit.minima.get(arm_label(fullft))
     share = comparison.judging.margins.loss
-    return {"gain": margin.value / share, "loss": math.nan if loss is None else loss.value}
+    curvature = float(np.median(list(comparison.fit.curvature.values() or [math.nan])))
+    return {"curvature": curvature, "gain": margin.value / share, "loss": math.nan if loss is None else loss.value}
 
 
 def _steps(comparison: Comparison) -> dict[str, Sequence[float]]:

@@ -20,6 +20,7 @@ import pandas as pd
 from benchmarks.calibration.made import ArmDesign, Design, Role, highest_rank, role
 from benchmarks.calibration.run import Making, Task, counted_on, shares
 from benchmarks.calibration.truths import COVERED, EFFECTS, Covered
+from benchmarks.calibration.worlds import GRID_STEP
 from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
@@ -38,7 +39,6 @@ RUNS_COUNTED = 20
 
 # LRs that a sweep which finds its grid is taken to have: its three first and two further ones.
 _AUTO_LRS = 5
-_LATTICE_STEP = 10 ** (1 / 3)
 
 
 def design_of(plan: Plan, claim_id: str) -> Design | None:
@@ -84,11 +84,11 @@ def _of_sweep(sweep: Sweep) -> ArmDesign:
     best, every = sweep.seeds.best, max((number for _, number in sweep.seeds.given), default=1)
     if sweep.lattice is not None:
         return ArmDesign(
-            max(_AUTO_LRS, len(sweep.lrs)), _LATTICE_STEP, best, "around", sweep.seeds.around, sweep.seeds.racing
+            max(_AUTO_LRS, len(sweep.lrs)), GRID_STEP, best, "around", sweep.seeds.around, sweep.seeds.racing
         )
     steps = [high / low for low, high in pairwise(sorted(sweep.lrs))]
     repeats: Literal["best", "every"] = "every" if every > best else "best"
-    return ArmDesign(len(sweep.lrs), statistics.median(steps or [_LATTICE_STEP]), max(best, every), repeats)
+    return ArmDesign(len(sweep.lrs), statistics.median(steps or [GRID_STEP]), max(best, every), repeats)
 
 
 def power_of_plan(

@@ -73,8 +73,8 @@ def made_arm(
     n_lrs: int = 5,
     curve: Curve | None = None,
 ) -> MadeArm:
-    """Return an arm with a grid of LRs around its optimum."""
-    return MadeArm(columns, optimum, minimum, grid(optimum, random, n_lrs), seeds, curve=curve)
+    """Return an arm of a sweep that finds its LRs, with a grid around its optimum."""
+    return MadeArm(columns, optimum, minimum, grid(optimum, random, n_lrs), seeds, "around", curve=curve)
 
 
 def ranks(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
@@ -137,8 +137,7 @@ def batch_sizes(k: float, noise: NoiseLevels, random: np.random.Generator) -> li
             made_arm(lora(64), at + TEN, lowest + 2 * gap, random, seeds=5, curve=curves[1]),
         ]
         columns = {**RUN, "batch_size": batch_size, "steps": steps}
-        around = [replace(arm, repeats="around") for arm in arms]
-        sweeps.append(MadeSweep(around, columns, curve_steps=range(steps // 60, steps + 1, steps // 60)))
+        sweeps.append(MadeSweep(arms, columns, curve_steps=range(steps // 60, steps + 1, steps // 60)))
     return sweeps
 
 
@@ -206,7 +205,7 @@ def _beside_lora(
     at_dora, lowest = optimum + TEN + dora.get("lr", 0.0), noise.loss + dora.get("loss", 0.0)
     made = made_arm({**lora(16), "method": "dora"}, at_dora, lowest, random)
     arms.append(replace(made, curvature=dora.get("curvature", 1.0)))
-    return [MadeSweep([replace(arm, repeats="around") for arm in arms], RUN, **sweep)]
+    return [MadeSweep(arms, RUN, **sweep)]
 
 
 def beside_lora(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:

@@ -1,4 +1,4 @@
-"""What seeds do to the losses of made-up sweeps: the parts that `lorabench.analysis.mixed_fit` has, with known sizes."""
+"""What seeds do to the losses of made-up sweeps: the parts of `lorabench.analysis.mixed_fit`, with known sizes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 MOST_GROWTH = 10.0
 """The largest factor by which high learning rates (LRs) enlarge the noise."""
 
-_DISTANCES = np.linspace(0.0, 7.0, 351)
-"""The distances from an optimum, in ln LR, between which a walk is interpolated."""
+_STEP, _STEPS = 0.05, 140
+"""The steps of a walk, in ln LR, between which it is interpolated, and their number on each side of an optimum."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SeedEffects:
         self.sizes, self.random = sizes, random
         self.common, self.fullft = random.standard_normal((2, seeds)) * [[sizes.common], [sizes.fullft]]
         # One walk is for all arms, three are for kinds of arms; each has a side of low and one of high LRs.
-        steps = random.standard_normal((4, 2, seeds, len(_DISTANCES) - 1)) * math.sqrt(_DISTANCES[1])
+        steps = random.standard_normal((4, 2, seeds, _STEPS)) * math.sqrt(_STEP)
         self.walks = np.pad(np.cumsum(steps, axis=-1), [(0, 0)] * 3 + [(1, 0)])
 
     def of_arm(self, columns: Mapping[str, Any], x: np.ndarray, seed: np.ndarray) -> np.ndarray:
@@ -54,7 +54,9 @@ class SeedEffects:
         shared, *of_kinds = self.walks
         own = of_kinds[0 if is_fullft else 1 if columns["placement"] == "attn" else 2]
         walks = math.sqrt(sizes.share) * shared + math.sqrt(1 - sizes.share) * own
-        walk = [np.interp(abs(at), _DISTANCES, walks[int(at > 0), of]) for at, of in zip(x, seed, strict=True)]
-        growing = sizes.walk * np.array(walk) + sizes.run * self.random.standard_normal(len(x))
+        side, place = (x > 0).astype(int), np.minimum(abs(x) / _STEP, _STEPS - 1)
+        low, high = (walks[side, seed, place.astype(int) + end] for end in (0, 1))
+        walk = low + (high - low) * (place % 1)
+        growing = sizes.walk * walk + sizes.run * self.random.standard_normal(len(x))
         level = self.common + is_fullft * self.fullft + sizes.arm * self.random.standard_normal(len(self.common))
         return np.asarray(level[seed] + np.minimum(np.exp(sizes.growth * x), MOST_GROWTH) * growing)

@@ -36,8 +36,8 @@ class Traits:
     """How far optima lie from the middle of their grids, as a share of the way to the last LR but one at either end;
     drawn for each arm."""
     asymmetry: float = 0.6
-    """The largest rate per ln LR by which curvatures grow towards high LRs, beyond that of the noise levels, which is
-    0.2; drawn for each arm."""
+    """The largest rate per ln LR by which curvatures grow towards high LRs, beyond that of the noise levels; drawn for
+    each arm."""
     lag: float = 0.005
     """The largest number of steps by which one LoRA arm starts late, as a share of all steps; drawn for each sweep of
     supervised fine-tuning."""

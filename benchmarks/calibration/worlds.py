@@ -4,10 +4,9 @@ The loss of a run of an arm at a learning rate and with a seed is
 
     minimum + curvature x^2 exp(skew x) + (what its seed does),
 
-with x = ln LR - ln optimal LR; `seeds` has the last part. On top of it each test example has a difficulty for all arms, one for the arm, and one
-for the run, and each group of examples has one for the arm; the loss of the test split is the mean over them. As in
-the shipped presets, the first seed is trained at every LR of the grid, which is extended while its best LR is at an
-end, and further seeds are trained at the LR with the lowest validation loss, or around it by the walk and the race of
+with x = ln LR - ln optimal LR; `seeds` has the last part. On top of it each test example has a difficulty for all arms,
+one for the arm, and one for the run, and each group of examples has one for the arm; the loss of the test split is the
+mean over them. The first seed is trained at every LR of the grid, and further ones by the walk and the race of
 `lorabench.runs`. `traits` says what else a world has.
 """
 
@@ -28,8 +27,8 @@ from benchmarks.calibration.seeds import SeedEffects
 from lorabench.runs import Condition, Lattice, Seeds, Sweep, finished_losses
 from lorabench.store.tables import Tables
 
-GRID_STEP = 2.4
-"""The ratio of neighbouring LRs of a grid."""
+GRID_STEP = 10 ** (1 / 3)
+"""The ratio of neighbouring LRs of a grid, as in sweeps with `lrs: auto`."""
 
 TOKENS_PER_STEP = 1000
 """The number of tokens that a step trains on."""
@@ -212,62 +211,39 @@ def _curve(
 
 def excess_loss(x: np.ndarray, arm: MadeArm, noise: NoiseLevels) -> np.ndarray:
     """Return the rise of the loss at distances in ln LR from the optimum, in nats per token; at most to the base's."""
-    skew = noise.asymmetry / noise.curvature + arm.skew
+    skew = noise.asymmetry + arm.skew
     squares = x**2 * np.exp(skew * x) + CLIFF * np.maximum(x - arm.cliff, 0.0)
     return np.minimum(arm.curvature * noise.curvature * squares, noise.gain)
 
 
 def cells(arm: MadeArm) -> tuple[np.ndarray, np.ndarray]:
-    """Return LR and seed of every run that an arm could have: its grid, and the LRs that may extend it."""
+    """Return LR and seed of every run that an arm could have: at its LRs, or at those that its walk may reach."""
     lrs = arm.lrs
-    if arm.repeats == "around":
-        lattice, below = _lattice(arm), len(lrs) // 2 + FURTHER
+    if lattice := _lattice(arm):
+        below = len(lrs) // 2 + FURTHER
         lrs = np.array([lattice.lr(position) for position in range(-below, len(lrs) + 2 * FURTHER - below)])
-    elif _extended(arm):
-        step, further = lrs[1] / lrs[0], np.arange(1, FURTHER + 1)
-        lrs = np.concatenate([lrs[0] / step ** further[::-1], lrs, lrs[-1] * step**further])
     seed, lr = np.meshgrid(np.arange(arm.seeds), lrs, indexing="ij")
     return lr.ravel(), seed.ravel()
 
 
-def _lattice(arm: MadeArm) -> Lattice:
+def _lattice(arm: MadeArm) -> Lattice | None:
     """Return the lattice of an arm whose runs are chosen as those of a sweep with `lrs: auto`, with position 0 at the
-    middle of its grid."""
+    middle of its grid; None where LRs are fixed."""
+    if arm.repeats != "around":
+        return None
     return Lattice(per_decade=3, further=FURTHER, scale=float(arm.lrs[len(arm.lrs) // 2]))
 
 
-def _extended(arm: MadeArm) -> bool:
-    """Return whether the grid of an arm is extended if its best LR is at an end."""
-    return len(arm.lrs) > 1 and arm.repeats == "best"
-
-
 def kept_cells(arm: MadeArm, lr: np.ndarray, seed: np.ndarray, valid: np.ndarray, is_rl: bool = False) -> np.ndarray:
-    """Return which of them are trained, by their validation losses (in RL minus the accuracies).
-
-    They are the first seed at each LR and further seeds as the arm says, around the best LR by the walk of real sweeps.
-    """
-    if arm.repeats == "every":
-        return np.ones(len(lr), bool)
-    if arm.repeats == "around":
-        loss_of = dict(zip(zip(lr.tolist(), seed.tolist(), strict=True), valid.tolist(), strict=True))
-        condition = Condition("rl" if is_rl else "sft", "", "", "lora", None, None, None, 1, 1, "")
-        first = tuple(np.unique(lr)[FURTHER:-FURTHER].tolist())
-        seeds = Seeds(arm.seeds, arm.seeds_around or arm.seeds, racing=arm.racing)
-        walked = finished_losses(
-            Sweep(condition, first, seeds, (), _lattice(arm)), lambda run: loss_of[run.lr, run.seed]
-        )
-        return np.array([cell in walked for cell in loss_of])
-    every_lr, first_losses = lr[seed == 0], valid[seed == 0]
-    start, end = (FURTHER, len(every_lr) - FURTHER) if _extended(arm) else (0, len(every_lr))
-    while True:
-        best = start + int(np.argmin(first_losses[start:end]))
-        if best == start > 0:
-            start -= 1
-        elif best == end - 1 < len(every_lr) - 1:
-            end += 1
-        else:
-            break
-    return np.asarray(((seed == 0) & np.isin(lr, every_lr[start:end])) | (lr == every_lr[best]))
+    """Return which of them a real sweep trains, by their validation losses (in RL minus the accuracies)."""
+    loss_of = dict(zip(zip(lr.tolist(), seed.tolist(), strict=True), valid.tolist(), strict=True))
+    condition = Condition("rl" if is_rl else "sft", "", "", "lora", None, None, None, 1, 1, "")
+    lattice, lrs = _lattice(arm), tuple(np.unique(lr).tolist())
+    given = tuple((each, arm.seeds) for each in lrs) if arm.repeats == "every" else ()
+    seeds = Seeds(arm.seeds, (arm.seeds_around or arm.seeds) if lattice else 1, given, racing=arm.racing)
+    sweep = Sweep(condition, lrs[FURTHER:-FURTHER] if lattice else lrs, seeds, (), lattice)
+    walked = finished_losses(sweep, lambda run: loss_of[run.lr, run.seed])
+    return np.array([cell in walked for cell in loss_of])
 
 
 def progress(steps: np.ndarray, last: int) -> np.ndarray:

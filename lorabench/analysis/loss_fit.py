@@ -201,7 +201,8 @@ def fit_losses(
         ByArm({label: lambda label=label, part=part: estimated(label)[part] for label in lowest}) for part in range(3)
     )
     sizes = _sizes(fitted, effects) if len(counted.seeds) > 1 else {}
-    return LossFit(grids, lowest, measured, sigma, dof, curvature, sizes, seeds, run_ids, text, optima, minima, resolved)
+    numbers = lowest, measured, sigma, dof, curvature, sizes, seeds, run_ids, text, optima, minima, resolved
+    return LossFit(grids, *numbers)
 
 
 def _sizes(fitted: MixedFit, effects: np.ndarray) -> dict[str, float]:
