@@ -33,8 +33,7 @@ def main() -> None:
     add("--claims", nargs="+", default=[], metavar="ID", help="ids of claims, by default all that are covered")
     add("--processes", type=int, default=2, help="number of processes (2)")
     add("--seed", type=int, default=0, help="seed of all random numbers (0)")
-    add("--plain", action="store_true", help="make worlds that break no assumption of the fit")
-    add("--trait", nargs="+", choices=NAMES, help="make worlds that break these assumptions alone, by default all")
+    add("--trait", nargs="*", choices=NAMES, help="make worlds that break these assumptions alone, by default all")
     add("--intervals", action="store_true", help="count only how often 95%% intervals hold the truth, by kind of noise")
     add("--out", type=Path, help="CSV file for the table")
     add("--again", type=Path, help="CSV file for how often the verdict falls again in a twin of a world")
@@ -49,7 +48,7 @@ def main() -> None:
             measured = asdict(measure_noise(Tables.read(options.measure), options.dataset))
             print(pd.json_normalize(measured).iloc[0].to_string(float_format="{:.4g}".format))
             return
-        traits = Traits.only(options.trait or ()) if options.plain or options.trait else Traits()
+        traits = Traits() if options.trait is None else Traits.only(options.trait)
         making = Making(traits=traits, seed=options.seed)
         if options.intervals:
             table = interval_shares(options.worlds, options.processes, options.seed)

@@ -99,7 +99,6 @@ class MadeRl:
 
 Made = TypeVar("Made", MadeSweep, MadeRl)
 
-
 Role = tuple[str, str | None, bool]
 """What an arm is in its comparison: method, placement, and whether it is LoRA at the highest rank on all layers."""
 
@@ -113,11 +112,9 @@ class ArmDesign:
     """The ratio of neighbouring LRs."""
     seeds: int
     repeats: Literal["best", "around", "every"]
-    """At which LRs further seeds are trained, as in `MadeArm`."""
+    """At which LRs further seeds are trained, as in `MadeArm`, and so below."""
     seeds_around: int | None = None
-    """As in `MadeArm`."""
     racing: Racing | None = None
-    """As in `MadeArm`."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +157,5 @@ def _swept(arm: MadeArm, design: ArmDesign, random: np.random.Generator) -> Made
         return replace(arm, seeds=design.seeds)
     place = np.arange(design.n_lrs) - (design.n_lrs - 1) // 2 + random.uniform(-0.5, 0.5)
     lrs = np.exp(arm.optimum + math.log(design.lr_step) * place)
-    return replace(
-        arm,
-        lrs=lrs,
-        seeds=design.seeds,
-        repeats=design.repeats,
-        seeds_around=design.seeds_around,
-        racing=design.racing,
-    )
+    shared = {name: getattr(design, name) for name in ("seeds", "repeats", "seeds_around", "racing")}
+    return replace(arm, lrs=lrs, **shared)

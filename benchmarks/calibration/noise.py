@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from benchmarks.calibration.made import MadeRl
 from benchmarks.calibration.seeds import SeedNoise
 from lorabench.analysis.arms import arm_label, each_arm
 from lorabench.analysis.comparison import Comparison, comparisons
@@ -79,12 +80,7 @@ class NoiseLevels:
         return DEFAULT_MARGINS.reward * (self.rl_tuned - self.rl_base)
 
 
-N_PROBLEMS = 160
-"""The number of test problems of RL, as in `laptop`."""
-
 _MEDIANS = ("curvature", "gain", "loss", "share", "growth")
-
-_SIZES = tuple(asdict(SeedNoise()))
 
 
 def measure_noise(tables: Tables, datasets: Sequence[str] = ()) -> NoiseLevels:
@@ -105,7 +101,10 @@ def measure_noise(tables: Tables, datasets: Sequence[str] = ()) -> NoiseLevels:
     for comparison in comparisons(runs, tables.curves):
         if comparison.fullft is None or not comparison.lora:
             continue
-        measured = _seeds(comparison) | _examples(comparison, examples) | _level(comparison)
+        fit, gain = comparison.fit, comparison.margin.value / comparison.judging.margins.loss
+        measured = {"gain": gain, "loss": fit.lowest.get("FullFT", (math.nan, math.nan))[1], **fit.sizes}
+        curvature = float(np.median([*fit.curvature.values()] or [math.nan]))
+        measured |= {"curvature": curvature, **_examples(comparison, examples)}
         if "run" in measured and "n_examples" in measured:
             # Runs differ in what single test examples do to them, too.
             example_variance = measured["example_run"] ** 2 / measured.pop("n_examples")
@@ -119,13 +118,13 @@ def measure_noise(tables: Tables, datasets: Sequence[str] = ()) -> NoiseLevels:
         for name, values in parts.items()
         if np.isfinite(values).any()
     }
-    sizes = {name: measured_noise.pop(name) for name in _SIZES if name in measured_noise}
-    return NoiseLevels(**measured_noise, seeds=SeedNoise(**sizes), **_rl(tables))
+    return NoiseLevels(seeds=_popped(measured_noise, _SEEDS), **measured_noise, **_rl(tables))
 
 
-def _seeds(comparison: Comparison) -> dict[str, float]:
-    """Return the sizes of what seeds do, as the fit has them."""
-    return {name: size for name, size in comparison.fit.sizes.items() if name in _SIZES}
+def _popped(measured: dict[str, Any], default: SeedNoise) -> SeedNoise:
+    """Remove the sizes of what seeds do from measured numbers, and return them."""
+    measured.pop("curvatures", None)
+    return replace(default, **{name: measured.pop(name) for name in asdict(default) if name in measured})
 
 
 def _examples(comparison: Comparison, examples: ExampleLosses) -> dict[str, float]:
@@ -153,16 +152,6 @@ def _examples(comparison: Comparison, examples: ExampleLosses) -> dict[str, floa
     }
 
 
-def _level(comparison: Comparison) -> dict[str, float]:
-    """Measure the curvature, the loss of FullFT and the gain from the base."""
-    margin, fullft = comparison.margin, comparison.fullft
-    assert fullft is not None
-    loss = comparison.fit.minima.get(arm_label(fullft))
-    share = comparison.judging.margins.loss
-    curvature = float(np.median(list(comparison.fit.curvature.values() or [math.nan])))
-    return {"curvature": curvature, "gain": margin.value / share, "loss": math.nan if loss is None else loss.value}
-
-
 def _steps(comparison: Comparison) -> dict[str, Sequence[float]]:
     """Measure the noise of training losses by step, from runs of one seed and of several."""
     chosen = (comparison.curves["split"] == "train") & (comparison.curves["metric"] == "nll")
@@ -176,11 +165,9 @@ def _steps(comparison: Comparison) -> dict[str, Sequence[float]]:
     for curves in by_seed.values():
         batches += [float(np.diff(curve[len(curve) // 2 :]).std(ddof=1)) / math.sqrt(2) for curve in curves[:1]]
         for other in curves[1:]:
-            difference = other - curves[0] if len(other) == len(curves[0]) else np.array([])
-            half = difference[len(difference) // 2 :]
-            if len(half) > 4:
+            if len(other) == len(curves[0]) > 8:
                 # Neighbouring steps share the trend; a difference of two runs has the variance of both.
-                single.append(float(np.diff(half).std(ddof=1)) / 2)
+                single.append(float(np.diff((other - curves[0])[len(other) // 2 :]).std(ddof=1)) / 2)
     return {"batch": batches, "step": single}
 
 
@@ -196,13 +183,12 @@ def _rl(tables: Tables) -> dict[str, Any]:
             continue
         levels = NoiseLevels()
         run_share = 1 - levels.rl_problem_common - levels.rl_problem_arm
-        problem_variance = run_share * minimum.value * (1 - minimum.value) / N_PROBLEMS
-        sizes = _seeds(comparison)
+        problem_variance = run_share * minimum.value * (1 - minimum.value) / MadeRl.test_examples
+        sizes = dict(comparison.fit.sizes)
         sizes["run"] = math.sqrt(max(sizes["run"] ** 2 - problem_variance, 0.0))
         curvature = float(np.median(list(comparison.fit.curvature.values())))
         base = float(comparison.runs["base_reward"].astype(float).mean())
         measured = {"rl_curvature": curvature, "rl_base": base, "rl_tuned": 1 - minimum.value}
         parts.append(measured | sizes)
-    medians = pd.DataFrame(parts, dtype=float).median().dropna().to_dict()
-    sizes = {name: medians.pop(name) for name in _SIZES if name in medians}
-    return medians | {"rl_seeds": replace(NoiseLevels.rl_seeds, **sizes)}
+    medians = {str(name): value for name, value in pd.DataFrame(parts, dtype=float).median().dropna().items()}
+    return {"rl_seeds": _popped(medians, _RL_SEEDS), **medians}

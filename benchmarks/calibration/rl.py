@@ -16,16 +16,7 @@ from benchmarks.calibration.made import Curve, MadeRl
 from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.scenes import FULLFT, LR_MARGIN, SHAPE, TEN, lora, made_arm, sign
 from benchmarks.calibration.seeds import SeedEffects
-from benchmarks.calibration.worlds import (
-    GROUPS,
-    Rows,
-    cells,
-    group_names,
-    groups_of,
-    kept_cells,
-    points,
-    progress,
-)
+from benchmarks.calibration.worlds import GROUPS, Rows, cells, groups_of, kept_cells, points, progress
 from lorabench.analysis.rewards import FAR, NEAR
 from lorabench.claims.reinforcement import CHEAPER
 from lorabench.store.tables import Tables
@@ -68,7 +59,7 @@ def make_rl_tables(sweep: MadeRl, noise: NoiseLevels, random: np.random.Generato
         ]
         rows.losses += list(failed["test"].astype(float))
         rows.tokens += [np.ones(sweep.test_examples)] * len(lr)
-        rows.groups += [group_names(groups["test"])] * len(lr)
+        rows.groups += [groups["test"]] * len(lr)
         done = progress(steps - 1, sweep.steps)
         reward = noise.rl_base + (1 - error - noise.rl_base)[:, None] * done
         if arm.curve is not None:
@@ -103,7 +94,6 @@ def _failed(error: np.ndarray, common: np.ndarray, noise: NoiseLevels, random: n
 
 
 _RL = {"model": "made-up", "dataset": "problems", "batch_size": 640, "family": "llama", "hidden_size": 128}
-
 
 LENGTH = 360.0
 """The mean length of responses at the end, twice that at first; in tokens. On average it meets the setting of F5."""

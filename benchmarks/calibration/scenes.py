@@ -170,6 +170,11 @@ def mlp_alone(k: float, noise: NoiseLevels, random: np.random.Generator) -> list
     return placements(2, noise, random, mlp=k)
 
 
+def experts(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
+    """Return placements of a mixture of experts."""
+    return placements(k, noise, random, family="qwen3_moe")
+
+
 def variants(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return a sweep of LoRA in the standard parametrization and in variants, one of which is better by k margins."""
     optimum, margin = an_optimum(random) + TEN, noise.margin

@@ -42,8 +42,6 @@ FURTHER = 2
 CLIFF = 10.0
 """How many times as fast as around its optimum a loss rises from its cliff on."""
 
-_NAMES = np.array([f"group {number}" for number in range(GROUPS)], object)
-
 _INTEGERS = ("rank", "batch_size", "steps", "seed", "train_tokens", "trainable_params", "hidden_size", "group_size")
 
 
@@ -120,16 +118,11 @@ def groups_of(n: int, random: np.random.Generator) -> np.ndarray:
     return np.asarray(random.choice(GROUPS, n, p=sizes / sizes.sum()))
 
 
-def group_names(groups: np.ndarray) -> np.ndarray:
-    """Return the names of groups, as the table `test_losses` has them."""
-    return np.asarray(_NAMES[groups], object)
-
-
 def _add_sweep(
     rows: Rows, number: int, sweep: MadeSweep, noise: NoiseLevels, dataset: _Dataset, random: np.random.Generator
 ) -> None:
     tokens, common, valid_common = dataset.tokens, dataset.common, dataset.valid_common
-    weights, names = tokens / tokens.sum(), group_names(dataset.groups)
+    weights = tokens / tokens.sum()
     seeds = max(arm.seeds for arm in sweep.arms)
     effects = SeedEffects(noise.seeds, seeds, random)
     lowest = sweep.arms[0].minimum
@@ -170,7 +163,7 @@ def _add_sweep(
         ]
         rows.losses += list(losses * tokens)
         rows.tokens += [tokens] * len(lr)
-        rows.groups += [names] * len(lr)
+        rows.groups += [dataset.groups] * len(lr)
         curve = partial(_curve, arm, np.log(lr) - arm.optimum, luck, (lowest, last), noise)
         at = np.array([0, *sweep.validation_steps], int)
         split_noise = (valid - level)[:, None] + noise.seeds.run * random.standard_normal((len(lr), len(at)))
@@ -227,11 +220,9 @@ def cells(arm: MadeArm) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lattice(arm: MadeArm) -> Lattice | None:
-    """Return the lattice of an arm whose runs are chosen as those of a sweep with `lrs: auto`, with position 0 at the
-    middle of its grid; None where LRs are fixed."""
-    if arm.repeats != "around":
-        return None
-    return Lattice(per_decade=3, further=FURTHER, scale=float(arm.lrs[len(arm.lrs) // 2]))
+    """Return the lattice of an arm that finds its LRs, with position 0 at the middle of its grid; else None."""
+    scale = float(arm.lrs[len(arm.lrs) // 2])
+    return Lattice(per_decade=3, further=FURTHER, scale=scale) if arm.repeats == "around" else None
 
 
 def kept_cells(arm: MadeArm, lr: np.ndarray, seed: np.ndarray, valid: np.ndarray, is_rl: bool = False) -> np.ndarray:

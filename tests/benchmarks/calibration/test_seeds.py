@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.calibration import intervals
+from benchmarks.calibration.intervals import errors_of
 from benchmarks.calibration.scenes import lora
 from benchmarks.calibration.seeds import SeedEffects, SeedNoise
 
@@ -55,9 +55,8 @@ def test_walks_start_at_the_optimum_grow_and_are_shared_by_kinds(losses):
     assert np.var(first[1.0] - other[1.0]) == pytest.approx(2 * 0.3**2 * (1 + math.e), rel=0.1)
 
 
-def test_a_world_is_fitted_and_its_truth_is_near(monkeypatch):
-    monkeypatch.setattr(intervals, "CHUNK", 1)
-    found = intervals.errors_of("none of it", 0).set_index("claim_id")
+def test_a_world_is_fitted_and_its_truth_is_near():
+    found = errors_of("none of it", 0).set_index("claim_id")
     assert found.index.tolist() == ["B1", "B2", "B3", "E1", "E2"]
     assert found.loc[["B1", "B3"], "error"].abs().max() < 0.2
     assert found.loc[["B2", "E1", "E2"], "error"].abs().max() < 0.006
