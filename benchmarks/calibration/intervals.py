@@ -26,7 +26,7 @@ from lorabench.analysis.comparison import comparisons
 _MEASURED = SeedNoise(common=0.008, walk=0.012, arm=0.001, fullft=0.0025, run=0.002)
 """The sizes in the sweeps of the model of 135 million parameters."""
 
-_SHAPES = replace(PLAIN, curvatures=1.5, asymmetry=0.3)
+_SHAPES = replace(PLAIN, curvatures=1.5, asymmetry=0.15)
 
 KINDS: Mapping[str, tuple[SeedNoise, Traits]] = {
     "measured": (_MEASURED, _SHAPES),
@@ -37,6 +37,7 @@ KINDS: Mapping[str, tuple[SeedNoise, Traits]] = {
     "shares nothing": (replace(_MEASURED, fullft=0.008 * math.sqrt(2), share=0.0), _SHAPES),
     "twice the growth": (replace(_MEASURED, growth=1.5), _SHAPES),
     "curvatures differ": (_MEASURED, replace(_SHAPES, curvatures=3.0)),
+    "asymmetries differ": (_MEASURED, replace(_SHAPES, asymmetry=0.6)),
     "cliff at high LR": (_MEASURED, replace(_SHAPES, cliff=2.0)),
     "none of it": (SeedNoise(0.008, 0.0, 0.0, 0.0, 0.002, 1.0, 0.0), _SHAPES),
 }
@@ -77,7 +78,7 @@ def errors_of(kind: str, number: int, seed: int = 0) -> pd.DataFrame:
     random = np.random.default_rng([seed, zlib.crc32(kind.encode()), number])
     seeds, traits = KINDS[kind]
     curvature = NoiseLevels.curvature if kind == "tiny models" else 0.035
-    noise = NoiseLevels(curvature, seeds=seeds, example_common=0.0, example_arm=0.0, example_run=0.0)
+    noise = NoiseLevels(curvature, 0.1 + 0.2 * random.standard_normal(), seeds, 0.0, 0.0, 0.0)
     [sweep] = with_traits([a_sweep(random)], traits, random)
     tables = make_tables([sweep], noise, random)
     [comparison] = comparisons(tables.runs, tables.curves)

@@ -21,7 +21,7 @@ from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.store.checks import is_rl
 from lorabench.store.tables import Tables
 
-_SEEDS, _RL_SEEDS = SeedNoise(), SeedNoise(common=0.005, walk=0.026, arm=0.008, fullft=0.01, run=0.011)
+_SEEDS, _RL_SEEDS = SeedNoise(), SeedNoise(common=0.015, walk=0.04, arm=0.008, fullft=0.013, run=0.012)
 
 
 @dataclass(frozen=True)

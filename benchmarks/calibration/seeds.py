@@ -19,18 +19,18 @@ _STEP, _STEPS = 0.05, 140
 @dataclass(frozen=True)
 class SeedNoise:
     """The sizes of what seeds do, as standard deviations (SD) in the unit of the loss. Effects that grow do so with
-    exp(growth x), at a distance x in ln LR from the optimum. The defaults are those of the preset `laptop_more`."""
+    exp(growth x), at a distance x in ln LR from the optimum. The defaults are typical of tiny models."""
 
-    common: float = 0.007
+    common: float = 0.01
     """SD of a seed's level, which all arms share, through the order of the data."""
-    walk: float = 0.015
+    walk: float = 0.02
     """SD, one unit of ln LR away from the optimum and before its growth, of an effect that is 0 at the optimum and a
     random walk from there."""
     arm: float = 0.003
     """SD of the level of one arm and seed."""
-    fullft: float = 0.004
+    fullft: float = 0.005
     """SD of the level of full fine-tuning (FullFT) and a seed."""
-    run: float = 0.005
+    run: float = 0.006
     """SD of what is left for a single run at the optimum; it grows."""
     share: float = 0.7
     """The correlation of the walks of FullFT, LoRA on attention alone, and other LoRA, whose arms share one walk."""
