@@ -14,7 +14,7 @@ os.environ.setdefault("LORABENCH_DRAWS", "4096")
 
 import pandas as pd
 
-from benchmarks.calibration.intervals import interval_shares
+from benchmarks.calibration.intervals import KINDS, interval_shares
 from benchmarks.calibration.noise import measure_noise
 from benchmarks.calibration.power import power_of_plan
 from benchmarks.calibration.run import Making, counted, shares, twins
@@ -34,7 +34,7 @@ def main() -> None:
     add("--processes", type=int, default=2, help="number of processes (2)")
     add("--seed", type=int, default=0, help="seed of all random numbers (0)")
     add("--trait", nargs="*", choices=NAMES, help="make worlds that break these assumptions alone, by default all")
-    add("--intervals", action="store_true", help="count only how often 95%% intervals hold the truth, by kind of noise")
+    add("--intervals", nargs="*", choices=KINDS, help="count only how often intervals hold the truth, by kind of world")
     add("--out", type=Path, help="CSV file for the table")
     add("--again", type=Path, help="CSV file for how often the verdict falls again in a twin of a world")
     add("--measure", type=Path, help="only measure the noise of the runs in this folder of tidy tables")
@@ -50,8 +50,8 @@ def main() -> None:
             return
         traits = Traits() if options.trait is None else Traits.only(options.trait)
         making = Making(traits=traits, seed=options.seed)
-        if options.intervals:
-            table = interval_shares(options.worlds, options.processes, options.seed)
+        if options.intervals is not None:
+            table = interval_shares(options.intervals or KINDS, options.worlds, options.processes, options.seed)
         elif options.preset is not None:
             if options.noise is not None:
                 making = replace(making, noise=measure_noise(Tables.read(options.noise), options.dataset))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -92,11 +92,11 @@ def errors_of(kind: str, number: int, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["kind", "claim_id", "is_judged", "error", "low", "high"])
 
 
-def interval_shares(worlds: int, processes: int, seed: int = 0) -> pd.DataFrame:
+def interval_shares(kinds: Iterable[str], worlds: int, processes: int, seed: int = 0) -> pd.DataFrame:
     """Return the table of intervals: a row for each kind of world and claim, with the columns COLUMNS."""
     rows = []
     with ProcessPoolExecutor(processes) as pool:
-        for kind in KINDS:
+        for kind in kinds:
             of_worlds = pool.map(partial(errors_of, kind, seed=seed), range(worlds), chunksize=5)
             for claim_id, found in pd.concat(of_worlds).groupby("claim_id"):
                 holds, judged = found["low"].le(0) & found["high"].ge(0), found[found["is_judged"]]

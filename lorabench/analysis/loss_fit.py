@@ -211,7 +211,9 @@ def _sizes(fitted: MixedFit, effects: np.ndarray) -> dict[str, float]:
     the walk that kinds of arms have in common, its growth, and the spread of curvatures over their mean."""
     arms, (walk, arm, fullft, share, growth, spread) = len(fitted.places), fitted.sizes.tolist()
     run = fitted.sigma / math.sqrt(1 + arm**2 + fullft**2 / arms)
-    if "FullFT" not in fitted.places:
+    if arms == 1:
+        arm = math.nan
+    if arms == 1 or "FullFT" not in fitted.places:
         fullft = share = math.nan
     sizes = {"common": float(effects.std(ddof=1)), "walk": walk * run, "arm": arm * run, "fullft": fullft * run}
     return sizes | {"run": run, "share": share, "growth": growth, "curvatures": spread}
