@@ -12,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # So few draws move the end of an interval by about 4% of its error, to either side.
 os.environ.setdefault("LORABENCH_DRAWS", "4096")
 
+import pandas as pd
+
+from benchmarks.calibration.intervals import KINDS, interval_shares
 from benchmarks.calibration.noise import measure_noise
 from benchmarks.calibration.power import power_of_plan
 from benchmarks.calibration.run import Making, counted, shares, twins
@@ -30,8 +33,8 @@ def main() -> None:
     add("--claims", nargs="+", default=[], metavar="ID", help="ids of claims, by default all that are covered")
     add("--processes", type=int, default=2, help="number of processes (2)")
     add("--seed", type=int, default=0, help="seed of all random numbers (0)")
-    add("--plain", action="store_true", help="make worlds that break no assumption of the fit")
-    add("--trait", nargs="+", choices=NAMES, help="make worlds that break these assumptions alone, by default all")
+    add("--trait", nargs="*", choices=NAMES, help="make worlds that break these assumptions alone, by default all")
+    add("--intervals", nargs="*", choices=KINDS, help="count only how often intervals hold the truth, by kind of world")
     add("--out", type=Path, help="CSV file for the table")
     add("--again", type=Path, help="CSV file for how often the verdict falls again in a twin of a world")
     add("--measure", type=Path, help="only measure the noise of the runs in this folder of tidy tables")
@@ -42,12 +45,14 @@ def main() -> None:
     options = parser.parse_args()
     with in_one_sentence():
         if options.measure is not None:
-            for name, value in asdict(measure_noise(Tables.read(options.measure), options.dataset)).items():
-                print(f"{name}: {value:.4g}")
+            measured = asdict(measure_noise(Tables.read(options.measure), options.dataset))
+            print(pd.json_normalize(measured).iloc[0].to_string(float_format="{:.4g}".format))
             return
-        traits = Traits.only(options.trait or ()) if options.plain or options.trait else Traits()
+        traits = Traits() if options.trait is None else Traits.only(options.trait)
         making = Making(traits=traits, seed=options.seed)
-        if options.preset is not None:
+        if options.intervals is not None:
+            table = interval_shares(options.intervals or KINDS, options.worlds, options.processes, options.seed)
+        elif options.preset is not None:
             if options.noise is not None:
                 making = replace(making, noise=measure_noise(Tables.read(options.noise), options.dataset))
             plan = plan_and_layout(options.preset)[0]
@@ -60,7 +65,7 @@ def main() -> None:
             if options.again is not None:
                 write_csv(twins(counts), options.again)
         if options.out is None:
-            print(table.drop(columns="what").to_string(index=False, float_format="{:.3f}".format))
+            print(table.drop(columns="what", errors="ignore").to_string(index=False, float_format="{:.3f}".format))
         else:
             write_csv(table, options.out)
 

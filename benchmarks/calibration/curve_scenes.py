@@ -5,15 +5,17 @@ Further seeds are trained at the three LRs around the optimum, where curves can 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
+from benchmarks.calibration import scenes
 from benchmarks.calibration.made import Curve, MadeArm, MadeSweep
 from benchmarks.calibration.noise import NoiseLevels
-from benchmarks.calibration.scenes import FULLFT, RUN, TEN, an_optimum, lora, made_arm, sign
+from benchmarks.calibration.scenes import FULLFT, RUN, TEN, an_optimum, lora, sign
 from benchmarks.calibration.worlds import progress
+
+made_arm = partial(scenes.made_arm, seeds=5)
 
 STEPS = 1000
 """The steps of a run, from which on curves count as long."""
@@ -23,10 +25,6 @@ POINTS = np.unique(np.geomspace(1, STEPS, 80).astype(int))
 
 EARLY_POINTS = np.arange(1, 101)
 """The steps with a training loss where early curves are compared."""
-
-
-def _around(arms: Sequence[MadeArm]) -> list[MadeArm]:
-    return [replace(arm, repeats="around", seeds=5) for arm in arms]
 
 
 def _flat(steps: np.ndarray) -> np.ndarray:
@@ -46,7 +44,7 @@ def gaps(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[Made
         made_arm(FULLFT, optimum, noise.loss, random, curve=_flat),
         made_arm(lora(64), optimum + TEN, noise.loss, random, curve=apart),
     ]
-    return [MadeSweep(_around(arms), RUN, curve_steps=POINTS)]
+    return [MadeSweep(arms, RUN, curve_steps=POINTS)]
 
 
 def bends(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
@@ -62,7 +60,7 @@ def bends(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[Mad
         made_arm(FULLFT, optimum, noise.loss, random, curve=bend),
         made_arm(lora(64), optimum + TEN, noise.loss, random, curve=_flat),
     ]
-    return [MadeSweep(_around(arms), RUN, curve_steps=POINTS)]
+    return [MadeSweep(arms, RUN, curve_steps=POINTS)]
 
 
 def equal_flops(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
@@ -80,7 +78,7 @@ def equal_flops(k: float, noise: NoiseLevels, random: np.random.Generator) -> li
         made_arm({**FULLFT, "train_tokens": 1_000_000, "train_flops": 3e12}, optimum, noise.loss, random, curve=_flat),
         made_arm(lora(16, train_tokens=1_000_000, train_flops=2e12), optimum + TEN, noise.loss, random, curve=behind),
     ]
-    sweep = MadeSweep(_around(arms), RUN, curve_steps=POINTS, validation_steps=POINTS.tolist())
+    sweep = MadeSweep(arms, RUN, curve_steps=POINTS, validation_steps=POINTS.tolist())
     return [sweep]
 
 
@@ -113,7 +111,7 @@ def capacity(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[
         made_arm(lora(4), optimum + TEN, noise.loss, random, curve=_departing(noise, 25 * 2 ** (1.5 * k), share)),
         made_arm(lora(64), optimum + TEN, noise.loss, random, curve=_flat),
     ]
-    return [MadeSweep(_around(arms), RUN, curve_steps=POINTS)]
+    return [MadeSweep(arms, RUN, curve_steps=POINTS)]
 
 
 def thresholds(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
@@ -125,7 +123,7 @@ def thresholds(k: float, noise: NoiseLevels, random: np.random.Generator) -> lis
         step = 50 * (rank / 32**0.5) ** power
         arms.append(made_arm(lora(rank), optimum + TEN, noise.loss, random, curve=_departing(noise, step, 0.525)))
     arms.append(made_arm(lora(64), optimum + TEN, noise.loss, random, curve=_flat))
-    return [MadeSweep(_around(arms), RUN, curve_steps=POINTS)]
+    return [MadeSweep(arms, RUN, curve_steps=POINTS)]
 
 
 def _early(curve: Curve, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:

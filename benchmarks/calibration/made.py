@@ -34,8 +34,8 @@ class MadeArm:
     lrs: np.ndarray
     seeds: int = 3
     repeats: Literal["best", "around", "every"] = "best"
-    """At which LRs further seeds are trained: that with the lowest validation loss of the first seed, also the two
-    next to it, or all."""
+    """At which LRs further seeds are trained: of fixed LRs that with the lowest validation loss of the first seed, or
+    all; or the three around the best one of a sweep that finds its LRs."""
     seeds_around: int | None = None
     """With `around`, the number of seeds at these three LRs; the others are trained at the lowest only. None for all.
     """
@@ -45,9 +45,8 @@ class MadeArm:
     """Its curvature over that of the noise levels."""
     skew: float = 0.0
     """The rate per ln LR by which its curvature grows towards high LRs, beyond that of the noise levels."""
-    lr_noise: float = 0.0
-    """The power of the LR with which the noise of its seeds and runs grows; the noise levels are those at its optimum.
-    """
+    cliff: float = math.inf
+    """How far ln LR lies above the optimum where the loss begins to rise much faster."""
     lag: float = 0.0
     """The number of steps by which it starts late, as a share of all steps."""
     moved: Curve | None = None
@@ -100,7 +99,6 @@ class MadeRl:
 
 Made = TypeVar("Made", MadeSweep, MadeRl)
 
-
 Role = tuple[str, str | None, bool]
 """What an arm is in its comparison: method, placement, and whether it is LoRA at the highest rank on all layers."""
 
@@ -114,11 +112,9 @@ class ArmDesign:
     """The ratio of neighbouring LRs."""
     seeds: int
     repeats: Literal["best", "around", "every"]
-    """At which LRs further seeds are trained, as in `MadeArm`."""
+    """At which LRs further seeds are trained, as in `MadeArm`, and so below."""
     seeds_around: int | None = None
-    """As in `MadeArm`."""
     racing: Racing | None = None
-    """As in `MadeArm`."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +157,5 @@ def _swept(arm: MadeArm, design: ArmDesign, random: np.random.Generator) -> Made
         return replace(arm, seeds=design.seeds)
     place = np.arange(design.n_lrs) - (design.n_lrs - 1) // 2 + random.uniform(-0.5, 0.5)
     lrs = np.exp(arm.optimum + math.log(design.lr_step) * place)
-    return replace(
-        arm,
-        lrs=lrs,
-        seeds=design.seeds,
-        repeats=design.repeats,
-        seeds_around=design.seeds_around,
-        racing=design.racing,
-    )
+    shared = {name: getattr(design, name) for name in ("seeds", "repeats", "seeds_around", "racing")}
+    return replace(arm, lrs=lrs, **shared)

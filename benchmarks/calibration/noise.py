@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from benchmarks.calibration.made import MadeRl
+from benchmarks.calibration.seeds import SeedNoise
 from lorabench.analysis.arms import arm_label, each_arm
 from lorabench.analysis.comparison import Comparison, comparisons
 from lorabench.analysis.estimate import ExampleLosses
@@ -17,6 +20,8 @@ from lorabench.claims.reinforcement import rewarded_errors
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.store.checks import is_rl
 from lorabench.store.tables import Tables
+
+_SEEDS, _RL_SEEDS = SeedNoise(), SeedNoise(common=0.015, walk=0.04, arm=0.008, fullft=0.013, run=0.012)
 
 
 @dataclass(frozen=True)
@@ -29,14 +34,10 @@ class NoiseLevels:
 
     curvature: float = 0.053
     """The rise of the loss around its optimum, per squared unit of ln LR."""
-    asymmetry: float = 0.011
-    """The part of the rise that grows with the third power of ln LR: the loss rises faster towards high LRs."""
-    shared_seed: float = 0.0069
-    """SD over seeds of the loss of all arms alike, through the order of the data."""
-    arm_seed: float = 0.004
-    """SD over seeds of the loss of one arm at all LRs."""
-    run: float = 0.004
-    """SD of what is left for a single run."""
+    asymmetry: float = 0.2
+    """The rate per ln LR by which the curvature grows towards high LRs; it is not measured."""
+    seeds: SeedNoise = _SEEDS
+    """What seeds do to the loss."""
     example_common: float = 0.123
     """SD over test examples of their difficulty for all arms alike."""
     example_arm: float = 0.0073
@@ -53,12 +54,8 @@ class NoiseLevels:
     """The loss of full fine-tuning."""
     rl_curvature: float = 0.11
     """The rise of the error rate of reinforcement learning (RL), per squared unit of ln LR."""
-    rl_shared_seed: float = 0.005
-    """SD over seeds of the error rate of all arms alike."""
-    rl_arm_seed: float = 0.011
-    """SD over seeds of the error rate of one arm."""
-    rl_run: float = 0.011
-    """SD of what is left of the error rate for a single run."""
+    rl_seeds: SeedNoise = _RL_SEEDS
+    """What seeds do to the error rate."""
     rl_problem_common: float = 0.8
     """The share of a test problem's difficulty, as a variance, that all arms have in common."""
     rl_problem_arm: float = 0.05
@@ -83,10 +80,7 @@ class NoiseLevels:
         return DEFAULT_MARGINS.reward
 
 
-N_PROBLEMS = 160
-"""The number of test problems of RL, as in `laptop`."""
-
-_MEDIANS = ("curvature", "asymmetry", "gain", "loss")
+_MEDIANS = ("curvature", "gain", "loss", "share", "growth")
 
 
 def measure_noise(tables: Tables, datasets: Sequence[str] = ()) -> NoiseLevels:
@@ -107,11 +101,14 @@ def measure_noise(tables: Tables, datasets: Sequence[str] = ()) -> NoiseLevels:
     for comparison in comparisons(runs, tables.curves):
         if comparison.fullft is None or not comparison.lora:
             continue
-        measured = _shape(comparison) | _seeds(comparison) | _examples(comparison, examples) | _level(comparison)
-        if "paired" in measured and "n_examples" in measured:
+        fit, gain = comparison.fit, comparison.margin.value / comparison.judging.margins.loss
+        measured = {"gain": gain, "loss": fit.lowest.get("FullFT", (math.nan, math.nan))[1], **fit.sizes}
+        curvature = float(np.median([*fit.curvature.values()] or [math.nan]))
+        measured |= {"curvature": curvature, **_examples(comparison, examples)}
+        if "run" in measured and "n_examples" in measured:
             # Runs differ in what single test examples do to them, too.
             example_variance = measured["example_run"] ** 2 / measured.pop("n_examples")
-            measured["paired"] = math.sqrt(max(measured["paired"] ** 2 - example_variance, 0.0))
+            measured["run"] = math.sqrt(max(measured["run"] ** 2 - example_variance, 0.0))
         for name, value in measured.items():
             parts.setdefault(name, []).append(value)
         for name, values in _steps(comparison).items():
@@ -121,52 +118,13 @@ def measure_noise(tables: Tables, datasets: Sequence[str] = ()) -> NoiseLevels:
         for name, values in parts.items()
         if np.isfinite(values).any()
     }
-    paired = measured_noise.pop("paired", None)
-    if paired is not None:
-        # Seeds repeat one LR, so the two are not told apart; the fit, too, takes them to be alike where it must.
-        measured_noise["arm_seed"] = measured_noise["run"] = paired / math.sqrt(2)
-    return NoiseLevels(**measured_noise, **_rl(tables))
+    return NoiseLevels(seeds=_popped(measured_noise, _SEEDS), **measured_noise, **_rl(tables))
 
 
-def _shape(comparison: Comparison) -> dict[str, float]:
-    """Measure curvature and asymmetry by cubics through the four LRs of the first seed around each optimum."""
-    curvatures, asymmetries = [], []
-    for arm in comparison.arms:
-        optimum = comparison.fit.optima.get(arm_label(arm))
-        arm_runs = comparison.rows[arm_label(arm)]
-        first = arm_runs[arm_runs["seed"] == arm_runs["seed"].min()]
-        if optimum is None or len(first) < 4 or not comparison.fit.resolved[arm_label(arm)]:
-            continue
-        x = np.log(first["lr"].to_numpy(float)) - optimum.value
-        nearest = np.argsort(np.abs(x))[:4]
-        cubic = np.polynomial.polynomial.polyfit(x[nearest], first["final_test_nll"].to_numpy(float)[nearest], 3)
-        curvatures.append(float(cubic[2]))
-        asymmetries.append(float(cubic[3]))
-    if not curvatures:
-        return {}
-    return {"curvature": float(np.median(curvatures)), "asymmetry": float(np.median(asymmetries))}
-
-
-def _seeds(comparison: Comparison) -> dict[str, float]:
-    """Measure what seeds do to all arms and to one arm, from arms with several seeds at one LR."""
-    parts = []
-    for arm in comparison.arms:
-        arm_runs = comparison.rows[arm_label(arm)]
-        several = arm_runs.groupby("lr")["seed"].transform("nunique")
-        if several.max() >= 3:
-            at = arm_runs[several == several.max()]
-            at = at[at["lr"] == at["lr"].min()]
-            parts.append(at.set_index("seed")["final_test_nll"].astype(float).rename(arm_label(arm)))
-    if len(parts) < 2:
-        return {}
-    table = pd.concat(parts, axis=1).dropna().to_numpy(float)
-    seeds, arms = table.shape
-    if seeds < 3:
-        return {}
-    residual = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-    own = float((residual**2).sum()) / ((seeds - 1) * (arms - 1))
-    shared = float(table.mean(1).var(ddof=1)) - own / arms
-    return {"shared_seed": math.sqrt(max(shared, 0.0)), "paired": math.sqrt(own)}
+def _popped(measured: dict[str, Any], default: SeedNoise) -> SeedNoise:
+    """Remove the sizes of what seeds do from measured numbers, and return them."""
+    measured.pop("curvatures", None)
+    return replace(default, **{name: measured.pop(name) for name in asdict(default) if name in measured})
 
 
 def _examples(comparison: Comparison, examples: ExampleLosses) -> dict[str, float]:
@@ -194,15 +152,6 @@ def _examples(comparison: Comparison, examples: ExampleLosses) -> dict[str, floa
     }
 
 
-def _level(comparison: Comparison) -> dict[str, float]:
-    """Measure the loss of FullFT and the gain from the base."""
-    margin, fullft = comparison.margin, comparison.fullft
-    assert fullft is not None
-    loss = comparison.fit.minima.get(arm_label(fullft))
-    share = comparison.judging.margins.loss
-    return {"gain": margin.value / share, "loss": math.nan if loss is None else loss.value}
-
-
 def _steps(comparison: Comparison) -> dict[str, Sequence[float]]:
     """Measure the noise of training losses by step, from runs of one seed and of several."""
     chosen = (comparison.curves["split"] == "train") & (comparison.curves["metric"] == "nll")
@@ -216,15 +165,13 @@ def _steps(comparison: Comparison) -> dict[str, Sequence[float]]:
     for curves in by_seed.values():
         batches += [float(np.diff(curve[len(curve) // 2 :]).std(ddof=1)) / math.sqrt(2) for curve in curves[:1]]
         for other in curves[1:]:
-            difference = other - curves[0] if len(other) == len(curves[0]) else np.array([])
-            half = difference[len(difference) // 2 :]
-            if len(half) > 4:
+            if len(other) == len(curves[0]) > 8:
                 # Neighbouring steps share the trend; a difference of two runs has the variance of both.
-                single.append(float(np.diff(half).std(ddof=1)) / 2)
+                single.append(float(np.diff((other - curves[0])[len(other) // 2 :]).std(ddof=1)) / 2)
     return {"batch": batches, "step": single}
 
 
-def _rl(tables: Tables) -> dict[str, float]:
+def _rl(tables: Tables) -> dict[str, Any]:
     """Measure the shape and the noise of error rates in RL; the shares of a problem's difficulty are not measured."""
     runs = tables.runs[is_rl(tables.runs)]
     if runs.empty:
@@ -236,10 +183,12 @@ def _rl(tables: Tables) -> dict[str, float]:
             continue
         levels = NoiseLevels()
         run_share = 1 - levels.rl_problem_common - levels.rl_problem_arm
-        problem_variance = run_share * minimum.value * (1 - minimum.value) / N_PROBLEMS
-        luck = math.sqrt(max(comparison.fit.sigma**2 - problem_variance, 0.0) / 2)
+        problem_variance = run_share * minimum.value * (1 - minimum.value) / MadeRl.test_examples
+        sizes = dict(comparison.fit.sizes)
+        sizes["run"] = math.sqrt(max(sizes["run"] ** 2 - problem_variance, 0.0))
         curvature = float(np.median(list(comparison.fit.curvature.values())))
         base = float(comparison.runs["base_reward"].astype(float).mean())
         measured = {"rl_curvature": curvature, "rl_base": base, "rl_tuned": 1 - minimum.value}
-        parts.append(measured | {"rl_arm_seed": luck, "rl_run": luck})
-    return {str(name): float(value) for name, value in pd.DataFrame(parts).median().items()}
+        parts.append(measured | sizes)
+    medians = {str(name): value for name, value in pd.DataFrame(parts, dtype=float).median().dropna().items()}
+    return {"rl_seeds": _popped(medians, _RL_SEEDS), **medians}

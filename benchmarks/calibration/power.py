@@ -20,6 +20,7 @@ import pandas as pd
 from benchmarks.calibration.made import ArmDesign, Design, Role, highest_rank, role
 from benchmarks.calibration.run import Making, Task, counted_on, shares
 from benchmarks.calibration.truths import COVERED, EFFECTS, Covered
+from benchmarks.calibration.worlds import GRID_STEP
 from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
@@ -28,17 +29,14 @@ from lorabench.runs import Sweep
 AT = (0.0, 2.0)
 """The sizes of effects, in margins, at which power is counted: where an equality is true, and where a difference is."""
 
-COLUMNS = ["claim_id", "kind", "what", "lrs", "seeds", "test_examples", "n_worlds", "runs", "power_at_0", "power_at_2"]
-COLUMNS += ["wrong"]
+COLUMNS = ["claim_id", "kind", "what", "test_examples", "n_worlds", "runs", "power_at_0", "power_at_2", "wrong"]
 """The columns of the table: the mean number of runs of a world, the share of worlds with the right verdict, and the
 largest share with a wrong one at any size of the effect."""
 
 RUNS_COUNTED = 20
 """The number of worlds of each size of the effect whose runs are counted."""
 
-# LRs that a sweep which finds its grid is taken to have: its three first and two further ones.
-_AUTO_LRS = 5
-_LATTICE_STEP = 10 ** (1 / 3)
+_AUTO_LRS = 5  # What a sweep that finds its grid is taken to have: its three first LRs and two further ones.
 
 
 def design_of(plan: Plan, claim_id: str) -> Design | None:
@@ -53,7 +51,9 @@ def design_of(plan: Plan, claim_id: str) -> Design | None:
     sweeps = [sweep for sweep in sweeps if sources[sweep.condition.dataset].kind != "facts"]
     if not sweeps:
         return None
-    by_role: dict[Role, list[Sweep]] = {}
+    # One or two LRs are no sweep.
+    swept = [sweep for sweep in sweeps if _of_sweep(sweep).n_lrs > 2] or sweeps
+    by_role: dict[Role, list[ArmDesign]] = {}
     comparisons: dict[tuple[object, ...], list[Sweep]] = {}
     for sweep in sweeps:
         at = sweep.condition
@@ -61,34 +61,25 @@ def design_of(plan: Plan, claim_id: str) -> Design | None:
     for members in comparisons.values():
         conditions = [vars(sweep.condition) for sweep in members]
         for sweep, condition in zip(members, conditions, strict=True):
-            by_role.setdefault(role(condition, highest_rank(conditions)), []).append(sweep)
-    # One or two LRs are no sweep.
-    swept = [sweep for sweep in sweeps if _of_sweep(sweep).n_lrs > 2]
-    tests, validations = (
-        [getattr(sources[sweep.condition.dataset], split) for sweep in swept or sweeps]
-        for split in ("test", "validation")
+            if sweep in swept:
+                by_role.setdefault(role(condition, highest_rank(conditions)), []).append(_of_sweep(sweep))
+    # The smallest sweep and set decide, as the worst of several comparisons does in a verdict.
+    arms = {name: min(designs, key=lambda arm: (arm.seeds, arm.n_lrs)) for name, designs in by_role.items()}
+    test, validation = (
+        min(getattr(sources[sweep.condition.dataset], split) for sweep in swept) for split in ("test", "validation")
     )
-    # The smallest set decides, as the worst of several comparisons does in a verdict.
-    chosen = set(map(id, swept or sweeps))
-    arms = {
-        name: min(
-            (_of_sweep(sweep) for sweep in members if id(sweep) in chosen), key=lambda arm: (arm.seeds, arm.n_lrs)
-        )
-        for name, members in by_role.items()
-        if any(id(sweep) in chosen for sweep in members)
-    }
-    return Design(arms, min(tests), min(validations))
+    return Design(arms, test, validation)
 
 
 def _of_sweep(sweep: Sweep) -> ArmDesign:
     best, every = sweep.seeds.best, max((number for _, number in sweep.seeds.given), default=1)
     if sweep.lattice is not None:
         return ArmDesign(
-            max(_AUTO_LRS, len(sweep.lrs)), _LATTICE_STEP, best, "around", sweep.seeds.around, sweep.seeds.racing
+            max(_AUTO_LRS, len(sweep.lrs)), GRID_STEP, best, "around", sweep.seeds.around, sweep.seeds.racing
         )
     steps = [high / low for low, high in pairwise(sorted(sweep.lrs))]
     repeats: Literal["best", "every"] = "every" if every > best else "best"
-    return ArmDesign(len(sweep.lrs), statistics.median(steps or [_LATTICE_STEP]), max(best, every), repeats)
+    return ArmDesign(len(sweep.lrs), statistics.median(steps or [GRID_STEP]), max(best, every), repeats)
 
 
 def power_of_plan(
@@ -128,13 +119,6 @@ def power_of_plan(
             for number in range(min(worlds, RUNS_COUNTED))
         ]
         power = [float(counted.loc[(covered.claim_id, effect), "power"]) for effect in AT]
-        arms = list(design.arms.values())
-        swept = [_span([arm.n_lrs for arm in arms]), _span([arm.seeds for arm in arms]), design.test_examples]
-        about = [covered.claim_id, covered.kind, covered.effect, *swept]
-        rows.append([*about, worlds, fmean(sizes), *power, float(counted.loc[covered.claim_id, "wrong"].max())])
+        about = covered.claim_id, covered.kind, covered.effect, design.test_examples, worlds, fmean(sizes)
+        rows.append([*about, *power, float(counted.loc[covered.claim_id, "wrong"].max())])
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def _span(numbers: Sequence[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low} to {high}"

@@ -14,18 +14,9 @@ from scipy.special import ndtr, ndtri
 
 from benchmarks.calibration.made import Curve, MadeRl
 from benchmarks.calibration.noise import NoiseLevels
-from benchmarks.calibration.scenes import FULLFT, LR_MARGIN, TEN, lora, made_arm, sign
-from benchmarks.calibration.worlds import (
-    GROUPS,
-    Rows,
-    cells,
-    group_names,
-    groups_of,
-    kept_cells,
-    noise_factor,
-    points,
-    progress,
-)
+from benchmarks.calibration.scenes import FULLFT, LR_MARGIN, SHAPE, TEN, lora, made_arm, sign
+from benchmarks.calibration.seeds import SeedEffects
+from benchmarks.calibration.worlds import GROUPS, Rows, cells, groups_of, kept_cells, points, progress
 from lorabench.analysis.rewards import FAR, NEAR
 from lorabench.claims.reinforcement import CHEAPER
 from lorabench.store.tables import Tables
@@ -38,15 +29,13 @@ def make_rl_tables(sweep: MadeRl, noise: NoiseLevels, random: np.random.Generato
     common = {name: random.standard_normal(n) for name, n in sets.items()}
     groups = {name: groups_of(n, random) for name, n in sets.items()}
     seeds = max(arm.seeds for arm in sweep.arms)
-    shared = noise.rl_shared_seed * random.standard_normal(seeds)
+    effects = SeedEffects(noise.rl_seeds, seeds, random)
     steps = np.arange(1, sweep.steps + 1)
     batches = noise.rl_batch * random.standard_normal((seeds, len(steps)))
     for number, arm in enumerate(sweep.arms):
         lr, seed = cells(arm)
         x = np.log(lr) - arm.optimum
-        arm_luck = noise.rl_arm_seed * random.standard_normal(seeds)
-        luck = shared[seed] + arm_luck[seed] + noise.rl_run * random.standard_normal(len(lr))
-        luck *= noise_factor(x, arm)
+        luck = effects.of_arm(arm.columns, x, seed)
         excess = arm.curvature * noise.rl_curvature * x**2 * np.exp(arm.skew * x)
         error = np.clip(arm.minimum + excess + luck, 0.01, 1 - noise.rl_base)
         # Difficulties have an SD of 1 over problems. Where about half of these fail, a group that is harder by a small
@@ -70,7 +59,7 @@ def make_rl_tables(sweep: MadeRl, noise: NoiseLevels, random: np.random.Generato
         ]
         rows.losses += list(failed["test"].astype(float))
         rows.tokens += [np.ones(sweep.test_examples)] * len(lr)
-        rows.groups += [group_names(groups["test"])] * len(lr)
+        rows.groups += [groups["test"]] * len(lr)
         done = progress(steps - 1, sweep.steps)
         reward = noise.rl_base + (1 - error - noise.rl_base)[:, None] * done
         if arm.curve is not None:
@@ -85,7 +74,7 @@ def make_rl_tables(sweep: MadeRl, noise: NoiseLevels, random: np.random.Generato
             for count in ("n_samples", "n_problems"):
                 rows.curves.append(points(run_ids, ends, name, count, np.full((len(lr), 2), float(n))))
         if number in sweep.lengths:
-            spread = np.exp(0.05 * random.standard_normal((len(lr), len(steps))) + 0.03 * arm_luck[seed][:, None])
+            spread = np.exp(0.05 * random.standard_normal((len(lr), len(steps))))
             rows.curves.append(
                 points(run_ids, steps, "train", "response_length", sweep.lengths[number](steps) * spread)
             )
@@ -105,7 +94,6 @@ def _failed(error: np.ndarray, common: np.ndarray, noise: NoiseLevels, random: n
 
 
 _RL = {"model": "made-up", "dataset": "problems", "batch_size": 640, "family": "llama", "hidden_size": 128}
-
 
 LENGTH = 360.0
 """The mean length of responses at the end, twice that at first; in tokens. On average it meets the setting of F5."""
@@ -146,9 +134,7 @@ def rl_ranges(k: float, noise: NoiseLevels, random: np.random.Generator) -> Made
         made_arm(FULLFT, optimum, error, random, seeds=5, n_lrs=6),
         replace(made_arm(lora(1), optimum + TEN, error, random, seeds=5, n_lrs=7), curvature=flatter),
     ]
-    # The rise of the error rate around the optimum is what the claim is about.
-    shape = ("curvatures", "asymmetry")
-    return MadeRl(arms, _RL, lengths=dict.fromkeys(range(2), _length()), without=shape)
+    return MadeRl(arms, _RL, lengths=dict.fromkeys(range(2), _length()), without=SHAPE)
 
 
 def rl_placements(k: float, noise: NoiseLevels, random: np.random.Generator) -> MadeRl:

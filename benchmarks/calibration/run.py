@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from benchmarks.calibration.made import Design, Made, MadeRl, as_designed
 from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.rl import make_rl_tables
 from benchmarks.calibration.traits import Traits, with_traits
-from benchmarks.calibration.truths import AGAINST, COVERED, EFFECTS, SCENES, SMALL, Covered
+from benchmarks.calibration.truths import AGAINST, COVERED, EFFECTS, SMALL, Covered, scene_of
 from benchmarks.calibration.worlds import make_tables
 from lorabench.claims.judge import CLAIMS, findings
 from lorabench.errors import UserError
@@ -95,7 +95,7 @@ class Making:
         # Every world has generators of its own, so the results depend neither on the processes nor on the claims.
         of_pair = [self.seed, zlib.crc32(task.scene.encode()), round(10 * task.effect), number // 2]
         truth, luck = np.random.default_rng(of_pair), np.random.default_rng([*of_pair, number % 2])
-        made = SCENES[task.scene](task.effect, self.noise, truth)
+        made = scene_of(task.scene)(task.effect, self.noise, truth)
         if isinstance(made, MadeRl):
             [sweep] = self._finished([made], truth)
             return make_rl_tables(sweep, self.noise, luck)
@@ -212,22 +212,16 @@ AGAIN_ENDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 def twins(counts: Counts) -> pd.DataFrame:
     """Return the table of twins for all claims together and for each: columns AGAIN_COLUMNS, without empty classes."""
+    stated = [
+        (seen.claim_id, (seen.p_again + 0.5) * _STEP, seen.same, number)
+        for of_claim in counts.values()
+        for seen, number in of_claim.items()
+        if seen.p_again >= 0
+    ]
     rows = []
-    everything: Counter[Seen] = Counter()
-    for of_claim in counts.values():
-        everything.update(of_claim)
-    stated = {seen: number for seen, number in everything.items() if seen.p_again >= 0}
-    judged = {claim_id for claim_id, _ in counts}
-    for claim_id in ["all", *(claim.claim_id for claim in COVERED if claim.claim_id in judged)]:
-        for low, high in pairwise(AGAIN_ENDS):
-            chosen = {
-                seen: number
-                for seen, number in stated.items()
-                if claim_id in ("all", seen.claim_id) and low <= (seen.p_again + 0.5) * _STEP < high
-            }
-            n = sum(chosen.values())
-            if n:
-                predicted = sum((seen.p_again + 0.5) * _STEP * number for seen, number in chosen.items()) / n
-                same = sum(number for seen, number in chosen.items() if seen.same) / n
-                rows.append((claim_id, low, high, n, predicted, same))
+    for claim_id, (low, high) in product(["all", *(claim.claim_id for claim in COVERED)], pairwise(AGAIN_ENDS)):
+        chosen = [seen[1:] for seen in stated if claim_id in ("all", seen[0]) and low <= seen[1] < high]
+        if n := sum(number for _, _, number in chosen):
+            predicted, same = (sum(seen[part] * seen[2] for seen in chosen) / n for part in (0, 1))
+            rows.append((claim_id, low, high, n, predicted, same))
     return pd.DataFrame(rows, columns=AGAIN_COLUMNS)

@@ -41,6 +41,9 @@ LR_MARGIN = math.log(DEFAULT_MARGINS.lr_factor)
 
 TEN = math.log(10.0)
 
+SHAPE = ("curvatures", "asymmetry", "cliff")
+"""The traits that a world is without where the rise of the loss around the optimum is what the claim is about."""
+
 RUN: dict[str, Any] = {"model": "made-up", "dataset": "worked", "batch_size": 8, "steps": 1000}
 RUN |= {"family": "llama", "hidden_size": 128}
 
@@ -70,8 +73,8 @@ def made_arm(
     n_lrs: int = 5,
     curve: Curve | None = None,
 ) -> MadeArm:
-    """Return an arm with a grid of LRs around its optimum."""
-    return MadeArm(columns, optimum, minimum, grid(optimum, random, n_lrs), seeds, curve=curve)
+    """Return an arm of a sweep that finds its LRs, with a grid around its optimum."""
+    return MadeArm(columns, optimum, minimum, grid(optimum, random, n_lrs), seeds, "around", curve=curve)
 
 
 def ranks(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
@@ -134,8 +137,7 @@ def batch_sizes(k: float, noise: NoiseLevels, random: np.random.Generator) -> li
             made_arm(lora(64), at + TEN, lowest + 2 * gap, random, seeds=5, curve=curves[1]),
         ]
         columns = {**RUN, "batch_size": batch_size, "steps": steps}
-        around = [replace(arm, repeats="around") for arm in arms]
-        sweeps.append(MadeSweep(around, columns, curve_steps=range(steps // 60, steps + 1, steps // 60)))
+        sweeps.append(MadeSweep(arms, columns, curve_steps=range(steps // 60, steps + 1, steps // 60)))
     return sweeps
 
 
@@ -166,6 +168,11 @@ def placements(
 def mlp_alone(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return placements whose MLP alone is k margins worse than all layers."""
     return placements(2, noise, random, mlp=k)
+
+
+def experts(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
+    """Return placements of a mixture of experts."""
+    return placements(k, noise, random, family="qwen3_moe")
 
 
 def variants(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
@@ -203,7 +210,7 @@ def _beside_lora(
     at_dora, lowest = optimum + TEN + dora.get("lr", 0.0), noise.loss + dora.get("loss", 0.0)
     made = made_arm({**lora(16), "method": "dora"}, at_dora, lowest, random)
     arms.append(replace(made, curvature=dora.get("curvature", 1.0)))
-    return [MadeSweep([replace(arm, repeats="around") for arm in arms], RUN, **sweep)]
+    return [MadeSweep(arms, RUN, **sweep)]
 
 
 def beside_lora(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
@@ -214,7 +221,7 @@ def beside_lora(k: float, noise: NoiseLevels, random: np.random.Generator) -> li
 
 def wider(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return variants of LoRA of which DoRA has a range of good LRs that is wider by k margins."""
-    return _beside_lora(random, noise, {"curvature": math.exp(-2 * k * LR_MARGIN)}, without=("curvatures", "asymmetry"))
+    return _beside_lora(random, noise, {"curvature": math.exp(-2 * k * LR_MARGIN)}, without=SHAPE)
 
 
 def lengths(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
@@ -286,5 +293,4 @@ def law(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeS
         fullft_lr = math.log(5e-5) + exponents[family] * math.log(2000 / width) + (apart if number == 1 else 0.0)
         log_lrs.append((fullft_lr, fullft_lr + TEN))
     # The curvature says what being off the law costs.
-    shape = ("curvatures", "asymmetry")
-    return [replace(sweep, without=shape) for sweep in _models(_WIDTHS, log_lrs, noise, random)]
+    return [replace(sweep, without=SHAPE) for sweep in _models(_WIDTHS, log_lrs, noise, random)]

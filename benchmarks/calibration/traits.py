@@ -3,11 +3,11 @@
 | trait | assumption that it breaks |
 |---|---|
 | curvatures | the loss rises equally steeply around the optima of all arms |
-| lr_noise | seeds and chance spread the loss equally at all learning rates (LRs) |
 | groups | test examples are independent |
-| edge | the best LR of an arm lies near the middle of its grid |
+| edge | the best learning rate (LR) of an arm lies near the middle of its grid |
 | asymmetry | the loss rises about as steeply above the optimum as below it |
 | lag | all arms share the learning curve from the first step on |
+| cliff | near the optimum, the loss of an arm has no cliff |
 
 A scene leaves out the traits with which its claims would be true or false by another amount (`without`).
 """
@@ -30,20 +30,20 @@ class Traits:
     curvatures: float = 3.0
     """The largest factor by which an arm's curvature is above or below that of the noise levels; drawn for each arm,
     evenly in its logarithm."""
-    lr_noise: float = 1.0
-    """The largest power of the LR with which the noise of seeds and runs grows, drawn for each world. At 1, its SD
-    grows tenfold from the LR below the optimum by 1.15 in ln LR to the one above it by as much."""
     groups: float = 1.0
     """The largest SD over groups of test examples of what a group adds to an arm, in margins; drawn for each world."""
     edge: float = 1.0
     """How far optima lie from the middle of their grids, as a share of the way to the last LR but one at either end;
     drawn for each arm."""
     asymmetry: float = 0.6
-    """The largest rate per ln LR by which curvatures grow towards high LRs, beyond that of the noise levels, which is
-    0.2; drawn for each arm."""
+    """The largest rate per ln LR by which curvatures grow towards high LRs, beyond that of the noise levels; drawn for
+    each arm."""
     lag: float = 0.005
     """The largest number of steps by which one LoRA arm starts late, as a share of all steps; drawn for each sweep of
     supervised fine-tuning."""
+    cliff: float = 1.0
+    """One over the least distance in ln LR from an optimum up to where the loss begins to rise much faster, which is
+    drawn for each arm, from there to three times as far; 0 for no cliff."""
 
     @classmethod
     def only(cls, names: Sequence[str]) -> Traits:
@@ -51,7 +51,7 @@ class Traits:
         return replace(PLAIN, **{name: getattr(cls(), name) for name in names})
 
 
-PLAIN = Traits(curvatures=1.0, lr_noise=0.0, groups=0.0, edge=0.0, asymmetry=0.0, lag=0.0)
+PLAIN = Traits(curvatures=1.0, groups=0.0, edge=0.0, asymmetry=0.0, lag=0.0, cliff=0.0)
 """Worlds that meet all assumptions."""
 
 NAMES = tuple(field.name for field in fields(Traits))
@@ -60,18 +60,18 @@ NAMES = tuple(field.name for field in fields(Traits))
 
 def with_traits(sweeps: Sequence[Made], traits: Traits, random: np.random.Generator) -> list[Made]:
     """Return sweeps with traits that are drawn for them."""
-    lr_noise, groups = traits.lr_noise * random.uniform(), traits.groups * random.uniform()
+    groups = traits.groups * random.uniform()
     drawn = []
     for sweep in sweeps:
         kept = replace(traits, **{name: getattr(PLAIN, name) for name in sweep.without})
-        arms = [_arm(arm, kept, lr_noise if kept.lr_noise else 0.0, random) for arm in sweep.arms]
+        arms = [_arm(arm, kept, random) for arm in sweep.arms]
         late = random.choice([number for number, arm in enumerate(arms) if arm.columns["method"] == "lora"])
         arms[late] = replace(arms[late], lag=kept.lag * random.uniform())
         drawn.append(replace(sweep, arms=arms, group_sd=groups if kept.groups else 0.0))
     return drawn
 
 
-def _arm(arm: MadeArm, traits: Traits, lr_noise: float, random: np.random.Generator) -> MadeArm:
+def _arm(arm: MadeArm, traits: Traits, random: np.random.Generator) -> MadeArm:
     curvature = arm.curvature * traits.curvatures ** random.uniform(-1, 1)
     lrs, n = arm.lrs, len(arm.lrs)
     share = random.uniform()
@@ -80,5 +80,6 @@ def _arm(arm: MadeArm, traits: Traits, lr_noise: float, random: np.random.Genera
         middle = (n - 1) / 2
         reach = max(0.5, traits.edge * (middle - 1))
         lrs = np.exp(arm.optimum + step * (np.arange(n) - middle + reach * (2 * share - 1)))
-    skew = traits.asymmetry * random.uniform()
-    return replace(arm, curvature=curvature, lrs=lrs, lr_noise=lr_noise, skew=skew)
+    skew, reach = traits.asymmetry * random.uniform(), random.uniform(1, 3)
+    cliff = reach / traits.cliff if traits.cliff else math.inf
+    return replace(arm, curvature=curvature, lrs=lrs, skew=skew, cliff=cliff)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +44,7 @@ class Covered:
 
     claim_id: str
     scene: str
-    """The name of the scene in SCENES that it is judged on."""
+    """The name of the scene that it is judged on (see `scene_of`)."""
     kind: Literal["equality", "difference"]
     """Whether the claim says that there is no effect, or that there is one."""
     effect: str
@@ -73,31 +72,12 @@ class Covered:
         return _RIGHT[self.truth(effect)]
 
 
-SCENES: dict[str, scenes.Scene] = {
-    "ranks": scenes.ranks,
-    "two datasets": scenes.two_datasets,
-    "gaps": curve_scenes.gaps,
-    "bends": curve_scenes.bends,
-    "capacity": curve_scenes.capacity,
-    "thresholds": curve_scenes.thresholds,
-    "early": curve_scenes.early,
-    "early growth": curve_scenes.early_growth,
-    "equal FLOPs": curve_scenes.equal_flops,
-    "lengths": scenes.lengths,
-    "models": scenes.models,
-    "law": scenes.law,
-    "variants": scenes.variants,
-    "beside LoRA": scenes.beside_lora,
-    "wider": scenes.wider,
-    "batch sizes": scenes.batch_sizes,
-    "placements": scenes.placements,
-    "MLP alone": scenes.mlp_alone,
-    "experts": partial(scenes.placements, family="qwen3_moe"),
-    "RL": rl.rl,
-    "RL ranges": rl.rl_ranges,
-    "RL placements": rl.rl_placements,
-}
-"""The scenes by name."""
+def scene_of(name: str) -> scenes.Scene:
+    """Return the function of a scene by its name; that of "equal FLOPs" is `equal_flops`."""
+    function = name.lower().replace(" ", "_")
+    [scene] = [getattr(module, function) for module in (scenes, curve_scenes, rl) if hasattr(module, function)]
+    return scene
+
 
 COVERED = tuple(
     Covered(**row | {"any_size": row["any_size"] == "True"})

@@ -2,12 +2,11 @@
 
 The loss of a run of an arm at a learning rate and with a seed is
 
-    minimum + curvature x^2 exp(skew x) + (seed) + (arm and seed) + (run),
+    minimum + curvature x^2 exp(skew x) + (what its seed does),
 
-with x = ln LR - ln optimal LR. On top of it each test example has a difficulty for all arms, one for the arm, and one
-for the run, and each group of examples has one for the arm; the loss of the test split is the mean over them. As in
-the shipped presets, the first seed is trained at every LR of the grid, which is extended while its best LR is at an
-end, and further seeds are trained at the LR with the lowest validation loss, or around it by the walk and the race of
+with x = ln LR - ln optimal LR; `seeds` has the last part. On top of it each test example has a difficulty for all arms,
+one for the arm, and one for the run, and each group of examples has one for the arm; the loss of the test split is the
+mean over them. The first seed is trained at every LR of the grid, and further ones by the walk and the race of
 `lorabench.runs`. `traits` says what else a world has.
 """
 
@@ -24,11 +23,12 @@ import pandas as pd
 
 from benchmarks.calibration.made import MadeArm, MadeSweep
 from benchmarks.calibration.noise import NoiseLevels
+from benchmarks.calibration.seeds import SeedEffects
 from lorabench.runs import Condition, Lattice, Seeds, Sweep, finished_losses
 from lorabench.store.tables import Tables
 
-GRID_STEP = 2.4
-"""The ratio of neighbouring LRs of a grid."""
+GRID_STEP = 10 ** (1 / 3)
+"""The ratio of neighbouring LRs of a grid, as in sweeps with `lrs: auto`."""
 
 TOKENS_PER_STEP = 1000
 """The number of tokens that a step trains on."""
@@ -39,10 +39,8 @@ GROUPS = 20
 FURTHER = 2
 """The largest number of LRs by which a grid is extended at either end."""
 
-MOST_NOISE = 10.0
-"""The largest factor by which high LRs enlarge the noise."""
-
-_NAMES = np.array([f"group {number}" for number in range(GROUPS)], object)
+CLIFF = 10.0
+"""How many times as fast as around its optimum a loss rises from its cliff on."""
 
 _INTEGERS = ("rank", "batch_size", "steps", "seed", "train_tokens", "trainable_params", "hidden_size", "group_size")
 
@@ -120,18 +118,13 @@ def groups_of(n: int, random: np.random.Generator) -> np.ndarray:
     return np.asarray(random.choice(GROUPS, n, p=sizes / sizes.sum()))
 
 
-def group_names(groups: np.ndarray) -> np.ndarray:
-    """Return the names of groups, as the table `test_losses` has them."""
-    return np.asarray(_NAMES[groups], object)
-
-
 def _add_sweep(
     rows: Rows, number: int, sweep: MadeSweep, noise: NoiseLevels, dataset: _Dataset, random: np.random.Generator
 ) -> None:
     tokens, common, valid_common = dataset.tokens, dataset.common, dataset.valid_common
-    weights, names = tokens / tokens.sum(), group_names(dataset.groups)
+    weights = tokens / tokens.sum()
     seeds = max(arm.seeds for arm in sweep.arms)
-    shared = noise.shared_seed * random.standard_normal(seeds)
+    effects = SeedEffects(noise.seeds, seeds, random)
     lowest = sweep.arms[0].minimum
     last = int(sweep.columns.get("steps") or max([1, *sweep.curve_steps, *sweep.validation_steps]))
     steps = np.asarray(sweep.curve_steps, int)
@@ -139,10 +132,9 @@ def _add_sweep(
     batches = noise.batch * averaged * random.standard_normal((seeds, len(steps)))
     for arm_number, arm in enumerate(sweep.arms):
         lr, seed = cells(arm)
-        arm_luck = noise.arm_seed * random.standard_normal(seeds)
         x = np.log(lr) - arm.optimum
         excess = excess_loss(x, arm, noise)
-        luck = noise_factor(x, arm) * (shared[seed] + arm_luck[seed] + noise.run * random.standard_normal(len(lr)))
+        luck = effects.of_arm(arm.columns, x, seed)
         level = arm.minimum + excess + luck
         valid_n = math.sqrt(sweep.validation_examples)
         valid = (
@@ -171,10 +163,10 @@ def _add_sweep(
         ]
         rows.losses += list(losses * tokens)
         rows.tokens += [tokens] * len(lr)
-        rows.groups += [names] * len(lr)
+        rows.groups += [dataset.groups] * len(lr)
         curve = partial(_curve, arm, np.log(lr) - arm.optimum, luck, (lowest, last), noise)
         at = np.array([0, *sweep.validation_steps], int)
-        split_noise = (valid - level)[:, None] + noise.run * random.standard_normal((len(lr), len(at)))
+        split_noise = (valid - level)[:, None] + noise.seeds.run * random.standard_normal((len(lr), len(at)))
         # The validation examples are as hard for the base as for all arms.
         validation = curve(at) + np.where(at > 0, split_noise, valid_common)
         rows.curves.append(points(run_ids, at, "validation", "nll", validation))
@@ -212,66 +204,37 @@ def _curve(
 
 def excess_loss(x: np.ndarray, arm: MadeArm, noise: NoiseLevels) -> np.ndarray:
     """Return the rise of the loss at distances in ln LR from the optimum, in nats per token; at most to the base's."""
-    skew = noise.asymmetry / noise.curvature + arm.skew
-    return np.minimum(arm.curvature * noise.curvature * x**2 * np.exp(skew * x), noise.gain)
-
-
-def noise_factor(x: np.ndarray, arm: MadeArm) -> np.ndarray:
-    """Return the noise of seeds and runs over that at the optimum, at distances in ln LR from it."""
-    return np.minimum(np.exp(arm.lr_noise * x), MOST_NOISE)
+    skew = noise.asymmetry + arm.skew
+    squares = x**2 * np.exp(skew * x) + CLIFF * np.maximum(x - arm.cliff, 0.0)
+    return np.minimum(arm.curvature * noise.curvature * squares, noise.gain)
 
 
 def cells(arm: MadeArm) -> tuple[np.ndarray, np.ndarray]:
-    """Return LR and seed of every run that an arm could have: its grid, and the LRs that may extend it."""
+    """Return LR and seed of every run that an arm could have: at its LRs, or at those that its walk may reach."""
     lrs = arm.lrs
-    if arm.repeats == "around":
-        lattice, below = _lattice(arm), len(lrs) // 2 + FURTHER
+    if lattice := _lattice(arm):
+        below = len(lrs) // 2 + FURTHER
         lrs = np.array([lattice.lr(position) for position in range(-below, len(lrs) + 2 * FURTHER - below)])
-    elif _extended(arm):
-        step, further = lrs[1] / lrs[0], np.arange(1, FURTHER + 1)
-        lrs = np.concatenate([lrs[0] / step ** further[::-1], lrs, lrs[-1] * step**further])
     seed, lr = np.meshgrid(np.arange(arm.seeds), lrs, indexing="ij")
     return lr.ravel(), seed.ravel()
 
 
-def _lattice(arm: MadeArm) -> Lattice:
-    """Return the lattice of an arm whose runs are chosen as those of a sweep with `lrs: auto`, with position 0 at the
-    middle of its grid."""
-    return Lattice(per_decade=3, further=FURTHER, scale=float(arm.lrs[len(arm.lrs) // 2]))
-
-
-def _extended(arm: MadeArm) -> bool:
-    """Return whether the grid of an arm is extended if its best LR is at an end."""
-    return len(arm.lrs) > 1 and arm.repeats == "best"
+def _lattice(arm: MadeArm) -> Lattice | None:
+    """Return the lattice of an arm that finds its LRs, with position 0 at the middle of its grid; else None."""
+    scale = float(arm.lrs[len(arm.lrs) // 2])
+    return Lattice(per_decade=3, further=FURTHER, scale=scale) if arm.repeats == "around" else None
 
 
 def kept_cells(arm: MadeArm, lr: np.ndarray, seed: np.ndarray, valid: np.ndarray, is_rl: bool = False) -> np.ndarray:
-    """Return which of them are trained, by their validation losses (in RL minus the accuracies).
-
-    They are the first seed at each LR and further seeds as the arm says, around the best LR by the walk of real sweeps.
-    """
-    if arm.repeats == "every":
-        return np.ones(len(lr), bool)
-    if arm.repeats == "around":
-        loss_of = dict(zip(zip(lr.tolist(), seed.tolist(), strict=True), valid.tolist(), strict=True))
-        condition = Condition("rl" if is_rl else "sft", "", "", "lora", None, None, None, 1, 1, "")
-        first = tuple(np.unique(lr)[FURTHER:-FURTHER].tolist())
-        seeds = Seeds(arm.seeds, arm.seeds_around or arm.seeds, racing=arm.racing)
-        walked = finished_losses(
-            Sweep(condition, first, seeds, (), _lattice(arm)), lambda run: loss_of[run.lr, run.seed]
-        )
-        return np.array([cell in walked for cell in loss_of])
-    every_lr, first_losses = lr[seed == 0], valid[seed == 0]
-    start, end = (FURTHER, len(every_lr) - FURTHER) if _extended(arm) else (0, len(every_lr))
-    while True:
-        best = start + int(np.argmin(first_losses[start:end]))
-        if best == start > 0:
-            start -= 1
-        elif best == end - 1 < len(every_lr) - 1:
-            end += 1
-        else:
-            break
-    return np.asarray(((seed == 0) & np.isin(lr, every_lr[start:end])) | (lr == every_lr[best]))
+    """Return which of them a real sweep trains, by their validation losses (in RL minus the accuracies)."""
+    loss_of = dict(zip(zip(lr.tolist(), seed.tolist(), strict=True), valid.tolist(), strict=True))
+    condition = Condition("rl" if is_rl else "sft", "", "", "lora", None, None, None, 1, 1, "")
+    lattice, lrs = _lattice(arm), tuple(np.unique(lr).tolist())
+    given = tuple((each, arm.seeds) for each in lrs) if arm.repeats == "every" else ()
+    seeds = Seeds(arm.seeds, (arm.seeds_around or arm.seeds) if lattice else 1, given, racing=arm.racing)
+    sweep = Sweep(condition, lrs[FURTHER:-FURTHER] if lattice else lrs, seeds, (), lattice)
+    walked = finished_losses(sweep, lambda run: loss_of[run.lr, run.seed])
+    return np.array([cell in walked for cell in loss_of])
 
 
 def progress(steps: np.ndarray, last: int) -> np.ndarray:

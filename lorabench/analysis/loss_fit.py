@@ -23,7 +23,7 @@ from lorabench.analysis import estimate
 from lorabench.analysis.arms import arm_label, each_arm, kept, with_losses
 from lorabench.analysis.estimate import N_DRAWS, Estimate, ExampleLosses
 from lorabench.analysis.fit_rows import ArmGrid, arm_grid, counted_rows, lowest_point, run_array
-from lorabench.analysis.mixed_fit import fit_mixed
+from lorabench.analysis.mixed_fit import MixedFit, fit_mixed
 from lorabench.store.checks import is_rl
 
 BORROWED_DOF = 2
@@ -75,6 +75,8 @@ class LossFit:
     dof: int
     curvature: Mapping[str, float]
     """In the unit of the loss per squared unit of ln LR."""
+    sizes: Mapping[str, float]
+    """The sizes of what seeds do, by part (see `_sizes`); empty with one seed."""
     seeds: Mapping[str, frozenset[int]] = field(repr=False)
     """The seeds with a run that counts, and below these runs."""
     run_ids: Mapping[str, tuple[str, ...]] = field(repr=False)
@@ -122,7 +124,7 @@ def fit_losses(
     of_rl = bool(is_rl(runs).any())
     arms = {arm_label(arm): run_array(rows) for arm, rows in each_arm(with_losses(runs))}
     grids = {label: grid for label, rows in arms.items() if (grid := arm_grid(rows, cliffs=of_rl))}
-    nothing = LossFit(grids, {}, {}, math.nan, 0, {}, {}, {}, "", {}, {}, {})
+    nothing = LossFit(grids, {}, {}, math.nan, 0, {}, {}, {}, {}, "", {}, {}, {})
     if (counted := counted_rows(arms, grids)) is None:
         return nothing
     means = counted.runs[(counted.runs["n"] > 1) & np.isfinite(counted.runs["sd"])]
@@ -147,14 +149,15 @@ def fit_losses(
         influences = estimate.without_run_noise(weighted, fitted.design, hat, fitted.noise)
         n_examples, n_groups = examples.n_examples(fitted_ids), on_runs.shape[1]
         splits = examples.splits(fitted_ids)
+    of_arms = [place for own in fitted.places.values() for place in own]
     of_seeds = fitted.coefficients.copy()
-    of_seeds[[place for own in fitted.places.values() for place in own]] = 0.0
+    of_seeds[of_arms] = 0.0
+    effects = np.append(contrasts := np.delete(fitted.coefficients, of_arms), -contrasts.sum())
     # The losses without the effects of their seeds that all arms share.
     losses = counted.runs["test_loss"] - fitted.design @ of_seeds / counted.weights
     luck = np.zeros((N_DRAWS, 1))
     if len(counted.in_arm) == 1 and len(counted.seeds) > 1:
         # Of one arm alone, what seeds do to it does not cancel: it moves the intercept, as the mean over these seeds.
-        effects = np.append(contrasts := fitted.coefficients[3 : 2 + len(counted.seeds)], -contrasts.sum())
         luck[:, 0] = estimate.mean_over_seeds(effects, f"new {name}").seed_part
     lowest, measured, curvature, seeds, run_ids = {}, {}, {}, {}, {}
     for label, chosen in counted.in_arm.items():
@@ -199,4 +202,20 @@ def fit_losses(
     optima, minima, resolved = (
         ByArm({label: lambda label=label, part=part: estimated(label)[part] for label in lowest}) for part in range(3)
     )
-    return LossFit(grids, lowest, measured, sigma, dof, curvature, seeds, run_ids, text, optima, minima, resolved)
+    sizes = _sizes(fitted, effects) if len(counted.seeds) > 1 else {}
+    numbers = lowest, measured, sigma, dof, curvature, sizes, seeds, run_ids, text, optima, minima, resolved
+    return LossFit(grids, *numbers)
+
+
+def _sizes(fitted: MixedFit, effects: np.ndarray) -> dict[str, float]:
+    """Return how large the parts of the model are: as standard deviations, the effects of seeds that all arms share,
+    their walk one unit of ln LR from the optimum, what one arm, full fine-tuning and a run have besides; the share of
+    the walk that kinds of arms have in common, its growth, and the spread of curvatures over their mean."""
+    arms, (walk, arm, fullft, share, growth, spread) = len(fitted.places), fitted.sizes.tolist()
+    run = fitted.sigma / math.sqrt(1 + arm**2 + fullft**2 / arms)
+    if arms == 1:
+        arm = math.nan
+    if arms == 1 or "FullFT" not in fitted.places:
+        fullft = share = math.nan
+    sizes = {"common": float(effects.std(ddof=1)), "walk": walk * run, "arm": arm * run, "fullft": fullft * run}
+    return sizes | {"run": run, "share": share, "growth": growth, "curvatures": spread}

@@ -3,10 +3,10 @@
     python workflow/scripts/rejudge.py FOLDER [--against OTHER | --write]
 
 The saved runs in `paper_figures/partial` are judged by the rules of this code, and so are all sources in
-`paper_figures/reference`. The tables are written into FOLDER and compared with the committed ones, or with a folder
-that the same command wrote at another commit: all columns but the hash of the rules, and numbers to nine digits. After
-a change of the rules, `--write` replaces the committed answers on saved runs. Presets of which no runs are kept
-(laptop, long_runs, and overnight on its explored seeds) are run anew instead.
+`paper_figures/reference`. The tables, and one of what seeds do in the saved runs, are written into FOLDER and compared
+with the committed ones, or with a folder that the same command wrote at another commit: all columns but the hash of the
+rules, and numbers to nine digits. After a change of the rules, `--write` replaces the committed tables on saved runs.
+Presets of which no runs are kept (laptop, long_runs, and overnight on its explored seeds) are run anew instead.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ import sys
 import tempfile
 from contextlib import chdir
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pandas as pd
 
+from lorabench.analysis.alpha_rules import judged_arms
+from lorabench.analysis.comparison import comparisons
+from lorabench.analysis.rewards import with_error_rates
 from lorabench.claims.judge import judge_claims
 from lorabench.data.identity import has_groups
 from lorabench.data.sft import build_dataset
@@ -28,6 +32,7 @@ from lorabench.figures.evidence import evidence_tables
 from lorabench.models.counts import counts_table
 from lorabench.planning.plan import make_plan
 from lorabench.sources.measurements import read_own
+from lorabench.store.checks import is_rl
 from lorabench.store.collect import test_groups
 from lorabench.store.io import write_csv
 from lorabench.store.layout import Layout
@@ -39,10 +44,15 @@ PARTIAL, PUBLISHED = Path("paper_figures/partial"), Path("paper_figures/publishe
 ANSWERS = PUBLISHED / "rejudged.csv"
 ANSWER_COLUMNS = ["preset", "claim_id", "verdict", "p_again", "estimate", "ci_low", "ci_high", "n_runs", "n_seeds"]
 """The columns of the committed answers on saved runs."""
+NOISE = "noise.csv"
+NOISE_COLUMNS = ["comparison", "task", "n_arms", "n_seeds", "n_runs", "curvature"]
+NOISE_COLUMNS += ["common", "walk", "arm", "fullft", "run", "share", "growth", "curvatures"]
+"""The columns of the table of what seeds do in saved runs."""
 
 
-def saved_claims(name: str, counts: pd.DataFrame) -> pd.DataFrame:
-    """Return the table `claims` of a preset's saved runs, with the preset's name."""
+def saved_claims(name: str, counts: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the table `claims` of a preset's saved runs, and the sizes of what their seeds do (see `seed_noise`), with
+    the preset's name."""
     layout = Layout.of(name)
     preset, saved = layout.preset, saved_tables(make_plan(layout.preset), layout)
     frames = {table: rows.to_pandas() for table, rows in saved.items()}
@@ -56,9 +66,26 @@ def saved_claims(name: str, counts: pd.DataFrame) -> pd.DataFrame:
                 own = losses["model"].eq(model) & losses["dataset"].eq(dataset)
                 losses.loc[own, "group"] = groups[losses.loc[own, "example"]]
     frames |= {"test_losses": losses.drop(columns=["model", "dataset"]), "counts": counts}
-    claims = judge_claims(Tables.of(frames), margins=preset.margins, predictions=preset.predictions)
-    claims.insert(0, "preset", name)
-    return claims.drop(columns="run_ids")
+    tables = Tables.of(frames)
+    claims = judge_claims(tables, margins=preset.margins, predictions=preset.predictions).drop(columns="run_ids")
+    noise = seed_noise(tables)
+    for table in (claims, noise):
+        table.insert(0, "preset", name)
+    return claims, noise
+
+
+def seed_noise(tables: Tables) -> pd.DataFrame:
+    """Return the sizes of what seeds do (`LossFit.sizes`) in each comparison with several seeds, of LoRA in the paper's
+    parametrization and full fine-tuning; of RL in units of the error rate."""
+    runs, rows = tables.runs[judged_arms(tables.runs)], []
+    for task, of_task in (("sft", runs[~is_rl(runs)]), ("rl", with_error_rates(runs[is_rl(runs)]))):
+        for comparison in comparisons(of_task, tables.curves) if len(of_task) else []:
+            fit = comparison.fit
+            if fit.sizes:
+                counts = len(frozenset().union(*fit.seeds.values())), sum(map(len, fit.run_ids.values()))
+                about = comparison.label, task, len(fit.lowest), *counts, median(fit.curvature.values())
+                rows.append((*about, *fit.sizes.values()))
+    return pd.DataFrame(rows, columns=NOISE_COLUMNS)
 
 
 def differences(new_file: Path, old_file: Path) -> list[str]:
@@ -86,22 +113,25 @@ def main() -> int:
     parser.add_argument("--against", type=Path, metavar="OTHER", help="a folder that this command wrote earlier")
     parser.add_argument("--write", action="store_true", help=f"write the new answers to {ANSWERS}")
     arguments = parser.parse_args()
-    counts, claims = counts_table(), []
+    counts, claims, noise = counts_table(), list[pd.DataFrame](), list[pd.DataFrame]()
     for folder in sorted(PARTIAL.iterdir()):
         print(f"judging the saved runs of {folder.name}", file=sys.stderr)
-        claims.append(saved_claims(folder.name, counts))
+        for so_far, table in zip((claims, noise), saved_claims(folder.name, counts), strict=True):
+            so_far.append(table)
     out: Path = arguments.out
     answers = pd.concat(claims)
     write_csv(answers, out / ANSWERS.name)
+    write_csv(pd.concat(noise).round(5), out / NOISE)
     if arguments.write:
         write_csv(answers[ANSWER_COLUMNS], ANSWERS)
+        write_csv(pd.concat(noise).round(5), PUBLISHED / NOISE)
     print("judging the sources", file=sys.stderr)
     folders = evidence_folders(Path())
     tables = evidence_tables((), [read_own(folder, folder.name) for folder in folders], folders)
     for name, rows in tables.items():
         write_csv(rows, out / "evidence" / f"{name}.csv")
     lines = list[str]()
-    for name in (ANSWERS.name, *(f"evidence/{name}.csv" for name in tables)):
+    for name in (ANSWERS.name, NOISE, *(f"evidence/{name}.csv" for name in tables)):
         lines += differences(out / name, (arguments.against or PUBLISHED) / name)
     print("\n".join(lines) or "no answer differs")
     return min(1, len(lines))

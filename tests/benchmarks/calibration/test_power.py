@@ -10,6 +10,7 @@ from benchmarks.calibration.made import ArmDesign, Design
 from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.power import design_of, power_of_plan
 from benchmarks.calibration.run import Making, Task
+from benchmarks.calibration.seeds import SeedNoise
 from benchmarks.calibration.traits import Traits
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
@@ -40,7 +41,8 @@ def test_worlds_have_the_design_and_without_one_that_of_the_scene():
     assert tables.test_losses["example"].nunique() == 11
     # By little noise, each neighbour of the best LR is given up after two seeds.
     racing = replace(few, seeds=5, racing=Racing(0.05, 2))
-    quiet = replace(NoiseLevels(), shared_seed=0.0, arm_seed=0.0, run=1e-4, example_run=0.0)
+    seeds = SeedNoise(common=0.0, walk=0.0, arm=0.0, fullft=0.0, run=1e-4)
+    quiet = replace(NoiseLevels(), seeds=seeds, example_run=0.0)
     raced = Making(quiet, Traits.only(()), design=replace(design, arms={("lora", "all", False): racing}))
     seeds = raced.tables(task, 0).runs.groupby(["rank", "lr"], dropna=False)["seed"].nunique()
     assert sorted(seeds.loc[64])[-3:] == [2, 2, 5]

@@ -11,7 +11,7 @@ from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.run import Making, Task
 from benchmarks.calibration.scenes import ranks
 from benchmarks.calibration.traits import NAMES, Traits, with_traits
-from benchmarks.calibration.worlds import excess_loss, noise_factor
+from benchmarks.calibration.worlds import excess_loss
 
 NOISE = NoiseLevels()
 TASK = Task("ranks", 1.0, 0, 2)
@@ -37,10 +37,14 @@ def test_a_trait_alone_breaks_one_assumption():
     assert 1 / 3 <= min(curvatures) < 0.4
     assert 2.5 < max(curvatures) <= 3
     assert {arm.curvature for name in NAMES if name != "curvatures" for arm in arms[name]} == {1.0}
-    noisy = max(arms["lr_noise"], key=lambda arm: arm.lr_noise)
-    low, high = noise_factor(np.array([-1.15, 1.15]), noisy)
-    assert 7 < high / low <= 10
-    assert all(noise_factor(np.array([1.0]), arm) == 1 for arm in arms["edge"])
+    cliffs = [arm.cliff for arm in arms["cliff"]]
+    assert 1 <= min(cliffs) < 1.1
+    assert 2.9 < max(cliffs) <= 3
+    assert {arm.cliff for arm in arms["edge"]} == {math.inf}
+    nearest = min(arms["cliff"], key=lambda arm: arm.cliff)
+    cliff, plain = (excess_loss(np.array([0.9, 1.3]), arm, NOISE) for arm in (nearest, arms["edge"][0]))
+    assert cliff[0] == plain[0]
+    assert cliff[1] > 2 * plain[1]
     skewed = max(arms["asymmetry"], key=lambda arm: arm.skew)
     below, above = excess_loss(np.array([-1.0, 1.0]), skewed, NOISE)
     assert above > 3 * below > 0
