@@ -240,7 +240,7 @@ class Comparison:
             return Problem(f"{label}: fitted optimum at the end of its LRs", _further_lr(label, further))
         minimum, (measured, error) = self.fit.minima[label].value, self.fit.measured[label]
         # Between LRs that are a factor of 2.4 apart, a parabola as steep as was measured falls by up to 0.9 margins of
-        # SFT. A loss that is flat and then rises steeply seems to fall by more, and so does an accuracy that breaks down.
+        # SFT. A loss that is flat and then rises steeply seems to fall by more, as does an accuracy that breaks down.
         if measured - minimum > max(self.margin.value, 2 * error):
             text = f"fitted minimum {minimum:.4f}, but no LR has less than {measured:.4f}"
             if self.is_rl:
