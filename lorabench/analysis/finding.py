@@ -1,11 +1,11 @@
 """Findings: the verdict on a claim with its numbers, its reason and the runs behind it (docs/verdicts.md).
 
 With its verdict a finding carries those of N_AGAIN replicates, new runs of the same design on other seeds and test
-examples. The truth is off the estimate by a draw of the error, and a new estimate is off the truth by another draw, so
-a replicate is the estimate shifted by the sum of two independent draws. Its error is measured anew, with as many
-degrees of freedom. A replicate has the same number in all comparisons, so that what their errors share stays shared.
-The share of replicates with the verdict of the finding is `p_again`. A replicate whose optimal LR moves too far has a
-reason against a verdict (`Comparison.reopened`); other reasons stay as they are.
+examples. The truth is off the estimate by a draw of the error, weighted by what was likely before the runs (`again`),
+and a new estimate is off the truth by another draw, so a replicate is the estimate shifted by their sum. Its error is
+measured anew, with as many degrees of freedom. A replicate has the same number in all comparisons, so that what their
+errors share stays shared. The share of replicates with the verdict of the finding is `p_again`. A replicate whose
+optimal LR moves too far has a reason against a verdict (`Comparison.reopened`); other reasons stay as they are.
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ def decide(
 
     runs = rules.AS_IT_IS
     if high > low:
-        runs = rules.NewRuns(*(np.concatenate(both) for both in zip(rules.AS_IT_IS, again(estimate), strict=True)))
+        new = again(estimate, rule)
+        runs = rules.NewRuns(*(np.concatenate(both) for both in zip(rules.AS_IT_IS, new, strict=True)))
     confirmed, against, right_sign = rule.answers(estimate, runs, bound)
     failed = np.where(right_sign, _RIGHT_SIGN, _CONTRADICTED)
     verdicts = np.where(confirmed, _CONFIRMED, np.where(against <= LEVEL, failed, _OPEN)).astype(np.int8)
@@ -183,10 +184,17 @@ def decide(
     return judged if judged.verdict == "confirmed" else replace(judged, remedy=rules.cheapest(rule, estimate))
 
 
-def again(estimate: Estimate) -> rules.NewRuns:
-    """Return the replicates of an estimate."""
+def again(estimate: Estimate, rule: Rule | None = None) -> rules.NewRuns:
+    """Return the replicates of an estimate. A number that decides a rule was lucky, too, so that the truth is taken to
+    have, before the runs, a Cauchy distribution of half a margin around the middle of the margins (or of one and 0).
+    """
     # The draws lie in a random order, so that different ones are independent.
     errors = estimate.draws[: 2 * N_AGAIN] - estimate.value
+    ends = [end for end in rule.margins if math.isfinite(end)] if rule else [0.0]
+    if (scale := (ends[-1] - ends[0]) / 4 or abs(ends[0]) / 2) > 0:
+        ordered = errors[order := np.argsort(errors[:N_AGAIN])]
+        shares = np.cumsum(1 / (1 + ((estimate.value + ordered - sum(ends) / 2) / scale) ** 2))
+        errors[order] = ordered[np.searchsorted(shares / shares[-1], (np.arange(N_AGAIN) + 0.5) / N_AGAIN)]
     dof = round(rules.student_shape(estimate.ordered)[1], 1)
     return rules.NewRuns(errors[:N_AGAIN] + errors[N_AGAIN:], _widths(dof))
 

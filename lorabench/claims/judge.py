@@ -98,9 +98,7 @@ def judge_claims(
     rules = rules_sha256(margins, predictions)
     rows = []
     for claim, judged, missing in findings(tables, claims, margins, noise, reward_noise, predictions, look):
-        if margins is None and re.search(
-            r"of the gain|of the loss \(|points of accuracy|lr_factor", judged.margin_rule
-        ):
+        if margins is None and re.search(r"of the gain|of the loss \(|points of acc|lr_factor", judged.margin_rule):
             rule = judged.margin_rule.replace("the preset's", "the")
             judged = replace(judged, margin_rule=f"default margins: {rule}")
         behind = runs[runs["run_id"].isin(judged.run_ids)] if judged.run_ids else runs.iloc[:0]

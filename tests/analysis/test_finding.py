@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import cauchy, norm
 
 from lorabench.analysis.estimate import student
 from lorabench.analysis.finding import N_AGAIN, Finding, decide, exponential, in_unit, together, with_parts, without
@@ -31,12 +32,16 @@ def judged(value, error=0.001, name="a"):
         (Above(0.006), 0.0025, "right sign, below the margin", 0.00196, 0.006 - 0.001645),
     ],
 )
-def test_the_probability_of_the_same_verdict_is_that_of_a_normal_number_with_twice_the_variance(
+def test_the_probability_of_the_same_verdict_is_that_of_a_new_estimate_of_a_truth_that_is_near_the_margins(
     rule, value, verdict, low, high
 ):
-    judged, new = decide(rule, student(value, 0.001, 1e6, "a", 6), "", []), norm(value, 0.001 * math.sqrt(2))
+    judged = decide(rule, student(value, 0.001, 1e6, "a", 6), "", [])
     assert judged.verdict == verdict
-    expected = new.cdf(high) - new.cdf(low)
+    ends = [end for end in rule.margins if math.isfinite(end)]
+    prior = cauchy(sum(ends) / 2, abs(ends[0]) / 2)  # an equality's is half of its margin wide, as it has two ends
+    truths = np.linspace(value - 0.006, value + 0.006, 2001)
+    new, weights = norm(truths, 0.001), prior.pdf(truths) * norm.pdf(truths, value, 0.001)
+    expected = float(np.average(new.cdf(high) - new.cdf(low), weights=weights))
     assert judged.p_again == pytest.approx(expected, abs=3 * math.sqrt(expected * (1 - expected) / N_AGAIN))
     assert judged.borderline == (expected < 0.8)
 
