@@ -105,4 +105,4 @@ def interval_shares(kinds: Iterable[str], worlds: int, processes: int, seed: int
                 half = float((judged["high"] - judged["low"]).median() / 2)
                 rows.append((kind, claim_id, *about, half, math.sqrt(float((error**2).mean())), float(error.mean())))
                 print("intervals:", *rows[-1], file=sys.stderr)
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=COLUMNS).round(6)
