@@ -211,7 +211,7 @@ def cholesky_root(covariance: np.ndarray) -> np.ndarray:
     errors = np.sqrt(np.diagonal(covariance, axis1=-2, axis2=-1))[..., None]
     scales = np.where(errors > 0, errors, 1.0)
     correlations = covariance / (scales * np.swapaxes(scales, -1, -2))
-    return np.asarray(errors * np.linalg.cholesky(correlations + 1e-9 * np.eye(covariance.shape[-1])))
+    return np.asarray(errors * np.linalg.cholesky(correlations + 1e-6 * np.eye(covariance.shape[-1])))
 
 
 @lru_cache(maxsize=256)

@@ -239,7 +239,7 @@ class _Model:
         curves = np.array([same_arm * np.outer(of_curvature, of_curvature), np.outer(cubes, cubes), unshared])
         self.curves = curvature**2 * curves * np.array([1.0, ASYMMETRY**2, 1.0])[:, None, None]
         # Where there is hardly any noise, what is known of the curves would count for nothing.
-        self.least = (LEAST_ERROR * curvature) ** 2
+        self.least = max((LEAST_ERROR * curvature) ** 2, np.finfo(float).tiny)
 
     def likelihoods(self, sizes: np.ndarray, known: tuple[float, int] | None) -> tuple[np.ndarray, np.ndarray]:
         """Return the variance of e, and the restricted log likelihood over all values of it, (combinations,) each."""
@@ -280,5 +280,7 @@ class _Model:
         inverse = np.linalg.inv(weighted @ design + precision)
         hats = inverse @ weighted
         transposed = hats.transpose(0, 2, 1)
-        from_curves = assumed * (hats @ curves @ transposed + inverse @ precision @ inverse)
-        return _Solved(hats @ self.y, assumed * (hats @ noise @ transposed), from_curves, hats)
+        from_noise = assumed * (hats @ noise @ transposed)
+        # A negligible share of the noise stands for what curves do not move but by rounding.
+        from_curves = assumed * (hats @ curves @ transposed + inverse @ precision @ inverse) + 1e-9 * from_noise
+        return _Solved(hats @ self.y, from_noise, from_curves, hats)
