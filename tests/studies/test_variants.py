@@ -93,12 +93,17 @@ def test_all_predictions_are_confirmed_where_they_hold():
 @pytest.mark.parametrize(
     ("claim", "changes", "verdict", "reason"),
     [
-        ("X1", {"dora": {"lower": 0.06}}, "contradicted", "instruct DoRA r4: DoRA r4 - LoRA r4 = -0.06"),
+        ("X1", {"dora": {"lower": 0.06}}, "contradicted", "DoRA r4 (contradicted): DoRA r4 - LoRA r4 = -0.06"),
         ("X2", {"lora_plus": {"factor": 1 / 16 / 2.15}}, "contradicted", "the measured ratio over the predicted"),
         ("X3", {"qlora": {"factor": 2.6}}, "contradicted", "QLoRA r4 / LoRA r4 = 2."),
         ("X4", {"pissa": {"first_update": 1.0}}, "contradicted", "where 1.00 is predicted"),
         ("X5", {"olora": {"seeds": range(2)}}, "inconclusive", "2 paired seeds"),
-        ("X6", {"olora": {"curvature": CURVATURE / 9}}, "contradicted", "OLoRA r4: range of good LRs 2."),
+        (
+            "X6",
+            {"olora": {"curvature": CURVATURE / 9}},
+            "contradicted",
+            "OLoRA r4 (contradicted): range of good LRs 2.",
+        ),
     ],
 )
 def test_one_variant_decides(claim, changes, verdict, reason):
