@@ -99,7 +99,7 @@ class MixedFit:
     dof: int
     """The degrees of freedom of each of the t distributions."""
     sizes: np.ndarray
-    """The mean sizes, (5,)."""
+    """The mean sizes, (6,)."""
     sigma: float
     """The standard deviation of a run at the optimum, without what its seed does to all arms; the mean over arms."""
     design: np.ndarray
