@@ -5,8 +5,9 @@
 The saved runs in `paper_figures/partial` are judged by the rules of this code, and so are all sources in
 `paper_figures/reference`. The tables, and one of what seeds do in the saved runs, are written into FOLDER and compared
 with the committed ones, or with a folder that the same command wrote at another commit: all columns but the hash of the
-rules, and numbers to nine digits. After a change of the rules, `--write` replaces the committed tables on saved runs.
-Presets of which no runs are kept (laptop, long_runs, and overnight on its explored seeds) are run anew instead.
+rules, and numbers to nine digits. After a change of the rules, `--write` replaces the committed tables on saved runs,
+and the claims and figures of the presets that were published with these runs. Presets of which no runs are kept (laptop
+and long_runs) are run anew instead.
 """
 
 from __future__ import annotations
@@ -26,18 +27,21 @@ from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.rewards import with_error_rates
 from lorabench.claims.judge import judge_claims
+from lorabench.config.loading import preset_path, split_name
 from lorabench.data.identity import has_groups
 from lorabench.data.sft import build_dataset
+from lorabench.figures.catalog import FIGURES, save_figure
 from lorabench.figures.evidence import evidence_tables
 from lorabench.models.counts import counts_table
 from lorabench.planning.plan import make_plan
 from lorabench.sources.measurements import read_own
 from lorabench.store.checks import is_rl
 from lorabench.store.collect import test_groups
-from lorabench.store.io import write_csv
+from lorabench.store.io import write_csv, write_frame
 from lorabench.store.layout import Layout
-from lorabench.store.published import evidence_folders
+from lorabench.store.published import NOT_PUBLISHED, evidence_folders
 from lorabench.store.tables import Tables
+from pages import make_smaller
 from saved_runs import saved_tables
 
 PARTIAL, PUBLISHED = Path("paper_figures/partial"), Path("paper_figures/published")
@@ -50,9 +54,9 @@ NOISE_COLUMNS += ["common", "walk", "arm", "fullft", "run", "share", "growth", "
 """The columns of the table of what seeds do in saved runs."""
 
 
-def saved_claims(name: str, counts: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def saved_claims(name: str, counts: pd.DataFrame, write: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the table `claims` of a preset's saved runs, and the sizes of what their seeds do (see `seed_noise`), with
-    the preset's name."""
+    the preset's name; with `write`, replace what is published of the preset (see `republish`)."""
     layout = Layout.of(name)
     preset, saved = layout.preset, saved_tables(make_plan(layout.preset), layout)
     frames = {table: rows.to_pandas() for table, rows in saved.items()}
@@ -67,11 +71,26 @@ def saved_claims(name: str, counts: pd.DataFrame) -> tuple[pd.DataFrame, pd.Data
                 losses.loc[own, "group"] = groups[losses.loc[own, "example"]]
     frames |= {"test_losses": losses.drop(columns=["model", "dataset"]), "counts": counts}
     tables = Tables.of(frames)
-    claims = judge_claims(tables, margins=preset.margins, predictions=preset.predictions).drop(columns="run_ids")
-    noise = seed_noise(tables)
+    claims = judge_claims(tables, margins=preset.margins, predictions=preset.predictions)
+    if write:
+        republish(PUBLISHED / preset_path(name).stem, frames | {"claims": claims})
+    claims, noise = claims.drop(columns=list(NOT_PUBLISHED)), seed_noise(tables)
     for table in (claims, noise):
         table.insert(0, "preset", name)
     return claims, noise
+
+
+def republish(folder: Path, frames: dict[str, pd.DataFrame]) -> None:
+    """Replace a published preset's claims, and its figures that show runs or claims, by those of tables."""
+    write_csv(frames["claims"].drop(columns=list(NOT_PUBLISHED)), folder / "claims.csv")
+    with tempfile.TemporaryDirectory() as work:
+        for table, rows in frames.items():
+            write_frame(rows, table, Path(work))
+        for name in (path.stem for path in sorted(folder.glob("*.svg"))):
+            if FIGURES[name].table in ("runs", "claims"):
+                save_figure(name, [Path(work)], folder)
+                (folder / f"{name}.png").unlink()
+                make_smaller(folder / f"{name}.svg")
 
 
 def seed_noise(tables: Tables) -> pd.DataFrame:
@@ -114,9 +133,12 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"write the new answers to {ANSWERS}")
     arguments = parser.parse_args()
     counts, claims, noise = counts_table(), list[pd.DataFrame](), list[pd.DataFrame]()
-    for folder in sorted(PARTIAL.iterdir()):
-        print(f"judging the saved runs of {folder.name}", file=sys.stderr)
-        for so_far, table in zip((claims, noise), saved_claims(folder.name, counts), strict=True):
+    names = sorted(folder.name for folder in PARTIAL.iterdir())
+    for name in names:
+        print(f"judging the saved runs of {name}", file=sys.stderr)
+        # A preset is published with its explored runs, if there were any.
+        write = arguments.write and (split_name(name)[1] is None or split_name(name)[0] not in names)
+        for so_far, table in zip((claims, noise), saved_claims(name, counts, write), strict=True):
             so_far.append(table)
     out: Path = arguments.out
     answers = pd.concat(claims)
