@@ -182,6 +182,12 @@ def held_out_lines(made: Mapping[str, Any], again: pd.DataFrame | None) -> list[
     """Return lines that say what of a published preset is held out; the arguments are those of `verdict_columns`."""
     if again is not None:
         return ["", f"{summary_of(again)}."]
+    if "frozen_before" in made:
+        commit = made["frozen_before"]["commit"][:7]
+        return [
+            "",
+            f"All seeds were held out for earlier rules, frozen in {commit}; verdicts are by the rules of today.",
+        ]
     if "frozen" not in made:
         return []
     commit = made["frozen"]["commit"][:7]

@@ -39,8 +39,9 @@ from lorabench.store.checks import is_rl
 from lorabench.store.collect import test_groups
 from lorabench.store.io import write_csv, write_frame
 from lorabench.store.layout import Layout
-from lorabench.store.published import NOT_PUBLISHED, evidence_folders
+from lorabench.store.published import NOT_PUBLISHED, evidence_folders, read_provenance
 from lorabench.store.tables import Tables
+from lorabench.utils.files import write_json
 from pages import make_smaller
 from saved_runs import saved_tables
 
@@ -82,7 +83,11 @@ def saved_claims(name: str, counts: pd.DataFrame, write: bool = False) -> tuple[
 
 def republish(folder: Path, frames: dict[str, pd.DataFrame]) -> None:
     """Replace a published preset's claims, and its figures that show runs or claims, by those of tables."""
-    write_csv(frames["claims"].drop(columns=list(NOT_PUBLISHED)), folder / "claims.csv")
+    claims, made = frames["claims"], read_provenance(folder)
+    write_csv(claims.drop(columns=list(NOT_PUBLISHED)), folder / "claims.csv")
+    if "frozen" in made and not claims["rules"].eq(made["frozen"]["rules_sha256"]).all():
+        # Seeds that were held out for other rules are explored by now.
+        write_json({"frozen_before": made.pop("frozen"), **made}, folder / "provenance.json")
     with tempfile.TemporaryDirectory() as work:
         for table, rows in frames.items():
             write_frame(rows, table, Path(work))
