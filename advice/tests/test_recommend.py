@@ -144,7 +144,7 @@ def test_json_and_table_say_the_same(tmp_path, monkeypatch):
     assert printed == json.loads(json.dumps(asdict(recommend(LLAMA))))
     assert printed["model"] == {"name": LLAMA, "family": "llama", "parameters": 8_030_261_248, "hidden_size": 4096}
     shown = command("recommend", LLAMA).stdout
-    assert all(text in shown for text in ("1.79e-4", "the paper's authors"))
+    assert all(text in shown for text in ("1.80e-4", "the paper's authors"))
     assert "LoRA learning rate, converted: 2e-4" in command("convert", LLAMA, "--lr", "2e-4", "--steps", 99).stdout
 
 
