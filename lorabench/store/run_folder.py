@@ -9,7 +9,8 @@
 
 A finished run is written into a temporary folder, which is renamed when all its files are on the disk. A folder with
 the final name is therefore complete, even after a power cut. Its record has the checksums of the other files and of
-itself, which are checked when a file is read. Two jobs on the same run take turns by a lock (`lorabench.utils.lock`).
+itself, which are checked when a file is read; records of earlier versions have none. Two jobs on the same run take
+turns by a lock (`lorabench.utils.lock`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ _BLOCKS = {
     "outcome": {"status"},
     "environment": {"model_sha256", "packages"},
 }
+# The entries of a record with the checksums of the run's other files, and of the record itself.
+_CHECKSUMS = {"files", "sha256"}
 
 
 class RunFolder:
@@ -67,13 +70,17 @@ class RunFolder:
     def read_nested(self) -> pa.Table:
         """Read the curves and test losses of a finished run: one row with the columns `curve` and `test_losses` of JOB.
 
-        UserError says that a file is damaged or is not that of this run.
+        The latter is null for a run that was made before test losses were kept. UserError says that a file is damaged
+        or is not that of this run.
         """
         self.check_files(self.curves, self.test_losses)
         nested = {}
         with self._damage_explained():
             for name, path in (("curve", self.curves), ("test_losses", self.test_losses)):
                 kind = JOB.field(name).type
+                if name == "test_losses" and not path.is_file():
+                    nested[name] = pa.nulls(1, kind)
+                    continue
                 table = read_parquet(path, pa.schema(list(kind.value_type)))
                 points = table.to_struct_array().combine_chunks()
                 nested[name] = pa.ListArray.from_arrays([0, len(table)], points, type=kind)
@@ -83,9 +90,9 @@ class RunFolder:
         """Return the record with its checksums, or raise ValueError or OSError."""
         text = self.record.read_text(encoding="utf-8")
         record = json.loads(text)
-        if not isinstance(record, dict) or record.keys() != {"run_id", "files", "sha256", *_BLOCKS}:
+        if not isinstance(record, dict) or record.keys() - _CHECKSUMS != {"run_id", *_BLOCKS}:
             raise ValueError(f"{RECORD} does not have the entries of a record")
-        if text != _with_checksum(record):
+        if record.keys() & _CHECKSUMS and text != _with_checksum(record):
             raise ValueError(f"the checksum of {RECORD} is not that of its content")
         for name, entries in _BLOCKS.items():
             if not isinstance(record[name], dict) or entries - record[name].keys():
@@ -95,11 +102,14 @@ class RunFolder:
         return record
 
     def check_files(self, *paths: Path) -> None:
-        """Raise UserError if a file of a finished run, or in a folder of it, is damaged, missing or of another run."""
+        """Raise UserError if a file of a finished run, or in a folder of it, is damaged, missing or of another run.
+
+        A run of an earlier version has no checksums.
+        """
         with self._damage_explained():
-            listed: Mapping[str, str] = self._whole_record()["files"]
+            listed: Mapping[str, str] = self._whole_record().get("files", {})
             names = [name for name in listed if any((self.final / name).is_relative_to(path) for path in paths)]
-            for name in dict.fromkeys([*names, *(path.name for path in paths if path.is_file())]):
+            for name in dict.fromkeys([*names, *(path.name for path in paths if listed and path.is_file())]):
                 path = self.final / name
                 if not path.is_file() or file_sha256(path) != listed.get(name):
                     raise ValueError(f"{name} is not the file that the run wrote")
