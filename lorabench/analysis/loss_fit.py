@@ -188,7 +188,7 @@ def fit_losses(
         if influences is not None:
             drawn = estimate.example_draws(influences[places], test_split, len(splits))
             by_example = np.array(lowest_point(own + drawn, ends, bend)) - value[:, None]
-        counts = len(seeds[label]), n_examples, n_groups, all("@" in name for name in splits)
+        counts = len(seeds[label]), n_examples, n_groups, bool(splits) and all("@" in name for name in splits)
         position, minimum = (Estimate(float(value[part]), by_seed[part], by_example[part], *counts) for part in (0, 1))
         optimum = replace(position, value=lowest[label][0])
         outside = (position.draws <= ends[0] + 1e-9) | (position.draws >= ends[1] - 1e-9)

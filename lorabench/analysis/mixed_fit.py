@@ -281,6 +281,8 @@ class _Model:
         hats = inverse @ weighted
         transposed = hats.transpose(0, 2, 1)
         from_noise = assumed * (hats @ noise @ transposed)
-        # A negligible share of the noise stands for what curves do not move but by rounding.
-        from_curves = assumed * (hats @ curves @ transposed + inverse @ precision @ inverse) + 1e-9 * from_noise
+        from_curves = assumed * (hats @ curves @ transposed + inverse @ precision @ inverse)
+        # A coefficient that one of both moves by rounding alone has no correlations by it, so each has a negligible
+        # share of the other.
+        from_noise, from_curves = from_noise + 1e-9 * from_curves, from_curves + 1e-9 * from_noise
         return _Solved(hats @ self.y, from_noise, from_curves, hats)

@@ -100,10 +100,8 @@ def _preset(folder: Path, source: str, work: Path, say: Callable[[str], None]) -
             yield from (_compare(base, layout.job(job), ["run_id"]) for job in plan.jobs if layout.job(job).is_file())
             say("collecting the tables again")
             for name in (None, *experiments):
-                where, jobs = (
-                    layout.tables(name),
-                    [layout.job(job) for job in (plan.jobs_of(name) if name else plan.jobs)],
-                )
+                where, own_jobs = layout.tables(name), plan.jobs_of(name) if name else plan.jobs
+                jobs = [layout.job(job) for job in own_jobs]
                 # A preset has tables of those experiments that have a figure.
                 names = _COLLECTED if (base / where).is_dir() else ()
                 yield from _again(base, where, names, collect, jobs, where, plan, layout)

@@ -61,7 +61,7 @@ def test_without_noise_optima_minima_and_curvature_are_exact():
     assert math.exp(fit.log_ratio("LoRA r64", "FullFT").value) == pytest.approx(2.2 / 0.7)
     # Arms have curvatures of their own.
     curvatures = {"FullFT": 0.03, "LoRA r64": 0.088}
-    assert fit_losses(world(seeds=6, curvatures=curvatures)).curvature == pytest.approx(curvatures, rel=0.1)
+    assert fit_losses(world(seeds=6, curvatures=curvatures)).curvature == pytest.approx(curvatures, rel=0.05)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -84,10 +84,10 @@ def test_variances_are_those_of_statsmodels():
     random = np.random.default_rng(5)
     runs, shared = [], random.normal(0, 0.02, 8)
     for label in LRS:
-        luck = shared + random.normal(0, 0.02, 8)
+        luck = shared + random.normal(0, 0.004, 8)
         for seed in range(8):
             for lr in OPTIMA[label] * np.array([0.5, 1, 2]):
-                runs.append(row(label, lr, seed, loss_at(label, lr) + luck[seed] + random.normal(0, 0.01)))
+                runs.append(row(label, lr, seed, loss_at(label, lr) + luck[seed] + random.normal(0, 0.002)))
     table = pd.DataFrame(runs)
     fit = fit_losses(table)
     data = table.assign(
@@ -99,14 +99,13 @@ def test_variances_are_those_of_statsmodels():
     with warnings.catch_warnings(action="ignore"):  # statsmodels shows its warnings whatever the filters say
         mixed = smf.mixedlm("y ~ label + x:label + I(x**2):label + C(seed)", data, groups="cell").fit(reml=True)
     assert fit.sigma == pytest.approx(math.sqrt(mixed.scale + float(mixed.cov_re.iloc[0, 0])), rel=0.1)
-    # With every LR at every seed, the gap of the minima is that of statsmodels, to what is known before the runs: it is
-    # off by a tenth of its standard error.
+    # With every LR at every seed, the gap of the minima is that of statsmodels, to what is known before the runs.
     minima = {
         method: mixed.params.get(f"label[T.{method}]", 0.0)
         - mixed.params[f"x:label[{method}]"] ** 2 / 4 / mixed.params[f"I(x ** 2):label[{method}]"]
         for method in ("fullft", "lora")
     }
-    assert fit.gap("LoRA r64", "FullFT").value == pytest.approx(minima["lora"] - minima["fullft"], abs=1e-3)
+    assert fit.gap("LoRA r64", "FullFT").value == pytest.approx(minima["lora"] - minima["fullft"], abs=5e-4)
 
 
 def test_an_optimum_at_the_edge_is_flagged_with_the_lr_to_add():
@@ -182,20 +181,21 @@ def test_one_arm_alone_has_the_errors_of_its_optimum_within_seeds_and_of_its_min
         resolved = fit.resolved["FullFT"]
         held.append((position[0] <= optimum <= position[1], minimum[0] <= 2 <= minimum[1], resolved))
         # Effects of seeds, however large, do not move the optimum.
-        assert other.optima["FullFT"].interval() == pytest.approx(position, abs=3e-3)
+        assert other.optima["FullFT"].interval() == pytest.approx(position)
     # Two binomial standard errors below 95%.
     assert (np.mean(held, axis=0) >= 0.88).all()
 
 
 def test_one_seed_has_no_error_unless_its_noise_is_known_from_elsewhere():
-    runs = world(seeds=1)
+    # The optima lie at LRs, so that the errors of the minima are not those of the shape of the loss.
+    cells = [(label, OPTIMA[label] * 2.4**step) for label in LRS for step in (-1, 0, 1)]
+    runs = pd.DataFrame([row(label, lr, 0, loss_at(label, lr)) for label, lr in cells])
     alone = fit_losses(runs)
     assert not any(number("LoRA r64", "FullFT").known for number in (alone.gap, alone.log_ratio))
     assert not any(alone.resolved.values())
     gap = fit_losses(runs, noise=Noise(0.01, 1000, "elsewhere")).gap("LoRA r64", "FullFT")
-    # Two arms with a standard deviation of 0.01 each; the noise grows with the LR, and the shape of the loss is not
-    # known well.
-    assert 0.01 <= gap.seed_error <= 0.018
+    # Two arms with a standard deviation of 0.01 each, whose curves average a little over LRs.
+    assert 0.01 <= gap.seed_error <= 0.0155
 
 
 def test_the_margin_of_one_seed_is_no_smaller_than_a_seeds_deviation():
@@ -281,7 +281,7 @@ def as_means(runs):
 def test_rows_that_are_means_of_seeds_count_as_that_many_with_their_own_noise():
     # Five seeds at every LR, whose losses differ by noise that is known. The minimum lies at an LR, where its error is
     # not that of the shape of the loss.
-    offsets = [-0.006, -0.003, 0.0, 0.003, 0.006]
+    offsets = [-0.012, -0.006, 0.0, 0.006, 0.012]
     cells = [(label, OPTIMA[label] * 2.4**step, seed) for label in LRS for step in range(-2, 3) for seed in range(5)]
     runs = pd.DataFrame([row(label, lr, seed, loss_at(label, lr) + offsets[seed]) for label, lr, seed in cells])
     fit = fit_losses(as_means(runs))
@@ -293,4 +293,4 @@ def test_rows_that_are_means_of_seeds_count_as_that_many_with_their_own_noise():
     assert (gap.n_seeds, fit.noise_text) == (5, "; seed noise from the standard deviations in the table")
     # The same noise from elsewhere on single runs: the error is larger by the root of five.
     alone = fit_losses(runs[runs["seed"] == 2], noise=Noise(fit.sigma, fit.dof, "elsewhere"))
-    assert alone.gap("LoRA r64", "FullFT").seed_error / gap.seed_error == pytest.approx(math.sqrt(5), rel=0.04)
+    assert alone.gap("LoRA r64", "FullFT").seed_error / gap.seed_error == pytest.approx(math.sqrt(5), rel=0.02)

@@ -81,7 +81,14 @@ ARMS = {None: {"optimum": 4e-4}, **{rank: {"optimum": 3.3e-3, "floor": 2.02} for
 
 
 def test_a_claim_turns_where_its_margin_passes_the_difference():
-    given = Tables(*tables(arm(rank, **settings) for rank, settings in ARMS.items()))
+    # LRs so near to each other leave little doubt about the shape of the loss.
+    factors = [1.1 * 1.8**step for step in range(-2, 3)]
+    given = Tables(
+        *tables(
+            arm(rank, lrs=[factor * settings["optimum"] for factor in factors], **settings)
+            for rank, settings in ARMS.items()
+        )
+    )
     chosen = [claim for claim in CLAIMS if claim.id in ("A7", "B1", "F1")]
     judged = judge_claims(given, chosen, DEFAULT_MARGINS)
     found = verdicts_by_margin(given, judged, DEFAULT_MARGINS)
@@ -90,11 +97,11 @@ def test_a_claim_turns_where_its_margin_passes_the_difference():
     assert list(verdicts.columns) == [0.25, 0.5, 1, 2, 4]
     own = judged.set_index("claim_id")["verdict"]
     assert verdicts[1.0].to_dict() == own[~own.isin(UNTESTED)].to_dict()
-    assert verdicts.loc["A7"].tolist() == [*["inconclusive"] * 2, *["confirmed"] * 3]
+    assert verdicts.loc["A7"].tolist() == ["contradicted", *["confirmed"] * 4]
     margins = found[found["claim_id"] == "A7"]["margin_high"].tolist()
     assert margins == pytest.approx([0.058 * factor for factor in (0.25, 0.5, 1, 2, 4)], rel=0.01)
     # 8.25 is 10 within a factor of 1.27, and not within 1.13.
-    assert verdicts.loc["B1"].tolist() == [*["inconclusive"] * 2, *["confirmed"] * 3]
+    assert verdicts.loc["B1"].tolist() == ["contradicted", *["confirmed"] * 4]
     # A margin of a whole accuracy could not be stated.
     wide = DEFAULT_MARGINS.model_copy(update={"reward": 0.3})
     assert 4 not in set(verdicts_by_margin(given, judged[:1], wide)["factor"])

@@ -142,7 +142,7 @@ def test_an_arm_says_which_variant_it_is():
     [
         ({}, "confirmed", "DoRA r8 - FullFT = "),
         ({"lora": 0.6}, "contradicted", "tiny/problems: DoRA r8 - LoRA r8 = -0.2"),
-        ({"fullft": 0.6}, "contradicted", "tiny/problems: DoRA r8 - FullFT = -0."),
+        ({"fullft": 0.6}, "contradicted", "tiny/problems: DoRA r8 - FullFT = -0.1995"),
     ],
 )
 def test_dora_in_rl(peaks, verdict, words):
