@@ -191,16 +191,16 @@ def mixture_of_students(
     of the covariance is `known`, of the same shape.
     """
     numbers = shifts.shape[1]
-    shares, even = _even_points(math.ceil(numbers * (1 if known is None else 2) / _BLOCK))
-    part = np.searchsorted(np.cumsum(weights)[:-1], shares, side="right")
-    by_part, places = np.argsort(part, kind="stable"), list(chosen)
-    draws, ends = np.empty((N_DRAWS, len(places))), np.cumsum(np.bincount(part, minlength=len(weights)))
+    shares, order, even = _even_points(math.ceil(numbers * (1 if known is None else 2) / _BLOCK))
+    places, by_share, draws = list(chosen), np.empty((N_DRAWS, len(chosen))), np.empty((N_DRAWS, len(chosen)))
     # One chi-squared draw for all numbers makes normal ones multivariate t.
-    factors = _chi_factors(dof)[:, None]
-    for number, at in enumerate(np.split(by_part, ends[:-1])):
-        draws[at] = shifts[number, places] + factors[at] * (even[at, :numbers] @ roots[number, places].T)
+    factors = _chi_factors(dof)[order, None]
+    ends = [0, *np.searchsorted(shares, np.cumsum(weights)[:-1]).tolist(), N_DRAWS]
+    for number, at in enumerate(map(slice, ends[:-1], ends[1:])):
+        by_share[at] = shifts[number, places] + factors[at] * (even[at, :numbers] @ roots[number, places].T)
         if known is not None:
-            draws[at] += even[at, numbers : 2 * numbers] @ known[number, places].T
+            by_share[at] += even[at, numbers : 2 * numbers] @ known[number, places].T
+    draws[order] = by_share
     return shuffled(draws, name)
 
 
@@ -224,15 +224,16 @@ _BLOCK = 32
 
 
 @lru_cache(maxsize=4)
-def _even_points(blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return shares, (N_DRAWS,), and normal numbers, (N_DRAWS, _BLOCK * blocks), whose quantiles fill the unit cube
-    evenly together with a further share, which ascends."""
+def _even_points(blocks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return ascending shares, (N_DRAWS,), the ranks of further shares, (N_DRAWS,), and normal numbers, (N_DRAWS,
+    _BLOCK * blocks). The quantiles of all of them together fill the unit cube evenly."""
     from scipy.stats.qmc import Sobol  # takes half a second to import
 
     # Half of a step keeps the points, which are whole steps, off 0.
     points = Sobol(_BLOCK * blocks + 2, seed=np.random.default_rng(0)).random(N_DRAWS) + 2.0**-31
     points = points[np.argsort(points[:, 0], kind="stable")]
-    return points[:, 1], np.asarray(ndtri(points[:, 2:]))
+    order = np.argsort(points[:, 1], kind="stable")
+    return points[order, 1], order, np.asarray(ndtri(points[order, 2:]))
 
 
 def shuffled(draws: np.ndarray, name: str) -> np.ndarray:

@@ -253,14 +253,19 @@ class _Model:
         for some in np.array_split(sizes, math.ceil(len(sizes) / 64)):
             noise, own = _noise(some, parts), _own_variance(some, self.arms)
             of_curves = np.tensordot(np.column_stack([some[:, SPREAD] ** 2, np.ones((len(some), 2))]), curves, 1)
+            # The last row of the root of a bordered matrix is the border divided by the root of the matrix.
+            bordered = np.empty((len(some), len(left) + 1, len(left) + 1))
+            bordered[:, -1, :-1], bordered[:, -1, -1] = left, 1e12 * float(left @ left) + np.finfo(float).tiny
             variances = known[0] ** 2 / own if known else np.full(len(some), float(left @ left) / len(left) / 4)
             # What is known of the curves is in units of the variance, which therefore takes a few passes.
             for _ in range(1 if known else 3):
-                root = np.linalg.cholesky(noise + of_curves / np.maximum(variances, self.least)[:, None, None])
-                squares = (np.linalg.solve(root, left[:, None]) ** 2).sum((1, 2))
+                bordered[:, :-1, :-1] = noise + of_curves / np.maximum(variances, self.least)[:, None, None]
+                root = np.linalg.cholesky(bordered)
+                squares = (root[:, -1, :-1] ** 2).sum(1)
                 # Losses that lie on a parabola leave nothing.
                 variances = variances if known else np.maximum(squares / len(left), np.finfo(float).tiny)
-            likelihoods = -np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1) - len(left) / 2 * np.log(variances)
+            diagonals = np.diagonal(root, axis1=1, axis2=2)[:, :-1]
+            likelihoods = -np.log(diagonals).sum(1) - len(left) / 2 * np.log(variances)
             if known:
                 likelihoods -= (known[1] + len(left)) / 2 * np.log1p(squares / variances / known[1])
             results.append((variances, likelihoods))
