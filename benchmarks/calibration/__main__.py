@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 # The matrices of a fit are small, and the processes share the cores. Thread pools read this once, on import.
@@ -15,7 +15,7 @@ os.environ.setdefault("LORABENCH_DRAWS", "4096")
 import pandas as pd
 
 from benchmarks.calibration.intervals import KINDS, interval_shares
-from benchmarks.calibration.noise import measure_noise
+from benchmarks.calibration.noise import NoiseLevels, measure_noise
 from benchmarks.calibration.power import power_of_plan
 from benchmarks.calibration.run import Making, counted, shares, twins
 from benchmarks.calibration.traits import NAMES, Traits
@@ -38,10 +38,10 @@ def main() -> None:
     add("--out", type=Path, help="CSV file for the table")
     add("--again", type=Path, help="CSV file for how often the verdict falls again in a twin of a world")
     add("--measure", type=Path, help="only measure the noise of the runs in this folder of tidy tables")
-    add("--dataset", nargs="+", default=[], help="datasets to measure, by default all")
+    add("--dataset", nargs="+", default=[], help="datasets to measure the noise of, by default all")
     add("--preset", help="count only the power of this preset's sweeps, with their own LRs and seeds")
     add("--no-racing", action="store_true", help="with --preset: seeds do not race")
-    add("--noise", type=Path, help="with --preset: tidy tables to measure the noise from, by default laptop's")
+    add("--noise", type=Path, help="tidy tables to measure the noise from, by default laptop's")
     options = parser.parse_args()
     with in_one_sentence():
         if options.measure is not None:
@@ -49,12 +49,11 @@ def main() -> None:
             print(pd.json_normalize(measured).iloc[0].to_string(float_format="{:.4g}".format))
             return
         traits = Traits() if options.trait is None else Traits.only(options.trait)
-        making = Making(traits=traits, seed=options.seed)
+        noise = measure_noise(Tables.read(options.noise), options.dataset) if options.noise else NoiseLevels()
+        making = Making(noise, traits, options.seed)
         if options.intervals is not None:
             table = interval_shares(options.intervals or KINDS, options.worlds, options.processes, options.seed)
         elif options.preset is not None:
-            if options.noise is not None:
-                making = replace(making, noise=measure_noise(Tables.read(options.noise), options.dataset))
             plan = plan_and_layout(options.preset)[0]
             if options.no_racing:
                 plan = make_plan(plan.preset.model_copy(update={"racing": None}))

@@ -41,9 +41,10 @@ CHUNK = 26
 """The number of worlds that a process makes at a time, an even one."""
 
 COLUMNS = ["claim_id", "kind", "what", "effect", "truth", "n_worlds", *_COUNTED]
-COLUMNS += ["wrong", "wrong_low", "wrong_high", "power"]
+COLUMNS += ["wrong", "wrong_low", "wrong_high", "power", "decided_wrong"]
 """The columns of the table: shares of worlds with each verdict, the share with a wrong one (at the margin of an
-equality the larger of the two shares) with its 95% interval, and the share with a right one."""
+equality the larger of the two shares) with its 95% interval, the share with a right one, and how many of the decided
+verdicts are wrong."""
 
 AGAIN_COLUMNS = ["claim_id", "p_low", "p_high", "n_worlds", "predicted", "same"]
 """The columns of the table of twins: the worlds in which the stated probability that a verdict falls again is from
@@ -203,6 +204,7 @@ def _row(claim: Covered, effect: float, counts: Counter[Seen]) -> dict[str, obje
         "wrong_low": interval.low,
         "wrong_high": interval.high,
         "power": share(right) if right else math.nan,
+        "decided_wrong": wrong / decided if (decided := share(("confirmed", SMALL, *AGAINST))) else math.nan,
     }
 
 

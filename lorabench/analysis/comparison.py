@@ -14,10 +14,10 @@ import pandas as pd
 from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_runs, each_arm, kept, with_arm_columns, with_losses
 from lorabench.analysis.curves import curves_of, metric_points
 from lorabench.analysis.estimate import Estimate, ExampleLosses
-from lorabench.analysis.finding import MIN_SEEDS, N_AGAIN, Finding, UnjudgedError, again, decide, nats
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats
 from lorabench.analysis.fit_rows import MAX_STEP, MIN_LRS
 from lorabench.analysis.loss_fit import LossFit, Noise, fit_losses
-from lorabench.analysis.rules import LEVEL, Above, Bound, Margin, Problem, Remedy, Rule, Verdict, Within
+from lorabench.analysis.rules import Above, Bound, Margin, Problem, Remedy, Rule, Verdict, Within
 from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS, Margins, Predictions
 from lorabench.store.checks import is_rl
 from lorabench.utils.formats import with_interval
@@ -33,9 +33,6 @@ Task = Literal["sft", "rl"]
 
 CEILING = 0.03
 """The error rate up to which an arm is about perfect; arms that all are can't differ by much, whatever is true."""
-
-BEYOND = 0.005
-"""The probability up to which an optimum does not lie beyond an end of its LRs."""
 
 _ONE_GROUP = Problem(
     "the error from test examples is not known, since all of them are of one group",
@@ -201,13 +198,9 @@ class Comparison:
             if (problem := self._grid_problem(label, resolved)) is not None:
                 problems.append(problem if label == labels[0] else problem.of_subtracted())
         noise = self._noise_problems(labels)
-        if problems:
-            return [replace(problem, bound=None) for problem in problems] if noise else problems
-        for label in labels if resolved and not noise else []:
-            if not self.fit.resolved[label]:
-                problem = self._unresolved(label)
-                problems.append(problem if label == labels[0] else problem.of_subtracted())
-        return noise or problems
+        if problems and noise:
+            return [replace(problem, bound=None) for problem in problems]
+        return problems or noise
 
     def _noise_problems(self, labels: Sequence[str]) -> list[Problem]:
         """Return why arms can't be told apart, or the errors are not known, if so."""
@@ -224,23 +217,6 @@ class Comparison:
         if not self.fit.sigma > 0:
             return [Problem("all seeds alike: no seed noise to judge by")]
         return []
-
-    def _unresolved(self, label: str) -> Problem:
-        """Return the problem that the LRs around the optimum of an arm do not resolve it."""
-        seeds, optimum = max(MIN_SEEDS, 2 * len(self.fit.seeds[label])), self.fit.optima[label]
-        remedy = Remedy(f"{seeds} seeds at the LRs around the optimum of {label}", seeds, around=True)
-        if optimum.n_groups < optimum.n_examples and optimum.example_error > optimum.seed_error:
-            text = f"{2 * optimum.n_groups} groups of test examples (now {optimum.n_groups})"
-            remedy = Remedy(text, test_examples=2 * optimum.n_examples)
-        grid, bound = self.fit.grids[label], None
-        low, high = np.log(grid.lrs[grid.window[[0, -1]]])
-        at_ends: dict[Bound, float] = {
-            "below": float(np.mean(optimum.draws <= low + 1e-9)),
-            "above": float(np.mean(optimum.draws >= high - 1e-9)),
-        }
-        # An optimum that may lie beyond one end only, is bounded from the other side.
-        bound = next((side for side, share in at_ends.items() if share <= BEYOND), None)
-        return Problem(f"{label}: optimum not resolved by its grid", remedy, bound)
 
     def _grid_problem(self, label: str, resolved: bool) -> Problem | None:
         """Return what the LRs of an arm lack for a minimum, or for an optimum.
@@ -280,23 +256,6 @@ class Comparison:
             return Problem(f"{label}: {text}", _further_lr(label, lr))
         return None
 
-    def reopened(self, arms: Iterable[Arm], resolved: bool = False) -> np.ndarray:
-        """Return the replicates of the arms (see `finding`) that have a reason against a verdict, (N_AGAIN,): if
-        `resolved`, an optimum that the LRs around the best one, at which its grid would end, do not resolve."""
-        lost = np.zeros(N_AGAIN, bool)
-        for label in map(arm_label, arms) if resolved else ():
-            optimum = self.fit.optima.get(label)
-            if optimum is None or not optimum.known:
-                continue
-            new, step = again(optimum), math.log(MAX_STEP)
-            lrs = np.log(self.fit.grids[label].lrs)
-            # The grid walks on as far as it has to, in steps of its own.
-            step = min(float(np.diff(lrs).max()), step) if len(lrs) > 1 else step
-            best = lrs[0] + step * np.round((optimum.value + new.shifts - lrs[0]) / step)
-            low, high = new.interval(optimum, 1 - LEVEL)
-            lost |= (low <= best - step) | (high >= best + step)
-        return lost
-
     def gap(self, arm: Arm, other: Arm) -> Estimate:
         """Return the fitted minimum of the test loss (in RL the error rate) of an arm minus that of another."""
         return self.fit.gap(arm_label(arm), arm_label(other))
@@ -314,10 +273,10 @@ class Comparison:
     ) -> Finding:
         """Apply a rule to a number that follows from fitted minima of arms, or, if `resolved`, from their optimal LRs;
         `problems` are added to theirs. If it is the `difference` of two, a bound of it may decide."""
-        problems, reopened = [*self.problems(arms, resolved), *problems], self.reopened(arms, resolved)
+        problems = [*self.problems(arms, resolved), *problems]
         bounds = {problem.bound for problem in problems if difference}
         bound = bounds.pop() if len(bounds) == 1 else None
-        return decide(rule, estimate, text, self.run_ids(arms), problems, margin_rule, reopened, bound)
+        return decide(rule, estimate, text, self.run_ids(arms), problems, margin_rule, bound)
 
     def gap_text(self, arm: Arm, other: Arm) -> str:
         """Return the gap as text, with the parts of its error."""

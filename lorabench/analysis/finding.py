@@ -4,8 +4,8 @@ With its verdict a finding carries those of N_AGAIN replicates, new runs of the 
 examples. The truth is off the estimate by a draw of the error, weighted by what was likely before the runs (`again`),
 and a new estimate is off the truth by another draw, so a replicate is the estimate shifted by their sum. Its error is
 measured anew, with as many degrees of freedom. A replicate has the same number in all comparisons, so that what their
-errors share stays shared. The share of replicates with the verdict of the finding is `p_again`. A replicate whose
-optimal LR moves too far has a reason against a verdict (`Comparison.reopened`); other reasons stay as they are.
+errors share stays shared. The share of replicates with the verdict of the finding is `p_again`. Reasons against a
+verdict stay as they are.
 """
 
 from __future__ import annotations
@@ -137,13 +137,11 @@ def decide(
     run_ids: Iterable[str],
     problems: Sequence[Problem] = (),
     margin_rule: str = "",
-    reopened: np.ndarray | None = None,
     bound: rules.Bound | None = None,
 ) -> Finding:
     """Apply a rule to an estimate with its text, the runs behind it, reasons against a verdict, and the rule that gives
-    the margin, as text; if its error is not known, or with any problem, the finding is inconclusive. `reopened` says
-    which replicates have a reason against a verdict, (N_AGAIN,). If in spite of the problems the estimate is a `bound`
-    of the number, this may decide."""
+    the margin, as text; if its error is not known, or with any problem, the finding is inconclusive. If in spite of the
+    problems the estimate is a `bound` of the number, this may decide."""
     run_ids, look = tuple(run_ids), LOOK.get()
     if look is not None:
         estimate = look.guarded(estimate, run_ids)
@@ -171,8 +169,6 @@ def decide(
     confirmed, against, right_sign = rule.answers(estimate, runs, bound)
     failed = np.where(right_sign, _RIGHT_SIGN, _CONTRADICTED)
     verdicts = np.where(confirmed, _CONFIRMED, np.where(against <= LEVEL, failed, _OPEN)).astype(np.int8)
-    if reopened is not None and bound is None:
-        verdicts[1:][reopened[: len(verdicts) - 1]] = _OPEN
     if bound is not None:
         if verdicts[0] == _OPEN:
             return judged

@@ -138,9 +138,8 @@ class BatchSizes:
         `problems` are added."""
         margin = self.margin(self.ends)
         problems = [*self.problems(self.ends, margin, *arms), *problems]
-        reopened = [self.by_size[size].reopened([arm[size] for arm in arms]) for size in self.ends]
         ids = self.run_ids(*arms)
-        return decide(rule(margin.value), estimate, text, ids, problems, margin.rule, np.any(reopened, axis=0))
+        return decide(rule(margin.value), estimate, text, ids, problems, margin.rule)
 
     def judge_growth(self, rule: Callable[[float], Rule], arm: ArmBySize, other: ArmBySize) -> Finding:
         """Judge what the gap of an arm to another grows by, from the smallest to the largest batch size."""

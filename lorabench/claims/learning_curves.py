@@ -60,23 +60,23 @@ def _same_curve(comparison: Comparison) -> Finding:
     rule = Within.margin(margin.value)
 
     @cache
-    def envelope_gap(low: int, high: int) -> tuple[Estimate, list[Problem], np.ndarray]:
-        """Return the gap of the envelopes in a window of steps, and what speaks against it and its replicates."""
+    def envelope_gap(low: int, high: int) -> tuple[Estimate, list[Problem]]:
+        """Return the gap of the envelopes in a window of steps, and what speaks against it."""
         envelopes = optima.in_window(comparison, low, high)
         problems = envelopes.problems(arms) or optima.seeds_at_best(envelopes, arms)
         problems = named_problems(problems, f"steps {low} to {high}:")
-        return envelopes.gap(lora, fullft), problems, envelopes.reopened(arms)
+        return envelopes.gap(lora, fullft), problems
 
     findings, by_window = [], []
     for low, high in windows:
-        gap, problems, reopened = envelope_gap(low, high)
+        gap, problems = envelope_gap(low, high)
         text = f"envelope of {arm_label(lora)} - FullFT = {nats(gap)}, {gap.n_seeds} seeds, in steps {low} to {high}"
         problems = [*problems, *margin.problems]
-        findings.append(decide(rule, gap, text, ids, problems, margin.rule, reopened))
+        findings.append(decide(rule, gap, text, ids, problems, margin.rule))
         by_window.append(f"{'unknown' if math.isnan(gap.value) else f'{gap.value:+.4f}'} from {low}")
     agree: int | str = "none"
     for window in [] if margin.problem else reversed([*early, *windows]):
-        gap, problems, _ = envelope_gap(*window)
+        gap, problems = envelope_gap(*window)
         if problems or not rule.answers(gap).confirmed:
             break
         agree = window[0]

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -178,3 +180,16 @@ def test_the_numbers_are_those_of_a_run_on_this_machine(seen, checkout):
         )
         columns = MEASURED if table == "runs" else ["value"]
         pd.testing.assert_frame_equal(ours[columns], theirs[columns], check_exact=True)
+
+
+def test_decide_runs_its_batches_as_jobs_until_the_budget_ends(seen, cluster, checkout):
+    command = [sys.executable, "-m", "lorabench", "decide", "B3", "--preset", "cluster.yaml", "--budget", "2m"]
+    done = subprocess.run(
+        [*command, "--profile", "slurm"], cwd=checkout, env=cluster.environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "after cluster.yaml:" in done.stdout or "after cluster:" in done.stdout, done.stdout
+    assert "the budget of 2m ended" in done.stdout
+    [next_batch] = {job.job_id for job in make_plan(Layout.of(str(PRESET) + "@100").preset).jobs_of("rank")}
+    tries = [job["JobState"] for job in cluster.jobs() if next_batch in job["Comment"]]
+    assert tries[-1:] == ["COMPLETED"]
