@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from lorabench.analysis.arms import arm_table, check_runs, each_arm
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, unknown
 from lorabench.analysis.finding import Finding, decide, nats, worst
 from lorabench.analysis.rules import Problem, Rule
@@ -94,29 +93,6 @@ def curves_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     whole = np.where(counts == np.bincount(seed), values, math.nan)
     index, columns = pd.Index(steps, name="step"), pd.Index(seeds, name="seed")
     return pd.DataFrame(whole, index, columns).dropna(how="all").dropna(how="all", axis="columns")
-
-
-def envelopes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute each arm's pointwise minimum of the validation NLL over its LR grid (the runs with its first seed).
-
-    A diverged run counts up to its last finite value.
-
-    Returns:
-        One row per arm and step, ascending: step, examples and tokens (seen by that step, where the curves have them),
-        value, lr and run_id (of the run with the lowest value there), n_runs (with a value there).
-    """
-    check_runs(runs)
-    columns = ["step", "examples", "tokens", "value", "lr", "run_id", "n_runs"]
-    all_points = metric_points(curves, "validation", "nll", ["run_id", "step", "examples", "tokens", "value"])
-    rows: list[dict[Any, Any]] = []
-    for arm, arm_runs in each_arm(runs):
-        # Sorting by LR breaks ties, so that the result does not depend on the order of the table.
-        grid = arm_runs.loc[arm_runs["seed"] == arm_runs["seed"].min(), ["run_id", "lr"]]
-        points = all_points.merge(grid, on="run_id")
-        points = points.sort_values(["step", "value", "lr"])
-        points["n_runs"] = points.groupby("step")["run_id"].transform("size")
-        rows += [arm | point for point in points.drop_duplicates("step")[columns].to_dict("records")]
-    return arm_table(rows, columns)
 
 
 Numbers = Callable[[pd.DataFrame], "pd.Series[float]"]

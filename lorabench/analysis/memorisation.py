@@ -42,33 +42,6 @@ def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
     return facts.assign(bits_stored=bits, bits_per_parameter=bits / params)
 
 
-def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
-    """Compute the bits that each arm stores of random facts at its lowest NLL, which is fitted, or else the mean at
-    lr_best.
-
-    Returns:
-        One row per arm with a finished run: lr_best (nearest to the fitted optimum), n_seeds, trainable_params,
-        bits_stored with its 95% interval (`_low`, `_high`; NaN with one seed), bits_per_parameter, run_ids (at
-        lr_best).
-    """
-    columns = ["lr_best", "n_seeds", "trainable_params", "bits_stored", "bits_stored_low", "bits_stored_high"]
-    rows = []
-    for comparison in comparisons(runs[is_memorisation(runs)], pd.DataFrame()):
-        for arm in comparison.arms:
-            label, chosen = arm_label(arm), comparison.at_optimum(arm)
-            if chosen.empty:
-                continue
-            first = chosen.iloc[0]
-            at_lr = mean_over_seeds(chosen["final_test_nll"].to_numpy(float), f"loss of {comparison.label} {label}")
-            minimum = comparison.fit.minima.get(label, at_lr)
-            bits = stored(minimum, float(first["entropy_bits"]), float(first["test_scored_tokens"]))
-            low, high = bits.interval()
-            numbers = [first["lr"], len(chosen), first["trainable_params"], bits.value, low, high]
-            row = arm | dict(zip(columns, numbers, strict=True)) | {"run_ids": list(chosen["run_id"])}
-            rows.append(row | {"bits_per_parameter": bits.value / first["trainable_params"]})
-    return arm_table(rows, [*columns, "bits_per_parameter", "run_ids"])
-
-
 def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
     """Compute a dataset's description length in bits: the summed loss of the first epoch, where every token is new.
 

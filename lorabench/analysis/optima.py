@@ -16,7 +16,7 @@ from scipy.special import ndtri
 
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import arm_label, kept
-from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, Judging, comparisons
+from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, Judging, comparisons
 from lorabench.analysis.curves import LrError, PairedCurves, curves_by_seed, log_windows, paired
 from lorabench.analysis.estimate import N_DRAWS, Estimate, normal
 from lorabench.analysis.finding import MIN_SEEDS, Finding, exponential, in_unit
@@ -270,16 +270,6 @@ def tokens_at(comparison: Comparison, arm: Arm, step: float) -> float:
     points = curves[curves["run_id"].isin(ids) & (curves["split"] == "train")]
     tokens = points.groupby("step")["tokens"].max().astype(float)
     return float(np.interp(step, [0, *tokens.index], [0.0, *tokens]))
-
-
-def fitted_noise(parts: Sequence[Comparison]) -> pd.DataFrame:
-    """Return a row per comparison: COMPARED, sigma and dof (see `LossFit`; NaN if not known), n_runs (of the fit)."""
-    rows = []
-    for part in parts:
-        sigma, n_runs = part.fit.sigma if part.fit.dof else math.nan, sum(map(len, part.fit.run_ids.values()))
-        rows.append(part.arms[0] | {"sigma": sigma, "dof": part.fit.dof, "n_runs": n_runs})
-    table = pd.DataFrame(rows, columns=[*COMPARED, "sigma", "dof", "n_runs"])
-    return table.astype({"batch_size": "Int64", "steps": "Int64", "sigma": float})
 
 
 def pooled_noise(runs: pd.DataFrame, source: str) -> Noise:

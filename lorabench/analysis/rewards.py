@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label, arm_table
-from lorabench.analysis.comparison import Arm, Comparison, comparisons
+from lorabench.analysis.arms import arm_label
+from lorabench.analysis.comparison import Arm, Comparison
 from lorabench.analysis.curves import metric_points
 from lorabench.analysis.estimate import N_DRAWS, Estimate, example_draws, multivariate_student, without_run_noise
 from lorabench.analysis.fit_rows import MAX_STEP
@@ -104,34 +104,6 @@ def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward
         validation_loss=(1 - rl["final_valid_reward"].astype(float)).mask(sick),
         test_loss=(1 - rl[test_reward].astype(float)).mask(sick),
     )
-
-
-def reward_curves(
-    runs: pd.DataFrame, curves: pd.DataFrame, split: str = "train", metric: str = "reward"
-) -> pd.DataFrame:
-    """Return a metric over training at the LR of each arm's grid that is nearest to its fitted optimum.
-
-    Returns:
-        One row per arm and step, ascending: lr, step, episodes, mean and sd over the finished seeds that have the step
-        (in the metric's unit; sd NaN with one seed), n_seeds, run_ids.
-    """
-    points = metric_points(curves, split, metric, ("run_id", "step", "examples", "value"))
-    points = points.sort_values(["step", "run_id"]).astype({"value": float})
-    columns = ["step", "episodes", "mean", "sd", "n_seeds", "run_ids"]
-    rows: list[dict[Any, Any]] = []
-    for comparison in comparisons(with_error_rates(runs), curves):
-        for arm in comparison.arms:
-            chosen = comparison.at_optimum(arm)
-            by_step = points[points["run_id"].isin(chosen["run_id"])].groupby("step", as_index=False)
-            table = by_step.agg(
-                episodes=("examples", "max"),
-                mean=("value", "mean"),
-                sd=("value", "std"),
-                n_seeds=("run_id", "size"),
-                run_ids=("run_id", list),
-            )
-            rows += [arm | {"lr": float(chosen["lr"].iloc[0])} | row for row in table.to_dict("records")]
-    return arm_table(rows, ["lr", *columns]).astype({"step": "Int64", "episodes": "Int64"})
 
 
 def flat_top(comparison: Comparison, arm: Arm) -> list[float]:

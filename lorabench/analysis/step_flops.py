@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes, metric_points
+from lorabench.analysis.curves import PairedCurves, curves_by_seed, metric_points
 from lorabench.errors import UserError
 
 FLOPS_COLUMNS = ["model", "method", "rank", "effective_width", "linear_flops"]
@@ -68,15 +68,6 @@ def each_setting(ratios: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def _flops_per_token(runs: pd.DataFrame) -> pd.Series[float]:
     return runs["train_flops"].astype(float) / runs["train_tokens"].astype(float)
-
-
-def loss_by_flops(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `envelopes` from step 1 on with flops, the training FLOPs of the run with the lowest loss
-    there up to that step, where they are known; they are the same on every token."""
-    points = envelopes(runs, curves)
-    per_token = _flops_per_token(runs).set_axis(runs["run_id"])
-    points["flops"] = points["tokens"].astype(float) * points["run_id"].map(per_token).astype(float)
-    return points[points["step"].gt(0).fillna(False) & points["flops"].gt(0)]
 
 
 def equal_flops_curves(runs: pd.DataFrame, others: pd.DataFrame, curves: pd.DataFrame, name: str) -> PairedCurves:

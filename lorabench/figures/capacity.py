@@ -13,13 +13,13 @@ from matplotlib.ticker import EngFormatter, NullFormatter
 
 from lorabench.analysis import memorisation
 from lorabench.analysis.alpha_rules import judged_arms
-from lorabench.analysis.arms import ARM
-from lorabench.analysis.comparison import Comparison
-from lorabench.analysis.curves import envelopes
-from lorabench.analysis.optima import fitted_noise, log_threshold, runs_at_optimum, tokens_at
+from lorabench.analysis.arms import ARM, arm_label, arm_table
+from lorabench.analysis.comparison import Comparison, comparisons
+from lorabench.analysis.estimate import mean_over_seeds
+from lorabench.analysis.optima import log_threshold, runs_at_optimum, tokens_at
 from lorabench.analysis.slopes import log_log
 from lorabench.figures import grid, style
-from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, only, points
+from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, envelopes, fitted_noise, only, points
 from lorabench.store.tables import Tables
 from lorabench.utils import formats
 
@@ -174,7 +174,7 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
         empty = pd.DataFrame(columns=_STORED)
         return style.empty_figure("There are no runs on a dataset of random facts."), empty
     names = {"bits_stored": "bits", "bits_stored_low": "bits_low", "bits_stored_high": "bits_high", "lr_best": "lr"}
-    best = memorisation.best_stored(facts).rename(columns=names)
+    best = best_stored(facts).rename(columns=names)
     seeds = memorisation.stored_bits(facts).rename(columns=names)
     at_best = {run_id for run_ids in best["run_ids"] for run_id in run_ids}
     # The lines of 1 and 2 bits per parameter span the range of a panel's adapters, or without any, of FullFT alone.
@@ -227,3 +227,30 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
         ("seed", style.mark("one seed", "_", ms=9)),
     ]
     return style.legends(figure, styles, plotted, marks)
+
+
+def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
+    """Compute the bits that each arm of runs on random facts stores at its fitted lowest NLL, or else the mean one at
+    lr_best.
+
+    Returns:
+        One row per arm with a finished run: lr_best (nearest to the fitted optimum), n_seeds, trainable_params,
+        bits_stored with its 95% interval (`_low`, `_high`; NaN with one seed), bits_per_parameter, run_ids (at
+        lr_best).
+    """
+    columns = ["lr_best", "n_seeds", "trainable_params", "bits_stored", "bits_stored_low", "bits_stored_high"]
+    rows = []
+    for comparison in comparisons(runs, pd.DataFrame()):
+        for arm in comparison.arms:
+            label, chosen = arm_label(arm), comparison.at_optimum(arm)
+            if chosen.empty:
+                continue
+            first = chosen.iloc[0]
+            at_lr = mean_over_seeds(chosen["final_test_nll"].to_numpy(float), f"loss of {comparison.label} {label}")
+            minimum = comparison.fit.minima.get(label, at_lr)
+            bits = memorisation.stored(minimum, float(first["entropy_bits"]), float(first["test_scored_tokens"]))
+            low, high = bits.interval()
+            numbers = [first["lr"], len(chosen), first["trainable_params"], bits.value, low, high]
+            row = arm | dict(zip(columns, numbers, strict=True)) | {"run_ids": list(chosen["run_id"])}
+            rows.append(row | {"bits_per_parameter": bits.value / first["trainable_params"]})
+    return arm_table(rows, [*columns, "bits_per_parameter", "run_ids"])
