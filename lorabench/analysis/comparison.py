@@ -37,11 +37,6 @@ CEILING = 0.03
 BEYOND = 0.005
 """The probability up to which an optimum does not lie beyond an end of its LRs."""
 
-_ONE_GROUP = Problem(
-    "the error from test examples is not known, since all of them are of one group",
-    Remedy("test examples of 2 groups or more, such as packages or documents"),
-)
-
 _ARM_AND_STATUS = ["run_id", *(name for name in ARM if name not in OPTIONAL), "lr", "seed", "status"]
 
 NEEDED_BY: dict[Task, list[str]] = {
@@ -196,25 +191,21 @@ class Comparison:
     def problems(self, arms: Sequence[Arm], resolved: bool = False) -> list[Problem]:
         """Return the reasons against a verdict on fitted minima of arms, or, if `resolved`, on their optimal LRs; their
         bounds are those of the number of the first arm minus that of the second."""
-        labels, problems = [arm_label(arm) for arm in arms], []
-        for label in labels:
-            if (problem := self._grid_problem(label, resolved)) is not None:
-                problems.append(problem if label == labels[0] else problem.of_subtracted())
-        noise = self._noise_problems(labels)
-        if problems:
-            return [replace(problem, bound=None) for problem in problems] if noise else problems
-        for label in labels if resolved and not noise else []:
-            if not self.fit.resolved[label]:
-                problem = self._unresolved(label)
-                problems.append(problem if label == labels[0] else problem.of_subtracted())
-        return noise or problems
+        labels = [arm_label(arm) for arm in arms]
+        noise, found = self._noise_problems(labels), [self._grid_problem(label, resolved) for label in labels]
+        if resolved and not noise and not any(found):
+            found = [None if self.fit.resolved[label] else self._unresolved(label) for label in labels]
+        both = [(label, problem) for label, problem in zip(labels, found, strict=True) if problem]
+        problems = [problem if label == labels[0] else problem.of_subtracted() for label, problem in both]
+        return [replace(problem, bound=None) for problem in problems] or noise if noise else problems
 
     def _noise_problems(self, labels: Sequence[str]) -> list[Problem]:
         """Return why arms can't be told apart, or the errors are not known, if so."""
         if self.of_accuracies and all(self.fit.lowest.get(label, (0.0, 1.0))[1] <= CEILING for label in labels):
             return [Problem(f"all arms are within {CEILING:.0%} of perfect: a ceiling", Remedy("harder problems"))]
         if any(label in self.fit.minima and self.fit.minima[label].n_groups == 1 for label in labels):
-            return [_ONE_GROUP]
+            text = "the error from test examples is not known, since all of them are of one group"
+            return [Problem(text, Remedy("test examples of 2 groups or more, such as packages or documents"))]
         paired = len(frozenset.intersection(*(self.fit.seeds.get(label, frozenset()) for label in labels)))
         if paired < MIN_SEEDS and self.judging.noise is None:
             remedy = Remedy(f"{MIN_SEEDS} seeds (now {paired})", seeds=MIN_SEEDS)
@@ -232,14 +223,11 @@ class Comparison:
         if optimum.n_groups < optimum.n_examples and optimum.example_error > optimum.seed_error:
             text = f"{2 * optimum.n_groups} groups of test examples (now {optimum.n_groups})"
             remedy = Remedy(text, test_examples=2 * optimum.n_examples)
-        grid, bound = self.fit.grids[label], None
+        grid = self.fit.grids[label]
         low, high = np.log(grid.lrs[grid.window[[0, -1]]])
-        at_ends: dict[Bound, float] = {
-            "below": float(np.mean(optimum.draws <= low + 1e-9)),
-            "above": float(np.mean(optimum.draws >= high - 1e-9)),
-        }
+        at_ends: dict[Bound, Any] = {"below": optimum.draws <= low + 1e-9, "above": optimum.draws >= high - 1e-9}
         # An optimum that may lie beyond one end only, is bounded from the other side.
-        bound = next((side for side, share in at_ends.items() if share <= BEYOND), None)
+        bound = next((side for side, draws in at_ends.items() if draws.mean() <= BEYOND), None)
         return Problem(f"{label}: optimum not resolved by its grid", remedy, bound)
 
     def _grid_problem(self, label: str, resolved: bool) -> Problem | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -49,11 +50,8 @@ def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", 
 
 
 def at_step(runs: pd.DataFrame, curves: pd.DataFrame, step: int) -> pd.DataFrame:
-    """Return the supervised runs as if training had ended at a step; with a constant LR a run begins as a short one.
-
-    Both final losses are the validation NLL at that step, since the test loss is measured only after the last step. A
-    run that diverged later is done. A run that ended earlier, or has no validation loss at that step, is left out.
-    """
+    """Return the supervised runs as if training had ended at a step, with the validation NLL there as final losses. A
+    run that diverged later is done. A run that ended earlier, or has no such loss, is left out."""
     points = metric_points(curves, "validation", "nll")
     at_that_step = points[points["step"] == step].groupby("run_id")["value"].first()
     loss = runs["run_id"].map(at_that_step.astype(float)).astype(float)
@@ -72,11 +70,8 @@ def at_end(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def curves_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    """Return the curve of one arm with a row for each step (index, ascending) and a column for each seed.
-
-    A seed has one run, or several whose curves are summed by the column weight (see `runs_at_optimum`). The points are
-    those of `metric_points`, of these and of other runs.
-    """
+    """Return the curve of one arm with a row for each step (index, ascending) and a column for each seed, given its
+    points and maybe others. A seed has one run, or several whose curves are summed by the column weight."""
     seeds, seed = np.unique(runs["seed"].to_numpy(int), return_inverse=True)
     weights = runs["weight"].astype(float).fillna(1.0).to_numpy() if "weight" in runs else np.ones(len(runs))
     run = pd.Index(runs["run_id"]).get_indexer(points["run_id"])
@@ -100,11 +95,8 @@ Numbers = Callable[[pd.DataFrame], "pd.Series[float]"]
 
 
 def log_windows(steps: ArrayLike, number: int, first: int = 2) -> list[tuple[int, int]]:
-    """Return the first and last step of windows of ascending steps that are equally long on a logarithmic axis.
-
-    There are fewer than `number` windows if the steps do not suffice. Steps before `first` do not count: before the
-    first update all arms are the base model.
-    """
+    """Return the first and last step of windows of ascending steps that are equally long on a logarithmic axis, fewer
+    than `number` if the steps do not suffice. Before the first update all arms are the base model."""
     steps = np.asarray(steps, int)
     steps = steps[steps >= first]
     if not len(steps):
@@ -114,11 +106,15 @@ def log_windows(steps: ArrayLike, number: int, first: int = 2) -> list[tuple[int
     return [(int(part[0]), int(part[-1])) for part in inside if len(part)]
 
 
+def mean_between(first: float, last: float, curves: pd.DataFrame) -> pd.Series[float]:
+    """Return the mean of each column of curves from one step to another; NaN without steps there."""
+    return curves.loc[first:last].mean(skipna=False)
+
+
 @dataclass(frozen=True)
 class LrError:
-    """What the error of an arm's optimal LR does to numbers of the arm's curve, which is taken at that LR: draws of the
-    error of ln LR, (N_DRAWS,), and by step the coefficients of that error and of its square (two columns) in the curve,
-    in the unit of the metric."""
+    """What the error of an arm's optimal LR does to its curve: draws of the error of ln LR, (N_DRAWS,), and by step the
+    coefficients of that error and of its square (two columns) in the curve, in the unit of the metric."""
 
     draws: np.ndarray
     by_power: pd.DataFrame
@@ -156,16 +152,9 @@ class PairedCurves:
         return replace(mean, seed_part=sum((error.of(numbers) for error in self.lr_errors), mean.seed_part))
 
     def means(self, windows: Sequence[tuple[int, int]]) -> list[Estimate]:
-        """Estimate the mean difference in each window of steps, with the error of a mean over seeds.
-
-        Steps are no substitute for seeds, which shift whole stretches of the difference, in some windows more than in
-        others: no window borrows degrees of freedom from its steps or other windows.
-        """
-
-        def mean(low: int, high: int) -> Estimate:
-            return self._estimate(lambda curves: curves.loc[low:high].mean(skipna=False), f"steps {low} to {high}")
-
-        return [mean(low, high) for low, high in windows]
+        """Estimate the mean difference in each window of steps, with the error of a mean over seeds: these shift whole
+        stretches, so no window borrows degrees of freedom from its steps or other windows."""
+        return [self._estimate(partial(mean_between, low, high), f"steps {low} to {high}") for low, high in windows]
 
     def slope(self, first: int) -> Estimate:
         """Estimate the slope of the difference from a step on, per tenfold steps, as the mean of the seeds' slopes."""
@@ -210,11 +199,8 @@ def scan(
     margin_rule: str = "",
     number: Callable[[Estimate], str] = nats,
 ) -> Finding:
-    """Judge the difference in every window of steps; the claim must hold in each.
-
-    It is contradicted if one of the k windows contradicts it at the k-th part of the level, so that the intervals hold
-    for all windows at once. In the text {} stands for the difference, which `number` formats; see also `decide`.
-    """
+    """Judge the difference in every window of steps; the claim must hold in each. In the text {} stands for the
+    difference, which `number` formats; see also `decide`."""
     findings = []
     for (low, high), estimate in zip(windows, curves.means(windows), strict=True):
         reason = f"{text.format(number(estimate))} in steps {low} to {high}"
@@ -257,12 +243,9 @@ def inverse_rank_fit(by_inverse_rank: pd.DataFrame) -> tuple[float, float]:
 
 
 def early_difference(runs: pd.DataFrame, curves: pd.DataFrame, first_steps: float = math.inf) -> EarlyDifference | None:
-    """Compute the training NLL of a rank minus that of a higher one, at one LR that both have.
-
-    The ranks stand for the paper's 16 and 256: the lowest from PAPER_RANK up, or else above 1, and the highest. Of
-    several LRs the one with the most paired seeds is taken, and the lowest of equals. None if no two such ranks share
-    an LR and a finished seed. The runs differ in rank, LR and seed only.
-    """
+    """Compute the training NLL of a rank minus that of a higher one, at the LR with the most paired seeds, or the
+    lowest such. The ranks stand for the paper's 16 and 256: the lowest from PAPER_RANK up, or else above 1, and the
+    highest; None if they share no LR and finished seed. The runs differ in rank, LR and seed only."""
     ranks = sorted({int(rank) for rank in runs["rank"].dropna() if rank > 1})
     high_ranks = [rank for rank in ranks if rank >= PAPER_RANK]
     ranks = high_ranks if len(high_ranks) > 1 else ranks

@@ -30,12 +30,9 @@ def is_memorisation(runs: pd.DataFrame) -> pd.Series[bool]:
 
 
 def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs on random facts with bits_stored, and bits_per_parameter (per trainable parameter).
-
-    They are the entropy of the answers minus their summed NLL under the trained model, in bits, which includes the
-    token that ends an answer and costs almost nothing. They are negative for a model that predicts worse than a uniform
-    guess, and NaN where a run diverged.
-    """
+    """Return the runs on random facts with bits_stored, and bits_per_parameter (per trainable parameter): the entropy
+    of the answers minus their summed NLL, in bits. They are negative for a model that predicts worse than a uniform
+    guess, and NaN where a run diverged."""
     facts = with_arm_columns(runs[is_memorisation(runs)]).reindex(columns=list(dict.fromkeys([*runs, *ARM, *_NEEDED])))
     entropy, nll, tokens, params = (facts[name].to_numpy(float, na_value=math.nan) for name in _NEEDED)
     bits = entropy - nll * tokens / math.log(2)
@@ -43,12 +40,9 @@ def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
-    """Compute a dataset's description length in bits: the summed loss of the first epoch, where every token is new.
-
-    Returns:
-        One row per comparison whose runs completed an epoch: ARM (FullFT, or the highest LoRA rank where it has no
-        finished run), bits (mean over seeds at the best LR of its grid), run_ids.
-    """
+    """Return a dataset's description length, the summed loss of the first epoch, where every token is new. A row per
+    comparison whose runs completed an epoch has ARM (FullFT, or the highest LoRA rank where it has no finished run),
+    bits (mean over seeds at the best LR of its grid), run_ids."""
     rows = []
     for comparison in comparisons(runs, pd.DataFrame()):
         if comparison.runs["first_epoch_nats"].isna().all():
@@ -74,11 +68,8 @@ def stored(minimum: Estimate, entropy_bits: float, scored_tokens: float) -> Esti
 
 
 def late_growth(runs: pd.DataFrame, curves: pd.DataFrame) -> Estimate:
-    """Estimate the share of its stored bits that an arm stored in the second half of its steps, as a mean over seeds.
-
-    It is NaN without curves or without stored bits. The runs are those of an arm at one LR, one for each seed, whose
-    validation split has the same facts.
-    """
+    """Estimate the share of its stored bits that an arm stored in the second half of its steps, as a mean over seeds of
+    runs at one LR whose validation split has the same facts; NaN without curves or without stored bits."""
     shares, facts = [], stored_bits(runs)[["run_id", "bits_stored", "test_scored_tokens"]]
     points = train_curves(facts, curves, split="validation")
     for _, curve in points[(points["step"] > 0) & (points["bits_stored"] > 0)].groupby("run_id"):

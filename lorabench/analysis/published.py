@@ -56,12 +56,9 @@ def published_sweeps() -> pd.DataFrame:
 
 
 def published_ratios() -> pd.DataFrame:
-    """Return published ratios of LoRA's to FullFT's optimal LR, on models of 0.6B parameters and more.
-
-    Returns:
-        One row per source: source, task, model, alpha, steps and note, and the lower and upper end of width, fullft_lr,
-        lora_lr and ratio, as `<name>_low` and `<name>_high`; NaN where the source does not say.
-    """
+    """Return published ratios of LoRA's to FullFT's optimal LR, on models of 0.6B parameters and more: source, task,
+    model, alpha, steps and note, and the lower and upper end of width, fullft_lr, lora_lr and ratio, as `<name>_low`
+    and `<name>_high`; NaN where the source does not say."""
     return pd.read_csv(REFERENCE / "lr_ratio_at_scale.csv")
 
 

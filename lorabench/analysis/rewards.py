@@ -48,9 +48,8 @@ CONTROLS = {"constant_reward": "best constant answer", "rule_reward": "best chea
 def is_sick(runs: pd.DataFrame) -> pd.Series[bool]:
     """Return which runs of RL ended sick, so that their accuracy is no peak; what is not known makes no run sick.
 
-    A run is sick if more than MAX_TRUNCATED of its last responses are cut off. So is one whose test accuracy is not
-    above both controls, if its entropy is below COLLAPSED or the base was more accurate by MIN_GAIN. A run whose
-    accuracy is exactly that of the base, as after no reward at all, is no peak and not sick.
+    More than MAX_TRUNCATED of its last responses are cut off, or its test accuracy is not above both controls, and its
+    entropy is below COLLAPSED or the base was more accurate by MIN_GAIN. A run as accurate as its base is not sick.
     """
     columns = ["final_truncated", "final_entropy", "base_reward", "final_reward", *CONTROLS]
     numbers = runs.reindex(columns=columns).astype(float)
@@ -67,12 +66,9 @@ def beyond_controls(runs: pd.DataFrame) -> pd.Series[bool]:
 
 
 def leads(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the lead of each method over the controls in runs of RL that are not sick.
-
-    Returns:
-        One row per model, dataset and method: accuracy (the best mean over seeds at one LR, of any rank and placement),
-        constant_reward, rule_reward, and lead (accuracy minus the higher control; NaN where no control is known).
-    """
+    """Return the lead of each method over the controls in runs of RL that are not sick: a row per model, dataset and
+    method has accuracy (the best mean over seeds at one LR, of any rank and placement), constant_reward, rule_reward,
+    and lead (accuracy minus the higher control; NaN where no control is known)."""
     method = ["model", "dataset", "method"]
     accuracy = runs["final_reward"].where(runs["status"].isin(["done", "collapsed"]) & ~is_sick(runs)).astype(float)
     cells = [runs[name] for name in (*method, "rank", "placement", "lr")]
@@ -91,11 +87,9 @@ def runs_above_max_kl(curves: pd.DataFrame) -> set[str]:
 def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
     """Return the RL runs with their error rates as losses.
 
-    A run that never got a reward, or none any more, counts as finished: its policy is the base model's, or would have
-    stayed as it was. A sick run (see `is_sick`) counts as diverged, so that it is never an optimum.
-
-    The test accuracy is that after the last step (`final_reward`), or at the evaluation with the best validation
-    accuracy (`best_reward`). With either, the LR is picked by the validation accuracy after the last step.
+    A run that never got a reward, or none any more, counts as finished, and a sick one (see `is_sick`) as diverged, so
+    that it is never an optimum. The test accuracy is that after the last step (`final_reward`), or at the evaluation
+    with the best validation accuracy (`best_reward`); the LR is picked by the one after the last step.
     """
     rl = runs[is_rl(runs)]
     sick = is_sick(rl)
@@ -107,12 +101,10 @@ def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward
 
 
 def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
-    """Return the neighbouring LRs of an arm that are all equally good, so that its optimal LR is open; empty if there
-    are none.
+    """Return the neighbouring LRs of an arm that are all equally good, if any, so that its optimal LR is open.
 
-    Two LRs are equally good if their test error rates agree exactly with every seed that both have, as policies do that
-    end at one rule; so are three or more that can't be told from the best by the spread of seeds at an LR (two
-    standard errors). Two such LRs are no flat top, since the optimum may lie halfway between them.
+    Two are if their test error rates agree exactly with every seed that both have, as policies do that end at one rule;
+    so are three or more that can't be told from the best by the spread of seeds at an LR (two standard errors).
     """
     grid = comparison.fit.grids.get(arm_label(arm))
     if grid is None:
@@ -152,14 +144,12 @@ def cost_of_a_miss(comparison: Comparison, arm: Arm) -> Estimate:
     """Estimate the share of its accuracy that an arm loses where its LR misses the best one.
 
     An LR misses if it lies NEAR to FAR decades below or above the fitted optimum; the cost is 1 minus the mean accuracy
-    there over the mean accuracy nearer to the optimum. Both are means over log LR of the test accuracy after the last
-    step, on the line between the means over seeds at neighbouring LRs, which goes on beyond the last two. A breakdown
-    counts with its accuracy, and a run without one has the accuracy 0.
+    there over the mean accuracy nearer to the optimum. Both are means over log LR of the final test accuracy, on lines
+    between the means over seeds at neighbouring LRs. A run without an accuracy has 0.
 
     The error from seeds is that of the mean at each LR, from its own standard deviation, with Welch and Satterthwaite's
     degrees of freedom, since breakdowns make some LRs noisier than others. An LR with one run is as noisy as the
-    noisiest that counts; where no LR has two, the noise of the fit stands in. What a seed does to all LRs is counted,
-    which is cautious.
+    noisiest that counts; where no LR has two, the noise of the fit stands in.
     """
     rows, fit = _by_lr(comparison, arm), comparison.fit
     lrs, cell, n_runs = np.unique(rows["lr"].to_numpy(float), return_inverse=True, return_counts=True)

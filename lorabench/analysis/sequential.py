@@ -2,9 +2,7 @@
 
 Of a level alpha, alpha k / (k + 2) is spent in the first k looks (Lan and DeMets, 1983), so that no number of looks has
 to be planned. The level of a look follows exactly for normal estimates on batches of one size, by numerical integration
-over the earlier ones. The error of an estimate is that of the fit of all batches, or that between the estimates of each
-batch alone if this is larger, so that what all runs of a batch share and their fit does not see is no evidence
-(docs/verdicts.md).
+over the earlier ones (docs/verdicts.md).
 """
 
 from __future__ import annotations

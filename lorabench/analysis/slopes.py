@@ -29,8 +29,7 @@ def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | 
     """Fit log10(y) against log10(x), (n,) each, by ordinary least squares, with t intervals.
 
     A point that is not positive and finite is left out. `sigma` is a known lower bound of the standard deviation of
-    log10(y), which keeps points that lie on a line by chance from giving an interval that is too narrow; it may be NaN.
-    Each of the groups, (n,), has its own intercept, and all share the slope.
+    log10(y), or NaN. Each of the groups, (n,), has its own intercept, and all share the slope.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     points = pd.DataFrame({"x": np.log10(np.where(x > 0, x, math.nan)), "y": np.log10(np.where(y > 0, y, math.nan))})
@@ -74,8 +73,7 @@ def censored_slope(
 
     The maximum likelihood is found by expectation maximization: a bounded value is replaced by its mean given the bound
     and the line. The degrees of freedom are those of the values that are known, and the error counts a bounded value by
-    the information that it has. The slope is unknown if the known values of no group have two positions, and its error
-    without a degree of freedom.
+    the information that it has. The slope is unknown if the known values of no group have two positions.
 
     Args:
         bound: 0 for a value that is known, 1 if the true value is at least y, -1 if it is at most y, (n,).

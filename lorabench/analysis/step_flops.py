@@ -31,11 +31,7 @@ def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
         One row per LoRA row, ascending in rank: COMPUTE_SETTING, placement, rank, effective_width, and flops_ratio
         (counted FLOPs of the linear layers), formula (2/3 + 2R/N, with rank R and width N, from the paper's section on
         compute efficiency), relative_difference (of flops_ratio from formula), total_flops_ratio, step_ratio (seconds
-        per step) and memory_ratio (peak bytes). A ratio is NaN where a number is missing or the setting has no FullFT
-        row.
-
-    Raises:
-        UserError: A column of FLOPS_COLUMNS is missing, or an arm appears twice in one setting.
+        per step) and memory_ratio (peak bytes). A ratio is NaN where a number or the FullFT row is missing.
     """
     if missing := [name for name in FLOPS_COLUMNS if name not in compute]:
         raise UserError(f"the compute table has no column {', '.join(missing)}")
@@ -71,15 +67,12 @@ def _flops_per_token(runs: pd.DataFrame) -> pd.Series[float]:
 
 
 def equal_flops_curves(runs: pd.DataFrame, others: pd.DataFrame, curves: pd.DataFrame, name: str) -> PairedCurves:
-    """Pair the training NLL of two arms at equal training FLOPs, by seed, in the later half of their log-FLOPs range.
+    """Return the training NLL of `others` minus that of `runs` at equal training FLOPs, by step of `runs` and seed, in
+    nats per token, in the later half of their log-FLOPs range.
 
-    Both arms see the same batch at the same step, so that its difficulty cancels there, but not where the FLOPs are
-    the same, which is at different steps. So the difference at a step is that on its batch, plus what `others` gains
-    from the FLOPs by which it is ahead there, by its validation NLL, interpolated linearly in log FLOPs.
-
-    Returns:
-        The loss of `others` minus that of `runs` by step of `runs` and seed, in nats per token. Steps of `runs` beyond
-        the FLOPs of `others` are left out.
+    Equal FLOPs are at different steps, on other batches. So the difference at a step is that on its batch, plus what
+    `others` gains from the FLOPs by which it is ahead there, by its validation NLL, interpolated linearly in log FLOPs.
+    Steps of `runs` beyond the FLOPs of `others` are left out.
     """
     if "tokens" not in curves:
         return PairedCurves(pd.DataFrame(index=pd.Index([], dtype=int)), (), name)

@@ -47,6 +47,12 @@ recorded steps."""
 
 _STANDARD_RULE = invariances.RULES[0.0]
 
+_PAIR = [
+    *invariances.PAIR_SETTING,
+    *(f"{name}_{end}" for name in invariances.CONFIGURATION for end in ("fast", "slow")),
+]
+"""The columns that are equal in pairs of runs which differ in the seed alone."""
+
 _derivation = partial(claim, over=lora_runs)
 
 
@@ -68,11 +74,8 @@ def _flat(rows: pd.DataFrame) -> Finding:
 def _first_update_rank_independent(lora: Evidence) -> Iterator[Finding]:
     ratios = invariances.descent_ratios(invariances.first_descents(lora.runs, lora.curves))
     unjudged_if(ratios.empty, "no descent at step 1")
-    # First descents are compared between runs that agree in all but the rank and the rule of alpha.
-    groups = [
-        group for _, group in ratios.groupby(["model", "dataset", "placement", "batch_size", "eps"], dropna=False)
-    ]
-    comparable = [group for group in groups if (group["rule"] == _STANDARD_RULE).sum() > 1]
+    groups = ratios.groupby(invariances.BATCHES, dropna=False)
+    comparable = [group for _, group in groups if (group["rule"] == _STANDARD_RULE).sum() > 1]
     text = f"fewer than two ranks with alpha {STANDARD['alpha']:g}"
     unjudged_if(not comparable, text, "inconclusive", Remedy(f"another rank with alpha {STANDARD['alpha']:g}"))
     for group in comparable:
@@ -151,8 +154,7 @@ def _same_initial_slope(lora: Evidence) -> Finding:
     both = pairs.assign(fast=fast.map(falls), slow=slow.map(falls), moved=fast.map(moved))
     both = both.dropna(subset=["fast", "slow"])
     unjudged_if(both.empty, f"no validation losses at step 0 and up to step {SLOPE_STEPS}")
-    names = [f"{name}_{speed}" for name in invariances.CONFIGURATION for speed in ("fast", "slow")]
-    all_pairs = [pair for _, pair in both.groupby([*invariances.PAIR_SETTING, *names], dropna=False)]
+    all_pairs = [pair for _, pair in both.groupby(_PAIR, dropna=False)]
     still = [pair for pair in all_pairs if not pair["moved"].max() > STILL]
     left_out = (
         f"{len(all_pairs) - len(still)} pairs left out, whose A moved by more than {STILL:.0%} in {SLOPE_STEPS} steps"
@@ -330,8 +332,7 @@ def _effective_lr_grows(lora: Evidence) -> Finding:
             judged = replace(judged, reason=reason, remedy=Remedy("runs with a tenth of LR_A and the same LR_B"))
         alone.append(as_ratio(without(judged, "contradicted")))
     growth = invariances.update_growth(invariances.fixed_a_controls(lora.runs), lora.curves)
-    names = [f"{name}_{speed}" for name in invariances.CONFIGURATION for speed in ("fast", "slow")]
-    for _, pairs in growth.groupby([*invariances.PAIR_SETTING, *names], dropna=False):
+    for _, pairs in growth.groupby(_PAIR, dropna=False):
         first = pairs.iloc[0]
         rank, fast, slow = first["rank"], f"LR {first['lr_fast']:g}", f"{first['lr_slow']:g}"
         over_control = mean_over_seeds(np.log(pairs["growth"]), f"growth r{rank} {fast} over LR {slow}")

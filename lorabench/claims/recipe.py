@@ -88,24 +88,10 @@ class RankRecommendation:
     """The smallest difference of losses that matters."""
 
 
-@dataclass(frozen=True)
-class MeasuredRecipe:
-    """The recommendations from a table of runs."""
-
-    recommendations: tuple[RankRecommendation, ...]
-    """The recommended rank and LR of each comparison of LoRA with full fine-tuning."""
-
-    @property
-    def answer(self) -> MatchAnswer | Literal["mixed"] | None:
-        """The answer of all comparisons together; `mixed` if they differ, None without any."""
-        answers = {recommendation.answer for recommendation in self.recommendations}
-        return answers.pop() if len(answers) == 1 else "mixed" if answers else None
-
-
 def measured_recipe(
     runs: pd.DataFrame, curves: pd.DataFrame | None = None, judging: Judging | None = None
-) -> MeasuredRecipe:
-    """Derive recommendations from runs, each for full fine-tuning and LoRA on all layers with MIN_LRS or more LRs.
+) -> list[RankRecommendation]:
+    """Recommend a rank and LR for each comparison of full fine-tuning and LoRA on all layers, with MIN_LRS or more LRs.
 
     Of LoRA, the arms that stand for it count (see `judged_arms`). RL problems on which no run ever got a reward are
     left out, and so is a task that lacks columns of NEEDED_BY.
@@ -128,7 +114,7 @@ def measured_recipe(
                 tuned = Comparison(comparison.label, pd.concat(rows), comparison.curves, comparison.judging)
                 if tuned.fullft and tuned.lora:
                     recommendations.append(_recommendation(tuned, tuned.fullft))
-    return MeasuredRecipe(tuple(recommendations))
+    return recommendations
 
 
 def _recommendation(comparison: Comparison, fullft: Arm) -> RankRecommendation:

@@ -94,7 +94,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             untested=[claim for claim in claims if claim not in tested],
             margins=turned(read_table(tables, "verdicts_by_margin", optional=True), judged),
             recipe=recipe,
-            costs=[summary.costs(runs, recommendation) for recommendation in recipe.recommendations],
+            costs=[summary.costs(runs, recommendation) for recommendation in recipe],
             environment=summary.environment(runs),
             rules=sorted(set(judged["rules"].dropna())),
             experiments=list(filter(None, (summary.experiment(name, runs, judging) for name in trained))),
