@@ -158,7 +158,7 @@ class PairedCurves:
 
     def slope(self, first: int) -> Estimate:
         """Estimate the slope of the difference from a step on, per tenfold steps, as the mean of the seeds' slopes."""
-        return self._estimate(lambda curves: slopes_by_seed(curves.loc[first:]), f"slope from {first}")
+        return self._estimate(partial(slopes_by_seed, first=first), f"slope from {first}")
 
     def crossing(self, first: int, level: float) -> Estimate:
         """Estimate log10 of the step where the line through the difference against log10(step), from a step on, reaches

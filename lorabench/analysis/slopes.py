@@ -49,9 +49,10 @@ def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | 
     return Line(slope, slope - half, slope + half, intercept, len(points))
 
 
-def slopes_by_seed(curves: pd.DataFrame) -> pd.Series[float]:
-    """Return the slope of each column's values, by least squares, against log10 of the index, the steps from 1 up; null
-    values are left out, and a column with fewer than two steps has NaN."""
+def slopes_by_seed(curves: pd.DataFrame, first: float = 1) -> pd.Series[float]:
+    """Return the slope of each column's values, by least squares, against log10 of the index, steps from a first one
+    up; null values are left out, and a column with fewer than two steps has NaN."""
+    curves = curves.loc[first:]
     values, steps = curves.to_numpy(float, na_value=math.nan), np.log10(curves.index.to_numpy(float))[:, None]
     with np.errstate(invalid="ignore"):  # a column without values
         centred = np.where(np.isnan(values), 0.0, steps - mean_log_step(curves))

@@ -18,15 +18,7 @@ from lorabench.analysis.rules import DECIDED, Problem, Remedy, Verdict
 from lorabench.utils.formats import with_interval
 
 Kind = Literal["empirical", "derivation", "count", "opinion", "prediction", "own prediction"]
-"""How the paper supports a statement.
-
-- `empirical`: by runs of its own
-- `derivation`: by a derivation, which runs can only illustrate
-- `count`: by counting parameters, bits or operations, so that no run can speak against it
-- `opinion`: by its authors' experience, without showing runs
-- `prediction`: not at all, since the paper left the statement untested
-- `own prediction`: not at all, since the statement is this project's and not the paper's
-"""
+"""How the paper supports a statement (docs/verdicts.md); an `own prediction` is this project's, and not the paper's."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +92,7 @@ class Claim:
     fact: str = ""
     """The fact that the claim states; claims with the same fact are one in the headline."""
     core: bool = False
-    """Whether the paper's main conclusions rest on this claim; the README shows the verdicts on these core claims."""
+    """Whether the paper's main conclusions rest on this claim."""
 
 
 Judge = Callable[[Any], Finding | Iterable[Finding]]
@@ -118,10 +110,8 @@ def claim(
     columns: tuple[str, ...] = (),
     conditions: tuple[Condition, ...] = (),
 ) -> Callable[[Function], Function]:
-    """Return a decorator that declares the decorated function to be the judge of a claim.
-
-    What the claim says stands in a YAML file beside the function's module (see `texts`).
-    """
+    """Return a decorator that declares the decorated function to be the judge of a claim, whose texts stand in a YAML
+    file beside the function's module (see `texts`)."""
 
     def declare(judge: Function) -> Function:
         fields = {"judge": judge, "over": over, "columns": columns, "conditions": conditions}
@@ -165,10 +155,8 @@ def highest_and_full(comparison: Comparison) -> tuple[Arm, Arm]:
 
 
 def doubted(judged: Finding, problems: Sequence[Problem], verdicts: Sequence[Verdict] = DECIDED) -> Finding:
-    """Return the finding with further problems, which make some verdicts inconclusive.
-
-    If `confirmed` is the only one of these, a finding with another verdict keeps its reason.
-    """
+    """Return the finding with further problems, which make some verdicts inconclusive; if `contradicted` is none of
+    these, a finding with another verdict keeps its reason."""
     if not problems:
         return judged
     opened = without(judged, *verdicts)
