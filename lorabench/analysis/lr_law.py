@@ -4,9 +4,7 @@ LR = base * M * (2000 / hidden size) ** exponent, where M is 1 for FullFT
 
 All constants are in the authors' later code, `get_lr` of `hyperparam_utils` in thinking-machines-lab/tinker-cookbook.
 The paper fits the law by the summed regret, the rise of the loss at the predicted LR as a share of the lowest loss.
-Here losses are parabolas in ln LR (see `loss_fit`), so a regret is the curvature over the lowest loss times the squared
-error of ln LR. The fit is therefore weighted least squares, and its constants are linear in the optima, so that draws
-of the optima's errors give those of the law's predictions.
+Here losses are parabolas in ln LR, so the fit is weighted least squares, and its constants are linear in the optima.
 """
 
 from __future__ import annotations

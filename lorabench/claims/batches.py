@@ -3,7 +3,7 @@ of its own. After each registered batch all of them so far are judged together (
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -44,9 +44,8 @@ def judge_batches(
     margins: Margins | None = None,
     predictions: Predictions | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Judge claims (see `judge_claims`) after each of the registered batches, given in ascending order, on all of them so
-    far; the first decision stays. Return the table `claims`, and `claims_by_batch` with a row for each claim and look.
-    """
+    """Judge claims (see `judge_claims`) after each registered batch, in ascending order, on all so far; the first
+    decision stays. Return the table `claims`, and `claims_by_batch` with a row for each claim and look."""
     arms = {run_id: tuple(map(str, arm.values())) for arm, own in each_arm(tables.runs) for run_id in own["run_id"]}
     counted = [batch.number for batch in batches if batch.status == "registered"]
     alone: list[Mapping[Number, tuple[float, int]]] = []

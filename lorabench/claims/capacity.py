@@ -36,15 +36,14 @@ MORE_RANKS = Remedy("more ranks that leave the shared curve, which longer runs g
 
 @dataclass(frozen=True)
 class _Rank:
-    """A rank below the highest, and where it leaves the curve of the highest."""
+    """A rank below the highest, where it leaves the curve of the highest, where the line through its gap reaches the
+    margin (log10(step), or why there is no such step), and what speaks against the departure."""
 
     rank: int
     arm: Arm
     departure: optima.Departure
     threshold: Estimate | str
-    """Where the line through its gap reaches the margin, in log10(step), or why there is no such step."""
     problems: list[Problem]
-    """What speaks against the departure."""
 
     @property
     def step(self) -> float:
@@ -177,9 +176,7 @@ def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
                 rows.append((dataset, name, parameters, tokens, threshold.seed_error, list(runs["run_id"])))
     unjudged_if(not rows and not left_out, "no such runs")
     gone = pd.DataFrame(rows, columns=["dataset", "name", "parameters", "tokens", "error", "run_ids"])
-    at_tokens = ", ".join(
-        f"{name} {tokens:.3g} tokens" for name, tokens in zip(gone["name"], gone["tokens"], strict=True)
-    )
+    at_tokens = ", ".join(f"{name} {tokens:.3g} tokens" for _, name, _, tokens, *_ in rows)
     others = f"; left out: {', '.join(left_out)}" if left_out else ""
     dof = len(gone) - gone["dataset"].nunique() - 1
     unjudged_if(dof < 1, f"{at_tokens or 'no departures'}: too few for a slope{others}", "inconclusive", MORE_RANKS)
@@ -200,9 +197,8 @@ def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
 )
 def _about_one_bit(comparison: Comparison) -> Finding:
     arm = comparison.fullft or comparison.highest
-    runs = comparison.at_optimum(arm) if arm else comparison.runs.iloc[:0]
-    runs = runs.dropna(subset=["first_epoch_nats", "first_epoch_scored_tokens"])
-    if arm is None or runs.empty:
+    epochs = ["first_epoch_nats", "first_epoch_scored_tokens"]
+    if arm is None or (runs := comparison.at_optimum(arm).dropna(subset=epochs)).empty:
         raise UnjudgedError("not tested", "no run that went through an epoch")
     nats, tokens = runs["first_epoch_nats"].astype(float), runs["first_epoch_scored_tokens"].astype(float)
     mean = mean_over_seeds(nats / tokens, f"{comparison.label} first epoch")

@@ -209,10 +209,8 @@ def _with_conditions(claim: Claim, evidence: Evidence, judged: Finding) -> tuple
 
 def _seeds(behind: pd.DataFrame) -> int | None:
     """Return the number of seeds of the runs behind a verdict; None without runs. A row may be the mean of several."""
-    if behind.empty:
-        return None
-    several = behind["n_seeds"].max() if "n_seeds" in behind else pd.NA
-    return max(behind["seed"].nunique(), 1 if pd.isna(several) else int(several))
+    several = behind.reindex(columns=["n_seeds"])["n_seeds"].max()
+    return max(behind["seed"].nunique(), 1 if pd.isna(several) else int(several)) if len(behind) else None
 
 
 def _lr_chosen_on(behind: pd.DataFrame) -> str | None:

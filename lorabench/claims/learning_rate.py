@@ -74,10 +74,8 @@ _PRESETS = ("core", "paper")
 
 def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
     """Return the rule that the logarithm of a ratio is that of another within a factor, and a text on the margin."""
-    return (
-        Within(math.log(ratio / factor), math.log(ratio * factor)),
-        f"within a factor of {factor:g} of {ratio:g}, by the preset's lr_factor",
-    )
+    rule = Within(math.log(ratio / factor), math.log(ratio * factor))
+    return rule, f"within a factor of {factor:g} of {ratio:g}, by the preset's lr_factor"
 
 
 @claim(
@@ -201,10 +199,8 @@ def _swept_models(evidence: Evidence) -> list[list[lr_law.SweptModel]]:
 
 
 def model_groups(evidence: Evidence) -> list[tuple[str, list[lr_law.SweptModel]]]:
-    """Return the groups of models with one dataset, batch size and length, each after its name.
-
-    Groups of fewer than MIN_MODELS models are left out, unless no group is larger: then the largest are judged.
-    """
+    """Return the groups of models with one dataset, batch size and length, each after its name: those of MIN_MODELS
+    models or more, or else the largest."""
     groups, named = _swept_models(evidence), []
     largest = max(map(len, groups), default=0)
     unjudged_if(largest < 2, "no two models with FullFT and LoRA swept on the same data")
@@ -326,9 +322,8 @@ def _mean_regret(
 ) -> Estimate:
     """Estimate the mean over models of the regret of a method, from the `prediction_errors` of all arms.
 
-    The errors of all optima are drawn together and move both the law's predictions and the optima. A regret is a
-    square, so its draws lie above the estimate on average. Their distance from it is therefore taken to both sides,
-    which makes the interval wide rather than shifted.
+    A regret is a square, so its draws lie above the estimate on average. Their distance from it is therefore taken to
+    both sides, which makes the interval wide rather than shifted.
     """
     chosen = np.array([arm_method == method for _, arm_method in arms])
     steepness = np.array([optimum.steepness for optimum in optima])[chosen]
@@ -403,13 +398,10 @@ def _law_predicts_the_optimum(models: list[lr_law.SweptModel]) -> Finding:
     return replace(decisive, reason=f"{decisive.reason}; {constants}")
 
 
-@_claim(
-    "B8",
-    conditions=(
-        papers_alpha,
-        *(scope.widths(SMALLEST_WIDTH, 2, _PRESETS, family) for family in lr_law.PUBLISHED.exponents),
-    ),
-)
+_FAMILY_WIDTHS = (scope.widths(SMALLEST_WIDTH, 2, _PRESETS, family) for family in lr_law.PUBLISHED.exponents)
+
+
+@_claim("B8", conditions=(papers_alpha, *_FAMILY_WIDTHS))
 def _families_scale_differently(models: list[lr_law.SweptModel]) -> Iterator[Finding]:
     by_family = {name: [model for model in models if model.lineage == name] for name in lr_law.PUBLISHED.exponents}
     unjudged_if(not any(by_family.values()), "no models of the Llama and Qwen families")

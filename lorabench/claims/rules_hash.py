@@ -23,10 +23,8 @@ _PARTS = ("analysis/*.py", "claims/*.py", "claims/*.yaml", "runs.py")
 
 
 def rules_sha256(margins: Margins | None = None, predictions: Predictions | None = None) -> str:
-    """Return the SHA-256, in hexadecimal, of the code that judges, the margins and the predictions.
-
-    Without margins or predictions the default ones hold, as in `judge_claims`.
-    """
+    """Return the SHA-256, in hexadecimal, of the code that judges, the margins and the predictions, or the default ones
+    as in `judge_claims`."""
     predicted = default_predictions() if predictions is None else predictions
     return digest([_code(), N_DRAWS, (margins or DEFAULT_MARGINS).model_dump(), predicted], 64)
 
