@@ -231,10 +231,8 @@ class Comparison:
         return Problem(f"{label}: optimum not resolved by its grid", remedy, bound)
 
     def _grid_problem(self, label: str, resolved: bool) -> Problem | None:
-        """Return what the LRs of an arm lack for a minimum, or for an optimum.
-
-        A minimum at the end of the LRs bounds the lowest loss from above, and its LR the optimal one from within.
-        """
+        """Return what the LRs of an arm lack for a minimum, or for an optimum. A minimum at the end of the LRs bounds
+        the lowest loss from above, and its LR the optimal one from within."""
         grid = self.fit.grids.get(label)
         if grid is None:
             return Problem(f"{label}: no run finished")
@@ -359,3 +357,9 @@ def require(*arms: tuple[str, Arm | None]) -> list[Arm]:
         verdict: Verdict = "not tested" if len(missing) == len(arms) else "inconclusive"
         raise UnjudgedError(verdict, f"no runs of {' and '.join(missing)}")
     return [arm for _, arm in arms if arm is not None]
+
+
+def highest_and_full(comparison: Comparison) -> tuple[Arm, Arm]:
+    """Return LoRA at the highest rank above 1, and FullFT; raise UnjudgedError if an arm is missing."""
+    lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
+    return lora, fullft

@@ -64,11 +64,6 @@ def at_step(runs: pd.DataFrame, curves: pd.DataFrame, step: int) -> pd.DataFrame
     return as_of.astype({"steps": "Int64"})
 
 
-def at_end(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs table with the final validation NLL as both final losses, to compare with `at_step`."""
-    return runs.assign(final_test_nll=runs["final_valid_nll"])
-
-
 def curves_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     """Return the curve of one arm with a row for each step (index, ascending) and a column for each seed, given its
     points and maybe others. A seed has one run, or several whose curves are summed by the column weight."""

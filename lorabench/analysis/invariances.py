@@ -117,13 +117,11 @@ def differences(pairs: pd.DataFrame, curves: pd.DataFrame, first_steps: int) -> 
 
 
 def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute the loss decrease by the first update per unit of LR, by rule and rank, at A's standard initial scale.
+    """Compute the loss decrease by the first update over LR_B, Adam's update of an entry of B, by rule and rank, at A's
+    standard initial scale.
 
-    Adam's first update of B is LR_B per entry, so that the decrease is proportional to LR_B.
-
-    Returns:
-        One row per BATCHES, rule (of RULES), rank and seed: alpha, descent (nats per unit of LR), run_ids. A rule other
-        than the paper's needs two ranks, not all with the standard alpha; the factor with the most ranks counts.
+    A row per BATCHES, rule (of RULES), rank and seed has alpha, descent (nats per unit of LR), run_ids. A rule other
+    than the paper's needs two ranks, not all with the standard alpha; the factor with the most ranks counts.
     """
     scaled = with_scales(runs)
     scaled = scaled[scaled["init_a"] == STANDARD["init_a"]]
@@ -149,12 +147,9 @@ def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
-    """Compute each rank's mean of `first_descents` over that of the highest rank of its rule, over the seeds of both.
-
-    Returns:
-        One row per BATCHES, rule and rank: estimate (an `Estimate`), ratio (its value), its 95% interval (`low`,
-        `high`), n_seeds, run_ids. The highest rank has ratio 1 and no interval.
-    """
+    """Compute each rank's mean of `first_descents` over that of the highest rank of its rule, over the seeds of both. A
+    row per BATCHES, rule and rank has estimate (an `Estimate`), ratio (its value), its 95% interval (`low`, `high`),
+    n_seeds, run_ids. The highest rank has ratio 1 and no interval."""
     ratios = []
     for key, rule_rows in descents.groupby([*BATCHES, "rule"], dropna=False, sort=False):
         by_rank = {group["rank"].iloc[0]: group.set_index("seed") for _, group in rule_rows.groupby("rank")}
@@ -171,13 +166,9 @@ def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
 
 
 def move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute the number of steps until A has moved by its initial norm, interpolated on logarithmic axes.
-
-    Returns:
-        The LoRA runs that have the metric `a_moved`, with step (NaN where it is not known), and what is known instead:
-        `limit`, a step, and `bound`, which is 1 if the number of steps is at least the limit, since A did not move that
-        far, -1 if it is at most the limit, since A had done so by its first record, and 0 if it is the limit.
-    """
+    """Compute the number of steps until A has moved by its initial norm, interpolated on logarithmic axes. LoRA runs
+    with the metric `a_moved` get step (NaN where it is not known), limit, and bound: 1 if the number is at least the
+    limit, since A did not move that far, -1 if it is at most that, by the first record, and 0 if it is the limit."""
     scaled, times = with_scales(runs), []
     for run_id, points in train_curves(scaled, curves, "a_moved").groupby("run_id"):
         steps, values = points["step"].to_numpy(float), points["value"].to_numpy(float)

@@ -192,15 +192,13 @@ class Departure:
     """Whether and where a curve leaves another for good; the steps are None if it has not left."""
 
     growth: Estimate | None
-    """The slope of the gap against log10(step) from there on, per tenfold steps, or from where it stays above to the
-    end; None if it does not."""
+    """The slope of the gap per tenfold steps from there on, or from where it stays above to the end, if it does."""
     first: int | None = None
     """The first step of the window from which it has left."""
     before: int | None = None
     """The first step of the window before, if any."""
     past: int | None = None
-    """The first step of the window after, from which on the curve has left for certain: it leaves somewhere within a
-    window, and its steps, which chose it, are no evidence of what comes after."""
+    """The first step of the window after: the steps of the one that was chosen are no evidence of what comes after."""
 
     @property
     def left(self) -> bool:

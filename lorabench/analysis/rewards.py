@@ -1,4 +1,4 @@
-"""Rewards of reinforcement learning: health of runs, error rates as losses, curves, and what a missed LR costs.
+"""Rewards of reinforcement learning: health of runs, error rates as losses, and what a missed LR costs.
 
 A policy that gives one answer to all problems, or follows a cheap rule, solves no problem, but may have a peak over LRs
 as any other. The accuracies of the best constant answer and of the best cheap rule are the controls of a problem set.
@@ -15,10 +15,9 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison
-from lorabench.analysis.curves import metric_points
 from lorabench.analysis.estimate import N_DRAWS, Estimate, example_draws, multivariate_student, without_run_noise
 from lorabench.analysis.fit_rows import MAX_STEP
-from lorabench.runs import MAX_KL, TIE
+from lorabench.runs import TIE
 from lorabench.store.checks import is_rl
 
 NEAR, FAR = 0.25, 0.5
@@ -46,10 +45,9 @@ CONTROLS = {"constant_reward": "best constant answer", "rule_reward": "best chea
 
 
 def is_sick(runs: pd.DataFrame) -> pd.Series[bool]:
-    """Return which runs of RL ended sick, so that their accuracy is no peak; what is not known makes no run sick.
-
-    More than MAX_TRUNCATED of its last responses are cut off, or its test accuracy is not above both controls, and its
-    entropy is below COLLAPSED or the base was more accurate by MIN_GAIN. A run as accurate as its base is not sick.
+    """Return which runs of RL ended sick, so that their accuracy is no peak: more than MAX_TRUNCATED of the last
+    responses are cut off, or the test accuracy is not above both controls, and the entropy is below COLLAPSED or the
+    base was more accurate by MIN_GAIN. A run as accurate as its base is not sick, and what is not known makes none so.
     """
     columns = ["final_truncated", "final_entropy", "base_reward", "final_reward", *CONTROLS]
     numbers = runs.reindex(columns=columns).astype(float)
@@ -78,12 +76,6 @@ def leads(runs: pd.DataFrame) -> pd.DataFrame:
     return table.assign(lead=table["accuracy"].fillna(0.0) - table[list(CONTROLS)].max(axis=1))
 
 
-def runs_above_max_kl(curves: pd.DataFrame) -> set[str]:
-    """Return the run_id of each run with a step whose KL has an absolute value above MAX_KL."""
-    kl = metric_points(curves, "train", "kl")
-    return set(kl.loc[kl["value"].astype(float).abs() > MAX_KL, "run_id"])
-
-
 def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
     """Return the RL runs with their error rates as losses.
 
@@ -101,11 +93,9 @@ def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward
 
 
 def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
-    """Return the neighbouring LRs of an arm that are all equally good, if any, so that its optimal LR is open.
-
-    Two are if their test error rates agree exactly with every seed that both have, as policies do that end at one rule;
-    so are three or more that can't be told from the best by the spread of seeds at an LR (two standard errors).
-    """
+    """Return the neighbouring LRs of an arm that are all equally good, if any, so that its optimum is open: two whose
+    test error rates agree exactly with every seed that both have, as policies do that end at one rule, or three or more
+    that can't be told from the best by the spread of seeds at an LR (two standard errors)."""
     grid = comparison.fit.grids.get(arm_label(arm))
     if grid is None:
         return []

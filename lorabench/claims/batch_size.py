@@ -53,11 +53,9 @@ ArmBySize = dict[int, Arm]
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """The comparisons on one model and dataset by batch size, ascending.
-
-    Each has a fit of its own. The errors of a seed are alike at all batch sizes, if anything, but are drawn
-    independently for each, so that intervals of differences are rather too wide. The test examples are the same.
-    """
+    """The comparisons on one model and dataset by batch size, ascending, each with a fit of its own. The errors of a
+    seed are alike at all batch sizes, if anything, but are drawn independently for each, so that intervals of
+    differences are rather too wide. The test examples are the same."""
 
     by_size: dict[int, Comparison]
 
@@ -88,8 +86,7 @@ class BatchSizes:
         return high if len(high) > 1 else above_1
 
     def arms(self, rank: int | None = None) -> ArmBySize:
-        """Return LoRA of a rank, or FullFT without one, at each batch size, of which an UnjudgedError says if one lacks
-        the arm."""
+        """Return LoRA of a rank, or FullFT without one, at each batch size; raise UnjudgedError if one lacks it."""
         arms = {}
         for size, comparison in self.by_size.items():
             arm = comparison.fullft if rank is None else comparison.lora.get(rank)

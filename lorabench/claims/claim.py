@@ -11,7 +11,7 @@ import pandas as pd
 
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import kept
-from lorabench.analysis.comparison import Arm, Comparison, Judging, Task, comparisons, require
+from lorabench.analysis.comparison import Comparison, Judging, Task, comparisons
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, with_parts, without
 from lorabench.analysis.rules import DECIDED, Problem, Remedy, Verdict
@@ -146,12 +146,6 @@ def unjudged_if(condition: object, reason: str, verdict: Verdict = "not tested",
     """Raise UnjudgedError with a verdict and its reason if a condition holds."""
     if condition:
         raise UnjudgedError(verdict, reason, remedy)
-
-
-def highest_and_full(comparison: Comparison) -> tuple[Arm, Arm]:
-    """Return LoRA at the highest rank above 1, and FullFT; raise UnjudgedError if an arm is missing."""
-    lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
-    return lora, fullft
 
 
 def doubted(judged: Finding, problems: Sequence[Problem], verdicts: Sequence[Verdict] = DECIDED) -> Finding:

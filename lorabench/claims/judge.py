@@ -74,16 +74,13 @@ def judge_claims(
     """Return the table `claims`, one row per claim; without its table or columns one is not tested.
 
     Args:
-        tables: the tidy tables.
+        tables: the tidy tables; a UserError says if `check_table` or `check_curves` refuses one.
         claims: the claims to judge.
         margins: the smallest effects that matter; without them DEFAULT_MARGINS hold, and the rows say so.
         noise: seed noise of supervised runs from elsewhere, for comparisons with one seed.
         reward_noise: the same of final accuracies in RL, as shares.
         predictions: what studies predict; without them the default ones hold.
         look: the look at batches of runs, if the tables are of batches (see `batches.judge_batches`).
-
-    Raises:
-        UserError: `check_table` or `check_curves` refuses a table, or an arm has two runs with the same LR and seed.
     """
     check_table(tables.runs)
     check_curves(tables.curves)
@@ -161,10 +158,9 @@ def findings(
         if key not in by_runs:
             curves = curves_of(every_curve, chosen) if "run_id" in runs else every_curve
             by_runs[key] = Evidence(chosen, curves, tables.compute, tables.counts, runs, judging[claim.task])
-        evidence = by_runs[key]
+        evidence, outer = by_runs[key], LOOK.set(look)
         if look is not None:
             look.claim = claim.id
-        outer = LOOK.set(look)
         try:
             judged = _judged(claim, evidence)
         finally:

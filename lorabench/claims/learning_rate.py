@@ -13,25 +13,15 @@ import pandas as pd
 from lorabench.analysis import lr_law
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import STANDARD, arm_label
-from lorabench.analysis.comparison import COMPARED, Comparison, Judging, comparisons, require
-from lorabench.analysis.curves import at_end, at_step
+from lorabench.analysis.comparison import COMPARED, Comparison, Judging, comparisons, highest_and_full, require
+from lorabench.analysis.curves import at_step
 from lorabench.analysis.estimate import N_DRAWS, Estimate, combined, generator, unknown
 from lorabench.analysis.finding import SEVERITY, Finding, Outcomes, decide, finding, in_unit, together, without, worst
 from lorabench.analysis.memorisation import is_memorisation
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, coupled, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Above, Problem, Remedy, Verdict, Within
 from lorabench.claims import scope
-from lorabench.claims.claim import (
-    Evidence,
-    claim,
-    condition,
-    doubted,
-    highest_and_full,
-    judge_each,
-    named_problems,
-    number,
-    unjudged_if,
-)
+from lorabench.claims.claim import Evidence, claim, condition, doubted, judge_each, named_problems, number, unjudged_if
 from lorabench.claims.scope import FULL_STEPS, HIGH_RANK, SHORT_RUN, papers_alpha
 
 # Bounds whose meaning the criteria say.
@@ -170,7 +160,8 @@ def _ratio_of_length(comparison: Comparison) -> Finding:
         return replace(judged, reason=f"{steps} steps, {judged.reason}")
     # The losses by test example are those at the end, and of another split.
     judging = Judging(comparison.judging.margins, noise=comparison.judging.noise)
-    [full] = comparisons(at_end(runs), comparison.curves, judging)
+    at_end = runs.assign(final_test_nll=runs["final_valid_nll"])
+    [full] = comparisons(at_end, comparison.curves, judging)
     growing = f"half of the paper's growth, a factor of {GROWTH:.2f}"
     findings: list[Finding] = []
     for step in SHORT_STEPS:

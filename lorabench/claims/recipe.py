@@ -93,9 +93,7 @@ def measured_recipe(
     """Recommend a rank and LR for each comparison of full fine-tuning and LoRA on all layers, with MIN_LRS or more LRs.
 
     Of LoRA, the arms that stand for it count (see `judged_arms`). A task that lacks columns of NEEDED_BY is left out.
-
-    Raises:
-        UserError: see `check_runs`.
+    There are the errors of `check_runs`.
     """
     recommendations: list[RankRecommendation] = []
     rl, curves = is_rl(runs), pd.DataFrame() if curves is None else curves

@@ -16,8 +16,8 @@ import pandas as pd
 from lorabench.analysis import rewards
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import arm_label, kept
-from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, comparisons, require
-from lorabench.analysis.curves import curves_by_seed, paired, scan
+from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, comparisons, highest_and_full, require
+from lorabench.analysis.curves import curves_by_seed, metric_points, paired, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, normal
 from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, finding, together, worst
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
@@ -25,7 +25,7 @@ from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_rat
 from lorabench.analysis.rewards import FAR, MAX_TRUNCATED, MIN_GAIN, NEAR, TestReward, beyond_controls, with_error_rates
 from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within
 from lorabench.claims import scope
-from lorabench.claims.claim import Evidence, claim, doubted, highest_and_full, judge_each, number, unjudged_if
+from lorabench.claims.claim import Evidence, claim, doubted, judge_each, number, unjudged_if
 from lorabench.claims.scope import RL_PRESETS, Named
 from lorabench.runs import GOOD
 from lorabench.store.checks import is_rl
@@ -345,17 +345,15 @@ def _same_growth_of_responses(comparison: Comparison, lora: Arm, fullft: Arm) ->
 
 @claim("F7", columns=("base_reward",))
 def _equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
-    runs, curves, names = evidence.runs, evidence.curves, ["equal_groups", "grad_norm"]
-    if curves.empty:
-        curves = pd.DataFrame(columns=["run_id", "step", "split", "metric", "value"])
-    at_train = curves[curves["split"].eq("train") & curves["metric"].isin(names) & curves["value"].notna()]
-    steps = at_train.pivot(index=["run_id", "step"], columns="metric", values="value").reindex(columns=names).dropna()
+    runs, curves, names = evidence.runs, evidence.curves, ("equal_groups", "grad_norm")
+    points = [metric_points(curves, "train", name).set_index(["run_id", "step"])["value"] for name in names]
+    steps = pd.concat(points, axis=1, keys=names).dropna()
     equal = steps["equal_groups"] == 1
     least = runs["run_id"].map(steps["equal_groups"].groupby("run_id").min())
     never = runs[runs["status"].eq("unrewarded") | (runs["status"].ne("diverged") & least.eq(1).fillna(False))]
     unjudged_if(not equal.any() and never.empty, "no step whose groups all have equal rewards")
-    at_start = curves["split"].eq("validation") & curves["metric"].eq("accuracy") & curves["step"].eq(0)
-    base = never["run_id"].map(curves[at_start].set_index("run_id")["value"])
+    accuracies = metric_points(curves, "validation", "accuracy")
+    base = never["run_id"].map(accuracies[accuracies["step"] == 0].set_index("run_id")["value"])
     pairs = [(never["base_reward"], never["final_reward"]), (base, never["final_valid_reward"])]
     both = [never[["run_id"]].assign(before=before.astype(float), after=after.astype(float)) for before, after in pairs]
     before_and_after = pd.concat(both).dropna()

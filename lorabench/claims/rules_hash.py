@@ -2,8 +2,7 @@
 
 It covers the code of `lorabench.analysis`, `lorabench.claims`, `lorabench.runs` and the packages of studies but for
 their figures and scripts, the texts of all claims, the number of draws of an error, and the margins and predictions of
-a preset. Two verdicts with the same hash were reached by the same rules. Comments, docstrings and the layout of code
-and texts do not count, and neither does the version of Python.
+a preset. Comments, docstrings, the layout of code and texts, and the version of Python do not count.
 """
 
 from __future__ import annotations

@@ -203,10 +203,8 @@ def swept(evidence: Evidence) -> str | None:
 
 
 def _is_bracketed(rows: pd.DataFrame) -> bool:
-    """Return whether the best LR of an arm of RL lies between two worse ones, with MIN_SEEDS seeds at all three.
-
-    A diverged or sick run is worse than any other.
-    """
+    """Return whether the best LR of an arm of RL lies between two worse ones, with MIN_SEEDS seeds at all three; a
+    diverged or sick run is worse than any other."""
     by_lr = with_error_rates(rows).groupby("lr")
     losses = by_lr["validation_loss"].agg(lambda losses: losses.astype(float).fillna(1.0).mean())
     lrs = losses.index.tolist()

@@ -26,6 +26,7 @@ from lorabench.utils import formats
 _COLUMNS = [*ARM_COLUMNS, "element", "step", "tokens", "tokens_low", "tokens_high", "excess", "nll", "lr", "run_id"]
 _COLUMNS += ["trainable_params", "slope", "slope_low", "slope_high", "bits"]
 _REACHED = [*ARM, "left", "step", "tokens", "tokens_low", "tokens_high", "error", "trainable_params"]
+_NEEDED = ["entropy_bits", "final_test_nll", "test_scored_tokens", "trainable_params"]
 _LINE: dict[str, Any] = {"color": "0.35", "linewidth": 1.1}
 _HELD: dict[str, Any] = {"color": "0.35", "linewidth": 1.0, "linestyle": "--"}
 
@@ -175,7 +176,7 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
         return style.empty_figure("There are no runs on a dataset of random facts."), empty
     names = {"bits_stored": "bits", "bits_stored_low": "bits_low", "bits_stored_high": "bits_high", "lr_best": "lr"}
     best = best_stored(facts).rename(columns=names)
-    seeds = memorisation.stored_bits(facts).rename(columns=names)
+    seeds = stored_bits(facts).rename(columns=names)
     at_best = {run_id for run_ids in best["run_ids"] for run_id in run_ids}
     # The lines of 1 and 2 bits per parameter span the range of a panel's adapters, or without any, of FullFT alone.
     spanned = best[best["method"].eq("lora")] if best["method"].eq("lora").any() else best
@@ -227,6 +228,16 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
         ("seed", style.mark("one seed", "_", ms=9)),
     ]
     return style.legends(figure, styles, plotted, marks)
+
+
+def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return runs on random facts with bits_stored, and bits_per_parameter (per trainable parameter): the entropy
+    of the answers minus their summed NLL, in bits. They are negative for a model that predicts worse than a uniform
+    guess, and NaN where a run diverged."""
+    facts = runs.reindex(columns=list(dict.fromkeys([*runs, *ARM, *_NEEDED])))
+    entropy, nll, tokens, params = (facts[name].to_numpy(float, na_value=math.nan) for name in _NEEDED)
+    bits = entropy - nll * tokens / math.log(2)
+    return facts.assign(bits_stored=bits, bits_per_parameter=bits / params)
 
 
 def best_stored(runs: pd.DataFrame) -> pd.DataFrame:

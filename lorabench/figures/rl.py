@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from lorabench.analysis.arms import ARM, arm_table
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.curves import metric_points
-from lorabench.analysis.rewards import runs_above_max_kl, with_error_rates
+from lorabench.analysis.rewards import with_error_rates
 from lorabench.figures import grid, style
 from lorabench.figures.by_lr import ACCURACY_COLUMNS, STRIP, draw_levels, draw_lr_panel, lr_marks, result_rows
 from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, only, rows_of, seeds_text
@@ -97,6 +97,12 @@ def reward_curves(
             )
             rows += [arm | {"lr": float(chosen["lr"].iloc[0])} | row for row in table.to_dict("records")]
     return arm_table(rows, ["lr", *columns]).astype({"step": "Int64", "episodes": "Int64"})
+
+
+def runs_above_max_kl(curves: pd.DataFrame) -> set[str]:
+    """Return the run_id of each run with a step whose KL has an absolute value above MAX_KL."""
+    kl = metric_points(curves, "train", "kl")
+    return set(kl.loc[kl["value"].astype(float).abs() > MAX_KL, "run_id"])
 
 
 def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:

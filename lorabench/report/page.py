@@ -24,12 +24,12 @@ from markupsafe import Markup
 
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.estimate import ExampleLosses
-from lorabench.analysis.rewards import runs_above_max_kl
 from lorabench.claims.recipe import measured_recipe
 from lorabench.config.loading import is_shipped
 from lorabench.doctor.record import record_for
 from lorabench.errors import UserError
 from lorabench.figures.catalog import PaperFigure, figures_of_preset
+from lorabench.figures.rl import runs_above_max_kl
 from lorabench.figures.style import arm_styles
 from lorabench.planning.plan import Plan
 from lorabench.report import claim_text, summary

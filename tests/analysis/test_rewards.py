@@ -155,9 +155,3 @@ def test_sick_runs_are_those_cut_off_or_collapsed_below_the_controls():
     assert sick(base_reward=0.24) == sick(base_reward=0.55, rule_reward=0.1) == ""
     # The second run and the fourth end as they began, which no optimum does.
     assert sick(final_truncated=1.0, base_reward=[0.1, 0.7, 0.1, 0.2]) == "ac"
-
-
-def test_runs_above_the_largest_kl_are_those_with_a_step_beyond_it_on_either_side():
-    points = [("a", 0.002), ("a", -0.02), ("b", rewards.MAX_KL), ("c", 0.0)]
-    curves = pd.DataFrame(points, columns=["run_id", "value"]).assign(step=1, split="train", metric="kl")
-    assert rewards.runs_above_max_kl(curves) == {"a"}

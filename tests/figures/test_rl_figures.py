@@ -8,7 +8,8 @@ import pytest
 
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.grid import rows_of
-from lorabench.figures.rl import reward_curves
+from lorabench.figures.rl import reward_curves, runs_above_max_kl
+from lorabench.runs import MAX_KL
 from lorabench.store.tables import Tables
 
 from ..handmade import make_sweep, runs_table
@@ -128,3 +129,9 @@ def test_curves_near_the_optimal_lr_are_averaged_over_seeds():
     last = lora.iloc[-1]
     assert (last["episodes"], last["n_seeds"], len(last["run_ids"])) == (64 * STEPS, len(OFFSETS), len(OFFSETS))
     assert (last["mean"], last["sd"]) == pytest.approx((0.7, OFFSETS[1]))
+
+
+def test_runs_above_the_largest_kl_are_those_with_a_step_beyond_it_on_either_side():
+    points = [("a", 0.002), ("a", -0.02), ("b", MAX_KL), ("c", 0.0)]
+    curves = pd.DataFrame(points, columns=["run_id", "value"]).assign(step=1, split="train", metric="kl")
+    assert runs_above_max_kl(curves) == {"a"}
