@@ -51,11 +51,8 @@ def alpha_rule(runs: pd.DataFrame) -> AlphaRule:
     on_all = arms[arms["placement"].isna() | arms["placement"].eq("all")]
     highest = on_all if len(on_all) else arms
     highest = highest[highest["rank"] == highest["rank"].max()].dropna(subset=["alpha"])
-    rules = [
-        AlphaRule(power, alpha / rank**power)
-        for alpha, rank in zip(highest["alpha"].astype(float), highest["rank"].astype(float), strict=True)
-        for power in _TEXTS
-    ]
+    pairs = highest[["alpha", "rank"]].to_numpy(float)
+    rules = [AlphaRule(power, alpha / rank**power) for alpha, rank in pairs.tolist() for power in _TEXTS]
 
     def order(rule: AlphaRule) -> tuple[float, ...]:
         follow, alpha = arms[rule.holds(arms)], rule.factor * float(highest["rank"].max()) ** rule.power

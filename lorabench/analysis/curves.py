@@ -227,9 +227,8 @@ class EarlyDifference:
 
 
 def inverse_rank_fit(by_inverse_rank: pd.DataFrame) -> tuple[float, float]:
-    """Fit the differences of pairs of ranks of an `EarlyDifference` as a multiple of 1/low - 1/high, as theory says;
-    return the factor in nats per token, and the share of the sum of squares that it explains (NaN without two pairs).
-    """
+    """Fit the differences of pairs of ranks as a multiple of 1/low - 1/high, as theory says; return the factor in nats
+    per token, and the share of the sum of squares that it explains (NaN without two pairs)."""
     if len(by_inverse_rank) < 2:
         return math.nan, math.nan
     x, y = (by_inverse_rank[name].to_numpy(float) for name in ("inverse", "difference"))

@@ -91,8 +91,7 @@ def prediction_errors(optima: Sequence[ArmOptimum], left_out: Sequence[Hashable]
 
 
 def _design(optima: Sequence[ArmOptimum]) -> tuple[list[str], np.ndarray]:
-    """Return the lineages, and the design matrix of the law in ln LR, whose columns belong to ln base, ln M and each
-    lineage's exponent."""
+    """Return the lineages, and the design matrix of the law in ln LR: ln base, ln M and each lineage's exponent."""
     lineages = sorted({optimum.lineage for optimum in optima})
     constant, lora = np.ones(len(optima)), [optimum.method == "lora" for optimum in optima]
     sizes = np.log([PIVOT / optimum.hidden_size for optimum in optima])

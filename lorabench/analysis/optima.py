@@ -209,9 +209,9 @@ class Departure:
 def paired_departure(curves: PairedCurves, margin: float) -> Departure:
     """Find where one arm's loss leaves another's for lack of capacity, given their difference and the margin.
 
-    The gap must lie above the margin in each window to the end, with an interval above 0 that holds for all windows at
-    once. LoRA starts slowly, since B is zero; so the departure is the window with the smallest gap of these, but not
-    the last, from which on the gap must grow.
+    The gap must lie above the margin in each window to the end, with an interval above 0 for all at once. LoRA starts
+    slowly, since B is zero; so the departure is the window with the smallest gap of these, but not the last, from which
+    on the gap must grow.
     """
     windows = log_windows(curves.by_seed.index, WINDOWS)
     level = 1 - LEVEL / max(1, len(windows))
@@ -231,12 +231,9 @@ def paired_departure(curves: PairedCurves, margin: float) -> Departure:
 
 
 def log_threshold(curves: PairedCurves, departure: Departure, margin: float) -> Estimate | str:
-    """Estimate log10 of the step at which a rank runs out of capacity, or return as text why there is none.
-
-    There its gap to the highest rank (`curves`) reaches the margin, on a line against log10(step) that is fitted from
-    the window after that of the departure on. A line that reaches the margin before the window before the departure,
-    with 95% confidence, does not describe the gap.
-    """
+    """Estimate log10 of the step at which a rank runs out of capacity, or return as text why there is none: where its
+    gap to the highest rank (`curves`) reaches the margin, on a line against log10(step) from the window after that of
+    the departure on. A line that surely does so before the window before the departure does not describe the gap."""
     if departure.first is None:
         return "does not leave"
     if departure.before is None or departure.past is None:

@@ -44,9 +44,8 @@ def published_sweeps() -> pd.DataFrame:
     sweep = pd.read_csv(REFERENCE / "tinker_sft_sweep.csv")
     cells = sweep.groupby(["model", "rank", "lr"], as_index=False).agg(nll=("test_nll", "mean"))
     cells = cells.assign(source=_TINKER, dataset="tulu3", method="lora", placement="all")
-    best = pd.read_csv(REFERENCE / "replication_michaelbzhu_sft.csv").rename(
-        columns={"best_lr": "lr", "test_nll": "nll"}
-    )
+    best = pd.read_csv(REFERENCE / "replication_michaelbzhu_sft.csv")
+    best = best.rename(columns={"best_lr": "lr", "test_nll": "nll"})
     best = best.assign(source=_REPLICATION, model="Qwen/Qwen3-4B", dataset="norobots")
     table = pd.concat([cells, best], ignore_index=True)
     names = table["model"].map(_short)

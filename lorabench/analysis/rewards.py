@@ -77,12 +77,9 @@ def leads(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
-    """Return the RL runs with their error rates as losses.
-
-    A run that never got a reward, or none any more, counts as finished, and a sick one (see `is_sick`) as diverged, so
-    that it is never an optimum. The test accuracy is that after the last step (`final_reward`), or at the evaluation
-    with the best validation accuracy (`best_reward`); the LR is picked by the one after the last step.
-    """
+    """Return the RL runs with their error rates as losses: after the last step (`final_reward`), or of the test at the
+    evaluation with the best validation accuracy (`best_reward`). A run that never got a reward, or none any more,
+    counts as finished, and a sick one (see `is_sick`) as diverged, so that it is never an optimum."""
     rl = runs[is_rl(runs)]
     sick = is_sick(rl)
     return rl.assign(

@@ -92,12 +92,9 @@ class Look:
             return looked
         weights = seeds / seeds.sum()
         between = math.sqrt(n / (n - 1) * float(weights**2 @ (values - weights @ values) ** 2))
-        factor, by_example = max(1.0, between / error), estimate.example_part
-        return replace(
-            looked,
-            seed_part=factor * estimate.seed_part,
-            example_part=None if by_example is None else factor * by_example,
-        )
+        factor = max(1.0, between / error)
+        by_example = None if estimate.example_part is None else factor * estimate.example_part
+        return replace(looked, seed_part=factor * estimate.seed_part, example_part=by_example)
 
 
 LOOK: ContextVar[Look | None] = ContextVar("LOOK", default=None)

@@ -26,11 +26,9 @@ class Line:
 
 
 def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | None = None) -> Line:
-    """Fit log10(y) against log10(x), (n,) each, by ordinary least squares, with t intervals.
-
-    A point that is not positive and finite is left out. `sigma` is a known lower bound of the standard deviation of
-    log10(y), or NaN. Each of the groups, (n,), has its own intercept, and all share the slope.
-    """
+    """Fit log10(y) against log10(x), (n,) each, by least squares, with t intervals. A point that is not positive
+    and finite is left out. `sigma` is a known lower bound of the standard deviation of log10(y), or NaN. Each of the
+    groups, (n,), has its own intercept, and all share the slope."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     points = pd.DataFrame({"x": np.log10(np.where(x > 0, x, math.nan)), "y": np.log10(np.where(y > 0, y, math.nan))})
     points["group"] = 0 if groups is None else pd.factorize(np.asarray(groups))[0]

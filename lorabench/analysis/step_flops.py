@@ -27,11 +27,10 @@ _MEASURED = {
 def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
     """Compute the cost of a LoRA step divided by that of a FullFT step in the same setting.
 
-    Returns:
-        One row per LoRA row, ascending in rank: COMPUTE_SETTING, placement, rank, effective_width, and flops_ratio
-        (counted FLOPs of the linear layers), formula (2/3 + 2R/N, with rank R and width N, from the paper's section on
-        compute efficiency), relative_difference (of flops_ratio from formula), total_flops_ratio, step_ratio (seconds
-        per step) and memory_ratio (peak bytes). A ratio is NaN where a number or the FullFT row is missing.
+    A row per LoRA row, ascending in rank, has COMPUTE_SETTING, placement, rank, effective_width, and flops_ratio
+    (counted FLOPs of the linear layers), formula (2/3 + 2R/N, with rank R and width N, from the paper's section on
+    compute efficiency), relative_difference (of flops_ratio from formula), total_flops_ratio, step_ratio (seconds per
+    step) and memory_ratio (peak bytes). A ratio is NaN where a number or the FullFT row is missing.
     """
     if missing := [name for name in FLOPS_COLUMNS if name not in compute]:
         raise UserError(f"the compute table has no column {', '.join(missing)}")

@@ -131,8 +131,7 @@ def judge_part(judge: Judge, part: Any) -> Finding:
 
 
 def judge_each(named: Iterable[tuple[str, Any]], judge: Judge) -> Finding:
-    """Judge several things and return the finding that decides; its reason gives all reasons, each after its name and,
-    of several, its verdict."""
+    """Return the finding on several things that decides; its reason gives all, after their names and verdicts."""
     by_name = [(name, judge_part(judge, part)) for name, part in named]
     unjudged_if(not by_name, "no such runs")
     findings = [

@@ -204,10 +204,8 @@ def _same_early_curves(comparison: Comparison) -> Finding:
     factor, explained = inverse_rank_fit(early.by_inverse_rank)
     if math.isnan(factor):
         return judged
-    pairs = ", ".join(
-        f"r{row['low']:.0f} - r{row['high']:.0f} {row['difference']:.4f}"
-        for row in early.by_inverse_rank.to_dict("records")
-    )
+    rows = early.by_inverse_rank.to_dict("records")
+    pairs = ", ".join(f"r{row['low']:.0f} - r{row['high']:.0f} {row['difference']:.4f}" for row in rows)
     by_rank = (
         f"over all pairs of ranks the mean difference is {factor:.3f} nats x (1/r1 - 1/r2), which explains "
         f"{explained:.0%} of its squares ({pairs})"

@@ -269,12 +269,8 @@ def _standard_near_optimal(tuned: Variants) -> Finding:
     comparison, standard, variants = tuned
     gaps = [comparison.judge_gap(lambda margin: Within(-margin, math.inf), arm, standard) for arm in variants]
     remedy = Remedy("variants of alpha and of LR_B/LR_A, each with an LR grid")
-    missing = [
-        Problem(f"no variant of {name}", remedy)
-        for name in ("alpha", "lr_ratio")
-        if all(arm[name] is None or arm[name] == STANDARD[name] for arm in variants)
-    ]
-    return doubted(together(gaps), missing, ["confirmed"])
+    fixed = [name for name in ("alpha", "lr_ratio") if all(arm[name] in (None, STANDARD[name]) for arm in variants)]
+    return doubted(together(gaps), [Problem(f"no variant of {name}", remedy) for name in fixed], ["confirmed"])
 
 
 @claim("C10", over=chosen(at_papers_alpha, most_examples), conditions=(papers_alpha, whole_runs))

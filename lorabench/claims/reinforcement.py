@@ -366,9 +366,7 @@ def _equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
         problems.append(Problem("no step whose groups all have equal rewards has a gradient norm"))
     if len(before_and_after):
         n_runs = before_and_after["run_id"].nunique()
-        texts.append(
-            f"of {n_runs} runs without other steps {changed.sum()} of {len(before_and_after)} accuracies changed"
-        )
+        texts.append(f"of {n_runs} runs without other steps {changed.sum()} of {len(changed)} accuracies changed")
     if not learning.any():
         problems.append(Problem("no step learns, so the gradients of 0 check nothing"))
     verdict: Verdict = "confirmed"
