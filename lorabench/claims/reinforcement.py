@@ -269,7 +269,7 @@ def _same_progress(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
 def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
     """Judge F4 for one further set and one rank."""
     own, full = (curves_near_optimum(comparison, arm, name, "accuracy").T for arm in (lora, fullft))
-    steps = [step for step in full.columns.intersection(own.columns).tolist() if step > 0]
+    steps = [step for step in full.columns.intersection(own.columns).astype(int).tolist() if step > 0]
     paired = [seed for seed in own.index if seed in full.index]
     lacking = not steps or not paired or 0 not in full
     unjudged_if(lacking, "no accuracies of both before and after training", "inconclusive")
