@@ -51,11 +51,8 @@ def alpha_rule(runs: pd.DataFrame) -> AlphaRule:
     on_all = arms[arms["placement"].isna() | arms["placement"].eq("all")]
     highest = on_all if len(on_all) else arms
     highest = highest[highest["rank"] == highest["rank"].max()].dropna(subset=["alpha"])
-    rules = [
-        AlphaRule(power, alpha / rank**power)
-        for alpha, rank in zip(highest["alpha"].astype(float), highest["rank"].astype(float), strict=True)
-        for power in _TEXTS
-    ]
+    pairs = highest[["alpha", "rank"]].to_numpy(float)
+    rules = [AlphaRule(power, alpha / rank**power) for alpha, rank in pairs.tolist() for power in _TEXTS]
 
     def order(rule: AlphaRule) -> tuple[float, ...]:
         follow, alpha = arms[rule.holds(arms)], rule.factor * float(highest["rank"].max()) ** rule.power
@@ -81,11 +78,8 @@ def judged_arms(runs: pd.DataFrame) -> pd.Series[bool]:
 
 
 def remarks_on_alpha(runs: pd.DataFrame, run_ids: Collection[str]) -> list[str]:
-    """Return what a reader of a verdict on some of the runs must know of alpha in their comparisons.
-
-    It is the rule, and the arms that are left out, if it is not the paper's or they have ranks that no other arm has. A
-    verdict on several values of alpha has no remark.
-    """
+    """Return the rule of alpha in the comparisons of a verdict on some of the runs, and the arms that are left out, if
+    it is not the paper's or they have ranks that no other arm has. A verdict on several alphas has no remark."""
     remarks = []
     for rows in _with_other_alphas(runs) if len(run_ids) else []:
         rule, behind = alpha_rule(rows), rows["run_id"].isin(run_ids)

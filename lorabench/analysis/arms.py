@@ -132,16 +132,6 @@ def each_arm(table: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
     return sorted(arms, key=order)
 
 
-def rows_of(runs: pd.DataFrame, arm: Mapping[str, Any] | pd.Series, columns: Sequence[str] = ARM) -> pd.DataFrame:
-    """Return the rows that agree with an arm in those of the columns that they have; null equals null."""
-    chosen = pd.Series(True, index=runs.index)
-    for name in (name for name in columns if name in runs):
-        value = arm.get(name)
-        same = runs[name].isna() if value is None or pd.isna(value) else runs[name].eq(value).fillna(False)
-        chosen &= same.astype(bool)
-    return runs[chosen]
-
-
 def arm_table(rows: Sequence[Mapping[Any, Any]], columns: list[str]) -> pd.DataFrame:
     """Return a table of rows with the columns ARM and `columns`, which it has even if there are no rows."""
     frame = pd.DataFrame(rows, columns=[*ARM, *columns])

@@ -34,10 +34,6 @@ Task = Literal["sft", "rl"]
 CEILING = 0.03
 """The error rate up to which an arm is about perfect; arms that all are can't differ by much, whatever is true."""
 
-_ONE_GROUP = Problem(
-    "the error from test examples is not known, since all of them are of one group",
-    Remedy("test examples of 2 groups or more, such as packages or documents"),
-)
 
 _ARM_AND_STATUS = ["run_id", *(name for name in ARM if name not in OPTIONAL), "lr", "seed", "status"]
 
@@ -207,7 +203,8 @@ class Comparison:
         if self.of_accuracies and all(self.fit.lowest.get(label, (0.0, 1.0))[1] <= CEILING for label in labels):
             return [Problem(f"all arms are within {CEILING:.0%} of perfect: a ceiling", Remedy("harder problems"))]
         if any(label in self.fit.minima and self.fit.minima[label].n_groups == 1 for label in labels):
-            return [_ONE_GROUP]
+            text = "the error from test examples is not known, since all of them are of one group"
+            return [Problem(text, Remedy("test examples of 2 groups or more, such as packages or documents"))]
         paired = len(frozenset.intersection(*(self.fit.seeds.get(label, frozenset()) for label in labels)))
         if paired < MIN_SEEDS and self.judging.noise is None:
             remedy = Remedy(f"{MIN_SEEDS} seeds (now {paired})", seeds=MIN_SEEDS)
@@ -219,10 +216,8 @@ class Comparison:
         return []
 
     def _grid_problem(self, label: str, resolved: bool) -> Problem | None:
-        """Return what the LRs of an arm lack for a minimum, or for an optimum.
-
-        A minimum at the end of the LRs bounds the lowest loss from above, and its LR the optimal one from within.
-        """
+        """Return what the LRs of an arm lack for a minimum, or for an optimum. A minimum at the end of the LRs bounds
+        the lowest loss from above, and its LR the optimal one from within."""
         grid = self.fit.grids.get(label)
         if grid is None:
             return Problem(f"{label}: no run finished")
@@ -330,3 +325,9 @@ def require(*arms: tuple[str, Arm | None]) -> list[Arm]:
         verdict: Verdict = "not tested" if len(missing) == len(arms) else "inconclusive"
         raise UnjudgedError(verdict, f"no runs of {' and '.join(missing)}")
     return [arm for _, arm in arms if arm is not None]
+
+
+def highest_and_full(comparison: Comparison) -> tuple[Arm, Arm]:
+    """Return LoRA at the highest rank above 1, and FullFT; raise UnjudgedError if an arm is missing."""
+    lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
+    return lora, fullft

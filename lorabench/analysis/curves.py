@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -16,7 +17,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from lorabench.analysis.arms import arm_table, check_runs, each_arm
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, unknown
 from lorabench.analysis.finding import Finding, decide, nats, worst
 from lorabench.analysis.rules import Problem, Rule
@@ -50,11 +50,8 @@ def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", 
 
 
 def at_step(runs: pd.DataFrame, curves: pd.DataFrame, step: int) -> pd.DataFrame:
-    """Return the supervised runs as if training had ended at a step; with a constant LR a run begins as a short one.
-
-    Both final losses are the validation NLL at that step, since the test loss is measured only after the last step. A
-    run that diverged later is done. A run that ended earlier, or has no validation loss at that step, is left out.
-    """
+    """Return the supervised runs as if training had ended at a step, with the validation NLL there as final losses. A
+    run that diverged later is done. A run that ended earlier, or has no such loss, is left out."""
     points = metric_points(curves, "validation", "nll")
     at_that_step = points[points["step"] == step].groupby("run_id")["value"].first()
     loss = runs["run_id"].map(at_that_step.astype(float)).astype(float)
@@ -67,17 +64,9 @@ def at_step(runs: pd.DataFrame, curves: pd.DataFrame, step: int) -> pd.DataFrame
     return as_of.astype({"steps": "Int64"})
 
 
-def at_end(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs table with the final validation NLL as both final losses, to compare with `at_step`."""
-    return runs.assign(final_test_nll=runs["final_valid_nll"])
-
-
 def curves_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    """Return the curve of one arm with a row for each step (index, ascending) and a column for each seed.
-
-    A seed has one run, or several whose curves are summed by the column weight (see `runs_at_optimum`). The points are
-    those of `metric_points`, of these and of other runs.
-    """
+    """Return the curve of one arm with a row for each step (index, ascending) and a column for each seed, given its
+    points and maybe others. A seed has one run, or several whose curves are summed by the column weight."""
     seeds, seed = np.unique(runs["seed"].to_numpy(int), return_inverse=True)
     weights = runs["weight"].astype(float).fillna(1.0).to_numpy() if "weight" in runs else np.ones(len(runs))
     run = pd.Index(runs["run_id"]).get_indexer(points["run_id"])
@@ -96,39 +85,13 @@ def curves_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(whole, index, columns).dropna(how="all").dropna(how="all", axis="columns")
 
 
-def envelopes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute each arm's pointwise minimum of the validation NLL over its LR grid (the runs with its first seed).
-
-    A diverged run counts up to its last finite value.
-
-    Returns:
-        One row per arm and step, ascending: step, examples and tokens (seen by that step, where the curves have them),
-        value, lr and run_id (of the run with the lowest value there), n_runs (with a value there).
-    """
-    check_runs(runs)
-    columns = ["step", "examples", "tokens", "value", "lr", "run_id", "n_runs"]
-    all_points = metric_points(curves, "validation", "nll", ["run_id", "step", "examples", "tokens", "value"])
-    rows: list[dict[Any, Any]] = []
-    for arm, arm_runs in each_arm(runs):
-        # Sorting by LR breaks ties, so that the result does not depend on the order of the table.
-        grid = arm_runs.loc[arm_runs["seed"] == arm_runs["seed"].min(), ["run_id", "lr"]]
-        points = all_points.merge(grid, on="run_id")
-        points = points.sort_values(["step", "value", "lr"])
-        points["n_runs"] = points.groupby("step")["run_id"].transform("size")
-        rows += [arm | point for point in points.drop_duplicates("step")[columns].to_dict("records")]
-    return arm_table(rows, columns)
-
-
 Numbers = Callable[[pd.DataFrame], "pd.Series[float]"]
 """A linear function from curves by step to one number for each column, such as a mean or a slope."""
 
 
 def log_windows(steps: ArrayLike, number: int, first: int = 2) -> list[tuple[int, int]]:
-    """Return the first and last step of windows of ascending steps that are equally long on a logarithmic axis.
-
-    There are fewer than `number` windows if the steps do not suffice. Steps before `first` do not count: before the
-    first update all arms are the base model.
-    """
+    """Return the first and last step of windows of ascending steps that are equally long on a logarithmic axis, fewer
+    than `number` if the steps do not suffice. Before the first update all arms are the base model."""
     steps = np.asarray(steps, int)
     steps = steps[steps >= first]
     if not len(steps):
@@ -138,11 +101,15 @@ def log_windows(steps: ArrayLike, number: int, first: int = 2) -> list[tuple[int
     return [(int(part[0]), int(part[-1])) for part in inside if len(part)]
 
 
+def mean_between(first: float, last: float, curves: pd.DataFrame) -> pd.Series[float]:
+    """Return the mean of each column of curves from one step to another; NaN without steps there."""
+    return curves.loc[first:last].mean(skipna=False)
+
+
 @dataclass(frozen=True)
 class LrError:
-    """What the error of an arm's optimal LR does to numbers of the arm's curve, which is taken at that LR: draws of the
-    error of ln LR, (N_DRAWS,), and by step the coefficients of that error and of its square (two columns) in the curve,
-    in the unit of the metric."""
+    """What the error of an arm's optimal LR does to its curve: draws of the error of ln LR, (N_DRAWS,), and by step the
+    coefficients of that error and of its square (two columns) in the curve, in the unit of the metric."""
 
     draws: np.ndarray
     by_power: pd.DataFrame
@@ -180,20 +147,13 @@ class PairedCurves:
         return replace(mean, seed_part=sum((error.of(numbers) for error in self.lr_errors), mean.seed_part))
 
     def means(self, windows: Sequence[tuple[int, int]]) -> list[Estimate]:
-        """Estimate the mean difference in each window of steps, with the error of a mean over seeds.
-
-        Steps are no substitute for seeds, which shift whole stretches of the difference, in some windows more than in
-        others: no window borrows degrees of freedom from its steps or other windows.
-        """
-
-        def mean(low: int, high: int) -> Estimate:
-            return self._estimate(lambda curves: curves.loc[low:high].mean(skipna=False), f"steps {low} to {high}")
-
-        return [mean(low, high) for low, high in windows]
+        """Estimate the mean difference in each window of steps, with the error of a mean over seeds: these shift whole
+        stretches, so no window borrows degrees of freedom from its steps or other windows."""
+        return [self._estimate(partial(mean_between, low, high), f"steps {low} to {high}") for low, high in windows]
 
     def slope(self, first: int) -> Estimate:
         """Estimate the slope of the difference from a step on, per tenfold steps, as the mean of the seeds' slopes."""
-        return self._estimate(lambda curves: slopes_by_seed(curves.loc[first:]), f"slope from {first}")
+        return self._estimate(partial(slopes_by_seed, first=first), f"slope from {first}")
 
     def crossing(self, first: int, level: float) -> Estimate:
         """Estimate log10 of the step where the line through the difference against log10(step), from a step on, reaches
@@ -234,11 +194,8 @@ def scan(
     margin_rule: str = "",
     number: Callable[[Estimate], str] = nats,
 ) -> Finding:
-    """Judge the difference in every window of steps; the claim must hold in each.
-
-    It is contradicted if one of the k windows contradicts it at the k-th part of the level, so that the intervals hold
-    for all windows at once. In the text {} stands for the difference, which `number` formats; see also `decide`.
-    """
+    """Judge the difference in every window of steps; the claim must hold in each. In the text {} stands for the
+    difference, which `number` formats; see also `decide`."""
     findings = []
     for (low, high), estimate in zip(windows, curves.means(windows), strict=True):
         reason = f"{text.format(number(estimate))} in steps {low} to {high}"
@@ -270,9 +227,8 @@ class EarlyDifference:
 
 
 def inverse_rank_fit(by_inverse_rank: pd.DataFrame) -> tuple[float, float]:
-    """Fit the differences of pairs of ranks of an `EarlyDifference` as a multiple of 1/low - 1/high, as theory says;
-    return the factor in nats per token, and the share of the sum of squares that it explains (NaN without two pairs).
-    """
+    """Fit the differences of pairs of ranks as a multiple of 1/low - 1/high, as theory says; return the factor in nats
+    per token, and the share of the sum of squares that it explains (NaN without two pairs)."""
     if len(by_inverse_rank) < 2:
         return math.nan, math.nan
     x, y = (by_inverse_rank[name].to_numpy(float) for name in ("inverse", "difference"))
@@ -281,12 +237,9 @@ def inverse_rank_fit(by_inverse_rank: pd.DataFrame) -> tuple[float, float]:
 
 
 def early_difference(runs: pd.DataFrame, curves: pd.DataFrame, first_steps: float = math.inf) -> EarlyDifference | None:
-    """Compute the training NLL of a rank minus that of a higher one, at one LR that both have.
-
-    The ranks stand for the paper's 16 and 256: the lowest from PAPER_RANK up, or else above 1, and the highest. Of
-    several LRs the one with the most paired seeds is taken, and the lowest of equals. None if no two such ranks share
-    an LR and a finished seed. The runs differ in rank, LR and seed only.
-    """
+    """Compute the training NLL of a rank minus that of a higher one, at the LR with the most paired seeds, or the
+    lowest such. The ranks stand for the paper's 16 and 256: the lowest from PAPER_RANK up, or else above 1, and the
+    highest; None if they share no LR and finished seed. The runs differ in rank, LR and seed only."""
     ranks = sorted({int(rank) for rank in runs["rank"].dropna() if rank > 1})
     high_ranks = [rank for rank in ranks if rank >= PAPER_RANK]
     ranks = high_ranks if len(high_ranks) > 1 else ranks

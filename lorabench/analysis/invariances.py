@@ -31,7 +31,8 @@ SAME = 1e-9
 RULES = {0.0: "alpha / r", 0.5: "alpha / sqrt(r)", 1.0: "constant factor"}
 """Rules by which the factor of BA depends on rank, by the power of rank in alpha; the first is the paper's."""
 
-_BATCHES = ["model", "dataset", "placement", "batch_size", "eps"]
+BATCHES = ["model", "dataset", "placement", "batch_size", "eps"]
+"""Columns that are equal in runs whose first updates are compared, which differ in rank and the rule of alpha."""
 
 
 def with_scales(runs: pd.DataFrame) -> pd.DataFrame:
@@ -43,13 +44,9 @@ def with_scales(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Pair the LoRA runs that differ only in their parametrization or LR.
-
-    Returns:
-        One row per pair: PAIR_SETTING, seed; run_id and CONFIGURATION of the run with the smaller time scale (suffix
-        `_fast`) and of the other (`_slow`); same_update_scale; time_ratio (time scale of the slow run over that of the
-        fast run, at least 1); equivalent (both scales are the same).
-    """
+    """Pair the LoRA runs that differ only in their parametrization or LR. A row has PAIR_SETTING, seed; run_id and
+    CONFIGURATION of the run with the smaller time scale (suffix `_fast`) and of the other (`_slow`); same_update_scale;
+    time_ratio (of the slow run over the fast one, at least 1); equivalent (both scales are the same)."""
     setting = [*PAIR_SETTING, "seed"]
     scaled = with_scales(runs).sort_values(["time_scale", *CONFIGURATION], kind="stable", ignore_index=True)
     scaled = scaled.assign(setting=scaled.groupby(setting, dropna=False).ngroup(), place=range(len(scaled)))
@@ -66,11 +63,9 @@ def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def invariance_pairs(runs: pd.DataFrame, plus: bool = False) -> pd.DataFrame:
-    """Return the pairs of `run_pairs` that test the invariance: equivalent pairs, and others as a control.
-
-    The paper's argument holds at epsilon 0, so only the smallest epsilon with equivalent pairs is used. The control
-    has the same settings and seeds. With `plus`, one run of equivalent pairs has unequal LRs of A and B (LoRA+).
-    """
+    """Return the pairs of `run_pairs` that test the invariance: equivalent pairs, and others of the same settings and
+    seeds as a control, at the smallest epsilon that has equivalent pairs, since the paper's argument holds at 0. With
+    `plus`, one run of equivalent pairs has unequal LRs of A and B (LoRA+)."""
     pairs = run_pairs(runs)
     wanted, eps = pairs["equivalent"], pairs["eps"].astype(float)
     if plus:
@@ -96,11 +91,8 @@ def fixed_a_controls(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def update_growth(pairs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute how much more a step changes W where A moves than where A is still, at the last step that both record.
-
-    Returns:
-        The pairs (of `fixed_a_controls`) that have such steps, step and growth: the change of W by that step
-        (`update_norm`) in the fast run over that in the slow run, each relative to the change by its first step.
+    """Return the pairs of `fixed_a_controls` with step, the last one that both record, and growth: the change of W by
+    that step (`update_norm`) over that by the first, in the run where A moves over that in the run where it is still.
     """
     norms = metric_points(curves, "train", "update_norm").pivot(index="run_id", columns="step", values="value")
     rows = []
@@ -113,12 +105,8 @@ def update_growth(pairs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(pairs: pd.DataFrame, curves: pd.DataFrame, first_steps: int) -> pd.DataFrame:
-    """Compute how far the training losses of paired runs (see `run_pairs`) differ, up to a step.
-
-    Returns:
-        The pair's columns for each step that both runs have, pair (its number), step, difference (the largest of the
-        training NLL up to that step, nats per token).
-    """
+    """Return the columns of pairs (see `run_pairs`) for each step up to one that both runs have, pair (its number),
+    step, difference (the largest of the training NLL up to that step, nats per token)."""
     pairs = pairs.reset_index(drop=True).rename_axis("pair").reset_index()
     losses = metric_points(curves, "train", "nll")
     wide = losses[losses["step"] <= first_steps].pivot(index="run_id", columns="step", values="value").astype(float)
@@ -129,26 +117,22 @@ def differences(pairs: pd.DataFrame, curves: pd.DataFrame, first_steps: int) -> 
 
 
 def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute the loss decrease by the first update per unit of LR, by rule and rank, at A's standard initial scale.
+    """Compute the loss decrease by the first update over LR_B, Adam's update of an entry of B, by rule and rank, at A's
+    standard initial scale.
 
-    Adam's first update of B is LR_B per entry, so that the decrease is proportional to LR_B. Runs with the same rank,
-    alpha and seed measure the same number and are averaged.
-
-    Returns:
-        One row per model, dataset, placement, batch_size, eps, rule (of RULES), rank and seed: alpha, descent (nats per
-        unit of LR), run_ids. A rule other than the paper's needs two ranks, not all with the standard alpha; of several
-        factors, the one with the most ranks counts.
+    A row per BATCHES, rule (of RULES), rank and seed has alpha, descent (nats per unit of LR), run_ids. A rule other
+    than the paper's needs two ranks, not all with the standard alpha; the factor with the most ranks counts.
     """
     scaled = with_scales(runs)
     scaled = scaled[scaled["init_a"] == STANDARD["init_a"]]
     first = train_curves(scaled, curves, "descent")
     first = first[first["step"] == 1]
     first = first.assign(descent=first["value"] / (first["lr"].astype(float) * first["lr_ratio"]))
-    cells = first.groupby([*_BATCHES, "rank", "alpha", "seed"], dropna=False, as_index=False).agg(
+    cells = first.groupby([*BATCHES, "rank", "alpha", "seed"], dropna=False, as_index=False).agg(
         descent=("descent", "mean"), run_ids=("run_id", list)
     )
-    columns, parts = [*_BATCHES, "rule", "rank", "alpha", "seed", "descent", "run_ids"], []
-    for _, rows in cells.groupby(_BATCHES, dropna=False):
+    columns, parts = [*BATCHES, "rule", "rank", "alpha", "seed", "descent", "run_ids"], []
+    for _, rows in cells.groupby(BATCHES, dropna=False):
         standard = rows["alpha"] == STANDARD["alpha"]
         parts.append(rows[standard].assign(rule=RULES[0.0]))
         for power, rule in list(RULES.items())[1:]:
@@ -163,14 +147,11 @@ def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
-    """Compute each rank's mean of `first_descents` over that of the highest rank of its rule, over the seeds of both.
-
-    Returns:
-        One row per model, dataset, placement, batch_size, eps, rule and rank: estimate (an `Estimate`), ratio (its
-        value), its 95% interval (`low`, `high`), n_seeds, run_ids. The highest rank has ratio 1 and no interval.
-    """
+    """Compute each rank's mean of `first_descents` over that of the highest rank of its rule, over the seeds of both. A
+    row per BATCHES, rule and rank has estimate (an `Estimate`), ratio (its value), its 95% interval (`low`, `high`),
+    n_seeds, run_ids. The highest rank has ratio 1 and no interval."""
     ratios = []
-    for key, rule_rows in descents.groupby([*_BATCHES, "rule"], dropna=False, sort=False):
+    for key, rule_rows in descents.groupby([*BATCHES, "rule"], dropna=False, sort=False):
         by_rank = {group["rank"].iloc[0]: group.set_index("seed") for _, group in rule_rows.groupby("rank")}
         top = by_rank[max(by_rank)]
         for rank, group in by_rank.items():
@@ -180,18 +161,14 @@ def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
             low, high = (math.nan, math.nan) if group is top else ratio.interval()
             run_ids = {run_id for ids in (*both["run_ids"], *both["run_ids_top"]) for run_id in ids}
             ratios.append((*key, rank, ratio, ratio.value, low, high, len(both), sorted(run_ids)))
-    columns = [*_BATCHES, "rule", "rank", "estimate", "ratio", "low", "high", "n_seeds", "run_ids"]
+    columns = [*BATCHES, "rule", "rank", "estimate", "ratio", "low", "high", "n_seeds", "run_ids"]
     return pd.DataFrame(ratios, columns=columns)
 
 
 def move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute the number of steps until A has moved by its initial norm, interpolated on logarithmic axes.
-
-    Returns:
-        The LoRA runs that have the metric `a_moved`, with step (NaN where it is not known), and what is known instead:
-        `limit`, a step, and `bound`, which is 1 if the number of steps is at least the limit, since A did not move that
-        far, -1 if it is at most the limit, since A had done so by its first record, and 0 if it is the limit.
-    """
+    """Compute the number of steps until A has moved by its initial norm, interpolated on logarithmic axes. LoRA runs
+    with the metric `a_moved` get step (NaN where it is not known), limit, and bound: 1 if the number is at least the
+    limit, since A did not move that far, -1 if it is at most that, by the first record, and 0 if it is the limit."""
     scaled, times = with_scales(runs), []
     for run_id, points in train_curves(scaled, curves, "a_moved").groupby("run_id"):
         steps, values = points["step"].to_numpy(float), points["value"].to_numpy(float)
@@ -206,11 +183,8 @@ def move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute the change of W by single steps in the longest standard LoRA runs of a dataset at their fitted optima.
-
-    Returns:
-        The columns of these runs with step and size (Frobenius norm over all layers, per unit of the LR of A).
-    """
+    """Return the longest standard LoRA runs at their fitted optima, with step and size: the change of W by this step
+    (Frobenius norm over all layers, per unit of the LR of A)."""
     scaled = with_scales(runs)
     standard = scaled[is_standard(scaled)]
     longest = standard[standard["steps"].isna() | (standard["steps"] == standard["steps"].max())]

@@ -4,9 +4,7 @@ LR = base * M * (2000 / hidden size) ** exponent, where M is 1 for FullFT
 
 All constants are in the authors' later code, `get_lr` of `hyperparam_utils` in thinking-machines-lab/tinker-cookbook.
 The paper fits the law by the summed regret, the rise of the loss at the predicted LR as a share of the lowest loss.
-Here losses are parabolas in ln LR (see `loss_fit`), so a regret is the curvature over the lowest loss times the squared
-error of ln LR. The fit is therefore weighted least squares, and its constants are linear in the optima, so that draws
-of the optima's errors give those of the law's predictions.
+Here losses are parabolas in ln LR, so the fit is weighted least squares, and its constants are linear in the optima.
 """
 
 from __future__ import annotations
@@ -76,11 +74,9 @@ def fit_lr_law(optima: Sequence[ArmOptimum]) -> LrLaw | None:
 
 
 def prediction_errors(optima: Sequence[ArmOptimum], left_out: Sequence[Hashable] | None = None) -> np.ndarray:
-    """Return the matrix, (n, n), that maps the ln LR of optima to errors of predictions (ln predicted - ln optimal).
-
-    By default the law is fitted to all optima. With a label for each in `left_out`, an optimum is predicted by the law
-    that is fitted to the optima with other labels. A row is NaN where the law is not determined.
-    """
+    """Return the matrix, (n, n), that maps the ln LR of optima to errors of predictions (ln predicted - ln optimal) by
+    the law fitted to all optima, or with a label for each in `left_out`, to those with other labels. A row is NaN where
+    the law is not determined."""
     (_, design), n = _design(optima), len(optima)
     labels = [None] * n if left_out is None else list(left_out)
     errors = np.full((n, n), math.nan)
@@ -95,8 +91,7 @@ def prediction_errors(optima: Sequence[ArmOptimum], left_out: Sequence[Hashable]
 
 
 def _design(optima: Sequence[ArmOptimum]) -> tuple[list[str], np.ndarray]:
-    """Return the lineages, and the design matrix of the law in ln LR, whose columns belong to ln base, ln M and each
-    lineage's exponent."""
+    """Return the lineages, and the design matrix of the law in ln LR: ln base, ln M and each lineage's exponent."""
     lineages = sorted({optimum.lineage for optimum in optima})
     constant, lora = np.ones(len(optima)), [optimum.method == "lora" for optimum in optima]
     sizes = np.log([PIVOT / optimum.hidden_size for optimum in optima])
@@ -113,7 +108,6 @@ def _constants_from(design: np.ndarray, optima: Sequence[ArmOptimum]) -> np.ndar
 
 
 METHODS = ("fullft", "lora")
-"""The methods that are swept on each model."""
 
 
 @dataclass(frozen=True)
@@ -171,10 +165,8 @@ class SweptModel(SweptMethods):
 
 
 def swept_models(comparisons: Sequence[Comparison]) -> list[list[SweptModel]]:
-    """Return the models with both methods, in groups of one dataset, batch size and length.
-
-    LoRA is taken at the highest rank above 1 that all models of a group have, or else at each model's highest.
-    """
+    """Return the models with both methods, in groups of one dataset, batch size and length; LoRA is at the highest rank
+    above 1 that all models of a group have, or else at each model's highest."""
     by_data: dict[tuple[object, ...], list[SweptModel]] = {}
     for comparison in comparisons:
         known = comparison.runs[["family", "hidden_size"]].dropna()
@@ -208,12 +200,9 @@ def run_ids(models: Sequence[SweptModel]) -> list[str]:
 
 
 def slope_over_models(x: Sequence[float], y: Sequence[Estimate], groups: Sequence[Hashable], name: str) -> Estimate:
-    """Estimate the slope of numbers of models on a property of the models, with an intercept for each group.
-
-    The error is that of the numbers, drawn together, or else that from their scatter around the line, where this is
-    larger; then `n_seeds` is 0, since it is models that are too few. The slope is unknown if no group has two values of
-    the property x, or the error of a number y is unknown.
-    """
+    """Estimate the slope of numbers y of models on a property x of the models, with an intercept for each group. The
+    error is that of the numbers, drawn together, or that from their scatter around the line, where this is larger; then
+    `n_seeds` is 0, since it is models that are too few. The slope is unknown if no group has two values of x."""
     places, values = np.asarray(x, float), np.array([estimate.value for estimate in y])
     own = np.array([[group == other for other in groups] for group in groups])
     means = own / own.sum(1)[:, None]

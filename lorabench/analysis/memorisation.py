@@ -1,8 +1,7 @@
 """Memorization: how many bits an adapter stores of random facts, and how many bits a dataset holds at most.
 
-Random facts do not generalize, so the loss is measured on the facts that were trained on. For other data, the summed
-loss of the first epoch is the description length: the bits needed to store the whole dataset, an upper bound on what
-can be learned from it.
+Random facts do not generalize, so the loss is measured on the facts that were trained on. Of other data, the summed
+loss of the first epoch is the description length, an upper bound on what can be learned from it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import ARM, arm_label, arm_table, with_arm_columns
+from lorabench.analysis.arms import arm_label, arm_table
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
@@ -21,61 +20,16 @@ from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 BITS_PER_PARAMETER = 2.0
 """Bits that a parameter stores after long training on synthetic data (Allen-Zhu and Li, 2024, cited by the paper)."""
 
-_NEEDED = ["entropy_bits", "final_test_nll", "test_scored_tokens", "trainable_params"]
-
 
 def is_memorisation(runs: pd.DataFrame) -> pd.Series[bool]:
     """Return which runs memorize random facts; none do in a table without `entropy_bits`."""
     return runs.reindex(columns=["entropy_bits"])["entropy_bits"].notna()
 
 
-def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs on random facts with bits_stored, and bits_per_parameter (per trainable parameter).
-
-    They are the entropy of the answers minus their summed NLL under the trained model, in bits, which includes the
-    token that ends an answer and costs almost nothing. They are negative for a model that predicts worse than a uniform
-    guess, and NaN where a run diverged.
-    """
-    facts = with_arm_columns(runs[is_memorisation(runs)]).reindex(columns=list(dict.fromkeys([*runs, *ARM, *_NEEDED])))
-    entropy, nll, tokens, params = (facts[name].to_numpy(float, na_value=math.nan) for name in _NEEDED)
-    bits = entropy - nll * tokens / math.log(2)
-    return facts.assign(bits_stored=bits, bits_per_parameter=bits / params)
-
-
-def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
-    """Compute the bits that each arm stores of random facts at its lowest NLL, which is fitted, or else the mean at
-    lr_best.
-
-    Returns:
-        One row per arm with a finished run: lr_best (nearest to the fitted optimum), n_seeds, trainable_params,
-        bits_stored with its 95% interval (`_low`, `_high`; NaN with one seed), bits_per_parameter, run_ids (at
-        lr_best).
-    """
-    columns = ["lr_best", "n_seeds", "trainable_params", "bits_stored", "bits_stored_low", "bits_stored_high"]
-    rows = []
-    for comparison in comparisons(runs[is_memorisation(runs)], pd.DataFrame()):
-        for arm in comparison.arms:
-            label, chosen = arm_label(arm), comparison.at_optimum(arm)
-            if chosen.empty:
-                continue
-            first = chosen.iloc[0]
-            at_lr = mean_over_seeds(chosen["final_test_nll"].to_numpy(float), f"loss of {comparison.label} {label}")
-            minimum = comparison.fit.minima.get(label, at_lr)
-            bits = stored(minimum, float(first["entropy_bits"]), float(first["test_scored_tokens"]))
-            low, high = bits.interval()
-            numbers = [first["lr"], len(chosen), first["trainable_params"], bits.value, low, high]
-            row = arm | dict(zip(columns, numbers, strict=True)) | {"run_ids": list(chosen["run_id"])}
-            rows.append(row | {"bits_per_parameter": bits.value / first["trainable_params"]})
-    return arm_table(rows, [*columns, "bits_per_parameter", "run_ids"])
-
-
 def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
-    """Compute a dataset's description length in bits: the summed loss of the first epoch, where every token is new.
-
-    Returns:
-        One row per comparison whose runs completed an epoch: ARM (FullFT, or the highest LoRA rank where it has no
-        finished run), bits (mean over seeds at the best LR of its grid), run_ids.
-    """
+    """Return a dataset's description length, the summed loss of the first epoch, where every token is new. A row per
+    comparison whose runs completed an epoch has ARM (FullFT, or the highest LoRA rank where it has no finished run),
+    bits (mean over seeds at the best LR of its grid), run_ids."""
     rows = []
     for comparison in comparisons(runs, pd.DataFrame()):
         if comparison.runs["first_epoch_nats"].isna().all():
@@ -101,17 +55,15 @@ def stored(minimum: Estimate, entropy_bits: float, scored_tokens: float) -> Esti
 
 
 def late_growth(runs: pd.DataFrame, curves: pd.DataFrame) -> Estimate:
-    """Estimate the share of its stored bits that an arm stored in the second half of its steps, as a mean over seeds.
-
-    It is NaN without curves or without stored bits. The runs are those of an arm at one LR, one for each seed, whose
-    validation split has the same facts.
-    """
-    shares, facts = [], stored_bits(runs)[["run_id", "bits_stored", "test_scored_tokens"]]
-    points = train_curves(facts, curves, split="validation")
-    for _, curve in points[(points["step"] > 0) & (points["bits_stored"] > 0)].groupby("run_id"):
-        if len(curve) > 1:
+    """Estimate the share of its stored bits that an arm stored in the second half of its steps, as a mean over seeds of
+    runs at one LR whose validation split has the same facts; NaN without curves or without stored bits."""
+    shares, names = [], ["entropy_bits", "final_test_nll", "test_scored_tokens"]
+    points = train_curves(runs[["run_id", *names]], curves, split="validation")
+    for _, curve in points[points["step"] > 0].groupby("run_id"):
+        entropy, final_nll, tokens = map(float, curve[names].iloc[0])
+        nats = entropy * math.log(2) - final_nll * tokens
+        if len(curve) > 1 and nats > 0:
             steps, losses = curve["step"].to_numpy(float), curve["value"].to_numpy(float)
             halfway = float(np.interp(math.log(steps[-1] / 2), np.log(steps), losses))
-            late = (halfway - losses[-1]) * float(curve["test_scored_tokens"].iloc[0]) / math.log(2)
-            shares.append(late / float(curve["bits_stored"].iloc[0]))
+            shares.append((halfway - losses[-1]) * tokens / nats)
     return mean_over_seeds(shares, f"late growth of {', '.join(sorted(runs['run_id'].astype(str)))}")

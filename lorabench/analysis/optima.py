@@ -16,7 +16,7 @@ from scipy.special import ndtri
 
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import arm_label, kept
-from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, Judging, comparisons
+from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, Judging, comparisons
 from lorabench.analysis.curves import LrError, PairedCurves, curves_by_seed, log_windows, paired
 from lorabench.analysis.estimate import N_DRAWS, Estimate, normal
 from lorabench.analysis.finding import MIN_SEEDS, Finding, exponential, in_unit
@@ -46,10 +46,8 @@ def mean_lr(schedule: object) -> float:
 @kept
 def _around(comparison: Comparison, arm: Arm) -> pd.DataFrame | None:
     """Return the runs at the three LRs around the fitted optimum of an arm, of the seeds that have all three, if any.
-
     The columns 0 to 2 are the weights with which losses give the coefficients of a parabola through them: the value at
-    the optimum, and the coefficients of the distance from it in ln LR and of its square.
-    """
+    the optimum, and the coefficients of the distance from it in ln LR and of its square."""
     label = arm_label(arm)
     grid, fitted, runs = comparison.fit.grids.get(label), comparison.fit.optima.get(label), comparison.rows[label]
     if grid is None or fitted is None or len(grid.window) < 3:
@@ -65,11 +63,9 @@ def _around(comparison: Comparison, arm: Arm) -> pd.DataFrame | None:
 
 @kept
 def runs_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
-    """Return the finished runs of an arm that stand for it at its fitted optimum, with a column weight.
-
-    If MIN_SEEDS seeds have the three LRs around the optimum, these runs have the weights of a parabola in ln LR through
-    them, which sum to 1 for each seed. Otherwise they are those of `Comparison.at_optimum`, with weight 1.
-    """
+    """Return the finished runs of an arm that stand for it at its fitted optimum, with a column weight: those of a
+    parabola in ln LR (see `_around`) if MIN_SEEDS seeds have the three LRs around it, which sum to 1 for each seed, and
+    otherwise 1, of the runs of `Comparison.at_optimum`."""
     around = _around(comparison, arm)
     if around is not None and around["seed"].nunique() >= MIN_SEEDS:
         return around.drop(columns=[1, 2]).rename(columns={0: "weight"})
@@ -113,10 +109,9 @@ def lr_errors(comparison: Comparison, arm: Arm, other: Arm) -> tuple[LrError, ..
 def coupled(short: Comparison, full: Comparison, from_short: Estimate, from_full: Estimate, name: str) -> Estimate:
     """Couple the error of a number from the losses at the end to that of one from the losses at a step of these runs.
 
-    A run that has luck at a step has some of it at the end too, so the errors are correlated as the residuals of the
-    runs are. That correlation is taken at the lower end of its 68% interval, since a large one makes the difference of
-    the numbers look precise, times the share of runs that both fits have; and no lower than 0. The number from the end
-    is returned with its draws reordered so that their ranks have this correlation.
+    The errors are correlated as the residuals of the runs are. The lower end of the 68% interval of their correlation
+    is taken, since a large one makes the difference of the numbers look precise, times the share of runs that both fits
+    have; no less than 0. The number from the end is returned with draws whose ranks have this correlation.
     """
     if not (from_short.known and from_full.known):
         return from_full
@@ -145,12 +140,9 @@ def coupled(short: Comparison, full: Comparison, from_short: Estimate, from_full
 
 
 def in_window(comparison: Comparison, low: int, high: int) -> Comparison:
-    """Return the comparison by the mean training NLL of each run from one step to another.
-
-    Its fitted minimum of an arm is the lowest loss over LRs in these steps (the envelope), without the bias of the
-    lowest of several noisy losses. A run that diverged later counts, and one that had diverged by then bounds the
-    lowest loss; other runs without all of these steps are left out.
-    """
+    """Return the comparison by the mean training NLL of each run from one step to another, whose fitted minima are the
+    envelopes there (docs/estimates.md). A run that diverged later counts, and one that had diverged by then bounds the
+    lowest loss; other runs without all of these steps are left out."""
     points = comparison.points("train", "nll")
     inside = points[points["step"].between(low, high)].astype({"value": float}).groupby("run_id")["value"]
     means = inside.mean()[inside.size() == inside.size().max()]
@@ -164,8 +156,7 @@ def in_window(comparison: Comparison, low: int, high: int) -> Comparison:
 
 
 def seeds_at_best(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
-    """Return a problem for each arm whose LR nearest to its fitted optimum has fewer than MIN_SEEDS seeds: further ones
-    are trained around the LR that is best at the end, and not where another one is best in a window."""
+    """Return a problem for each arm whose LR nearest to its fitted optimum has fewer than MIN_SEEDS seeds."""
     problems = []
     for label in map(arm_label, arms):
         runs, fitted = comparison.rows[label], comparison.fit.optima.get(label)
@@ -201,15 +192,13 @@ class Departure:
     """Whether and where a curve leaves another for good; the steps are None if it has not left."""
 
     growth: Estimate | None
-    """The slope of the gap against log10(step) from there on, per tenfold steps, or from where it stays above to the
-    end; None if it does not."""
+    """The slope of the gap per tenfold steps from there on, or from where it stays above to the end, if it does."""
     first: int | None = None
     """The first step of the window from which it has left."""
     before: int | None = None
     """The first step of the window before, if any."""
     past: int | None = None
-    """The first step of the window after, from which on the curve has left for certain: it leaves somewhere within a
-    window, and its steps, which chose it, are no evidence of what comes after."""
+    """The first step of the window after: the steps of the one that was chosen are no evidence of what comes after."""
 
     @property
     def left(self) -> bool:
@@ -220,9 +209,9 @@ class Departure:
 def paired_departure(curves: PairedCurves, margin: float) -> Departure:
     """Find where one arm's loss leaves another's for lack of capacity, given their difference and the margin.
 
-    The gap must lie above the margin in each window to the end, with an interval above 0 that holds for all WINDOWS
-    windows at once. LoRA starts slowly, since B is zero, and a gap that shrinks again is no lack of capacity; so the
-    departure is the window with the smallest gap of these, but not the last, from which on the gap must grow.
+    The gap must lie above the margin in each window to the end, with an interval above 0 for all at once. LoRA starts
+    slowly, since B is zero; so the departure is the window with the smallest gap of these, but not the last, from which
+    on the gap must grow.
     """
     windows = log_windows(curves.by_seed.index, WINDOWS)
     level = 1 - LEVEL / max(1, len(windows))
@@ -242,13 +231,9 @@ def paired_departure(curves: PairedCurves, margin: float) -> Departure:
 
 
 def log_threshold(curves: PairedCurves, departure: Departure, margin: float) -> Estimate | str:
-    """Estimate log10 of the step at which a rank runs out of capacity, or return as text why there is none.
-
-    There its gap to the highest rank (`curves`) reaches the margin, in nats per token. The gap is that of a line, which
-    is fitted against log10(step) from the window after that of the departure on. A rank that leaves at once never
-    joined the shared curve, which does not show when a lack of capacity sets in, since LoRA starts slowly. A line that
-    reaches the margin before the window before the departure, with 95% confidence, does not describe the gap.
-    """
+    """Estimate log10 of the step at which a rank runs out of capacity, or return as text why there is none: where its
+    gap to the highest rank (`curves`) reaches the margin, on a line against log10(step) from the window after that of
+    the departure on. A line that surely does so before the window before the departure does not describe the gap."""
     if departure.first is None:
         return "does not leave"
     if departure.before is None or departure.past is None:
@@ -270,16 +255,6 @@ def tokens_at(comparison: Comparison, arm: Arm, step: float) -> float:
     points = curves[curves["run_id"].isin(ids) & (curves["split"] == "train")]
     tokens = points.groupby("step")["tokens"].max().astype(float)
     return float(np.interp(step, [0, *tokens.index], [0.0, *tokens]))
-
-
-def fitted_noise(parts: Sequence[Comparison]) -> pd.DataFrame:
-    """Return a row per comparison: COMPARED, sigma and dof (see `LossFit`; NaN if not known), n_runs (of the fit)."""
-    rows = []
-    for part in parts:
-        sigma, n_runs = part.fit.sigma if part.fit.dof else math.nan, sum(map(len, part.fit.run_ids.values()))
-        rows.append(part.arms[0] | {"sigma": sigma, "dof": part.fit.dof, "n_runs": n_runs})
-    table = pd.DataFrame(rows, columns=[*COMPARED, "sigma", "dof", "n_runs"])
-    return table.astype({"batch_size": "Int64", "steps": "Int64", "sigma": float})
 
 
 def pooled_noise(runs: pd.DataFrame, source: str) -> Noise:

@@ -44,9 +44,8 @@ def published_sweeps() -> pd.DataFrame:
     sweep = pd.read_csv(REFERENCE / "tinker_sft_sweep.csv")
     cells = sweep.groupby(["model", "rank", "lr"], as_index=False).agg(nll=("test_nll", "mean"))
     cells = cells.assign(source=_TINKER, dataset="tulu3", method="lora", placement="all")
-    best = pd.read_csv(REFERENCE / "replication_michaelbzhu_sft.csv").rename(
-        columns={"best_lr": "lr", "test_nll": "nll"}
-    )
+    best = pd.read_csv(REFERENCE / "replication_michaelbzhu_sft.csv")
+    best = best.rename(columns={"best_lr": "lr", "test_nll": "nll"})
     best = best.assign(source=_REPLICATION, model="Qwen/Qwen3-4B", dataset="norobots")
     table = pd.concat([cells, best], ignore_index=True)
     names = table["model"].map(_short)
@@ -56,12 +55,9 @@ def published_sweeps() -> pd.DataFrame:
 
 
 def published_ratios() -> pd.DataFrame:
-    """Return published ratios of LoRA's to FullFT's optimal LR, on models of 0.6B parameters and more.
-
-    Returns:
-        One row per source: source, task, model, alpha, steps and note, and the lower and upper end of width, fullft_lr,
-        lora_lr and ratio, as `<name>_low` and `<name>_high`; NaN where the source does not say.
-    """
+    """Return published ratios of LoRA's to FullFT's optimal LR, on models of 0.6B parameters and more: source, task,
+    model, alpha, steps and note, and the lower and upper end of width, fullft_lr, lora_lr and ratio, as `<name>_low`
+    and `<name>_high`; NaN where the source does not say."""
     return pd.read_csv(REFERENCE / "lr_ratio_at_scale.csv")
 
 

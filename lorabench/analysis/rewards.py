@@ -1,4 +1,4 @@
-"""Rewards of reinforcement learning: health of runs, error rates as losses, curves, and what a missed LR costs.
+"""Rewards of reinforcement learning: health of runs, error rates as losses, and what a missed LR costs.
 
 A policy that gives one answer to all problems, or follows a cheap rule, solves no problem, but may have a peak over LRs
 as any other. The accuracies of the best constant answer and of the best cheap rule are the controls of a problem set.
@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label, arm_table
-from lorabench.analysis.comparison import Arm, Comparison, comparisons
-from lorabench.analysis.curves import metric_points
+from lorabench.analysis.arms import arm_label
+from lorabench.analysis.comparison import Arm, Comparison
 from lorabench.analysis.estimate import N_DRAWS, Estimate, example_draws, multivariate_student, without_run_noise
 from lorabench.analysis.fit_rows import MAX_STEP
-from lorabench.runs import MAX_KL, TIE
+from lorabench.runs import TIE
 from lorabench.store.checks import is_rl
 
 NEAR, FAR = 0.25, 0.5
@@ -46,11 +45,9 @@ CONTROLS = {"constant_reward": "best constant answer", "rule_reward": "best chea
 
 
 def is_sick(runs: pd.DataFrame) -> pd.Series[bool]:
-    """Return which runs of RL ended sick, so that their accuracy is no peak; what is not known makes no run sick.
-
-    A run is sick if more than MAX_TRUNCATED of its last responses are cut off. So is one whose test accuracy is not
-    above both controls, if its entropy is below COLLAPSED or the base was more accurate by MIN_GAIN. A run whose
-    accuracy is exactly that of the base, as after no reward at all, is no peak and not sick.
+    """Return which runs of RL ended sick, so that their accuracy is no peak: more than MAX_TRUNCATED of the last
+    responses are cut off, or the test accuracy is not above both controls, and the entropy is below COLLAPSED or the
+    base was more accurate by MIN_GAIN. A run as accurate as its base is not sick, and what is not known makes none so.
     """
     columns = ["final_truncated", "final_entropy", "base_reward", "final_reward", *CONTROLS]
     numbers = runs.reindex(columns=columns).astype(float)
@@ -67,12 +64,9 @@ def beyond_controls(runs: pd.DataFrame) -> pd.Series[bool]:
 
 
 def leads(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the lead of each method over the controls in runs of RL that are not sick.
-
-    Returns:
-        One row per model, dataset and method: accuracy (the best mean over seeds at one LR, of any rank and placement),
-        constant_reward, rule_reward, and lead (accuracy minus the higher control; NaN where no control is known).
-    """
+    """Return the lead of each method over the controls in runs of RL that are not sick: a row per model, dataset and
+    method has accuracy (the best mean over seeds at one LR, of any rank and placement), constant_reward, rule_reward,
+    and lead (accuracy minus the higher control; NaN where no control is known)."""
     method = ["model", "dataset", "method"]
     accuracy = runs["final_reward"].where(runs["status"].isin(["done", "collapsed"]) & ~is_sick(runs)).astype(float)
     cells = [runs[name] for name in (*method, "rank", "placement", "lr")]
@@ -82,21 +76,10 @@ def leads(runs: pd.DataFrame) -> pd.DataFrame:
     return table.assign(lead=table["accuracy"].fillna(0.0) - table[list(CONTROLS)].max(axis=1))
 
 
-def runs_above_max_kl(curves: pd.DataFrame) -> set[str]:
-    """Return the run_id of each run with a step whose KL has an absolute value above MAX_KL."""
-    kl = metric_points(curves, "train", "kl")
-    return set(kl.loc[kl["value"].astype(float).abs() > MAX_KL, "run_id"])
-
-
 def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
-    """Return the RL runs with their error rates as losses.
-
-    A run that never got a reward, or none any more, counts as finished: its policy is the base model's, or would have
-    stayed as it was. A sick run (see `is_sick`) counts as diverged, so that it is never an optimum.
-
-    The test accuracy is that after the last step (`final_reward`), or at the evaluation with the best validation
-    accuracy (`best_reward`). With either, the LR is picked by the validation accuracy after the last step.
-    """
+    """Return the RL runs with their error rates as losses: after the last step (`final_reward`), or of the test at the
+    evaluation with the best validation accuracy (`best_reward`). A run that never got a reward, or none any more,
+    counts as finished, and a sick one (see `is_sick`) as diverged, so that it is never an optimum."""
     rl = runs[is_rl(runs)]
     sick = is_sick(rl)
     return rl.assign(
@@ -106,42 +89,10 @@ def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward
     )
 
 
-def reward_curves(
-    runs: pd.DataFrame, curves: pd.DataFrame, split: str = "train", metric: str = "reward"
-) -> pd.DataFrame:
-    """Return a metric over training at the LR of each arm's grid that is nearest to its fitted optimum.
-
-    Returns:
-        One row per arm and step, ascending: lr, step, episodes, mean and sd over the finished seeds that have the step
-        (in the metric's unit; sd NaN with one seed), n_seeds, run_ids.
-    """
-    points = metric_points(curves, split, metric, ("run_id", "step", "examples", "value"))
-    points = points.sort_values(["step", "run_id"]).astype({"value": float})
-    columns = ["step", "episodes", "mean", "sd", "n_seeds", "run_ids"]
-    rows: list[dict[Any, Any]] = []
-    for comparison in comparisons(with_error_rates(runs), curves):
-        for arm in comparison.arms:
-            chosen = comparison.at_optimum(arm)
-            by_step = points[points["run_id"].isin(chosen["run_id"])].groupby("step", as_index=False)
-            table = by_step.agg(
-                episodes=("examples", "max"),
-                mean=("value", "mean"),
-                sd=("value", "std"),
-                n_seeds=("run_id", "size"),
-                run_ids=("run_id", list),
-            )
-            rows += [arm | {"lr": float(chosen["lr"].iloc[0])} | row for row in table.to_dict("records")]
-    return arm_table(rows, ["lr", *columns]).astype({"step": "Int64", "episodes": "Int64"})
-
-
 def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
-    """Return the neighbouring LRs of an arm that are all equally good, so that its optimal LR is open; empty if there
-    are none.
-
-    Two LRs are equally good if their test error rates agree exactly with every seed that both have, as policies do that
-    end at one rule; so are three or more that can't be told from the best by the spread of seeds at an LR (two
-    standard errors). Two such LRs are no flat top, since the optimum may lie halfway between them.
-    """
+    """Return the neighbouring LRs of an arm that are all equally good, if any, so that its optimum is open: two whose
+    test error rates agree exactly with every seed that both have, as policies do that end at one rule, or three or more
+    that can't be told from the best by the spread of seeds at an LR (two standard errors)."""
     grid = comparison.fit.grids.get(arm_label(arm))
     if grid is None:
         return []
@@ -180,14 +131,12 @@ def cost_of_a_miss(comparison: Comparison, arm: Arm) -> Estimate:
     """Estimate the share of its accuracy that an arm loses where its LR misses the best one.
 
     An LR misses if it lies NEAR to FAR decades below or above the fitted optimum; the cost is 1 minus the mean accuracy
-    there over the mean accuracy nearer to the optimum. Both are means over log LR of the test accuracy after the last
-    step, on the line between the means over seeds at neighbouring LRs, which goes on beyond the last two. A breakdown
-    counts with its accuracy, and a run without one has the accuracy 0.
+    there over the mean accuracy nearer to the optimum. Both are means over log LR of the final test accuracy, on lines
+    between the means over seeds at neighbouring LRs. A run without an accuracy has 0.
 
     The error from seeds is that of the mean at each LR, from its own standard deviation, with Welch and Satterthwaite's
     degrees of freedom, since breakdowns make some LRs noisier than others. An LR with one run is as noisy as the
-    noisiest that counts; where no LR has two, the noise of the fit stands in. What a seed does to all LRs is counted,
-    which is cautious.
+    noisiest that counts; where no LR has two, the noise of the fit stands in.
     """
     rows, fit = _by_lr(comparison, arm), comparison.fit
     lrs, cell, n_runs = np.unique(rows["lr"].to_numpy(float), return_inverse=True, return_counts=True)

@@ -30,7 +30,6 @@ DECIDED: tuple[Verdict, ...] = ("confirmed", "right sign, below the margin", "co
 LEVEL = 0.05
 """The largest probability of a wrong decision, after all batches of runs together (`Estimate.looks`)."""
 
-
 Bound = Literal["above", "below"]
 """From where an estimate bounds a number that is not known itself: it is an upper or a lower bound."""
 
@@ -69,11 +68,8 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True)
 class Within:
-    """The claim that a number lies in a band, such as that two losses are equal; an end may be infinite.
-
-    It is confirmed by two one-sided tests, that is if the 90% interval lies inside the band, and contradicted if the
-    95% interval lies wholly outside. An equality claims no sign.
-    """
+    """The claim that a number lies in a band, such as that two losses are equal; an end may be infinite. An equality
+    claims no sign (docs/verdicts.md)."""
 
     low: float
     high: float
@@ -110,9 +106,8 @@ class Within:
         return -estimate.value / max(abs(self.low), 1e-12)
 
     def power(self, truth: float, error: float, dof: float, tests: int, looks: int = 0) -> tuple[float, float]:
-        """Return the probabilities of a confirmation and of a contradiction of the truth by an estimate with a standard
-        error and its degrees of freedom, where a number of tests share the level of a contradiction, at the last of a
-        number of looks."""
+        """Return the probabilities of a confirmation and of a contradiction by an estimate of the truth with a standard
+        error and its degrees of freedom, where several tests share the level of a contradiction, at the last look."""
         to_high, to_low = (self.high - truth) / error, (truth - self.low) / error
         one_sided, two_sided = (stdtrit(dof, 1 - level(alpha, looks)) for alpha in (LEVEL, LEVEL / 2 / tests))
         confirmed = stdtr(dof, to_high - one_sided) + stdtr(dof, to_low - one_sided) - 1
@@ -122,13 +117,7 @@ class Within:
 
 @dataclass(frozen=True)
 class Above:
-    """The claim that a number is above 0 by at least a margin; its methods are those of `Within`.
-
-    It is confirmed if the estimate is at or above the margin, the two-sided 95% interval lies above 0, and the
-    one-sided one above half of the margin. It is contradicted if the one-sided 95% interval lies below the margin, so
-    that there is no effect of the least size that matters; if then the two-sided one lies above 0, the sign is right.
-    With a margin of 0 both are decided by the two-sided interval.
-    """
+    """The claim that a number is above 0 by at least a margin (docs/verdicts.md); its methods are those of `Within`."""
 
     margin: float
 

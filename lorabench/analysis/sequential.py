@@ -2,9 +2,7 @@
 
 Of a level alpha, alpha k / (k + 2) is spent in the first k looks (Lan and DeMets, 1983), so that no number of looks has
 to be planned. The level of a look follows exactly for normal estimates on batches of one size, by numerical integration
-over the earlier ones. The error of an estimate is that of the fit of all batches, or that between the estimates of each
-batch alone if this is larger, so that what all runs of a batch share and their fit does not see is no evidence
-(docs/verdicts.md).
+over the earlier ones (docs/verdicts.md).
 """
 
 from __future__ import annotations
@@ -94,12 +92,9 @@ class Look:
             return looked
         weights = seeds / seeds.sum()
         between = math.sqrt(n / (n - 1) * float(weights**2 @ (values - weights @ values) ** 2))
-        factor, by_example = max(1.0, between / error), estimate.example_part
-        return replace(
-            looked,
-            seed_part=factor * estimate.seed_part,
-            example_part=None if by_example is None else factor * by_example,
-        )
+        factor = max(1.0, between / error)
+        by_example = None if estimate.example_part is None else factor * estimate.example_part
+        return replace(looked, seed_part=factor * estimate.seed_part, example_part=by_example)
 
 
 LOOK: ContextVar[Look | None] = ContextVar("LOOK", default=None)

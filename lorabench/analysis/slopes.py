@@ -26,12 +26,9 @@ class Line:
 
 
 def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | None = None) -> Line:
-    """Fit log10(y) against log10(x), (n,) each, by ordinary least squares, with t intervals.
-
-    A point that is not positive and finite is left out. `sigma` is a known lower bound of the standard deviation of
-    log10(y), which keeps points that lie on a line by chance from giving an interval that is too narrow; it may be NaN.
-    Each of the groups, (n,), has its own intercept, and all share the slope.
-    """
+    """Fit log10(y) against log10(x), (n,) each, by least squares, with t intervals. A point that is not positive
+    and finite is left out. `sigma` is a known lower bound of the standard deviation of log10(y), or NaN. Each of the
+    groups, (n,), has its own intercept, and all share the slope."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     points = pd.DataFrame({"x": np.log10(np.where(x > 0, x, math.nan)), "y": np.log10(np.where(y > 0, y, math.nan))})
     points["group"] = 0 if groups is None else pd.factorize(np.asarray(groups))[0]
@@ -50,9 +47,10 @@ def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | 
     return Line(slope, slope - half, slope + half, intercept, len(points))
 
 
-def slopes_by_seed(curves: pd.DataFrame) -> pd.Series[float]:
-    """Return the slope of each column's values, by least squares, against log10 of the index, the steps from 1 up; null
-    values are left out, and a column with fewer than two steps has NaN."""
+def slopes_by_seed(curves: pd.DataFrame, first: float = 1) -> pd.Series[float]:
+    """Return the slope of each column's values, by least squares, against log10 of the index, steps from a first one
+    up; null values are left out, and a column with fewer than two steps has NaN."""
+    curves = curves.loc[first:]
     values, steps = curves.to_numpy(float, na_value=math.nan), np.log10(curves.index.to_numpy(float))[:, None]
     with np.errstate(invalid="ignore"):  # a column without values
         centred = np.where(np.isnan(values), 0.0, steps - mean_log_step(curves))
@@ -74,8 +72,7 @@ def censored_slope(
 
     The maximum likelihood is found by expectation maximization: a bounded value is replaced by its mean given the bound
     and the line. The degrees of freedom are those of the values that are known, and the error counts a bounded value by
-    the information that it has. The slope is unknown if the known values of no group have two positions, and its error
-    without a degree of freedom.
+    the information that it has. The slope is unknown if the known values of no group have two positions.
 
     Args:
         bound: 0 for a value that is known, 1 if the true value is at least y, -1 if it is at most y, (n,).

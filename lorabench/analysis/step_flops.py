@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes, metric_points
+from lorabench.analysis.curves import PairedCurves, curves_by_seed, metric_points
 from lorabench.errors import UserError
 
 FLOPS_COLUMNS = ["model", "method", "rank", "effective_width", "linear_flops"]
@@ -27,15 +27,10 @@ _MEASURED = {
 def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
     """Compute the cost of a LoRA step divided by that of a FullFT step in the same setting.
 
-    Returns:
-        One row per LoRA row, ascending in rank: COMPUTE_SETTING, placement, rank, effective_width, and flops_ratio
-        (counted FLOPs of the linear layers), formula (2/3 + 2R/N, with rank R and width N, from the paper's section on
-        compute efficiency), relative_difference (of flops_ratio from formula), total_flops_ratio, step_ratio (seconds
-        per step) and memory_ratio (peak bytes). A ratio is NaN where a number is missing or the setting has no FullFT
-        row.
-
-    Raises:
-        UserError: A column of FLOPS_COLUMNS is missing, or an arm appears twice in one setting.
+    A row per LoRA row, ascending in rank, has COMPUTE_SETTING, placement, rank, effective_width, and flops_ratio
+    (counted FLOPs of the linear layers), formula (2/3 + 2R/N, with rank R and width N, from the paper's section on
+    compute efficiency), relative_difference (of flops_ratio from formula), total_flops_ratio, step_ratio (seconds per
+    step) and memory_ratio (peak bytes). A ratio is NaN where a number or the FullFT row is missing.
     """
     if missing := [name for name in FLOPS_COLUMNS if name not in compute]:
         raise UserError(f"the compute table has no column {', '.join(missing)}")
@@ -70,25 +65,13 @@ def _flops_per_token(runs: pd.DataFrame) -> pd.Series[float]:
     return runs["train_flops"].astype(float) / runs["train_tokens"].astype(float)
 
 
-def loss_by_flops(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `envelopes` from step 1 on with flops, the training FLOPs of the run with the lowest loss
-    there up to that step, where they are known; they are the same on every token."""
-    points = envelopes(runs, curves)
-    per_token = _flops_per_token(runs).set_axis(runs["run_id"])
-    points["flops"] = points["tokens"].astype(float) * points["run_id"].map(per_token).astype(float)
-    return points[points["step"].gt(0).fillna(False) & points["flops"].gt(0)]
-
-
 def equal_flops_curves(runs: pd.DataFrame, others: pd.DataFrame, curves: pd.DataFrame, name: str) -> PairedCurves:
-    """Pair the training NLL of two arms at equal training FLOPs, by seed, in the later half of their log-FLOPs range.
+    """Return the training NLL of `others` minus that of `runs` at equal training FLOPs, by step of `runs` and seed, in
+    nats per token, in the later half of their log-FLOPs range.
 
-    Both arms see the same batch at the same step, so that its difficulty cancels there, but not where the FLOPs are
-    the same, which is at different steps. So the difference at a step is that on its batch, plus what `others` gains
-    from the FLOPs by which it is ahead there, by its validation NLL, interpolated linearly in log FLOPs.
-
-    Returns:
-        The loss of `others` minus that of `runs` by step of `runs` and seed, in nats per token. Steps of `runs` beyond
-        the FLOPs of `others` are left out.
+    Equal FLOPs are at different steps, on other batches. So the difference at a step is that on its batch, plus what
+    `others` gains from the FLOPs by which it is ahead there, by its validation NLL, interpolated linearly in log FLOPs.
+    Steps of `runs` beyond the FLOPs of `others` are left out.
     """
     if "tokens" not in curves:
         return PairedCurves(pd.DataFrame(index=pd.Index([], dtype=int)), (), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -11,6 +12,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
+from lorabench.analysis.curves import mean_between
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, nats, together
 from lorabench.analysis.optima import off_optimum, pair_at_optimum
@@ -51,12 +53,9 @@ ArmBySize = dict[int, Arm]
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """The comparisons on one model and dataset by batch size, ascending.
-
-    Each has a fit of its own. A seed gives the examples in the same order at every batch size, and the same initial
-    weights, so its errors are alike, if anything: differences of fitted minima, whose errors are drawn independently
-    for each batch size, have intervals that are rather too wide. The test examples are the same.
-    """
+    """The comparisons on one model and dataset by batch size, ascending, each with a fit of its own. The errors of a
+    seed are alike at all batch sizes, if anything, but are drawn independently for each, so that intervals of
+    differences are rather too wide. The test examples are the same."""
 
     by_size: dict[int, Comparison]
 
@@ -67,11 +66,8 @@ class BatchSizes:
 
     @cached_property
     def ranks(self) -> list[int]:
-        """The LoRA ranks that are judged, ascending: low ones may lack capacity, which is another effect.
-
-        Raises:
-            UnjudgedError: the runs are too few, or more than the batch size differs between them.
-        """
+        """The LoRA ranks that are judged, ascending: low ones may lack capacity, which is another effect. An
+        UnjudgedError says if the runs are too few, or more than the batch size differs between them."""
         compared = self.by_size.values()
         listed = " and ".join(map(str, self.by_size))
         unjudged_if(len(compared) < MIN_BATCH_SIZES, f"only batch {listed}, {MIN_BATCH_SIZES} batch sizes needed")
@@ -90,11 +86,7 @@ class BatchSizes:
         return high if len(high) > 1 else above_1
 
     def arms(self, rank: int | None = None) -> ArmBySize:
-        """Return LoRA of a rank, or FullFT without one, at each batch size.
-
-        Raises:
-            UnjudgedError: a batch size lacks the arm.
-        """
+        """Return LoRA of a rank, or FullFT without one, at each batch size; raise UnjudgedError if one lacks it."""
         arms = {}
         for size, comparison in self.by_size.items():
             arm = comparison.fullft if rank is None else comparison.lora.get(rank)
@@ -181,7 +173,9 @@ def _gap_persists(sizes: BatchSizes) -> Iterator[Finding]:
         texts, run_ids, grown, lr_errors = [], set[str](), {}, {}
         for size in sizes.ends:
             curves = pair_at_optimum(sizes.by_size[size], lora[size], fullft[size])
-            halfway, at_end = (partial(_mean_between, start * curves.last, end * curves.last) for start, end in PARTS)
+            # A part begins after the step at which the one before it ends.
+            ends = [(math.floor(start * curves.last) + 1, end * curves.last) for start, end in PARTS]
+            halfway, at_end = (partial(mean_between, *part) for part in ends)
             gaps = [part(curves.by_seed.astype(float)) for part in (halfway, at_end)]
             grown[size] = gaps[1] - gaps[0]
             unjudged_if(grown[size].isna().all(), f"no training losses of paired seeds along the runs at batch {size}")
@@ -203,12 +197,6 @@ def _gap_persists(sizes: BatchSizes) -> Iterator[Finding]:
         )
         judged = sizes.decide(Above, more, text, [lora, fullft], problems)
         yield replace(judged, run_ids=tuple(sorted(run_ids)))
-
-
-def _mean_between(start: float, end: float, curves: pd.DataFrame) -> pd.Series[float]:
-    """Return the mean of each column of curves after one step and up to another; NaN without steps there."""
-    inside: pd.DataFrame = curves[(curves.index > start) & (curves.index <= end)]
-    return inside.mean(skipna=False)
 
 
 @_claim("D3")

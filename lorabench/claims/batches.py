@@ -3,7 +3,7 @@ of its own. After each registered batch all of them so far are judged together (
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +11,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import each_arm
 from lorabench.analysis.rules import DECIDED, LEVEL
-from lorabench.analysis.sequential import Look, spent
+from lorabench.analysis.sequential import Look, Number, spent
 from lorabench.claims.claim import Claim
 from lorabench.claims.judge import CLAIMS, findings, judge_claims
 from lorabench.config.margins import Margins, Predictions
@@ -44,22 +44,11 @@ def judge_batches(
     margins: Margins | None = None,
     predictions: Predictions | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Judge claims after each of the registered batches, on all of them so far; the first decision stays.
-
-    Args:
-        tables: the tables of all batches, merged.
-        batches: the batches in ascending order; those that are not registered are named and not counted.
-        claims: the claims to judge.
-        margins: as in `judge_claims`, as are the predictions.
-
-    Returns:
-        The table `claims`, and the table `claims_by_batch` with a row for each claim and look.
-    """
-    arms = {
-        str(run_id): tuple(map(str, arm.values())) for arm, own in each_arm(tables.runs) for run_id in own["run_id"]
-    }
+    """Judge claims (see `judge_claims`) after each registered batch, in ascending order, on all so far; the first
+    decision stays. Return the table `claims`, and `claims_by_batch` with a row for each claim and look."""
+    arms = {run_id: tuple(map(str, arm.values())) for arm, own in each_arm(tables.runs) for run_id in own["run_id"]}
     counted = [batch.number for batch in batches if batch.status == "registered"]
-    alone: list[Mapping[tuple[str, frozenset[Hashable], int], tuple[float, int]]] = []
+    alone: list[Mapping[Number, tuple[float, int]]] = []
     looks = []
     for place, number in enumerate(counted, 1):
         own = Look(arms)
@@ -98,8 +87,8 @@ def _of(tables: Tables, numbers: Sequence[int]) -> Tables:
 
 
 def in_words(row: Mapping[Any, Any], batches: Sequence[Batch], last: str) -> str:
-    """Return in words after how many batches a claim was decided, or what it would take, what was spent of the level,
-    and which batches do not count; `row` is that of the deciding look, and `last` the verdict of all batches."""
+    """Return in words after how many batches a claim was decided, or what it would take, and which do not count; `row`
+    is that of the deciding look, and `last` the verdict of all batches."""
     number = f"{row['batches']} batch{'es' if row['batches'] > 1 else ''}"
     words = [f"decided after {number}, level spent {row['spent']:.1%} of {LEVEL:.0%}"]
     if row["verdict"] not in DECIDED:

@@ -36,15 +36,14 @@ MORE_RANKS = Remedy("more ranks that leave the shared curve, which longer runs g
 
 @dataclass(frozen=True)
 class _Rank:
-    """A rank below the highest, and where it leaves the curve of the highest."""
+    """A rank below the highest, where it leaves the curve of the highest, where the line through its gap reaches the
+    margin (log10(step), or why there is no such step), and what speaks against the departure."""
 
     rank: int
     arm: Arm
     departure: optima.Departure
     threshold: Estimate | str
-    """Where the line through its gap reaches the margin, in log10(step), or why there is no such step."""
     problems: list[Problem]
-    """What speaks against the departure."""
 
     @property
     def step(self) -> float:
@@ -120,10 +119,6 @@ def _departure_grows_with_rank(comparison: Comparison) -> Finding:
     return decide(Above(0.0), gap, text, ids, margin_rule=f"departures: {comparison.margin.rule}")
 
 
-def _slopes_from(first: int, curves: pd.DataFrame) -> pd.Series[float]:
-    return slopes_by_seed(curves.loc[first:])
-
-
 @long_claim("A4", over=scope.chosen(scope.learning, scope.full_runs, scope.longest_runs))
 def _no_floor(comparison: Comparison) -> Iterator[Finding]:
     ranks = _ranks(comparison)
@@ -136,13 +131,15 @@ def _no_floor(comparison: Comparison) -> Iterator[Finding]:
         arm, fullft = require((f"LoRA r{rank.rank}", rank.arm), ("FullFT", comparison.fullft))
         past = rank.departure.past or 0
         curves = (optima.curves_at_optimum(comparison, compared) for compared in (arm, fullft))
-        slopes = [_slopes_from(past, curve) for curve in curves]
+        slopes = [slopes_by_seed(curve, past) for curve in curves]
         name = f"{comparison.label} {arm_label(arm)} from {past}"
         own, full = (mean_over_seeds(slope, f"{name} {place}") for place, slope in enumerate(slopes))
         share = mean_over_seeds((slopes[0] / slopes[1]).dropna(), name)
         for compared, weight in ((arm, 1 / full.value), (fullft, -share.value / full.value)):
             if error := optima.lr_error(comparison, compared):
-                share = replace(share, seed_part=share.seed_part + weight * error.of(partial(_slopes_from, past)))
+                share = replace(
+                    share, seed_part=share.seed_part + weight * error.of(partial(slopes_by_seed, first=past))
+                )
         text = (
             f"{arm_label(arm)} from step {past} on: {nats(own)} per tenfold steps, FullFT {nats(full)}, ratio "
             f"{number(share)}, {share.n_seeds} seeds"
@@ -165,8 +162,7 @@ def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
             left_out.append(f"{label}: {unjudged.finding.reason}")
             continue
         for rank in ranks:
-            name, runs = f"{label} r{rank.rank}", optima.runs_at_optimum(comparison, rank.arm)
-            threshold = rank.threshold
+            name, threshold = f"{label} r{rank.rank}", rank.threshold
             if rank.problems:
                 left_out.append(f"{name}: {rank.problems[0].text}")
             elif not rank.departure.left:
@@ -175,13 +171,12 @@ def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
                 left_out.append(f"{name} {threshold}")
             else:
                 tokens = optima.tokens_at(comparison, rank.arm, 10**threshold.value)
+                runs = optima.runs_at_optimum(comparison, rank.arm)
                 dataset, parameters = runs["dataset"].iloc[0], float(runs["trainable_params"].iloc[0])
                 rows.append((dataset, name, parameters, tokens, threshold.seed_error, list(runs["run_id"])))
     unjudged_if(not rows and not left_out, "no such runs")
     gone = pd.DataFrame(rows, columns=["dataset", "name", "parameters", "tokens", "error", "run_ids"])
-    at_tokens = ", ".join(
-        f"{name} {tokens:.3g} tokens" for name, tokens in zip(gone["name"], gone["tokens"], strict=True)
-    )
+    at_tokens = ", ".join(f"{name} {tokens:.3g} tokens" for _, name, _, tokens, *_ in rows)
     others = f"; left out: {', '.join(left_out)}" if left_out else ""
     dof = len(gone) - gone["dataset"].nunique() - 1
     unjudged_if(dof < 1, f"{at_tokens or 'no departures'}: too few for a slope{others}", "inconclusive", MORE_RANKS)
@@ -202,9 +197,8 @@ def _threshold_tied_to_parameters(evidence: Evidence) -> Finding:
 )
 def _about_one_bit(comparison: Comparison) -> Finding:
     arm = comparison.fullft or comparison.highest
-    runs = comparison.at_optimum(arm) if arm else comparison.runs.iloc[:0]
-    runs = runs.dropna(subset=["first_epoch_nats", "first_epoch_scored_tokens"])
-    if arm is None or runs.empty:
+    epochs = ["first_epoch_nats", "first_epoch_scored_tokens"]
+    if arm is None or (runs := comparison.at_optimum(arm).dropna(subset=epochs)).empty:
         raise UnjudgedError("not tested", "no run that went through an epoch")
     nats, tokens = runs["first_epoch_nats"].astype(float), runs["first_epoch_scored_tokens"].astype(float)
     mean = mean_over_seeds(nats / tokens, f"{comparison.label} first epoch")

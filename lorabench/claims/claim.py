@@ -11,22 +11,14 @@ import pandas as pd
 
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import kept
-from lorabench.analysis.comparison import Arm, Comparison, Judging, Task, comparisons, require
+from lorabench.analysis.comparison import Comparison, Judging, Task, comparisons
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, with_parts, without
 from lorabench.analysis.rules import DECIDED, Problem, Remedy, Verdict
 from lorabench.utils.formats import with_interval
 
 Kind = Literal["empirical", "derivation", "count", "opinion", "prediction", "own prediction"]
-"""How the paper supports a statement.
-
-- `empirical`: by runs of its own
-- `derivation`: by a derivation, which runs can only illustrate
-- `count`: by counting parameters, bits or operations, so that no run can speak against it
-- `opinion`: by its authors' experience, without showing runs
-- `prediction`: not at all, since the paper left the statement untested
-- `own prediction`: not at all, since the statement is this project's and not the paper's
-"""
+"""How the paper supports a statement (docs/verdicts.md); an `own prediction` is this project's, and not the paper's."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +92,7 @@ class Claim:
     fact: str = ""
     """The fact that the claim states; claims with the same fact are one in the headline."""
     core: bool = False
-    """Whether the paper's main conclusions rest on this claim; the README shows the verdicts on these core claims."""
+    """Whether the paper's main conclusions rest on this claim."""
 
 
 Judge = Callable[[Any], Finding | Iterable[Finding]]
@@ -118,10 +110,8 @@ def claim(
     columns: tuple[str, ...] = (),
     conditions: tuple[Condition, ...] = (),
 ) -> Callable[[Function], Function]:
-    """Return a decorator that declares the decorated function to be the judge of a claim.
-
-    What the claim says stands in a YAML file beside the function's module (see `texts`).
-    """
+    """Return a decorator that declares the decorated function to be the judge of a claim, whose texts stand in a YAML
+    file beside the function's module (see `texts`)."""
 
     def declare(judge: Function) -> Function:
         fields = {"judge": judge, "over": over, "columns": columns, "conditions": conditions}
@@ -141,8 +131,7 @@ def judge_part(judge: Judge, part: Any) -> Finding:
 
 
 def judge_each(named: Iterable[tuple[str, Any]], judge: Judge) -> Finding:
-    """Judge several things and return the finding that decides; its reason gives all reasons, each after its name and,
-    of several, its verdict."""
+    """Return the finding on several things that decides; its reason gives all, after their names and verdicts."""
     by_name = [(name, judge_part(judge, part)) for name, part in named]
     unjudged_if(not by_name, "no such runs")
     findings = [
@@ -158,17 +147,9 @@ def unjudged_if(condition: object, reason: str, verdict: Verdict = "not tested",
         raise UnjudgedError(verdict, reason, remedy)
 
 
-def highest_and_full(comparison: Comparison) -> tuple[Arm, Arm]:
-    """Return LoRA at the highest rank above 1, and FullFT; raise UnjudgedError if an arm is missing."""
-    lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
-    return lora, fullft
-
-
 def doubted(judged: Finding, problems: Sequence[Problem], verdicts: Sequence[Verdict] = DECIDED) -> Finding:
-    """Return the finding with further problems, which make some verdicts inconclusive.
-
-    If `confirmed` is the only one of these, a finding with another verdict keeps its reason.
-    """
+    """Return the finding with further problems, which make some verdicts inconclusive; if `contradicted` is none of
+    these, a finding with another verdict keeps its reason."""
     if not problems:
         return judged
     opened = without(judged, *verdicts)

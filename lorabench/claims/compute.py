@@ -46,10 +46,8 @@ def _slightly_over_two_thirds(evidence: Evidence) -> Iterator[Finding]:
     for setting, rows in each_setting(_ratios(evidence.compute, FLOPS_COLUMNS)):
         apart = rows["relative_difference"]
         furthest = max(apart.dropna(), key=abs, default=math.nan)
-        ratios = ", ".join(
-            f"r{row['rank']} {row['flops_ratio']:.4f} (formula {row['formula']:.4f})"
-            for row in rows[apart.notna()].to_dict("records")
-        )
+        counted = rows[apart.notna()].to_dict("records")
+        ratios = ", ".join(f"r{row['rank']} {row['flops_ratio']:.4f} (formula {row['formula']:.4f})" for row in counted)
         timed = rows.dropna(subset=["step_ratio"]).to_dict("records")
         times = ", ".join(f"r{row['rank']} {row['step_ratio']:.2f}" for row in timed)
         text = f"{setting}: FLOPs of LoRA / FullFT {ratios or 'not known'}; step time {times or 'not measured'}"

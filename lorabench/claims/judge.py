@@ -44,10 +44,9 @@ _FAMILIES = "ANBCDEMFG"
 
 def _position(claim: Claim) -> tuple[int, str, int]:
     """Return where a claim stands: those of the paper by family, all on RL in family F, and then those of studies."""
-    family = claim.id[0]
-    if claim.kind == "own prediction":
-        return len(_FAMILIES), family, int(claim.id[1:])
-    return _FAMILIES.index("F" if claim.task == "rl" else family), family, int(claim.id[1:])
+    family, own = claim.id[0], claim.kind == "own prediction"
+    place = len(_FAMILIES) if own else _FAMILIES.index("F" if claim.task == "rl" else family)
+    return place, family, int(claim.id[1:])
 
 
 _MODULES = (batch_size, capacity, compute, learning_curves, learning_rate, parametrization, placement, reinforcement)
@@ -58,7 +57,6 @@ CLAIMS = tuple(sorted((claim for module in (*_MODULES, *_STUDIES) for claim in c
 
 CORE = tuple(claim.id for claim in CLAIMS if claim.core)
 """The ids of the core claims, in the order of CLAIMS."""
-
 
 LARGE_MODEL = 1e9
 """The least number of parameters of the models that the paper is about."""
@@ -73,24 +71,16 @@ def judge_claims(
     predictions: Predictions | None = None,
     look: Look | None = None,
 ) -> pd.DataFrame:
-    """Judge claims on the tidy tables; a claim whose table or columns are missing is not tested, and its reason names
-    them.
+    """Return the table `claims`, one row per claim; without its table or columns one is not tested.
 
     Args:
-        tables: the tidy tables.
+        tables: the tidy tables; a UserError says if `check_table` or `check_curves` refuses one.
         claims: the claims to judge.
         margins: the smallest effects that matter; without them DEFAULT_MARGINS hold, and the rows say so.
         noise: seed noise of supervised runs from elsewhere, for comparisons with one seed.
         reward_noise: the same of final accuracies in RL, as shares.
         predictions: what studies predict; without them the default ones hold.
         look: the look at batches of runs, if the tables are of batches (see `batches.judge_batches`).
-
-    Returns:
-        The table `claims`, one row per claim; the estimate is from the comparison that decides, and the reason gives
-        all.
-
-    Raises:
-        UserError: `check_table` or `check_curves` refuses a table, or an arm has two runs with the same LR and seed.
     """
     check_table(tables.runs)
     check_curves(tables.curves)
@@ -146,11 +136,8 @@ def findings(
     predictions: Predictions | None = None,
     look: Look | None = None,
 ) -> Iterator[tuple[Claim, Finding, str | None]]:
-    """Judge claims on tables that are checked already; see `judge_claims`.
-
-    Yields:
-        Each claim with its finding, and the conditions of the claim that the runs do not meet.
-    """
+    """Yield each claim with its finding on checked tables, and its conditions that the runs do not meet; see
+    `judge_claims`."""
     # Every claim picks points by these columns.
     by_category = [name for name in ("split", "metric") if name in tables.curves]
     every_curve = tables.curves.astype(dict.fromkeys(by_category, "category"))
@@ -171,10 +158,9 @@ def findings(
         if key not in by_runs:
             curves = curves_of(every_curve, chosen) if "run_id" in runs else every_curve
             by_runs[key] = Evidence(chosen, curves, tables.compute, tables.counts, runs, judging[claim.task])
-        evidence = by_runs[key]
+        evidence, outer = by_runs[key], LOOK.set(look)
         if look is not None:
             look.claim = claim.id
-        outer = LOOK.set(look)
         try:
             judged = _judged(claim, evidence)
         finally:
@@ -219,18 +205,13 @@ def _with_conditions(claim: Claim, evidence: Evidence, judged: Finding) -> tuple
 
 def _seeds(behind: pd.DataFrame) -> int | None:
     """Return the number of seeds of the runs behind a verdict; None without runs. A row may be the mean of several."""
-    if behind.empty:
-        return None
-    several = behind["n_seeds"].max() if "n_seeds" in behind else pd.NA
-    return max(behind["seed"].nunique(), 1 if pd.isna(several) else int(several))
+    several = behind.reindex(columns=["n_seeds"])["n_seeds"].max()
+    return max(behind["seed"].nunique(), 1 if pd.isna(several) else int(several)) if len(behind) else None
 
 
 def _lr_chosen_on(behind: pd.DataFrame) -> str | None:
     """Return the split by whose losses or accuracies the runs behind a verdict have their best LR; None without runs.
-
-    Fits of supervised runs take the test losses, whose minimum they report. In RL the validation accuracies pick the
-    LR, unless they are the reported ones.
-    """
+    In RL it is the validation split, unless its accuracies are the reported ones."""
     if behind.empty:
         return None
     names = ("final_valid_reward", "final_reward")
@@ -241,8 +222,7 @@ def _lr_chosen_on(behind: pd.DataFrame) -> str | None:
 
 
 def scope_text(runs: pd.DataFrame) -> str | None:
-    """Return the scope of runs, such as `0.83M parameters, 50 steps, worked`; without numbers of parameters, the
-    models."""
+    """Return the scope of runs, such as `0.83M parameters, 50 steps, worked`, or with the models' names."""
 
     def known(name: str) -> set[Any]:
         return set(runs[name].dropna()) if name in runs else set()

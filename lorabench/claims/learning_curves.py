@@ -12,23 +12,14 @@ import pandas as pd
 
 from lorabench.analysis import optima
 from lorabench.analysis.arms import arm_label
-from lorabench.analysis.comparison import Comparison, require
+from lorabench.analysis.comparison import Comparison, highest_and_full, require
 from lorabench.analysis.curves import PAPER_RANK, EarlyDifference, early_difference, inverse_rank_fit, log_windows, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, worst
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import slopes_by_seed
 from lorabench.claims import scope
-from lorabench.claims.claim import (
-    Evidence,
-    claim,
-    few_seeds,
-    highest_and_full,
-    judge_each,
-    named_problems,
-    number,
-    unjudged_if,
-)
+from lorabench.claims.claim import Evidence, claim, few_seeds, judge_each, named_problems, number, unjudged_if
 from lorabench.utils.formats import fixed_interval
 
 long_claim = partial(claim, conditions=(scope.whole_runs,))
@@ -213,10 +204,8 @@ def _same_early_curves(comparison: Comparison) -> Finding:
     factor, explained = inverse_rank_fit(early.by_inverse_rank)
     if math.isnan(factor):
         return judged
-    pairs = ", ".join(
-        f"r{row['low']:.0f} - r{row['high']:.0f} {row['difference']:.4f}"
-        for row in early.by_inverse_rank.to_dict("records")
-    )
+    rows = early.by_inverse_rank.to_dict("records")
+    pairs = ", ".join(f"r{row['low']:.0f} - r{row['high']:.0f} {row['difference']:.4f}" for row in rows)
     by_rank = (
         f"over all pairs of ranks the mean difference is {factor:.3f} nats x (1/r1 - 1/r2), which explains "
         f"{explained:.0%} of its squares ({pairs})"

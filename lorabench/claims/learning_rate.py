@@ -13,25 +13,15 @@ import pandas as pd
 from lorabench.analysis import lr_law
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import STANDARD, arm_label
-from lorabench.analysis.comparison import COMPARED, Comparison, Judging, comparisons, require
-from lorabench.analysis.curves import at_end, at_step
+from lorabench.analysis.comparison import COMPARED, Comparison, Judging, comparisons, highest_and_full, require
+from lorabench.analysis.curves import at_step
 from lorabench.analysis.estimate import N_DRAWS, Estimate, combined, generator, unknown
 from lorabench.analysis.finding import SEVERITY, Finding, Outcomes, decide, finding, in_unit, together, without, worst
 from lorabench.analysis.memorisation import is_memorisation
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, coupled, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Above, Problem, Remedy, Verdict, Within
 from lorabench.claims import scope
-from lorabench.claims.claim import (
-    Evidence,
-    claim,
-    condition,
-    doubted,
-    highest_and_full,
-    judge_each,
-    named_problems,
-    number,
-    unjudged_if,
-)
+from lorabench.claims.claim import Evidence, claim, condition, doubted, judge_each, named_problems, number, unjudged_if
 from lorabench.claims.scope import FULL_STEPS, HIGH_RANK, SHORT_RUN, papers_alpha
 
 # Bounds whose meaning the criteria say.
@@ -74,10 +64,8 @@ _PRESETS = ("core", "paper")
 
 def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
     """Return the rule that the logarithm of a ratio is that of another within a factor, and a text on the margin."""
-    return (
-        Within(math.log(ratio / factor), math.log(ratio * factor)),
-        f"within a factor of {factor:g} of {ratio:g}, by the preset's lr_factor",
-    )
+    rule = Within(math.log(ratio / factor), math.log(ratio * factor))
+    return rule, f"within a factor of {factor:g} of {ratio:g}, by the preset's lr_factor"
 
 
 @claim(
@@ -172,7 +160,8 @@ def _ratio_of_length(comparison: Comparison) -> Finding:
         return replace(judged, reason=f"{steps} steps, {judged.reason}")
     # The losses by test example are those at the end, and of another split.
     judging = Judging(comparison.judging.margins, noise=comparison.judging.noise)
-    [full] = comparisons(at_end(runs), comparison.curves, judging)
+    at_end = runs.assign(final_test_nll=runs["final_valid_nll"])
+    [full] = comparisons(at_end, comparison.curves, judging)
     growing = f"half of the paper's growth, a factor of {GROWTH:.2f}"
     findings: list[Finding] = []
     for step in SHORT_STEPS:
@@ -201,10 +190,8 @@ def _swept_models(evidence: Evidence) -> list[list[lr_law.SweptModel]]:
 
 
 def model_groups(evidence: Evidence) -> list[tuple[str, list[lr_law.SweptModel]]]:
-    """Return the groups of models with one dataset, batch size and length, each after its name.
-
-    Groups of fewer than MIN_MODELS models are left out, unless no group is larger: then the largest are judged.
-    """
+    """Return the groups of models with one dataset, batch size and length, each after its name: those of MIN_MODELS
+    models or more, or else the largest."""
     groups, named = _swept_models(evidence), []
     largest = max(map(len, groups), default=0)
     unjudged_if(largest < 2, "no two models with FullFT and LoRA swept on the same data")
@@ -326,9 +313,8 @@ def _mean_regret(
 ) -> Estimate:
     """Estimate the mean over models of the regret of a method, from the `prediction_errors` of all arms.
 
-    The errors of all optima are drawn together and move both the law's predictions and the optima. A regret is a
-    square, so its draws lie above the estimate on average. Their distance from it is therefore taken to both sides,
-    which makes the interval wide rather than shifted.
+    A regret is a square, so its draws lie above the estimate on average. Their distance from it is therefore taken to
+    both sides, which makes the interval wide rather than shifted.
     """
     chosen = np.array([arm_method == method for _, arm_method in arms])
     steepness = np.array([optimum.steepness for optimum in optima])[chosen]
@@ -403,13 +389,10 @@ def _law_predicts_the_optimum(models: list[lr_law.SweptModel]) -> Finding:
     return replace(decisive, reason=f"{decisive.reason}; {constants}")
 
 
-@_claim(
-    "B8",
-    conditions=(
-        papers_alpha,
-        *(scope.widths(SMALLEST_WIDTH, 2, _PRESETS, family) for family in lr_law.PUBLISHED.exponents),
-    ),
-)
+_FAMILY_WIDTHS = (scope.widths(SMALLEST_WIDTH, 2, _PRESETS, family) for family in lr_law.PUBLISHED.exponents)
+
+
+@_claim("B8", conditions=(papers_alpha, *_FAMILY_WIDTHS))
 def _families_scale_differently(models: list[lr_law.SweptModel]) -> Iterator[Finding]:
     by_family = {name: [model for model in models if model.lineage == name] for name in lr_law.PUBLISHED.exponents}
     unjudged_if(not any(by_family.values()), "no models of the Llama and Qwen families")

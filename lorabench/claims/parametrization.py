@@ -47,6 +47,12 @@ recorded steps."""
 
 _STANDARD_RULE = invariances.RULES[0.0]
 
+_PAIR = [
+    *invariances.PAIR_SETTING,
+    *(f"{name}_{end}" for name in invariances.CONFIGURATION for end in ("fast", "slow")),
+]
+"""The columns that are equal in pairs of runs which differ in the seed alone."""
+
 _derivation = partial(claim, over=lora_runs)
 
 
@@ -56,8 +62,7 @@ def _flat(rows: pd.DataFrame) -> Finding:
     findings, texts = [], []
     for row in rows[rows["rank"] < top].to_dict("records"):
         texts.append(f"r{row['rank']} {number(row['estimate'], 3)}")
-        problems = few_seeds(row["n_seeds"])
-        rule = Within(*FLAT_BAND)
+        rule, problems = Within(*FLAT_BAND), few_seeds(row["n_seeds"])
         findings.append(decide(rule, row["estimate"], "", run_ids, problems, "a ratio of 1 within 5%"))
     decisive = worst(findings)
     text = f"first descent over that of r{top}: {', '.join(texts)}, {seeds} seeds{decisive.reason}"
@@ -68,11 +73,8 @@ def _flat(rows: pd.DataFrame) -> Finding:
 def _first_update_rank_independent(lora: Evidence) -> Iterator[Finding]:
     ratios = invariances.descent_ratios(invariances.first_descents(lora.runs, lora.curves))
     unjudged_if(ratios.empty, "no descent at step 1")
-    # First descents are compared between runs that agree in all but the rank and the rule of alpha.
-    groups = [
-        group for _, group in ratios.groupby(["model", "dataset", "placement", "batch_size", "eps"], dropna=False)
-    ]
-    comparable = [group for group in groups if (group["rule"] == _STANDARD_RULE).sum() > 1]
+    groups = ratios.groupby(invariances.BATCHES, dropna=False)
+    comparable = [group for _, group in groups if (group["rule"] == _STANDARD_RULE).sum() > 1]
     text = f"fewer than two ranks with alpha {STANDARD['alpha']:g}"
     unjudged_if(not comparable, text, "inconclusive", Remedy(f"another rank with alpha {STANDARD['alpha']:g}"))
     for group in comparable:
@@ -115,19 +117,19 @@ def _equivalent_trajectories(tested: tuple[pd.DataFrame, pd.DataFrame]) -> Findi
         f"{_named(furthest, 'fast')} and {_named(furthest, 'slow')}{at_eps}) over {steps} steps"
     )
     text += f"; {len(control)} other pairs by at least {least:.2g}" if len(control) else ""
-    problems = []
+    problems, alike = [], largest <= IDENTICAL
     if len(equal) < int(pairs["equivalent"].sum()):
         problems.append(Problem("some equivalent pairs have no training losses"))
-    if largest > IDENTICAL and not eps <= ZERO_EPS:
+    if not alike and not eps <= ZERO_EPS:
         remedy = Remedy(f"runs with an epsilon of {ZERO_EPS:g} or less")
         problems.append(Problem("epsilon is not near the zero that the argument is about", remedy))
-    if largest <= IDENTICAL and steps < TRAJECTORY_STEPS:
+    if alike and steps < TRAJECTORY_STEPS:
         remedy = Remedy(f"runs of {TRAJECTORY_STEPS} steps")
         problems.append(Problem(f"fewer than {TRAJECTORY_STEPS} steps in common", remedy))
-    if largest <= IDENTICAL and control.empty:
+    if alike and control.empty:
         remedy = Remedy("a run that should differ, such as at another LR")
         problems.append(Problem("no pair that should differ", remedy))
-    elif largest <= IDENTICAL and not least > IDENTICAL:
+    elif alike and not least > IDENTICAL:
         problems.append(Problem("runs that should differ do not, so the measure can't tell them apart"))
     run_ids = last[["run_id_fast", "run_id_slow"]].to_numpy().ravel()
     margin_rule = "the numerical precision of a training loss"
@@ -151,12 +153,10 @@ def _same_initial_slope(lora: Evidence) -> Finding:
     both = pairs.assign(fast=fast.map(falls), slow=slow.map(falls), moved=fast.map(moved))
     both = both.dropna(subset=["fast", "slow"])
     unjudged_if(both.empty, f"no validation losses at step 0 and up to step {SLOPE_STEPS}")
-    names = [f"{name}_{speed}" for name in invariances.CONFIGURATION for speed in ("fast", "slow")]
-    all_pairs = [pair for _, pair in both.groupby([*invariances.PAIR_SETTING, *names], dropna=False)]
+    all_pairs = [pair for _, pair in both.groupby(_PAIR, dropna=False)]
     still = [pair for pair in all_pairs if not pair["moved"].max() > STILL]
-    left_out = (
-        f"{len(all_pairs) - len(still)} pairs left out, whose A moved by more than {STILL:.0%} in {SLOPE_STEPS} steps"
-    )
+    lost = len(all_pairs) - len(still)
+    left_out = f"{lost} pairs left out, whose A moved by more than {STILL:.0%} in {SLOPE_STEPS} steps"
     unjudged_if(not still, left_out, "inconclusive", Remedy("the same pairs at a smaller LR_A"))
     findings = []
     for pair in still:
@@ -177,11 +177,8 @@ def _same_initial_slope(lora: Evidence) -> Finding:
 
 
 def _time_cells(times: pd.DataFrame) -> pd.DataFrame:
-    """Return one time until A has moved for each setting and update scale (column group), and time scale.
-
-    Runs that are equivalent are one cell, as are seeds. The log times of a cell are averaged; if A did not move that
-    far in a run, or had done so by its first record, the mean is a bound as that run's limit is (see `move_times`).
-    """
+    """Return the mean log time until A has moved for each setting and update scale (column group), and time scale; it
+    is a bound as the limit of one of the runs is (see `move_times`)."""
     scales = {name: times[name].map(lambda value: f"{value:.9g}") for name in ("update_scale", "time_scale")}
     keyed = times.assign(**{f"{name}_key": scale for name, scale in scales.items()})
     keyed["group"] = keyed.groupby([*invariances.PAIR_SETTING, "update_scale_key"], dropna=False, sort=False).ngroup()
@@ -257,18 +254,14 @@ def tuned_variants(evidence: Evidence) -> list[tuple[str, Variants]]:
 
 def most_examples(named: Named) -> Named:
     """Choose, for each model, the comparisons with the most examples seen, random facts left out."""
-    by_model: dict[str, list[tuple[float, str, Comparison]]] = {}
+    by_model: dict[str, list[tuple[float, tuple[str, Comparison]]]] = {}
     for name, comparison in learning(named):
         first = comparison.runs.iloc[0]
         if comparison.lora:
             seen = first["steps"] * first["batch_size"]
-            by_model.setdefault(first["model"], []).append((0.0 if pd.isna(seen) else float(seen), name, comparison))
-    return [
-        (f"{name} (longest runs, {comparison.runs['steps'].iloc[0]} steps)", comparison)
-        for by_size in by_model.values()
-        for seen, name, comparison in by_size
-        if seen == max(size for size, _, _ in by_size)
-    ]
+            longest = f"{name} (longest runs, {first['steps']} steps)", comparison
+            by_model.setdefault(first["model"], []).append((0.0 if pd.isna(seen) else float(seen), longest))
+    return [pair for pairs in by_model.values() for seen, pair in pairs if seen == max(size for size, _ in pairs)]
 
 
 @claim("C9", over=tuned_variants)
@@ -276,12 +269,8 @@ def _standard_near_optimal(tuned: Variants) -> Finding:
     comparison, standard, variants = tuned
     gaps = [comparison.judge_gap(lambda margin: Within(-margin, math.inf), arm, standard) for arm in variants]
     remedy = Remedy("variants of alpha and of LR_B/LR_A, each with an LR grid")
-    missing = [
-        Problem(f"no variant of {name}", remedy)
-        for name in ("alpha", "lr_ratio")
-        if all(arm[name] is None or arm[name] == STANDARD[name] for arm in variants)
-    ]
-    return doubted(together(gaps), missing, ["confirmed"])
+    fixed = [name for name in ("alpha", "lr_ratio") if all(arm[name] in (None, STANDARD[name]) for arm in variants)]
+    return doubted(together(gaps), [Problem(f"no variant of {name}", remedy) for name in fixed], ["confirmed"])
 
 
 @claim("C10", over=chosen(at_papers_alpha, most_examples), conditions=(papers_alpha, whole_runs))
@@ -330,8 +319,7 @@ def _effective_lr_grows(lora: Evidence) -> Finding:
             judged = replace(judged, reason=reason, remedy=Remedy("runs with a tenth of LR_A and the same LR_B"))
         alone.append(as_ratio(without(judged, "contradicted")))
     growth = invariances.update_growth(invariances.fixed_a_controls(lora.runs), lora.curves)
-    names = [f"{name}_{speed}" for name in invariances.CONFIGURATION for speed in ("fast", "slow")]
-    for _, pairs in growth.groupby([*invariances.PAIR_SETTING, *names], dropna=False):
+    for _, pairs in growth.groupby(_PAIR, dropna=False):
         first = pairs.iloc[0]
         rank, fast, slow = first["rank"], f"LR {first['lr_fast']:g}", f"{first['lr_slow']:g}"
         over_control = mean_over_seeds(np.log(pairs["growth"]), f"growth r{rank} {fast} over LR {slow}")

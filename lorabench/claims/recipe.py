@@ -1,8 +1,7 @@
 """The practical recipe from runs: does LoRA match full fine-tuning, and at which learning rate and rank?
 
-Every arm is taken at the minimum that is fitted to its test losses around its optimal learning rate (`loss_fit`). By
-the rule of the claims on equal losses (`Comparison.equal_losses`), LoRA matches if the 90% interval of its loss minus
-that of full fine-tuning lies below the margin; a better LoRA matches too. In RL all losses are error rates.
+Every arm is taken at its fitted minimum. LoRA matches if its loss is that of full fine-tuning or lower, by the rule of
+the claims on equal losses (`Comparison.equal_losses`). In RL all losses are error rates.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import COMPARED, NEEDED_BY, Arm, Comparison, Judging, Task, comparisons
 from lorabench.analysis.estimate import unknown
 from lorabench.analysis.finding import Finding
-from lorabench.analysis.fit_rows import MIN_LRS
+from lorabench.analysis.invariances import with_lr_grid
 from lorabench.analysis.optima import ratio_interval
 from lorabench.analysis.rules import Margin
 from lorabench.claims.reinforcement import if_learned, rewarded_errors
@@ -88,30 +87,13 @@ class RankRecommendation:
     """The smallest difference of losses that matters."""
 
 
-@dataclass(frozen=True)
-class MeasuredRecipe:
-    """The recommendations from a table of runs."""
-
-    recommendations: tuple[RankRecommendation, ...]
-    """The recommended rank and LR of each comparison of LoRA with full fine-tuning."""
-
-    @property
-    def answer(self) -> MatchAnswer | Literal["mixed"] | None:
-        """The answer of all comparisons together; `mixed` if they differ, None without any."""
-        answers = {recommendation.answer for recommendation in self.recommendations}
-        return answers.pop() if len(answers) == 1 else "mixed" if answers else None
-
-
 def measured_recipe(
     runs: pd.DataFrame, curves: pd.DataFrame | None = None, judging: Judging | None = None
-) -> MeasuredRecipe:
-    """Derive recommendations from runs, each for full fine-tuning and LoRA on all layers with MIN_LRS or more LRs.
+) -> list[RankRecommendation]:
+    """Recommend a rank and LR for each comparison of full fine-tuning and LoRA on all layers, with MIN_LRS or more LRs.
 
-    Of LoRA, the arms that stand for it count (see `judged_arms`). RL problems on which no run ever got a reward are
-    left out, and so is a task that lacks columns of NEEDED_BY.
-
-    Raises:
-        UserError: see `check_runs`.
+    Of LoRA, the arms that stand for it count (see `judged_arms`). A task that lacks columns of NEEDED_BY is left out.
+    There are the errors of `check_runs`.
     """
     recommendations: list[RankRecommendation] = []
     rl, curves = is_rl(runs), pd.DataFrame() if curves is None else curves
@@ -122,13 +104,10 @@ def measured_recipe(
         standard = with_all_columns(chosen[judged_arms(chosen)], "runs")
         standard = rewarded_errors(standard) if task == "rl" else standard
         on_all_layers = standard[standard["placement"].isna() | standard["placement"].eq("all")]
-        for comparison in comparisons(on_all_layers, curves, judging):
-            rows = [arm_runs for arm_runs in comparison.rows.values() if arm_runs["lr"].nunique() >= MIN_LRS]
-            if rows:
-                tuned = Comparison(comparison.label, pd.concat(rows), comparison.curves, comparison.judging)
-                if tuned.fullft and tuned.lora:
-                    recommendations.append(_recommendation(tuned, tuned.fullft))
-    return MeasuredRecipe(tuple(recommendations))
+        for comparison in comparisons(with_lr_grid(on_all_layers), curves, judging):
+            if comparison.fullft and comparison.lora:
+                recommendations.append(_recommendation(comparison, comparison.fullft))
+    return recommendations
 
 
 def _recommendation(comparison: Comparison, fullft: Arm) -> RankRecommendation:
@@ -150,15 +129,9 @@ def _recommendation(comparison: Comparison, fullft: Arm) -> RankRecommendation:
         if choice.answer == "yes" and all(choice.loss - higher.loss < margin.value for higher in lora[number + 1 :])
     ]
     best = min(giving, key=lambda choice: math.inf if math.isnan(choice.loss) else choice.loss)
-    shared = {name: comparison.arms[0][name] for name in COMPARED}
-    return RankRecommendation(
-        setting={"task": "rl" if comparison.is_rl else "sft", **shared},
-        answer=answer,
-        fullft=_choice(comparison, fullft),
-        lora=tuple(lora),
-        use=enough[0] if enough else best,
-        margin=margin,
-    )
+    setting = {"task": "rl" if comparison.is_rl else "sft", **{name: fullft[name] for name in COMPARED}}
+    use = enough[0] if enough else best
+    return RankRecommendation(setting, answer, _choice(comparison, fullft), tuple(lora), use, margin)
 
 
 def _choice(comparison: Comparison, arm: Arm) -> Choice:

@@ -16,8 +16,8 @@ import pandas as pd
 from lorabench.analysis import rewards
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import arm_label, kept
-from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, comparisons, require
-from lorabench.analysis.curves import curves_by_seed, paired, scan
+from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, comparisons, highest_and_full, require
+from lorabench.analysis.curves import curves_by_seed, metric_points, paired, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, normal
 from lorabench.analysis.finding import MIN_SEEDS, Finding, decide, finding, together, worst
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
@@ -25,7 +25,7 @@ from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_rat
 from lorabench.analysis.rewards import FAR, MAX_TRUNCATED, MIN_GAIN, NEAR, TestReward, beyond_controls, with_error_rates
 from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within
 from lorabench.claims import scope
-from lorabench.claims.claim import Evidence, claim, doubted, highest_and_full, judge_each, number, unjudged_if
+from lorabench.claims.claim import Evidence, claim, doubted, judge_each, number, unjudged_if
 from lorabench.claims.scope import RL_PRESETS, Named
 from lorabench.runs import GOOD
 from lorabench.store.checks import is_rl
@@ -69,10 +69,8 @@ def rewarded_errors(runs: pd.DataFrame, test_reward: TestReward = "final_reward"
 
 @kept
 def problem_sets(evidence: Evidence, test_reward: TestReward = "final_reward") -> Named:
-    """Return the comparisons of error rates on each model and problem set, by one of the test rewards of a run.
-
-    See `rewarded_errors`; a problem set on which no run ever got a reward is evidence for claim F7 only.
-    """
+    """Return the comparisons of error rates (see `rewarded_errors`) on each model and problem set; one on which no run
+    ever got a reward is evidence for claim F7 only."""
     runs = rewarded_errors(evidence.runs[judged_arms(evidence.runs)], test_reward)
     compared = comparisons(runs, evidence.curves, evidence.judging)
     unjudged_if(not compared, "no run ever got a reward")
@@ -101,10 +99,8 @@ rl_claim = partial(claim, over=problem_sets, columns=("base_reward",), condition
 
 
 def if_learned(comparison: Comparison, judged: Finding, arms: Sequence[Arm]) -> Finding:
-    """Return the finding with the accuracies of arms added; it is inconclusive where one of them has not learned.
-
-    Arms that have not learned are alike whatever the claim says.
-    """
+    """Return the finding with the accuracies of arms added; it is inconclusive where one of them has not learned, since
+    such arms are alike whatever the claim says."""
     if not arms:
         return judged
     base = float(comparison.runs["base_reward"].astype(float).mean())
@@ -121,10 +117,8 @@ def if_learned(comparison: Comparison, judged: Finding, arms: Sequence[Arm]) -> 
 
 
 def at_one_peak(judged: Finding, comparison: Comparison, arms: Sequence[Arm]) -> Finding:
-    """Return the finding on peaks of arms; it is inconclusive where a peak is a plateau.
-
-    It is a plateau if all seeds have one accuracy, as policies have that end at one rule.
-    """
+    """Return the finding on peaks of arms; it is inconclusive where a peak is a plateau: all seeds have one accuracy,
+    as policies have that end at one rule."""
     problems = []
     for arm in arms:
         errors = comparison.at_optimum(arm)["test_loss"].astype(float)
@@ -231,32 +225,23 @@ def curve_problems(comparison: Comparison, arms: Sequence[Arm], n_seeds: int) ->
     return problems
 
 
-def points_at_optimum(comparison: Comparison, arm: Arm, split: str, metric: str) -> pd.DataFrame:
-    """Return seed, step and value of a metric at the LR of an arm's grid that is nearest to its fitted optimum."""
-    points, chosen = comparison.points(split, metric), comparison.at_optimum(arm)
-    run = pd.Index(chosen["run_id"]).get_indexer(points["run_id"])
-    of_arm: pd.DataFrame = points[run >= 0]
-    return of_arm.assign(seed=chosen["seed"].to_numpy()[run[run >= 0]])
-
-
 @kept
+def curves_near_optimum(comparison: Comparison, arm: Arm, split: str, metric: str) -> pd.DataFrame:
+    """Return a metric at the LR of an arm's grid that is nearest to its fitted optimum, by step (index) and seed."""
+    return curves_by_seed(comparison.at_optimum(arm), comparison.points(split, metric))
+
+
 def tenths(comparison: Comparison, arm: Arm, metric: str) -> pd.DataFrame:
     """Return means of a train metric at that LR, a row per seed and a column (1 to 10) per tenth of the steps."""
-    points = points_at_optimum(comparison, arm, "train", metric)
-    last = arm["steps"] or points["step"].max()
-    values = points[points["step"] > 0].astype({"step": float, "value": float})
-    tenth = (10 * values["step"] / last).map(math.ceil).clip(1, 10).rename("tenth")
-    return values.groupby(["seed", tenth])["value"].mean().unstack()
+    curves = curves_near_optimum(comparison, arm, "train", metric)
+    tenth = np.ceil(10 * curves.index.to_numpy(float) / (arm["steps"] or curves.index.max())).clip(max=10)
+    return curves.groupby(tenth).mean().drop(index=0.0, errors="ignore").T
 
 
 def progress_windows(steps: Sequence[int], rewards: pd.Series[float]) -> list[tuple[int, int]]:
-    """Split steps into BEFORE windows up to the plateau of train rewards and AFTER windows from there, if there are as
-    many.
-
-    The plateau begins where running means of the rewards over a tenth of the steps have made the share PLATEAU of their
-    rise from the first to the last tenth; without a rise it is the last step. Before the first update all arms are the
-    base model, so step 1 does not count.
-    """
+    """Split steps from 2 on into BEFORE windows up to the plateau of train rewards and AFTER windows from there, if
+    there are as many. It begins where running means of the rewards over a tenth of the steps have made the share
+    PLATEAU of their rise from the first to the last tenth; without a rise it is the last step."""
     tenth = max(1, len(rewards) // 10)
     smooth = rewards.rolling(tenth, center=True, min_periods=1).mean()
     first, last = float(rewards.iloc[:tenth].mean()), float(rewards.iloc[-tenth:].mean())
@@ -270,13 +255,11 @@ def progress_windows(steps: Sequence[int], rewards: pd.Series[float]) -> list[tu
 @rl_claim("F3")
 @each_rank
 def _same_progress(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
-    runs, others = comparison.at_optimum(lora), comparison.at_optimum(fullft)
-    by_seed = [curves_by_seed(rows, comparison.points("train", "reward")) for rows in (runs, others)]
+    own, full = (curves_near_optimum(comparison, arm, "train", "reward") for arm in (lora, fullft))
     name = f"{comparison.label} {arm_label(lora)} {arm_label(fullft)}"
-    curves = paired(runs, others, by_seed[0], by_seed[1], name)
+    curves = paired(comparison.at_optimum(lora), comparison.at_optimum(fullft), own, full, name)
     unjudged_if(curves.by_seed.empty, "no train rewards at steps that FullFT has too")
-    rewards = points_at_optimum(comparison, fullft, "train", "reward").groupby("step")["value"].mean()
-    windows = progress_windows(curves.by_seed.index.tolist(), rewards.astype(float))
+    windows = progress_windows(curves.by_seed.index.tolist(), full.mean(axis=1))
     margin = comparison.margin
     problems = [*curve_problems(comparison, [lora, fullft], curves.n_seeds), *margin.problems]
     text, signed = "train reward - FullFT's = {}", partial(number, digits=4, sign="+")
@@ -285,12 +268,7 @@ def _same_progress(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
 
 def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
     """Judge F4 for one further set and one rank."""
-    own, full = (
-        points_at_optimum(comparison, arm, name, "accuracy")
-        .pivot(index="seed", columns="step", values="value")
-        .astype(float)
-        for arm in (lora, fullft)
-    )
+    own, full = (curves_near_optimum(comparison, arm, name, "accuracy").T for arm in (lora, fullft))
     steps = [step for step in full.columns.intersection(own.columns).astype(int).tolist() if step > 0]
     paired = [seed for seed in own.index if seed in full.index]
     lacking = not steps or not paired or 0 not in full
@@ -300,10 +278,10 @@ def _follows(name: str, comparison: Comparison, lora: Arm, fullft: Arm) -> Findi
     problems = [*curve_problems(comparison, [lora, fullft], len(paired)), *margin.problems]
     if not after - before >= MIN_GAIN:
         problems.append(Problem(f"FullFT gains less than {MIN_GAIN:g} on it"))
-    counts = points_at_optimum(comparison, fullft, name, "n_problems")["value"]
+    counts = curves_near_optimum(comparison, fullft, name, "n_problems")
     if counts.empty:
         problems.append(Problem("the number of problems is not known"))
-    n_problems = 0 if counts.empty else int(counts.min())
+    n_problems = 0 if counts.empty else int(np.nanmin(counts))
     ids = pd.concat([comparison.at_optimum(arm) for arm in (lora, fullft)])["run_id"]
     findings = []
     for step in steps:
@@ -367,17 +345,15 @@ def _same_growth_of_responses(comparison: Comparison, lora: Arm, fullft: Arm) ->
 
 @claim("F7", columns=("base_reward",))
 def _equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
-    runs, curves, names = evidence.runs, evidence.curves, ["equal_groups", "grad_norm"]
-    if curves.empty:
-        curves = pd.DataFrame(columns=["run_id", "step", "split", "metric", "value"])
-    at_train = curves[curves["split"].eq("train") & curves["metric"].isin(names) & curves["value"].notna()]
-    steps = at_train.pivot(index=["run_id", "step"], columns="metric", values="value").reindex(columns=names).dropna()
+    runs, curves, names = evidence.runs, evidence.curves, ("equal_groups", "grad_norm")
+    points = [metric_points(curves, "train", name).set_index(["run_id", "step"])["value"] for name in names]
+    steps = pd.concat(points, axis=1, keys=names).dropna()
     equal = steps["equal_groups"] == 1
     least = runs["run_id"].map(steps["equal_groups"].groupby("run_id").min())
     never = runs[runs["status"].eq("unrewarded") | (runs["status"].ne("diverged") & least.eq(1).fillna(False))]
     unjudged_if(not equal.any() and never.empty, "no step whose groups all have equal rewards")
-    at_start = curves["split"].eq("validation") & curves["metric"].eq("accuracy") & curves["step"].eq(0)
-    base = never["run_id"].map(curves[at_start].set_index("run_id")["value"])
+    accuracies = metric_points(curves, "validation", "accuracy")
+    base = never["run_id"].map(accuracies[accuracies["step"] == 0].set_index("run_id")["value"])
     pairs = [(never["base_reward"], never["final_reward"]), (base, never["final_valid_reward"])]
     both = [never[["run_id"]].assign(before=before.astype(float), after=after.astype(float)) for before, after in pairs]
     before_and_after = pd.concat(both).dropna()
@@ -390,9 +366,7 @@ def _equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
         problems.append(Problem("no step whose groups all have equal rewards has a gradient norm"))
     if len(before_and_after):
         n_runs = before_and_after["run_id"].nunique()
-        texts.append(
-            f"of {n_runs} runs without other steps {changed.sum()} of {len(before_and_after)} accuracies changed"
-        )
+        texts.append(f"of {n_runs} runs without other steps {changed.sum()} of {len(changed)} accuracies changed")
     if not learning.any():
         problems.append(Problem("no step learns, so the gradients of 0 check nothing"))
     verdict: Verdict = "confirmed"
@@ -410,10 +384,8 @@ _FIRST_EPOCH = ("first_epoch_nats", "first_epoch_scored_tokens")
 
 
 def sft_of_problem_sets(evidence: Evidence) -> list[tuple[str, tuple[Comparison, pd.DataFrame]]]:
-    """Return each model and problem set with the first epochs of the model's supervised runs, after its name.
-
-    The table of first epochs has a row per dataset: dataset, run_ids, and bits (per scored token, by run).
-    """
+    """Return each model and problem set, after its name, with the first epochs of the model's supervised runs by
+    dataset: run_ids, and bits (per scored token, by run)."""
     sft = evidence.every_run[~is_rl(evidence.every_run)]
     lengths = description_lengths(sft[~is_memorisation(sft)])
     by_run = sft.set_index("run_id")[list(_FIRST_EPOCH)].astype(float)
@@ -434,9 +406,9 @@ def _fewer_bits_per_token(compared: tuple[Comparison, pd.DataFrame]) -> Finding:
     unjudged_if(tokens.empty, "no response lengths")
     per_episode = mean_over_seeds(tokens, f"tokens of {comparison.label}")
     episodes = f"{per_episode.value:.3g} tokens per episode, at most 1 bit each"
-    rewards = points_at_optimum(comparison, arm, "train", "reward")["value"].to_numpy(float)
-    if len(rewards):
-        bits = float(np.mean(entr(rewards) + entr(1 - rewards))) / math.log(2)
+    rewards = curves_near_optimum(comparison, arm, "train", "reward").to_numpy(float)
+    if rewards.size:
+        bits = float(np.nanmean(entr(rewards) + entr(1 - rewards))) / math.log(2)
         episodes += f" ({bits:.2f} by the mean rewards)"
     findings = []
     for row in epochs.to_dict("records"):

@@ -2,8 +2,7 @@
 
 It covers the code of `lorabench.analysis`, `lorabench.claims`, `lorabench.runs` and the packages of studies but for
 their figures and scripts, the texts of all claims, the number of draws of an error, and the margins and predictions of
-a preset. Two verdicts with the same hash were reached by the same rules. Comments, docstrings and the layout of code
-and texts do not count, and neither does the version of Python.
+a preset. Comments, docstrings, the layout of code and texts, and the version of Python do not count.
 """
 
 from __future__ import annotations
@@ -23,10 +22,8 @@ _PARTS = ("analysis/*.py", "claims/*.py", "claims/*.yaml", "runs.py")
 
 
 def rules_sha256(margins: Margins | None = None, predictions: Predictions | None = None) -> str:
-    """Return the SHA-256, in hexadecimal, of the code that judges, the margins and the predictions.
-
-    Without margins or predictions the default ones hold, as in `judge_claims`.
-    """
+    """Return the SHA-256, in hexadecimal, of the code that judges, the margins and the predictions, or the default ones
+    as in `judge_claims`."""
     predicted = default_predictions() if predictions is None else predictions
     return digest([_code(), N_DRAWS, (margins or DEFAULT_MARGINS).model_dump(), predicted], 64)
 

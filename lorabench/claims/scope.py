@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial, reduce
 
 import pandas as pd
 
@@ -36,10 +37,8 @@ def chosen(*steps: Callable[[Named], Named]) -> Callable[[Evidence], Named]:
     """Return a function that chooses from all comparisons of the evidence by several steps, one after the other."""
 
     def choose(evidence: Evidence) -> Named:
-        named = [(comparison.label, comparison) for comparison in evidence.comparisons]
-        for step in steps:
-            named = step(named)
-        return named
+        every: Named = [(comparison.label, comparison) for comparison in evidence.comparisons]
+        return reduce(lambda named, step: step(named), steps, every)
 
     return choose
 
@@ -70,10 +69,8 @@ sweeps_of_both = those(lambda comparison: comparison.fullft and comparison.highe
 
 
 def _at_alpha(text: str, fits: Callable[[AlphaRule], bool]) -> tuple[Condition, Callable[[Named], Named]]:
-    """Return the condition that LoRA is judged at some alpha, and the step that leaves out comparisons at others.
-
-    The step leaves out none if all are at others.
-    """
+    """Return the condition that LoRA is judged at some alpha, and the step that leaves out comparisons at others, but
+    not all of them."""
 
     # Every shipped preset has alpha 32; these two have runs for each of the claims.
     @condition(text, "core", "paper")
@@ -93,30 +90,14 @@ one_alpha, at_one_alpha = _at_alpha("LoRA with one alpha at all ranks", lambda r
 
 def longest_runs(named: Named) -> Named:
     """Choose, for each model and dataset, the comparison with the most steps; shorter runs are its beginning."""
-    longest: dict[tuple[str, str], tuple[str, Comparison]] = {}
+    by_data: dict[tuple[str, str], Named] = {}
     for name, comparison in named:
-        key = (comparison.runs["model"].iloc[0], comparison.runs["dataset"].iloc[0])
-        _, known = longest.setdefault(key, (name, comparison))
-        if comparison.runs["steps"].fillna(0).max() > known.runs["steps"].fillna(0).max():
-            longest[key] = (name, comparison)
-    return list(longest.values())
+        first = comparison.runs.iloc[0]
+        by_data.setdefault((first["model"], first["dataset"]), []).append((name, comparison))
+    return [max(of_data, key=lambda pair: pair[1].runs["steps"].fillna(0).max()) for of_data in by_data.values()]
 
 
-def longest_run(named: Named) -> Named:
-    """Choose, for each model, the dataset with the most examples seen, and its comparison with the most steps."""
-
-    def examples(runs: pd.DataFrame) -> float:
-        return float((runs["steps"] * runs["batch_size"]).max())
-
-    return _by_size(longest_runs(named), "steps", examples, "most examples")
-
-
-def smallest_dataset(named: Named) -> Named:
-    """Choose, for each model, the dataset with the fewest train tokens."""
-    return _by_size(named, "train_tokens", lambda runs: -float(runs["train_tokens"].max()), "fewest tokens")
-
-
-def _by_size(named: Named, column: str, size: Callable[[pd.DataFrame], float], why: str) -> Named:
+def _by_size(column: str, size: Callable[[pd.DataFrame], float], why: str, named: Named) -> Named:
     by_model: dict[str, dict[str, Named]] = {}
     for name, comparison in named:
         first = comparison.runs.iloc[0]
@@ -134,11 +115,19 @@ def _by_size(named: Named, column: str, size: Callable[[pd.DataFrame], float], w
     return picked
 
 
-def lora_runs(evidence: Evidence) -> list[tuple[str, Evidence]]:
-    """Return the evidence of the LoRA runs of each model and dataset, in any parametrization, after its name.
+smallest_dataset = partial(_by_size, "train_tokens", lambda runs: -runs["train_tokens"].max(), "fewest tokens")
+"""Choose, for each model, the dataset with the fewest train tokens."""
 
-    Its runs have the columns of `with_scales`.
-    """
+
+def longest_run(named: Named) -> Named:
+    """Choose, for each model, the dataset with the most examples seen, and its comparison with the most steps."""
+    return _by_size(
+        "steps", lambda runs: (runs["steps"] * runs["batch_size"]).max(), "most examples", longest_runs(named)
+    )
+
+
+def lora_runs(evidence: Evidence) -> list[tuple[str, Evidence]]:
+    """Return the evidence of the LoRA runs of each model and dataset (see `with_scales`), after its name."""
     groups = with_scales(evidence.runs).groupby(["model", "dataset"])
     return [(f"{model}/{dataset}", replace(evidence, runs=runs)) for (model, dataset), runs in groups]
 
@@ -152,7 +141,6 @@ def _most_steps(evidence: Evidence) -> float:
 
 @condition(f"runs of {FULL_STEPS:,} steps or more", "long_runs", "first_gpu", "core", "paper")
 def whole_runs(evidence: Evidence) -> str | None:
-    # The paper's runs take thousands of steps.
     steps = _most_steps(evidence)
     return f"at most {steps:,.0f} steps" if steps < FULL_STEPS else None
 
@@ -162,7 +150,6 @@ def whole_runs(evidence: Evidence) -> str | None:
     *("laptop_more", "long_runs", "lr_ratio", "overnight", "smollm2", "first_gpu", "core", "paper"),
 )
 def longer_runs(evidence: Evidence) -> str | None:
-    # The paper has a higher LR ratio for shorter ones.
     steps = _most_steps(evidence)
     return f"at most {steps:,.0f} steps" if steps <= SHORT_RUN else None
 
@@ -173,7 +160,6 @@ GENERATED = ("instruct", "worked", "facts", "arithmetic", "sums")
 
 @condition("natural text", "overnight", "first_gpu", "core", "paper")
 def natural_text(evidence: Evidence) -> str | None:
-    # Text that people or large models wrote.
     generated = evidence.runs["data_kind"].isin(GENERATED) if "data_kind" in evidence.runs else pd.Series(dtype=bool)
     return "text that a program generated" if len(generated) and bool(generated.all()) else None
 
@@ -217,10 +203,8 @@ def swept(evidence: Evidence) -> str | None:
 
 
 def _is_bracketed(rows: pd.DataFrame) -> bool:
-    """Return whether the best LR of an arm of RL lies between two worse ones, with MIN_SEEDS seeds at all three.
-
-    A diverged or sick run is worse than any other.
-    """
+    """Return whether the best LR of an arm of RL lies between two worse ones, with MIN_SEEDS seeds at all three; a
+    diverged or sick run is worse than any other."""
     by_lr = with_error_rates(rows).groupby("lr")
     losses = by_lr["validation_loss"].agg(lambda losses: losses.astype(float).fillna(1.0).mean())
     lrs = losses.index.tolist()

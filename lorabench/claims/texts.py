@@ -1,8 +1,7 @@
 """What claims say: their texts, which a YAML file beside the module of their judges has, under the module's name.
 
-Its `claims` have the fields of `Claim` that are no code. A name in braces in a text is a constant of the module, or one
-of another module after that module's name, or a text in the file's `shared` or in `shared.yaml`. It may have an index
-and a format: `{FLAT_BAND[0]:g}`, `{rewards.LEAD:g}`, `{sweep}`.
+Its `claims` have the fields of `Claim` that are no code. A name in braces is a constant of the module, or of another
+one (`{rewards.LEAD:g}`), or a text in the file's `shared` or in `shared.yaml` (`{sweep}`).
 """
 
 from __future__ import annotations
@@ -26,11 +25,8 @@ _SHARED = read_yaml(Path(__file__).with_name("shared.yaml"))
 
 
 def claims_of(module: ModuleType) -> list[Claim]:
-    """Return the claims that a module judges, in the order of its YAML file.
-
-    Raises:
-        ValueError: a claim has a text but no judge, or a judge but no text; or a field or a name in a text is unknown.
-    """
+    """Return the claims that a module judges, in the order of its YAML file; a ValueError says if one has a text but no
+    judge, or a judge but no text, or if a field or a name in a text is unknown."""
     path = Path(str(module.__file__)).with_suffix(".yaml")
     texts, judges = read_yaml(path), JUDGES[module.__name__]
     if alone := sorted(judges.keys() ^ texts["claims"].keys()):

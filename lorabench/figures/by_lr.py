@@ -19,7 +19,7 @@ from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.arms import ARM, arm_label, with_losses
 from lorabench.analysis.comparison import Comparison, comparisons
-from lorabench.analysis.curves import at_end, at_step
+from lorabench.analysis.curves import at_step
 from lorabench.analysis.published import paper_numbers, sweep_of
 from lorabench.claims.learning_rate import SHORT_STEPS
 from lorabench.figures import grid, style
@@ -316,7 +316,7 @@ def _rows_by_length(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     # A table without the length of its runs holds runs of one length.
     full = int(runs["steps"].fillna(max(evaluated, default=0)).iloc[0])
     by_step = {step: at_step(runs, curves, step) for step in evaluated if step < full}
-    by_step[full] = at_end(runs).assign(steps=full)
+    by_step[full] = runs.assign(final_test_nll=runs["final_valid_nll"], steps=full)
     by_length = {step: comparisons(as_of, curves)[0] for step, as_of in by_step.items() if len(as_of)}
     parts = [lr_rows([by_length[step]]) for step in (*SHORT_STEPS, full) if step in by_length]
     ratios = []

@@ -13,19 +13,20 @@ from matplotlib.ticker import EngFormatter, NullFormatter
 
 from lorabench.analysis import memorisation
 from lorabench.analysis.alpha_rules import judged_arms
-from lorabench.analysis.arms import ARM
-from lorabench.analysis.comparison import Comparison
-from lorabench.analysis.curves import envelopes
-from lorabench.analysis.optima import fitted_noise, log_threshold, runs_at_optimum, tokens_at
+from lorabench.analysis.arms import ARM, arm_label, arm_table
+from lorabench.analysis.comparison import Comparison, comparisons
+from lorabench.analysis.estimate import mean_over_seeds
+from lorabench.analysis.optima import log_threshold, runs_at_optimum, tokens_at
 from lorabench.analysis.slopes import log_log
 from lorabench.figures import grid, style
-from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, only, points
+from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, envelopes, fitted_noise, only, points
 from lorabench.store.tables import Tables
 from lorabench.utils import formats
 
 _COLUMNS = [*ARM_COLUMNS, "element", "step", "tokens", "tokens_low", "tokens_high", "excess", "nll", "lr", "run_id"]
 _COLUMNS += ["trainable_params", "slope", "slope_low", "slope_high", "bits"]
 _REACHED = [*ARM, "left", "step", "tokens", "tokens_low", "tokens_high", "error", "trainable_params"]
+_NEEDED = ["entropy_bits", "final_test_nll", "test_scored_tokens", "trainable_params"]
 _LINE: dict[str, Any] = {"color": "0.35", "linewidth": 1.1}
 _HELD: dict[str, Any] = {"color": "0.35", "linewidth": 1.0, "linestyle": "--"}
 
@@ -174,8 +175,8 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
         empty = pd.DataFrame(columns=_STORED)
         return style.empty_figure("There are no runs on a dataset of random facts."), empty
     names = {"bits_stored": "bits", "bits_stored_low": "bits_low", "bits_stored_high": "bits_high", "lr_best": "lr"}
-    best = memorisation.best_stored(facts).rename(columns=names)
-    seeds = memorisation.stored_bits(facts).rename(columns=names)
+    best = best_stored(facts).rename(columns=names)
+    seeds = stored_bits(facts).rename(columns=names)
     at_best = {run_id for run_ids in best["run_ids"] for run_id in run_ids}
     # The lines of 1 and 2 bits per parameter span the range of a panel's adapters, or without any, of FullFT alone.
     spanned = best[best["method"].eq("lora")] if best["method"].eq("lora").any() else best
@@ -227,3 +228,40 @@ def draw_memorisation(tables: Tables) -> style.Drawn:
         ("seed", style.mark("one seed", "_", ms=9)),
     ]
     return style.legends(figure, styles, plotted, marks)
+
+
+def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return runs on random facts with bits_stored, and bits_per_parameter (per trainable parameter): the entropy
+    of the answers minus their summed NLL, in bits. They are negative for a model that predicts worse than a uniform
+    guess, and NaN where a run diverged."""
+    facts = runs.reindex(columns=list(dict.fromkeys([*runs, *ARM, *_NEEDED])))
+    entropy, nll, tokens, params = (facts[name].to_numpy(float, na_value=math.nan) for name in _NEEDED)
+    bits = entropy - nll * tokens / math.log(2)
+    return facts.assign(bits_stored=bits, bits_per_parameter=bits / params)
+
+
+def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
+    """Compute the bits that each arm of runs on random facts stores at its fitted lowest NLL, or else the mean one at
+    lr_best.
+
+    Returns:
+        One row per arm with a finished run: lr_best (nearest to the fitted optimum), n_seeds, trainable_params,
+        bits_stored with its 95% interval (`_low`, `_high`; NaN with one seed), bits_per_parameter, run_ids (at
+        lr_best).
+    """
+    columns = ["lr_best", "n_seeds", "trainable_params", "bits_stored", "bits_stored_low", "bits_stored_high"]
+    rows = []
+    for comparison in comparisons(runs, pd.DataFrame()):
+        for arm in comparison.arms:
+            label, chosen = arm_label(arm), comparison.at_optimum(arm)
+            if chosen.empty:
+                continue
+            first = chosen.iloc[0]
+            at_lr = mean_over_seeds(chosen["final_test_nll"].to_numpy(float), f"loss of {comparison.label} {label}")
+            minimum = comparison.fit.minima.get(label, at_lr)
+            bits = memorisation.stored(minimum, float(first["entropy_bits"]), float(first["test_scored_tokens"]))
+            low, high = bits.interval()
+            numbers = [first["lr"], len(chosen), first["trainable_params"], bits.value, low, high]
+            row = arm | dict(zip(columns, numbers, strict=True)) | {"run_ids": list(chosen["run_id"])}
+            rows.append(row | {"bits_per_parameter": bits.value / first["trainable_params"]})
+    return arm_table(rows, [*columns, "bits_per_parameter", "run_ids"])

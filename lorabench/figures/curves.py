@@ -16,14 +16,22 @@ from matplotlib.figure import SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from lorabench.analysis.alpha_rules import judged_arms
-from lorabench.analysis.arms import arm_label, arm_labels, rows_of
-from lorabench.analysis.curves import early_difference, envelopes, train_curves
+from lorabench.analysis.arms import arm_label, arm_labels
+from lorabench.analysis.curves import early_difference, train_curves
 from lorabench.analysis.estimate import mean_interval
-from lorabench.analysis.optima import fitted_noise
-from lorabench.analysis.step_flops import loss_by_flops
 from lorabench.errors import NothingToDrawError
 from lorabench.figures import grid, style
-from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, compared, diverged_runs, only
+from lorabench.figures.grid import (
+    ARM_COLUMNS,
+    PANEL,
+    Styles,
+    compared,
+    diverged_runs,
+    envelopes,
+    fitted_noise,
+    only,
+    rows_of,
+)
 from lorabench.store.tables import Tables
 
 _LOSS = "validation NLL (nats / token)"
@@ -99,6 +107,15 @@ def draw_by_flops(tables: Tables) -> style.Drawn:
         sigma = float(rows_of(noise, rows.iloc[0], PANEL)["sigma"].iloc[0])
         style.note(axes, grid.sigma_text(sigma), *grid.diverged_facts(rows, curves, "no curve"))
     return style.legends(figure, styles, plotted)
+
+
+def loss_by_flops(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `envelopes` from step 1 on with flops, the training FLOPs of the run with the lowest loss
+    there up to that step, where they are known; they are the same on every token."""
+    points = envelopes(runs, curves)
+    per_token = (runs["train_flops"].astype(float) / runs["train_tokens"].astype(float)).set_axis(runs["run_id"])
+    points["flops"] = points["tokens"].astype(float) * points["run_id"].map(per_token).astype(float)
+    return points[points["step"].gt(0).fillna(False) & points["flops"].gt(0)]
 
 
 _BY_BATCH_SIZE = [*ARM_COLUMNS, "element", "step", "examples", "lr", "nll", "gap", "low", "high"]

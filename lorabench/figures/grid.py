@@ -11,9 +11,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lorabench.analysis.arms import ARM, arm_label, arm_labels, arm_table, rows_of, with_arm_columns, with_losses
+from lorabench.analysis.arms import (
+    ARM,
+    arm_label,
+    arm_labels,
+    arm_table,
+    check_runs,
+    each_arm,
+    with_arm_columns,
+    with_losses,
+)
 from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
-from lorabench.analysis.curves import PairedCurves
+from lorabench.analysis.curves import PairedCurves, metric_points
 from lorabench.analysis.estimate import Estimate, ExampleLosses
 from lorabench.analysis.optima import Departure, pair_at_optimum, paired_departure, ratio_interval
 from lorabench.analysis.rewards import with_error_rates
@@ -53,6 +62,16 @@ def only(rows: pd.DataFrame, element: str) -> pd.DataFrame:
 def diverged_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs that diverged, which every figure lists in what it plots."""
     return runs[runs["status"] == "diverged"]
+
+
+def rows_of(runs: pd.DataFrame, arm: Mapping[str, Any] | pd.Series, columns: Sequence[str] = ARM) -> pd.DataFrame:
+    """Return the rows that agree with an arm in those of the columns that they have; null equals null."""
+    chosen = pd.Series(True, index=runs.index)
+    for name in (name for name in columns if name in runs):
+        value = arm.get(name)
+        same = runs[name].isna() if value is None or pd.isna(value) else runs[name].eq(value).fillna(False)
+        chosen &= same.astype(bool)
+    return runs[chosen]
 
 
 def compared(tables: Tables, runs: pd.DataFrame | None = None) -> list[Comparison]:
@@ -250,3 +269,36 @@ def diverged_facts(rows: pd.DataFrame, drawn: pd.DataFrame, lack: str) -> list[s
     """Write how many runs of a panel diverged, and which arms therefore lack something; nothing if none did."""
     diverged = only(rows, "diverged")
     return [f"{len(diverged)} diverged", lacking(lack, diverged["arm"], drawn["arm"])] if len(diverged) else []
+
+
+def envelopes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Compute each arm's pointwise minimum of the validation NLL over its LR grid (the runs with its first seed).
+
+    A diverged run counts up to its last finite value.
+
+    Returns:
+        One row per arm and step, ascending: step, examples and tokens (seen by that step, where the curves have them),
+        value, lr and run_id (of the run with the lowest value there), n_runs (with a value there).
+    """
+    check_runs(runs)
+    columns = ["step", "examples", "tokens", "value", "lr", "run_id", "n_runs"]
+    all_points = metric_points(curves, "validation", "nll", ["run_id", "step", "examples", "tokens", "value"])
+    rows: list[dict[Any, Any]] = []
+    for arm, arm_runs in each_arm(runs):
+        # Sorting by LR breaks ties, so that the result does not depend on the order of the table.
+        grid = arm_runs.loc[arm_runs["seed"] == arm_runs["seed"].min(), ["run_id", "lr"]]
+        points = all_points.merge(grid, on="run_id")
+        points = points.sort_values(["step", "value", "lr"])
+        points["n_runs"] = points.groupby("step")["run_id"].transform("size")
+        rows += [arm | point for point in points.drop_duplicates("step")[columns].to_dict("records")]
+    return arm_table(rows, columns)
+
+
+def fitted_noise(parts: Sequence[Comparison]) -> pd.DataFrame:
+    """Return a row per comparison: PANEL, sigma and dof (see `LossFit`; NaN if not known), n_runs (of the fit)."""
+    rows = []
+    for part in parts:
+        sigma, n_runs = part.fit.sigma if part.fit.dof else math.nan, sum(map(len, part.fit.run_ids.values()))
+        rows.append(part.arms[0] | {"sigma": sigma, "dof": part.fit.dof, "n_runs": n_runs})
+    table = pd.DataFrame(rows, columns=[*PANEL, "sigma", "dof", "n_runs"])
+    return table.astype({"batch_size": "Int64", "steps": "Int64", "sigma": float})

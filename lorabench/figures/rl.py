@@ -6,16 +6,19 @@ The panel of the sampler's distribution is one that the paper does not have.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lorabench.analysis.arms import ARM, rows_of
-from lorabench.analysis.rewards import reward_curves, runs_above_max_kl
+from lorabench.analysis.arms import ARM, arm_table
+from lorabench.analysis.comparison import comparisons
+from lorabench.analysis.curves import metric_points
+from lorabench.analysis.rewards import with_error_rates
 from lorabench.figures import grid, style
 from lorabench.figures.by_lr import ACCURACY_COLUMNS, STRIP, draw_levels, draw_lr_panel, lr_marks, result_rows
-from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, only, seeds_text
+from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, only, rows_of, seeds_text
 from lorabench.runs import MAX_KL
 from lorabench.store.tables import Tables
 from lorabench.utils import formats
@@ -66,6 +69,40 @@ def _curve_rows(tables: Tables, split: str, metric: str, *further: str) -> pd.Da
         window = arm[smoothed].astype(float).rolling(max(1, round(len(arm) / 20)), center=True, min_periods=1)
         rows.loc[arm.index, smoothed] = window.mean()
     return rows.assign(split=split)
+
+
+def reward_curves(
+    runs: pd.DataFrame, curves: pd.DataFrame, split: str = "train", metric: str = "reward"
+) -> pd.DataFrame:
+    """Return a metric over training at the LR of each arm's grid that is nearest to its fitted optimum.
+
+    Returns:
+        One row per arm and step, ascending: lr, step, episodes, mean and sd over the finished seeds that have the step
+        (in the metric's unit; sd NaN with one seed), n_seeds, run_ids.
+    """
+    points = metric_points(curves, split, metric, ("run_id", "step", "examples", "value"))
+    points = points.sort_values(["step", "run_id"]).astype({"value": float})
+    columns = ["step", "episodes", "mean", "sd", "n_seeds", "run_ids"]
+    rows: list[dict[Any, Any]] = []
+    for comparison in comparisons(with_error_rates(runs), curves):
+        for arm in comparison.arms:
+            chosen = comparison.at_optimum(arm)
+            by_step = points[points["run_id"].isin(chosen["run_id"])].groupby("step", as_index=False)
+            table = by_step.agg(
+                episodes=("examples", "max"),
+                mean=("value", "mean"),
+                sd=("value", "std"),
+                n_seeds=("run_id", "size"),
+                run_ids=("run_id", list),
+            )
+            rows += [arm | {"lr": float(chosen["lr"].iloc[0])} | row for row in table.to_dict("records")]
+    return arm_table(rows, ["lr", *columns]).astype({"step": "Int64", "episodes": "Int64"})
+
+
+def runs_above_max_kl(curves: pd.DataFrame) -> set[str]:
+    """Return the run_id of each run with a step whose KL has an absolute value above MAX_KL."""
+    kl = metric_points(curves, "train", "kl")
+    return set(kl.loc[kl["value"].astype(float).abs() > MAX_KL, "run_id"])
 
 
 def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:

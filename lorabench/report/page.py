@@ -24,12 +24,12 @@ from markupsafe import Markup
 
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.estimate import ExampleLosses
-from lorabench.analysis.rewards import runs_above_max_kl
 from lorabench.claims.recipe import measured_recipe
 from lorabench.config.loading import is_shipped
 from lorabench.doctor.record import record_for
 from lorabench.errors import UserError
 from lorabench.figures.catalog import PaperFigure, figures_of_preset
+from lorabench.figures.rl import runs_above_max_kl
 from lorabench.figures.style import arm_styles
 from lorabench.planning.plan import Plan
 from lorabench.report import claim_text, summary
@@ -94,7 +94,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             untested=[claim for claim in claims if claim not in tested],
             margins=turned(read_table(tables, "verdicts_by_margin", optional=True), judged),
             recipe=recipe,
-            costs=[summary.costs(runs, recommendation) for recommendation in recipe.recommendations],
+            costs=[summary.costs(runs, recommendation) for recommendation in recipe],
             environment=summary.environment(runs),
             rules=sorted(set(judged["rules"].dropna())),
             experiments=list(filter(None, (summary.experiment(name, runs, judging) for name in trained))),

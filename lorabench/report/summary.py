@@ -11,12 +11,11 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label, arm_labels, each_arm, is_standard
 from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.fit_rows import MIN_LRS
-from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.rewards import is_sick, with_error_rates
 from lorabench.claims.recipe import RankRecommendation
 from lorabench.data.sft import about
 from lorabench.data.tokens import count_left_out
-from lorabench.figures.grid import optimum
+from lorabench.figures.grid import fitted_noise, optimum
 from lorabench.figures.verdicts import END, LINEAR, in_margins
 from lorabench.planning.costs import combined, job_cost
 from lorabench.planning.plan import Plan

@@ -266,7 +266,7 @@ def measured_optima(tables: Tables) -> pd.DataFrame:
         first = group.iloc[0]
         weights = "" if pd.isna(first["model_sha256"]) else str(first["model_sha256"])
         about = {"family": first["family"], "width": first["hidden_size"], "alpha": ALPHA, "weights": weights}
-        for recipe in measured_recipe(group, tables.curves, judging).recommendations:
+        for recipe in measured_recipe(group, tables.curves, judging):
             about |= {name: recipe.setting[name] for name in ("dataset", "batch_size", "steps")}
             about |= {"model": weights or recipe.setting["model"], "parameters": first["base_params"]}
             for method, choice, matches in (("fullft", recipe.fullft, ""), ("lora", recipe.use, recipe.answer)):

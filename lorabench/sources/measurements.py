@@ -29,10 +29,10 @@ import pandas as pd
 
 from lorabench.analysis.finding import SEVERITY
 from lorabench.analysis.fit_rows import MIN_LRS
-from lorabench.analysis.random_effects import p_of_groups, random_effects
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS
 from lorabench.runs import lowest
+from lorabench.sources.random_effects import p_of_groups, random_effects
 from lorabench.sources.source import REWARD_SD, SourceModel
 from lorabench.store.io import read_claims
 from lorabench.store.published import NOT_PUBLISHED, read_held_out, read_provenance

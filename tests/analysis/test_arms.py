@@ -5,8 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from lorabench.analysis.arms import arm_label, check_runs, each_arm, rows_of
+from lorabench.analysis.arms import arm_label, check_runs, each_arm
 from lorabench.errors import UserError
+from lorabench.figures.grid import rows_of
 
 from ..handmade.sft import arm, tables
 

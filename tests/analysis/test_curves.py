@@ -1,4 +1,4 @@
-"""Curves of a metric: the lowest over LRs, by seed, and paired by seed."""
+"""Curves of a metric: by seed, and paired by seed."""
 
 from __future__ import annotations
 
@@ -8,22 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes, log_windows, metric_points, paired
+from lorabench.analysis.curves import PairedCurves, curves_by_seed, log_windows, metric_points, paired
 
 from ..handmade.lora import lora_run, lora_tables, nll
-
-
-def test_the_envelope_is_the_lowest_loss_at_each_step():
-    losses = {"a": [5.0, 4.0, 3.0, 2.5], "b": [5.0, 3.5, 3.2, 2.4], "c": [5.0, 3.0, math.nan, math.nan]}
-    runs = pd.DataFrame([lora_run(lr=lr) | {"run_id": run_id} for lr, run_id in enumerate(losses, 1)])
-    curves = pd.DataFrame(losses).assign(step=[0, 1, 2, 4], tokens=[0, 100, 200, 400], examples=0)
-    curves = curves.melt(["step", "tokens", "examples"], var_name="run_id").assign(split="validation", metric="nll")
-    lowest = envelopes(runs, curves)
-    assert lowest["value"].tolist() == [5.0, 3.0, 3.0, 2.4]
-    assert lowest["run_id"].tolist() == ["a", "c", "a", "b"]
-    assert lowest["n_runs"].tolist() == [3, 3, 2, 2]
-    assert lowest["tokens"].tolist() == [0, 100, 200, 400]
-
 
 SEEDS = (0, 1, 2)
 

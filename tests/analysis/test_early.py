@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.curves import at_end, early_difference, inverse_rank_fit
+from lorabench.analysis.curves import early_difference, inverse_rank_fit
 from lorabench.analysis.estimate import combined, student
 from lorabench.analysis.optima import coupled
 
@@ -64,7 +64,7 @@ def noisy(sigma, shared, number):
     runs, curves = tables(arm(rank, optimum=optimum) for rank, optimum in ((None, 3.2e-4), (16, 3.3e-3)))
     own, common = (np.random.default_rng(seed).standard_normal(len(runs)) for seed in (number, 0))
     loss = runs["final_valid_nll"] + sigma * (math.sqrt(shared) * common + math.sqrt(1 - shared) * own)
-    [comparison] = comparisons(at_end(runs.assign(final_valid_nll=loss)), curves)
+    [comparison] = comparisons(runs.assign(final_valid_nll=loss, final_test_nll=loss), curves)
     return comparison
 
 

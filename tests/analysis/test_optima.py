@@ -13,6 +13,7 @@ from lorabench.analysis import optima
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.curves import PairedCurves
 from lorabench.analysis.slopes import slopes_by_seed
+from lorabench.figures.grid import fitted_noise
 
 from ..handmade.sft import arm, tables
 from ..handmade.training import trained
@@ -23,7 +24,7 @@ def test_seed_noise_is_that_of_each_comparison_without_what_all_arms_share():
     shared = random.normal(0, 0.1, 40)
     noisy = [arm(rank, optimum=1e-3, offsets=shared + random.normal(0, 0.02, 40)) for rank in (None, 8)]
     runs, _ = tables([*noisy, arm(8, optimum=1e-3, offsets=(0.0,), dataset="once")])
-    noise = optima.fitted_noise(comparisons(runs, pd.DataFrame())).set_index("dataset")
+    noise = fitted_noise(comparisons(runs, pd.DataFrame())).set_index("dataset")
     assert noise.loc["instruct", "sigma"] == pytest.approx(0.02, rel=0.25)
     assert (noise.loc["instruct", "dof"] >= 30, noise.loc["instruct", "n_runs"]) == (True, 84)
     assert math.isnan(noise.loc["once", "sigma"])

@@ -29,7 +29,7 @@ def shifted(rows: list[dict[str, Any]], by: float) -> list[dict[str, Any]]:
 
 def only(rows: list[dict[str, Any]]):
     """Return the only recommendation from some rows."""
-    [recommendation] = measured_recipe(runs_table(rows)).recommendations
+    [recommendation] = measured_recipe(runs_table(rows))
     return recommendation
 
 
@@ -51,7 +51,7 @@ def test_a_rank_is_not_recommended_if_a_higher_one_is_better_by_the_margin():
     runs = runs_table(sft(None, 1) + shifted(sft(64), -0.4))
     curves = pd.DataFrame({"run_id": runs["run_id"], "step": 0, "split": "validation", "metric": "nll", "value": 20.0})
     judging = Judging(Margins(loss=0.02, final_loss=0.9, reward=0.1, lr_factor=1.6))
-    [recommendation] = measured_recipe(runs, curves, judging).recommendations
+    [recommendation] = measured_recipe(runs, curves, judging)
     assert [choice.answer for choice in recommendation.lora] == ["yes", "yes"]
     assert recommendation.use.rank == 64
 
@@ -61,11 +61,9 @@ def test_each_batch_size_has_its_answer():
     worse = sft(None) + shifted(sft(64), 0.3)
     rows += [row | {"run_id": row["run_id"] + "-64", "batch_size": 64} for row in worse]
     recipe = measured_recipe(runs_table(rows))
-    assert [(each.setting["batch_size"], each.answer) for each in recipe.recommendations] == [(4, "yes"), (64, "no")]
-    assert recipe.answer == "mixed"
+    assert [(each.setting["batch_size"], each.answer) for each in recipe] == [(4, "yes"), (64, "no")]
 
 
 def test_without_two_tuned_methods_there_is_no_answer():
     for rows in (sft(None), sft(64), sft(None, 64, lrs=[1e-3, 3e-3])):
-        recommended = measured_recipe(runs_table(rows))
-        assert (recommended.recommendations, recommended.answer) == ((), None)
+        assert measured_recipe(runs_table(rows)) == []

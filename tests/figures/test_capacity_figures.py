@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.memorisation import best_stored
 from lorabench.analysis.slopes import log_log
+from lorabench.figures.capacity import best_stored
 from lorabench.store.tables import Tables
 
 from ..handmade import make_sweep, runs_table
+from ..handmade.sft import arm as sft_arm
 from ..handmade.sft import tables as handmade
 from ..handmade.training import shared, trained
 from .layout import draw, lines, only, texts
@@ -107,3 +108,20 @@ def test_bits_stored_are_those_of_the_tables():
     assert only(plotted, "entropy")["bits"].tolist() == [ENTROPY]
     ends = only(plotted, "per_parameter")
     assert sorted(ends["bits"] / ends["trainable_params"]) == [1, 1, 2, 2]
+
+
+def test_best_stored_is_that_of_the_fitted_minimum():
+    tokens, entropy = 1000, 4000.0
+    facts = {"optimum": 1e-3, "dataset": "facts", "entropy_bits": entropy, "test_scored_tokens": tokens}
+    per_nat = tokens / math.log(2)
+    fullft = sft_arm(floor=100 / per_nat, trainable_params=10**6, **facts)
+    runs, _ = handmade([fullft, sft_arm(4, floor=1000 / per_nat, trainable_params=2000, **facts)])
+    stored = best_stored(runs).set_index("method")
+    assert stored[["lr_best", "n_seeds"]].values.tolist() == [[1e-3, 3]] * 2
+    [comparison] = comparisons(runs, pd.DataFrame())
+    low, high = comparison.fit.minima["LoRA r4"].interval()
+    lora = stored.loc["lora"]
+    assert lora["bits_stored"] == pytest.approx(3000, abs=60)
+    assert lora["bits_stored_high"] == pytest.approx(entropy - low * per_nat)
+    assert lora["bits_stored_low"] == pytest.approx(entropy - high * per_nat)
+    assert lora["bits_per_parameter"] == pytest.approx(lora["bits_stored"] / 2000)

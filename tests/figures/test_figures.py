@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,17 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.step_flops import loss_by_flops
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES, save_figure
+from lorabench.figures.curves import loss_by_flops
+from lorabench.figures.grid import envelopes
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.store.made_from import of_tables
 from lorabench.store.tables import Tables
 
 from ..claims.test_compute import compute_table
 from ..handmade import LRS, curves_of, make_run, make_sweep, runs_table
+from ..handmade.lora import lora_run
 from .layout import draw, lay_out, lines, only, texts, titles
 
 # Figures of supervised runs; here they get runs without an experiment, which belong to every figure.
@@ -192,3 +195,15 @@ def test_loss_by_flops_draws_each_envelope_over_its_flops():
         np.testing.assert_array_equal(rows["flops"].astype(float), points["flops"])
         # At the last step, the FLOPs are those of the whole run.
         assert rows["flops"].max() == {"FullFT": 3e12, "LoRA r8": 2.1e12}[label]
+
+
+def test_the_envelope_is_the_lowest_loss_at_each_step():
+    losses = {"a": [5.0, 4.0, 3.0, 2.5], "b": [5.0, 3.5, 3.2, 2.4], "c": [5.0, 3.0, math.nan, math.nan]}
+    runs = pd.DataFrame([lora_run(lr=lr) | {"run_id": run_id} for lr, run_id in enumerate(losses, 1)])
+    curves = pd.DataFrame(losses).assign(step=[0, 1, 2, 4], tokens=[0, 100, 200, 400], examples=0)
+    curves = curves.melt(["step", "tokens", "examples"], var_name="run_id").assign(split="validation", metric="nll")
+    lowest = envelopes(runs, curves)
+    assert lowest["value"].tolist() == [5.0, 3.0, 3.0, 2.4]
+    assert lowest["run_id"].tolist() == ["a", "c", "a", "b"]
+    assert lowest["n_runs"].tolist() == [3, 3, 2, 2]
+    assert lowest["tokens"].tolist() == [0, 100, 200, 400]

@@ -7,6 +7,9 @@ import pandas as pd
 import pytest
 
 from lorabench.figures.catalog import FIGURES
+from lorabench.figures.grid import rows_of
+from lorabench.figures.rl import reward_curves, runs_above_max_kl
+from lorabench.runs import MAX_KL
 from lorabench.store.tables import Tables
 
 from ..handmade import make_sweep, runs_table
@@ -117,3 +120,18 @@ def test_supervised_and_rl_runs_are_never_drawn_together():
     for name, figure in FIGURES.items():
         if figure.table == "runs":
             assert (figure.own_runs(runs)["dataset"] == "problems").eq(figure.task == "rl").all(), name
+
+
+def test_curves_near_the_optimal_lr_are_averaged_over_seeds():
+    table = reward_curves(*tables([arm(optimum=1e-4), arm(8, optimum=1e-3, peak=0.7)]))
+    lora = rows_of(table, {"method": "lora"}, ["method"])
+    assert (list(lora["step"]), set(lora["lr"])) == (list(range(1, STEPS + 1)), {1e-3})
+    last = lora.iloc[-1]
+    assert (last["episodes"], last["n_seeds"], len(last["run_ids"])) == (64 * STEPS, len(OFFSETS), len(OFFSETS))
+    assert (last["mean"], last["sd"]) == pytest.approx((0.7, OFFSETS[1]))
+
+
+def test_runs_above_the_largest_kl_are_those_with_a_step_beyond_it_on_either_side():
+    points = [("a", 0.002), ("a", -0.02), ("b", MAX_KL), ("c", 0.0)]
+    curves = pd.DataFrame(points, columns=["run_id", "value"]).assign(step=1, split="train", metric="kl")
+    assert runs_above_max_kl(curves) == {"a"}

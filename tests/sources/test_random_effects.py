@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from lorabench.analysis.random_effects import p_of_groups, random_effects
+from lorabench.sources.random_effects import p_of_groups, random_effects
 
 VALUES, ERRORS = [1.2, 0.3, 2.5, 1.9, 0.8], [0.3, 0.2, 0.4, 0.5, 0.25]
 
