@@ -136,16 +136,6 @@ def test_arms_that_are_all_about_perfect_decide_nothing():
     verdict_is(judged("F1", *world(perfect | {RANK_1: {"peak": 0.9}})), "contradicted")
 
 
-def test_an_lr_is_missing_near_the_optimum_or_between_two_breakdowns():
-    near = (1e-5, 3e-5, 1e-4, 1.2e-4, 1.3e-4, 1.4e-4)
-    claim = judged("F2", *world({FULLFT: {"lrs": near}}))
-    verdict_is(claim, "inconclusive", "FullFT: no LR near 0.0003")
-    assert claim["decide_lrs"][0].startswith("FullFT=0.000")
-    claim = judged("B10", *world({FULLFT: {"curvature": 0.4}}, every={"curvature": 0.1}))
-    verdict_is(claim, "inconclusive", "breaks down at both neighbours of the LR 0.0001")
-    assert claim["decide_lrs"] == ["FullFT=5.48e-05", "FullFT=0.000173"]
-
-
 def test_seeds_that_agree_exactly_or_a_peak_between_lrs_decide_nothing_on_f1():
     runs, curves = world()
     rank_1, rewards = runs["rank"].eq(1).fillna(False), runs["final_reward"]

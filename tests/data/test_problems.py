@@ -96,17 +96,6 @@ def test_math_trains_on_everything_but_math_500(tmp_path, caplog):
     assert record.getMessage().startswith(left_out)
 
 
-def test_what_is_wrong_with_a_copy_is_named(tmp_path):
-    spec = HubProblems(kind="aime25", train=0, validation=0, test=1)
-    folder = tmp_path / "math-ai/aime25"
-    write_jsonl(folder / "test.jsonl", [{"problem": "?", "result": "1"}])
-    with pytest.raises(UserError, match=r"has columns problem, result in .*test.jsonl:1; answer is needed"):
-        make_problems(spec, copies(tmp_path))
-    (folder / "test.jsonl").write_text("{")
-    with pytest.raises(UserError, match="test.jsonl:1 is not JSON"):
-        make_problems(spec, copies(tmp_path))
-
-
 def test_the_working_is_right_or_without_carries():
     for terms, careful, careless in [
         ((47, 85), "7+5=12 4+8+1=13 132", "7+5=12 4+8=12 122"),

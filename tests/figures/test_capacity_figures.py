@@ -87,14 +87,6 @@ def test_departures_and_thresholds_are_those_of_the_verdicts():
     assert only(first, "departure").set_index("rank")["step"].to_dict() == LEAVES
 
 
-def test_a_rank_that_never_leaves_is_a_triangle():
-    figure, plotted = draw("capacity", learning((None, 1, 32, 64)))
-    stays = only(plotted, "stays")
-    assert stays["rank"].tolist() == [32]
-    assert stays["tokens"].tolist() == [learning((64,)).curves["tokens"].max()]
-    assert [line.get_xdata()[0] for line in lines(figure.axes[1], marker="^")] == [32_000]
-
-
 def test_bits_stored_are_those_of_the_tables():
     tables = facts({None: 39_000.0, 1: -30_000.0, 4: 20_000.0})
     figure, plotted = draw("memorisation", tables)

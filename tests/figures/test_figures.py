@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.step_flops import loss_by_flops
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES, save_figure
 from lorabench.figures.style import arm_styles, write_figure
@@ -147,23 +146,6 @@ def test_losses_and_gaps_by_batch_size_are_those_of_the_fits():
     np.testing.assert_allclose(line.get_xydata(), points[["examples", "nll"]].to_numpy(float))
 
 
-def test_losses_by_parameters_are_those_of_the_fit():
-    rows = make_sweep(None)
-    for placement, rank in (("attn", 16), ("attn", 27), ("mlp", 16), ("all", 16)):
-        sweep = make_sweep(rank, placement=placement, trainable_params=PER_RANK[placement] * rank)
-        rows += [row | {"run_id": f"{row['run_id']}-{placement}"} for row in sweep]
-    figure, plotted = draw("fig4_placement", runs_table(rows))
-    [comparison] = comparisons(runs_table(rows), pd.DataFrame())
-    best = only(plotted, "best")
-    expected = [[minimum.value, *minimum.interval()] for minimum in map(comparison.fit.minima.get, best["arm"])]
-    np.testing.assert_allclose(best[["nll", "nll_low", "nll_high"]].astype(float), expected)
-    band = only(plotted, "margin_band").iloc[0]
-    assert band["nll_low"] == pytest.approx(best["nll"].min())
-    assert band["nll_high"] - band["nll_low"] == pytest.approx(comparison.margin.value)
-    # Placement is line style, and rank is colour.
-    assert len({line.get_color() for line in lines(figure.axes[0], linestyle=":")}) == 2
-
-
 def test_compute_draws_the_ratios_of_the_table_and_the_formula():
     none, compute = pd.DataFrame(), compute_table(step_s=[2.0, 1.0, 1.4, 3.0])
     figure, plotted = draw("compute", Tables(none, none, compute=compute))
@@ -178,17 +160,3 @@ def test_compute_draws_the_ratios_of_the_table_and_the_formula():
         np.testing.assert_allclose(rows["ratio"], wanted[element])
     formula = only(plotted, "formula")
     np.testing.assert_allclose(formula["ratio"], 2 / 3 + 2 * formula["rank"] / 150)
-
-
-def test_loss_by_flops_draws_each_envelope_over_its_flops():
-    runs = runs_table(make_sweep(None, train_flops=3e12) + make_sweep(8, train_flops=2.1e12))
-    figure, plotted = draw("loss_by_flops", Tables(runs, curves_of(runs)))
-    wanted = loss_by_flops(runs, curves_of(runs))
-    for label, style in arm_styles(plotted).items():
-        points = wanted[wanted["method"] == ("fullft" if label == "FullFT" else "lora")]
-        [line] = lines(figure.axes[0], color=style.colour)
-        np.testing.assert_array_equal(line.get_xydata(), points[["flops", "value"]].to_numpy(float))
-        rows = only(plotted, "envelope", arm=label)
-        np.testing.assert_array_equal(rows["flops"].astype(float), points["flops"])
-        # At the last step, the FLOPs are those of the whole run.
-        assert rows["flops"].max() == {"FullFT": 3e12, "LoRA r8": 2.1e12}[label]

@@ -95,19 +95,6 @@ def variant_tables(*configurations, **columns):
     )
 
 
-def test_variants_are_those_of_the_tables():
-    _, plotted = draw("variants", *variant_tables({"alpha": 8.0, "floor": 2.1, "optimum": 1.1e-3}, {"lr_ratio": 4.0}))
-    rows = only(plotted, "variant").set_index("arm")
-    assert list(rows.index) == ["LoRA r16 LR_B/LR_A 4", "LoRA r16", "LoRA r16 alpha 8"]
-    # The fitted minimum, not the loss at the best LR of the grid.
-    assert rows.loc["LoRA r16 alpha 8", "nll"] == pytest.approx(2.1)
-    assert rows.loc["LoRA r16 alpha 8", "lr"] == pytest.approx(1.1e-3)
-    band = only(plotted, "margin_band")
-    assert band["nll_high"].item() == pytest.approx(rows.loc["LoRA r16", "nll"])
-    # 2% of the gain from 5 nats, that of the base.
-    assert band["nll_high"].item() - band["nll_low"].item() == pytest.approx(0.02 * (5 - 2.1), rel=0.01)
-
-
 ODD = {
     "no curve table": lambda runs, curves: (runs, pd.DataFrame()),
     "NaN": lambda runs, curves: (runs, curves.assign(value=math.nan)),

@@ -109,11 +109,3 @@ def test_another_loss_stands_in_for_one_that_a_table_lacks():
     assert row["verdict"] == "confirmed"
     assert row["estimate"] == pytest.approx(whole["estimate"])
     assert ONE_SET not in whole["reason"]
-
-
-def test_sources_that_differ_are_named():
-    runs, curves = world()
-    fullft = runs["method"] == "fullft"
-    mixed = runs.assign(precision=["bf16" if is_fullft else "fp32" for is_fullft in fullft], schedule="constant")
-    assert judged(mixed, curves)["reason"].endswith("; its runs differ in precision: bf16, fp32")
-    assert "differ" not in judged(mixed.assign(precision="bf16"), curves)["reason"]

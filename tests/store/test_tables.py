@@ -7,19 +7,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from lorabench.cli.commands import app
-from lorabench.store.checks import check_curves, check_table
-from lorabench.store.collect import collect_evals
+from lorabench.store.checks import check_table
 from lorabench.store.io import read_table, write_csv, write_frame
-from lorabench.store.schemas import EVALS, SCHEMAS, description
-from lorabench.store.tables import Tables
+from lorabench.store.schemas import SCHEMAS, description
 
-from ..handmade import curves_of, evals_table, make_eval, make_sweep, runs_table
+from ..handmade import curves_of, make_sweep, runs_table
 
 RUNS = runs_table(make_sweep(None) + make_sweep(1) + make_sweep(8))
 CURVES = curves_of(RUNS)
@@ -104,14 +101,6 @@ def test_a_bad_table_is_refused_and_what_was_there_stays(kind: str, tmp_path: Pa
     assert {path.name: path.read_text() for path in out.iterdir()} == {"claims.csv": "as it was"}
 
 
-def test_good_tables_are_accepted_with_and_without_columns(tmp_path: Path):
-    tables = Tables.read(write(tmp_path))
-    check_table(tables.runs)
-    check_curves(tables.curves)
-    for column in ("run_id", "model", "dataset", "task", "method", "status", "seed", "rank", "lr", "final_test_nll"):
-        check_table(RUNS.drop(columns=column, errors="ignore"))
-
-
 def test_one_dataset_may_stand_next_to_others_and_one_model_on_many():
     other = RUNS.assign(run_id=RUNS["run_id"] + "x", dataset="worked", dataset_sha256="bbb", tokenizer_sha256="t")
     check_table(pd.concat([RUNS.assign(dataset_sha256="aaa", tokenizer_sha256="t"), other]))
@@ -138,17 +127,3 @@ def test_tables_come_back_as_they_were_written(tmp_path: Path):
         assert str(read["rank"].dtype) == "Int64"
         assert read["placement"].iloc[0] is None
         assert [list(names) for names in read["experiments"]] == [["rank"]] * len(runs)
-
-
-def test_evaluations_are_collected_base_first_in_the_order_of_their_tasks(tmp_path: Path):
-    files = []
-    for rank in (8, None, "base"):
-        rows = [make_eval(rank, 0.5), make_eval(rank, 0.4, task="aime24", stderr=None)]
-        files.append(tmp_path / f"{rank}.parquet")
-        pq.write_table(pa.Table.from_pandas(evals_table(rows), schema=EVALS), files[-1])
-    collect_evals(files, tmp_path / "tables")
-    (tmp_path / "tables/evals.parquet").unlink()
-    evals = Tables.read(tmp_path / "tables").evals
-    assert evals["method"].tolist() == [None, None, "fullft", "fullft", "lora", "lora"]
-    assert evals["task"].tolist() == ["lorabench_instruct", "aime24"] * 3
-    assert evals["rank"].tolist() == [pd.NA] * 4 + [8, 8]
