@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis import rewards
-from lorabench.analysis.arms import rows_of, with_arm_columns
+from lorabench.analysis.arms import with_arm_columns
 from lorabench.analysis.comparison import Comparison, Judging, comparisons
 from lorabench.analysis.estimate import ExampleLosses
 
-from ..handmade.rl import BASE, OFFSETS, STEPS, arm
+from ..handmade.rl import BASE, arm
 from ..handmade.sft import arm as sft_arm
 from ..handmade.sft import tables
 
@@ -114,15 +114,6 @@ def test_lrs_with_one_accuracy_are_a_flat_top():
     # Two LRs within the noise are no flat top, but three are.
     assert top(0.5, 0.8, 0.8, 0.5, 0.2, noise=0.01) == []
     assert len(top(0.5, 0.8, 0.8, 0.8, 0.2, noise=0.01)) >= 3
-
-
-def test_curves_near_the_optimal_lr_are_averaged_over_seeds():
-    table = rewards.reward_curves(*tables([arm(optimum=1e-4), arm(8, optimum=1e-3, peak=0.7)]))
-    lora = rows_of(table, {"method": "lora"}, ["method"])
-    assert (list(lora["step"]), set(lora["lr"])) == (list(range(1, STEPS + 1)), {1e-3})
-    last = lora.iloc[-1]
-    assert (last["episodes"], last["n_seeds"], len(last["run_ids"])) == (64 * STEPS, len(OFFSETS), len(OFFSETS))
-    assert (last["mean"], last["sd"]) == pytest.approx((0.7, OFFSETS[1]))
 
 
 def healthy(**columns):

@@ -15,7 +15,6 @@ from lorabench.figures.style import arm_styles, write_figure
 from lorabench.store.made_from import of_tables
 from lorabench.store.tables import Tables
 
-from ..claims.test_compute import compute_table
 from ..handmade import LRS, curves_of, make_run, make_sweep, runs_table
 from .layout import draw, lay_out, lines, only, texts, titles
 
@@ -144,19 +143,3 @@ def test_losses_and_gaps_by_batch_size_are_those_of_the_fits():
     points = only(plotted, "envelope", arm="LoRA r8", batch_size=64)
     [line] = lines(figure.axes[2], linestyle="--")
     np.testing.assert_allclose(line.get_xydata(), points[["examples", "nll"]].to_numpy(float))
-
-
-def test_compute_draws_the_ratios_of_the_table_and_the_formula():
-    none, compute = pd.DataFrame(), compute_table(step_s=[2.0, 1.0, 1.4, 3.0])
-    figure, plotted = draw("compute", Tables(none, none, compute=compute))
-    flops, measured = figure.axes
-    wanted = {"counted": [0.68, 2 / 3 + 16 / 150, 2 / 3 + 128 / 150]}
-    wanted |= {"step_time": [0.5, 0.7, 1.5], "memory": [0.5, 0.5, 0.5]}
-    for axes, marker, element in ((flops, "o", "counted"), (measured, "s", "step_time"), (measured, "^", "memory")):
-        [line] = lines(axes, marker=marker)
-        rows = only(plotted, element)
-        np.testing.assert_array_equal(line.get_xydata(), rows[["rank", "ratio"]].to_numpy(float))
-        assert rows["rank"].tolist() == [1, 8, 64]
-        np.testing.assert_allclose(rows["ratio"], wanted[element])
-    formula = only(plotted, "formula")
-    np.testing.assert_allclose(formula["ratio"], 2 / 3 + 2 * formula["rank"] / 150)

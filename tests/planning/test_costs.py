@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from typer.testing import CliRunner
 
-from lorabench.cli.commands import app
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.models.specs import dimensions
@@ -68,12 +66,6 @@ def test_runs_as_jobs_start_and_load_the_model_once_each():
     trained = lora_parameters(whole, dimensions(whole.models[sweep.condition.model]), sweep.condition.rank, "all")[0]
     assert cost.working_disk - alone.working_disk == pytest.approx((max(waves) - 1) * 2 * 12 * trained, abs=2e6)
     assert path_hours(plan, job) == pytest.approx(len(waves) * cost.longest_job_hours)
-
-
-def test_the_plan_is_printed_with_money():
-    shown = CliRunner().invoke(app, ["plan", "--preset", "core", "--price", "3", "--gpu", "H200"])
-    assert shown.exit_code == 0, shown.output
-    assert all(word in shown.output for word in ("GPU-hours", "money", "total", "H200", "critical path"))
 
 
 def test_disk_and_the_time_to_stop_follow_the_weights():

@@ -68,12 +68,6 @@ def test_a_theory_is_confirmed_where_all_conditions_follow_it_and_contradicted_b
     assert abs(math.log2(row["estimate"])) == pytest.approx(1.0, abs=0.015)
 
 
-def test_a_theory_whose_parameters_are_not_stated_has_no_verdict():
-    rows = judged(list(CONTRADICTED), *world(following("scale"), [USUAL]), predictions={})
-    assert (rows["verdict"] == "not tested").all()
-    assert rows["reason"].str.startswith("the preset states no prediction").all()
-
-
 def conditions(runs, curves):
     return prediction_table(measured_ratios(with_arm_columns(runs), curves, Judging()), DEFAULT)
 
