@@ -16,8 +16,10 @@ from hypothesis import settings
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # What claims and figures make of an estimate does not hang on the number of draws of its error, which take most of the
-# time of fast tests. Tests that are chosen by their mark, such as the slow ones in CI, have all draws.
-if "PYTEST_XDIST_WORKER" not in os.environ and "-m" not in sys.argv:
+# time of fast tests. Tests that are chosen by their mark, such as the slow ones in CI, have all draws. The processes of
+# one session have the setting of the first.
+FIRST_OF_SESSION = "PYTEST_VERSION" in os.environ and "PYTEST_XDIST_WORKER" not in os.environ
+if FIRST_OF_SESSION and not any(word.startswith("-m") for word in sys.argv):
     os.environ.setdefault("LORABENCH_DRAWS", str(2**13))
 
 REPOSITORY = Path(__file__).parent.parent
