@@ -150,7 +150,7 @@ def test_optima_off_the_law_and_its_published_exponents_contradict():
     row = judged("B7", *world(fullft=lambda name, lr: lr * (6 if name == "llama-3" else 1)))
     assert row["verdict"] == "contradicted"
     assert row["ci_low"] > 0.005
-    row = judged("B8", *world(law=LrLaw(1e-4, 10.0, {"llama": 0.78, "qwen": 0.8})))
+    row = judged("B8", *world(FOUR, law=LrLaw(1e-4, 10.0, {"llama": 0.78, "qwen": 0.8})))
     assert (row["verdict"], row["estimate"]) == ("contradicted", pytest.approx(0.8, abs=0.03))
     assert "qwen: exponent" in row["reason"].split(";")[0]
 

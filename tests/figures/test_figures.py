@@ -1,4 +1,4 @@
-"""What all figures of runs have in common, and figures 1 to 5 and those about compute, from tables made by hand."""
+"""What all figures of runs have in common, and figures 1 to 3, from tables made by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the numbers of a judged claim are written, and other texts of the page."""
+"""The sentence about a judged claim, and how verdicts are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of the report: their numbers are those of the fits and of the engine, and they name data left out."""
+"""The tables of the report: their numbers are those of the fits and of the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them, against known answers."""
+"""Text of others is shown as what it is."""
 
 from __future__ import annotations
 
