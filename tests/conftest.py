@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,13 @@ from hypothesis import settings
 
 # Tests run side by side, one per core; torch reads this when it is first imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# What claims and figures make of an estimate does not hang on the number of draws of its error, which take most of the
+# time of fast tests. Tests that are chosen by their mark, such as the slow ones in CI, have all draws. The processes of
+# one session have the setting of the first.
+FIRST_OF_SESSION = "PYTEST_VERSION" in os.environ and "PYTEST_XDIST_WORKER" not in os.environ
+if FIRST_OF_SESSION and not any(word.startswith("-m") for word in sys.argv):
+    os.environ.setdefault("LORABENCH_DRAWS", str(2**13))
 
 REPOSITORY = Path(__file__).parent.parent
 MARGINS = {"loss": 0.02, "reward": 0.1, "lr_factor": 1.6}

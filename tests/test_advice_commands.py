@@ -21,10 +21,3 @@ def test_all_words_go_to_the_command_of_the_other_package(monkeypatch):
     words = ["a.yaml", "--json", "--help", "-b"]
     assert CliRunner().invoke(app, ["audit", *words]).exit_code == 0
     assert calls == [(["audit", *words], "lorabench")]
-
-
-def test_one_sentence_says_how_to_install_them(monkeypatch):
-    monkeypatch.setattr(commands, "entry_points", lambda **asked: [])
-    result = CliRunner().invoke(app, ["audit", "a.yaml"])
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "lorabench: `lorabench audit` needs the package lora-advice: pip install lora-advice\n"

@@ -74,6 +74,7 @@ def test_the_notebook_has_the_outputs_of_its_code():
     assert NOTEBOOK.stat().st_size < 150_000
 
 
+@pytest.mark.slow
 def test_the_script_compares_best_and_recommended_learning_rates(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / "optimal_lrs.py"), run_name="__main__")

@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import re
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
@@ -128,24 +127,6 @@ def test_own_optima_are_pooled(tmp_path, shipped):
     write_optima(tmp_path / "bad", "w", error=-1)
     with pytest.raises(UserError, match=r"optima.csv is not a table of optima: an optimum that counts has an LR"):
         recommend("tiny", results=tmp_path / "bad")
-
-
-def test_the_weights_tell_whether_a_model_was_measured(tmp_path, base):
-    measured = [recommend(str(base), results=tmp_path).sources_of_lr["lora"].measured_by]
-    path = base / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"\1")
-    measured.append(recommend(str(base), results=tmp_path).sources_of_lr["lora"].measured_by)
-    assert measured == ["lorabench", None]
-
-
-def test_json_and_table_say_the_same(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    printed = json.loads(command("recommend", LLAMA, "--json").stdout)
-    assert printed == json.loads(json.dumps(asdict(recommend(LLAMA))))
-    assert printed["model"] == {"name": LLAMA, "family": "llama", "parameters": 8_030_261_248, "hidden_size": 4096}
-    shown = command("recommend", LLAMA).stdout
-    assert all(text in shown for text in ("1.80e-4", "the paper's authors"))
-    assert "LoRA learning rate, converted: 2e-4" in command("convert", LLAMA, "--lr", "2e-4", "--steps", 99).stdout
 
 
 @pytest.mark.parametrize(

@@ -41,13 +41,6 @@ def test_the_difference_is_paired_by_seed_and_step():
     assert early.sigma_batch == pytest.approx(math.sqrt(pooled))
 
 
-def test_the_ranks_are_the_papers_or_nearest():
-    for ranks, pair in (((1, 4, 16, 64), (16, 64)), ((1, 4, 16), (4, 16))):
-        early = early_difference(*early_tables(ranks, seeds=[0]))
-        assert (early.low, early.high) == pair
-    assert early_difference(*early_tables((1, 16))) is None
-
-
 def test_differences_of_all_pairs_go_as_inverse_ranks():
     early = early_difference(*early_tables(ranks=(4, 16, 64)))
     pairs = early.by_inverse_rank.set_index(["low", "high"])

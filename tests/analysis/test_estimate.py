@@ -48,6 +48,7 @@ def test_errors_go_through_a_function_and_cancel_only_within_one_fit():
     assert combined(np.subtract, number, exact(1.0)).example_part is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("numbers", "dof"), [(9, 2), (25, 10)])
 def test_ends_of_sums_of_errors_are_those_of_student_within_1_percent_of_the_width(numbers, dof):
     random = np.random.default_rng(0)
@@ -62,6 +63,7 @@ def test_ends_of_sums_of_errors_are_those_of_student_within_1_percent_of_the_wid
     assert np.max(shares) < 0.015
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 300])
 def test_draws_of_the_error_from_examples_are_those_of_student(n):
     random = np.random.default_rng(n)

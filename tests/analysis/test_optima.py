@@ -19,6 +19,7 @@ from ..handmade.sft import arm, tables
 from ..handmade.training import trained
 
 
+@pytest.mark.slow
 def test_seed_noise_is_that_of_each_comparison_without_what_all_arms_share():
     random = np.random.default_rng(0)
     shared = random.normal(0, 0.1, 40)

@@ -11,7 +11,7 @@ from lorabench.analysis.estimate import ExampleLosses, student
 from lorabench.analysis.finding import decide
 from lorabench.analysis.rules import Within
 from lorabench.analysis.sequential import LOOK, Look, level
-from lorabench.claims.batches import Batch, in_words, judge_batches
+from lorabench.claims.batches import Batch, judge_batches
 from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
 from lorabench.store.tables import Tables
@@ -98,14 +98,3 @@ def test_batches_that_are_not_registered_are_named_and_not_counted():
     assert "without batch 0 (explored), batch 3 (unregistered)" in claim["reason"]
     with pytest.raises(UserError, match=r"no batch of runs is registered.*batch 0: explored; batch 3: unregistered"):
         looks_at(tables, [others[0], others[-1]])
-
-
-def test_an_open_claim_says_what_it_would_take_if_that_is_known():
-    row = {"batches": 1, "spent": 0.05 / 3, "verdict": "inconclusive", "would_decide": np.nan}
-    words = "open after 1 batch, 1.7% of 5% spent"
-    assert in_words(row, REGISTERED, "inconclusive") == words
-    for needs, more in (
-        ("about 3 more batches", "at this error about 3 more batches"),
-        ("LR 3e-4", "it needs LR 3e-4"),
-    ):
-        assert in_words(row | {"would_decide": needs}, REGISTERED, "inconclusive") == f"{words}; {more}"

@@ -53,7 +53,7 @@ def long_world(changes=None, every=None, leaves=LEAVES):
 
 
 def test_confirmed_where_they_hold():
-    claims = judged([*CURVES, "A7", "A8", "N1"], *world())
+    claims = judged([*CURVES, "A8", "N1"], *long_world())
     assert set(claims["verdict"]) == {"confirmed"}
     assert claims.loc["A1", "estimate"] == pytest.approx(0, abs=1e-9)
     assert claims.loc["A2", "estimate"] == pytest.approx(0, abs=0.02)
@@ -65,7 +65,6 @@ def test_confirmed_where_they_hold():
     assert claims.loc["A8", "estimate"] == pytest.approx(0.1)
     assert claims.loc["N1", "estimate"] == pytest.approx(0.69)
     assert all(f"r{rank} leaves at step {step}" in claims.loc["A3", "reason"] for rank, step in LEAVES.items())
-    assert claims.loc["A3", "reason"].startswith("tiny/long (most examples of 2 datasets)")
     assert not claims["reason"].str.contains("nan").any()
 
 
@@ -74,7 +73,6 @@ def test_confirmed_where_they_hold():
     [
         ("A1", {64: {"shape": departing(100)}}, LEAVES),
         ("A2", {None: {"shape": lambda step: 2.0 + 40 / step}}, LEAVES),
-        ("A2", {64: {"shape": lambda step: 2.0 + 0.1 * math.log10(step)}}, LEAVES),
         ("A3", {}, {1: 218, 4: 47, 16: 10}),
         ("A4", {1: {"shape": departing(10, slope=FALL)}}, LEAVES),
         ("A8", {1: {"floor": 2.0}}, LEAVES),
@@ -109,8 +107,6 @@ def test_a1_compares_the_lowest_losses_over_lrs_at_each_step():
     ("claim", "changes", "every", "why"),
     [
         ("A1", {}, {"own": NOISY}, "windows"),
-        # A slow start whose gap shrinks is no departure.
-        ("A3", {rank: {"shape": lambda step: shared(step) + 0.4 / step**0.2} for rank in LEAVES}, {}, "lags without"),
         # All ranks at one step.
         ("A3", {rank: {"shape": departing(47)} for rank in LEAVES}, {}, "fewer than two steps"),
         ("A5", {16: {"shape": shared}}, {}, "too few for a slope; left out: tiny/long r16 stays"),
@@ -130,7 +126,9 @@ def test_an_optimum_off_the_grid_leaves_all_open():
 
 def test_a4_is_not_tested_where_no_rank_leaves_and_a8_needs_a_gap_that_grows():
     stays = {("short", rank): {"shape": shared} for rank in LEAVES}
-    verdict_is(judged("A4", *world(stays)), "confirmed")
+    claims = judged(["A3", "A4"], *world(stays))
+    verdict_is(claims.loc["A4"], "confirmed")
+    assert claims.loc["A3", "reason"].startswith("tiny/long (most examples of 2 datasets)")
     verdict_is(judged("A4", *long_world(every={"shape": shared})), "not tested")
     slow = {1: {"shape": lambda step: shared(step) + 0.4 / step**0.2}}
     claim = judged("A8", *long_world(slow))
@@ -141,29 +139,15 @@ def test_a4_is_not_tested_where_no_rank_leaves_and_a8_needs_a_gap_that_grows():
     verdict_is(none, "contradicted", "worse than FullFT (contradicted)", "the gap grows late (inconclusive)")
 
 
-def test_ranks_that_give_no_threshold():
-    # One leaves at once, the gap of another jumps.
-    early = long_world({1: {"shape": departing(1.5)}})
-    assert "tiny/long r1 never joined" in judged("A5", *early)["reason"]
-    jump = departing(47, slope=0.05)
-    jumping = long_world({4: {"shape": lambda step: jump(step) + (0.4 if step >= 47 else 0.0)}})
-    assert "tiny/long r4 does not leave along a line in log(step)" in judged("A5", *jumping)["reason"]
-
-
 # The highest rank is worse on one dataset and better on the other, by twice the margin of 0.058 nats.
 OPPOSITE = {("short", 64): {"floor": 2.116}, ("long", 64): {"floor": 1.884}}
 
 
 @pytest.mark.parametrize(
-    ("changes", "every", "verdict"),
-    [
-        (OPPOSITE, {}, "confirmed"),
-        ({("short", 64): {"floor": 2.116}}, {}, "contradicted"),
-        (OPPOSITE, {"data_kind": "worked"}, "setting not met"),
-    ],
+    ("changes", "verdict"), [(OPPOSITE, "confirmed"), ({("short", 64): {"floor": 2.116}}, "contradicted")]
 )
-def test_better_on_one_dataset_and_worse_on_another(changes, every, verdict):
-    row = judged("A6", *world(changes, every))
+def test_better_on_one_dataset_and_worse_on_another(changes, verdict):
+    row = judged("A6", *world(changes))
     assert row["verdict"] == verdict
     assert row["estimate"] == pytest.approx(2 if changes == OPPOSITE else 0, abs=0.01)
 
@@ -185,10 +169,10 @@ def test_missing_arms_and_curves_and_facts_are_left_out():
     assert set(no_fullft["verdict"]) == {"inconclusive"}
     assert judged(CURVES, runs)["verdict"].tolist() == ["not tested"] * 5
     assert "no column tokens" in judged("A5", runs, curves.drop(columns="tokens"))["reason"]
-    facts, more = long_world({64: {"shape": departing(100)}})
+    facts, more = long_world({1: {"floor": 2.0}})
     facts = facts.assign(run_id="f" + facts["run_id"], dataset="facts", entropy_bits=9.0)
     both = pd.concat([runs, facts]), pd.concat([curves, more.assign(run_id="f" + more["run_id"])])
-    verdict_is(judged("A1", *both), "confirmed")
+    verdict_is(judged("A8", *both), "confirmed")
 
 
 # Bits of random facts -------------------------------------------------------------------------------------------------

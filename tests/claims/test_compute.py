@@ -8,8 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.errors import UserError
-
 from ..handmade.sft import LRS, arm, tables
 from . import jitter, judged, verdict_is
 
@@ -140,8 +138,3 @@ def test_g2_is_left_open_and_needs_flops_and_curves():
         verdict_is(judged("G2", *given), "inconclusive", reason)
     verdict_is(judged("G2", runs.drop(columns="train_flops"), curves), "not tested", "no column train_flops")
     verdict_is(judged("G2", runs, curves.drop(columns="tokens")), "not tested")
-
-
-def test_a_compute_table_with_two_rows_of_one_arm_is_refused():
-    with pytest.raises(UserError, match="the compute table has two rows of tiny with batch_size 8"):
-        judged("G1", compute=compute_table(ranks=(1, 8, 8)))

@@ -18,7 +18,7 @@ LRS = [3e-4, 5.5e-4, 1e-3, 1.7e-3, 3e-3, 5.5e-3, 1e-2, 1.7e-2, 3e-2]
 
 def sft(*ranks: int | None, **changes: Any) -> list[dict[str, Any]]:
     """Make sweeps with a lowest loss of 2.55 nats, LoRA's 0.3 / rank more; the noise is 0.012, optima 1e-3 and 3e-3."""
-    return [row for rank in ranks for row in make_sweep(rank, seeds=24, **{"lrs": LRS} | changes)]
+    return [row for rank in ranks for row in make_sweep(rank, seeds=12, **{"lrs": LRS} | changes)]
 
 
 def shifted(rows: list[dict[str, Any]], by: float) -> list[dict[str, Any]]:
@@ -34,14 +34,14 @@ def only(rows: list[dict[str, Any]]):
 
 
 def test_lora_matches_from_some_rank_up():
-    recommendation = only(sft(None, 1, 4, 64, 256))
-    assert [choice.answer for choice in recommendation.lora] == ["no", "no", "yes", "yes"]
+    recommendation = only(sft(None, 1, 64, 256))
+    assert [choice.answer for choice in recommendation.lora] == ["no", "yes", "yes"]
     assert recommendation.answer == "yes"
     assert recommendation.use.rank == 64
     assert recommendation.use.gap.estimate == pytest.approx(0.3 / 64, abs=0.012)
     # The tables here do not know the loss of the base.
     assert recommendation.margin.value == pytest.approx(0.01 * recommendation.fullft.loss)
-    none = only(sft(None, 1, 2, 4))
+    none = only(sft(None, 1, 4))
     # The lowest loss, not the lowest rank.
     assert (none.answer, none.use.rank) == ("no", 4)
 

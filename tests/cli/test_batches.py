@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lorabench.cli.batches import decide, run_batches, seconds_of
+from lorabench.cli.batches import decide, run_batches
 from lorabench.cli.commands import app
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
@@ -101,7 +101,3 @@ def test_some_batches_are_run_and_judged_together_and_again_from_their_tables(pr
 def test_what_can_not_be_decided_is_refused_before_anything_is_run(ids, preset_of, budget, message, preset):
     with pytest.raises(UserError, match=message):
         decide(preset_of.format(preset), ids, budget, lambda *_: (PASS, {}), [])
-
-
-def test_times_have_a_unit():
-    assert [seconds_of(text) for text in ("90s", "1.5h", "2d")] == [90, 5_400, 172_800]

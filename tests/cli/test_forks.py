@@ -12,8 +12,6 @@ import pytest
 
 from lorabench.cli import forks
 
-from ..workflow.checkout import snakemake
-
 # The forked processes run Python code in place of the command line.
 SERVER = """
 import sys
@@ -165,26 +163,3 @@ cli.app()
 def test_a_command_in_another_environment_runs_by_itself(server):
     assert ALONE in server.run("mistake", env={"HF_HUB_OFFLINE": "0"})[1]
     assert server.run("print('on')", env={"SHLVL": "7"})[0] == "on\n"
-
-
-SNAKEFILE = """
-from lorabench.cli import forks
-
-onstart:
-    forks.start()
-
-rule schema:
-    output: "help"
-    shell: "HF_HUB_OFFLINE=1 python -c 'from lorabench.cli.forks import *; print(run_in_fork())' --help >{output}"
-"""
-
-
-@pytest.mark.slow
-def test_a_rule_of_snakemake_suits_the_server(tmp_path, monkeypatch):
-    (tmp_path / "Snakefile").write_text(SNAKEFILE)
-    monkeypatch.setenv("PS1", "$ ")
-    snakemake(tmp_path, "help")
-    text = (tmp_path / "help").read_text()
-    # The help of the forked command, then its status.
-    assert "Usage" in text
-    assert text.endswith("\n0\n")

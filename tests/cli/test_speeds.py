@@ -6,9 +6,7 @@ import json
 
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
-from lorabench.cli.commands import app
 from lorabench.cli.show import measured_speed
 from lorabench.config.loading import load_preset
 from lorabench.doctor.record import FOLDER, Check, Record, record_for, write_record
@@ -53,23 +51,6 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_sentence(text):
     path.write_text(text)
     with pytest.raises(UserError, match=f"^{path} is no record of this version: delete it"):
         record_for(load_preset("core").execution)
-
-
-def plan_of(preset: str) -> str:
-    result = CliRunner().invoke(app, ["plan", "--preset", preset])
-    assert result.exit_code == 0, result.output
-    return " ".join(result.output.split())
-
-
-def test_the_plan_says_whose_speed_it_takes():
-    write_record(record("NVIDIA A100-SXM4-80GB", gflops=None))
-    assert "(an assumption, see lorabench/utils/gpus.py)" in plan_of("smollm2")
-    write_record(record("NVIDIA A100-SXM4-80GB"))
-    assert "at 250 TFLOP/s (measured)" in plan_of("smollm2")
-    # The speed of a CPU is that of one preset: another has another width, precision or number of threads.
-    write_record(record(processor(), preset="smoke", gflops=12.5))
-    assert "GFLOP/s per job (measured)" in plan_of("smoke")
-    assert "(execution.gflops)" in plan_of("laptop")
 
 
 def test_finished_runs_on_this_machine_tell_the_speed_and_others_do_not():

@@ -9,14 +9,12 @@ import pytest
 from lora_advice.models import facts
 
 from lorabench.config.inputs import HubModel, PathModel, TinyModel
-from lorabench.custom.data import examine, load_tokenizer
+from lorabench.custom.data import examine
 from lorabench.custom.model import find_model
 from lorabench.data.files import TOO_LONG
 from lorabench.errors import UserError
 from lorabench.models.base import load_config
 from lorabench.models.specs import dimensions
-
-from .conftest import rows, write_rows
 
 
 def test_a_shipped_base_a_folder_and_a_known_model_of_the_hub_need_no_connection(base):
@@ -74,18 +72,6 @@ def test_what_is_no_model_or_no_data_is_one_sentence(base, tmp_path):
         find_model("x" * 5000)
     with pytest.raises(UserError, match="data 'nothing' is no file and no hub id"):
         examine(find_model("tiny"), "nothing", None)
-
-
-def test_tokens_are_counted(tmp_path):
-    path = write_rows(tmp_path / "own.jsonl", 20)
-    tokenizer = load_tokenizer(find_model("tiny"))[0]
-    scored = [f"{row['completion']}<|end|>" for row in rows(20)]
-    texts = [f"<|user|>{row['prompt']}<|assistant|>{text}" for row, text in zip(rows(20), scored, strict=True)]
-    totals = [sum(map(len, tokenizer(part)["input_ids"])) for part in (texts, scored)]
-    data, template = examine(find_model("tiny"), str(path), None)
-    assert template is None
-    assert data.mean_completion_tokens == totals[1] / 20
-    assert data.source["mean_tokens"] == round(totals[0] / 20)
 
 
 def test_examples_that_do_not_fit_the_model_are_counted(tmp_path):

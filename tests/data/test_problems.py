@@ -96,17 +96,6 @@ def test_math_trains_on_everything_but_math_500(tmp_path, caplog):
     assert record.getMessage().startswith(left_out)
 
 
-def test_what_is_wrong_with_a_copy_is_named(tmp_path):
-    spec = HubProblems(kind="aime25", train=0, validation=0, test=1)
-    folder = tmp_path / "math-ai/aime25"
-    write_jsonl(folder / "test.jsonl", [{"problem": "?", "result": "1"}])
-    with pytest.raises(UserError, match=r"has columns problem, result in .*test.jsonl:1; answer is needed"):
-        make_problems(spec, copies(tmp_path))
-    (folder / "test.jsonl").write_text("{")
-    with pytest.raises(UserError, match="test.jsonl:1 is not JSON"):
-        make_problems(spec, copies(tmp_path))
-
-
 def test_the_working_is_right_or_without_carries():
     for terms, careful, careless in [
         ((47, 85), "7+5=12 4+8+1=13 132", "7+5=12 4+8=12 122"),
@@ -164,11 +153,3 @@ def test_every_rule_is_found_where_it_is_mostly_right():
     noisy = with_others(parities, "7")
     assert controls(noisy, noisy).rule == pytest.approx(0.9, abs=0.05)
     assert controls(parities, parities).rule < 1, "the rule that is always right is the task"
-
-
-def test_a_constant_is_the_most_frequent_answer_of_training_and_texts_may_be_anything():
-    train = [("3 and 4", "5"), ("3 and 5", "5"), ("3 and 6", "6")]
-    assert controls(train, [("3 and 7", "5"), ("3 and 8", "6"), ("8 and 9", "6"), ("8 and 3", "6")]).constant == 0.25
-    assert controls([("9" * 5000, "1"), ("8" * 5000, "1")], [("7" * 5000, "1")]).rule == 1.0
-    text = controls([("What?", "\\frac{1}{2}"), ("Who?", "x")], [("Which?", "x")])
-    assert (text.constant, text.rule, text.rule_text) == (0.0, 0.0, "always \\frac{1}{2}")

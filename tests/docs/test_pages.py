@@ -95,17 +95,6 @@ def test_the_navigation_is_short_and_every_page_is_reachable(hooks):
     assert {*written, *hooks.PAGES.values()} <= {*named, *map(os.path.normpath, linked)}
 
 
-def test_changes_of_rules_are_in_order_and_each_is_on_the_page(hooks):
-    changes = hooks.read_rule_changes()
-    assert len(changes) >= 19
-    assert [change.date for change in changes] == sorted(change.date for change in changes)
-    for change in changes:
-        assert all(re.fullmatch("[0-9a-f]{7,}", commit) for commit in change.commit.split(", ")), change
-    page = hooks.rule_changes_page(changes)
-    assert page.count("\n| 2026-") == len(changes)
-    assert page.index(changes[-1].why) < page.index(changes[0].why)
-
-
 def test_pages_of_the_site_are_made_from_claims_and_committed_files(hooks):
     page = hooks.claims_page()
     assert sorted(re.findall(r"^#### ([A-Z]\d+) ", page, re.M)) == sorted(claim.id for claim in CLAIMS)

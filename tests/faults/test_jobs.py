@@ -15,7 +15,6 @@ import torch
 
 from lorabench.data.grading import Grader
 from lorabench.errors import UserError
-from lorabench.store.progress import runs_at_work
 from lorabench.training.job import run_job
 from lorabench.utils import signals
 from lorabench.utils.checked_tensors import read_header
@@ -44,16 +43,6 @@ def test_a_killed_job_goes_on_from_its_checkpoint_with_the_same_numbers(half, un
     results = half.path(half.layout.root)
     partial = [*results.rglob("*.partial"), *results.rglob("*.finishing")]
     assert [*partial, *results.glob("progress/*"), *results.glob("locks/*")] == []
-
-
-@pytest.mark.slow
-def test_status_shows_when_a_killed_job_last_gave_a_sign_of_life(half, monkeypatch):
-    monkeypatch.chdir(half.folder)
-    at_work = runs_at_work(half.plan, half.layout)
-    assert {job["label"] for job in at_work} == {sweep.condition.label for sweep in half.plan.sweeps}
-    for path in half.path(half.layout.root).glob("progress/*"):
-        os.utime(path, (time.time() - 120,) * 2)
-    assert half.run("status").count("last sign of life 2 minutes ago") == 2
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from ..handmade import make_sweep, runs_table
 from ..handmade.sft import arm as sft_arm
 from ..handmade.sft import tables as handmade
 from ..handmade.training import shared, trained
-from .layout import draw, lines, only, texts
+from .layout import draw, lines, only
 
 ENTROPY, TOKENS = 40_000.0, 13_000
 EPOCH = {"first_epoch_nats": 9e4, "first_epoch_scored_tokens": 120_000, "dataset": "long"}
@@ -86,28 +86,6 @@ def test_departures_and_thresholds_are_those_of_the_verdicts():
     assert held["trainable_params"] == round(9e4 / math.log(2) / 2)
     _, first = draw("fig1_envelopes", own)
     assert only(first, "departure").set_index("rank")["step"].to_dict() == LEAVES
-
-
-def test_a_rank_that_never_leaves_is_a_triangle():
-    figure, plotted = draw("capacity", learning((None, 1, 32, 64)))
-    stays = only(plotted, "stays")
-    assert stays["rank"].tolist() == [32]
-    assert stays["tokens"].tolist() == [learning((64,)).curves["tokens"].max()]
-    assert [line.get_xdata()[0] for line in lines(figure.axes[1], marker="^")] == [32_000]
-
-
-def test_bits_stored_are_those_of_the_tables():
-    tables = facts({None: 39_000.0, 1: -30_000.0, 4: 20_000.0})
-    figure, plotted = draw("memorisation", tables)
-    assert "stored nothing: LoRA r1" in texts(figure)
-    seeds = only(plotted, "seed").groupby("rank", dropna=False)["bits"]
-    assert seeds.max().tolist() == pytest.approx([-30_000, 20_000, 39_000])
-    stored, expected = only(plotted, "stored"), best_stored(tables.runs)
-    for name in ("bits", "bits_low", "bits_high"):
-        np.testing.assert_allclose(stored[name], expected[name.replace("bits", "bits_stored")])
-    assert only(plotted, "entropy")["bits"].tolist() == [ENTROPY]
-    ends = only(plotted, "per_parameter")
-    assert sorted(ends["bits"] / ends["trainable_params"]) == [1, 1, 2, 2]
 
 
 def test_best_stored_is_that_of_the_fitted_minimum():

@@ -1,4 +1,4 @@
-"""What all figures of runs have in common, and figures 1 to 5 and those about compute, from tables made by hand."""
+"""What all figures of runs have in common, and figures 1 to 3, from tables made by hand."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ import pytest
 from lorabench.analysis.comparison import comparisons
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES, save_figure
-from lorabench.figures.curves import loss_by_flops
 from lorabench.figures.grid import envelopes
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.store.made_from import of_tables
 from lorabench.store.tables import Tables
 
-from ..claims.test_compute import compute_table
 from ..handmade import LRS, curves_of, make_run, make_sweep, runs_table
 from ..handmade.lora import lora_run
 from .layout import draw, lay_out, lines, only, texts, titles
@@ -165,36 +163,6 @@ def test_losses_by_parameters_are_those_of_the_fit():
     assert band["nll_high"] - band["nll_low"] == pytest.approx(comparison.margin.value)
     # Placement is line style, and rank is colour.
     assert len({line.get_color() for line in lines(figure.axes[0], linestyle=":")}) == 2
-
-
-def test_compute_draws_the_ratios_of_the_table_and_the_formula():
-    none, compute = pd.DataFrame(), compute_table(step_s=[2.0, 1.0, 1.4, 3.0])
-    figure, plotted = draw("compute", Tables(none, none, compute=compute))
-    flops, measured = figure.axes
-    wanted = {"counted": [0.68, 2 / 3 + 16 / 150, 2 / 3 + 128 / 150]}
-    wanted |= {"step_time": [0.5, 0.7, 1.5], "memory": [0.5, 0.5, 0.5]}
-    for axes, marker, element in ((flops, "o", "counted"), (measured, "s", "step_time"), (measured, "^", "memory")):
-        [line] = lines(axes, marker=marker)
-        rows = only(plotted, element)
-        np.testing.assert_array_equal(line.get_xydata(), rows[["rank", "ratio"]].to_numpy(float))
-        assert rows["rank"].tolist() == [1, 8, 64]
-        np.testing.assert_allclose(rows["ratio"], wanted[element])
-    formula = only(plotted, "formula")
-    np.testing.assert_allclose(formula["ratio"], 2 / 3 + 2 * formula["rank"] / 150)
-
-
-def test_loss_by_flops_draws_each_envelope_over_its_flops():
-    runs = runs_table(make_sweep(None, train_flops=3e12) + make_sweep(8, train_flops=2.1e12))
-    figure, plotted = draw("loss_by_flops", Tables(runs, curves_of(runs)))
-    wanted = loss_by_flops(runs, curves_of(runs))
-    for label, style in arm_styles(plotted).items():
-        points = wanted[wanted["method"] == ("fullft" if label == "FullFT" else "lora")]
-        [line] = lines(figure.axes[0], color=style.colour)
-        np.testing.assert_array_equal(line.get_xydata(), points[["flops", "value"]].to_numpy(float))
-        rows = only(plotted, "envelope", arm=label)
-        np.testing.assert_array_equal(rows["flops"].astype(float), points["flops"])
-        # At the last step, the FLOPs are those of the whole run.
-        assert rows["flops"].max() == {"FullFT": 3e12, "LoRA r8": 2.1e12}[label]
 
 
 def test_the_envelope_is_the_lowest_loss_at_each_step():

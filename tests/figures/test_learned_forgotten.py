@@ -9,7 +9,6 @@ import matplotlib.text
 import pandas as pd
 import pytest
 
-from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES
 from lorabench.store.tables import Tables
 
@@ -18,8 +17,6 @@ from ..handmade import evals_table, make_eval
 ACC = {"metric": "exact_match", "filter": "strict-match"}
 BITS = {"about": "forgotten", "task": "pretraining", "source": None, "metric": "bits_per_byte", "filter": "none"}
 BITS |= {"higher_is_better": False}
-HELLA = {"about": "forgotten", "task": "hellaswag", "source": None, "metric": "acc_norm", "filter": "none"}
-ARC = HELLA | {"task": "arc_challenge"}
 
 
 def scores(rank: int | str | None, learned: float, bits: float, **changes: Any) -> list[dict[str, Any]]:
@@ -92,18 +89,3 @@ def test_the_likelihood_of_right_answers_is_what_was_learned_where_a_task_tells_
     assert by_arm(plotted, "learned_bits") == pytest.approx({"base": 0, "FullFT": 1.8, "LoRA r8": 1.75})
     assert shows(figure.axes[0], plotted, "forgotten", "learned_bits")
     assert shows(figure.axes[1], plotted, "final_test_nll", "learned")
-
-
-def test_accuracy_lost_is_the_mean_over_the_tasks_by_their_customary_metric():
-    rows = [make_eval(rank, 0.5, **ACC) for rank in ("base", None, 8)]
-    for rank, hella, arc in (("base", 0.70, 0.50), (None, 0.60, 0.46), (8, 0.70, 0.48)):
-        rows += [make_eval(rank, hella, **HELLA), make_eval(rank, arc, **ARC)]
-        rows += [make_eval(rank, 0.1, **(HELLA | {"metric": "acc"}))]
-    _, plotted = draw(rows)
-    assert by_arm(plotted, "forgotten") == pytest.approx({"base": 0, "FullFT": 0.07, "LoRA r8": 0.01})
-
-
-def test_a_table_without_a_trained_run_is_refused():
-    for rows in ([], scores("base", 0.1, 1.5)):
-        with pytest.raises(UserError, match="no table evals, or it has no trained run"):
-            draw(rows)

@@ -16,7 +16,7 @@ from ..handmade import make_sweep, runs_table
 from ..handmade.rl import AIME, BASE, OFFSETS, STEPS, arm, grown
 from ..handmade.sft import tables
 from .layout import draw as drawn
-from .layout import lay_out, legend, only, texts
+from .layout import lay_out, only, texts
 
 RL_FIGURES = [name for name, figure in FIGURES.items() if figure.task == "rl"]
 SD = float(np.std(OFFSETS, ddof=1))
@@ -57,28 +57,6 @@ def test_accuracies_are_means_over_seeds_and_optima_those_of_the_fits():
     assert "3 diverged · 3 unrewarded" in texts(figure)
     marks = [line.get_marker() for line in figure.axes[0].get_lines()]
     assert marks.count("x") == marks.count("$0$") == 3
-
-
-def test_fig7_curves_are_test_accuracies_at_the_best_lr_beside_those_of_the_base_and_controls():
-    figure, plotted = draw("fig7_rl_curves", arms(constant_reward=0.03, rule_reward=0.2))
-    assert only(plotted, "curve", step=STEPS)["accuracy"].tolist() == pytest.approx([0.8] * 3)
-    for element, height in {"base": BASE, "constant": 0.03, "rule": 0.2}.items():
-        assert only(plotted, element)["accuracy"].tolist() == [height]
-    assert {"best constant answer", "best cheap rule", "before training"} <= set(legend(figure))
-
-
-def test_placement_shows_best_accuracies_by_parameters():
-    chosen = {"attn": (0.6, 88_000), "mlp": (0.8, 144_000), "all": (0.8, 224_000)}
-    adapters = [
-        arm(16, optimum=1e-3, placement=placement, peak=peak, trainable_params=count)
-        for placement, (peak, count) in chosen.items()
-    ]
-    _, plotted = draw("fig5_placement_rl", arms((None,)) + adapters)
-    best = only(plotted, "best")
-    assert best.set_index("arm")["accuracy"]["LoRA r16 attn"] == pytest.approx(0.6)
-    [band] = only(plotted, "margin_band").to_dict("records")
-    assert band["accuracy_high"] == pytest.approx(best["accuracy"].max())
-    assert band["accuracy_high"] - band["accuracy_low"] == pytest.approx(0.02)
 
 
 def test_fig8_shows_each_further_set_and_kl_without_its_sign_and_runs_above_the_limit_at_any_lr():

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from lorabench.claims.judge import CLAIMS
-from lorabench.errors import UserError
-from lorabench.figures.catalog import save_figure
 from lorabench.figures.verdicts import END, FAMILIES, LOOKS, SHORT_NAMES, in_margins
-from lorabench.store.io import write_frame
 from lorabench.store.tables import Tables
 
 from ..handmade import claims_table, make_claim
@@ -62,13 +58,3 @@ def test_every_claim_is_drawn_or_named_once_below_its_family():
 def test_each_claim_and_family_has_a_short_name():
     assert set(SHORT_NAMES) == {claim.id for claim in CLAIMS}
     assert set(FAMILIES) == {claim.id[0] for claim in CLAIMS}
-
-
-def test_it_is_drawn_from_one_folders_claims(tmp_path: Path):
-    write_frame(every_verdict(), "claims", tmp_path / "judged")
-    save_figure("verdicts", [tmp_path / "judged"], tmp_path / "out")
-    with pytest.raises(UserError, match="one folder, which `lorabench claims` writes"):
-        save_figure("verdicts", [tmp_path / "judged", tmp_path / "judged"], tmp_path / "out")
-    every_verdict().drop(columns="scope").to_parquet(tmp_path / "judged" / "claims.parquet")
-    with pytest.raises(UserError, match="judge the claims again"):
-        save_figure("verdicts", [tmp_path / "judged"], tmp_path / "out")

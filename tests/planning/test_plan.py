@@ -176,15 +176,3 @@ def test_the_base_and_each_condition_are_evaluated_once(raw_preset):
     vllm = raw_preset | {"execution": raw_preset["execution"] | {"sampler": "vllm"}}
     for other in (vllm, other_data):
         assert not ids(other) & ids(raw_preset)
-
-
-def test_a_plan_with_lrs_to_find_has_an_expected_and_a_largest_number_of_runs(raw_preset):
-    [block] = raw_preset["experiments"]["rank"]
-    raw_preset["experiments"]["rank"] = [block | {"lrs": "auto", "ranks": {"all": [4]}, "seeds": 3}]
-    plan = planned(raw_preset)
-    # Both methods start with the same LRs, and are expected to try one more before the seeds at three LRs.
-    assert {sweep.lrs for sweep in plan.sweeps} == {(4.64e-4, 1e-3, 2.15e-3)}
-    assert {(sweep.n_runs, sweep.most_runs) for sweep in plan.sweeps} == {(3 + 1 + 3 * 2, 9 * 3)}
-    total = per_experiment(plan)["total"]
-    assert (total.runs, total.most_runs) == (20, 54)
-    assert 2 < total.most_job_hours / total.job_hours < 54 / 20

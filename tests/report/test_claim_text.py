@@ -1,27 +1,12 @@
-"""How the numbers of a judged claim are written, and other texts of the page."""
+"""The sentence about a judged claim, and how verdicts are counted."""
 
 from __future__ import annotations
 
 import math
 
 from lorabench.report import claim_text
-from lorabench.utils.formats import DASH
 
 from ..handmade import claims_table, make_claim
-
-
-def test_margin():
-    written = {
-        (-0.012, 0.012, "nats per token"): "±0.012 nats",
-        (0.012, math.inf, "error rate"): "at least 1.2 points of error rate",
-        (-math.inf, 0.012, "nats per token"): "at most 0.012 nats",
-        (6.25, 16.0, "ratio"): "6.25 to 16",
-        (0.0, 1.6, "ratio"): "at most 1.6",
-        (0.0, 0.0, "parameters"): "exactly 0 parameters",
-        (-math.inf, math.inf, "slope"): DASH,
-    }
-    for (low, high, unit), text in written.items():
-        assert claim_text.margin(make_claim("B1", margin_low=low, margin_high=high, unit=unit)) == text
 
 
 def test_a_sentence_says_what_was_measured_and_what_was_asked_for():
@@ -33,20 +18,6 @@ def test_a_sentence_says_what_was_measured_and_what_was_asked_for():
     about = "These runs cannot say: the claim is about runs of 1,000 steps or more (here at most 50 steps)."
     assert claim_text.sentence(make_claim("B1", "setting not met", missing=missing)) == about
     assert claim_text.verdict(make_claim("B1", p_again=0.7)) == "confirmed, borderline"
-
-
-def test_numbers_have_units_that_a_reader_knows_and_exact_ones_no_interval():
-    written = {
-        ("F1", "error rate", -0.0024, -0.09, 0.067): "-0.2 points of error rate [-9.0, 6.7]",
-        ("F3", "accuracy", 0.1025, 0.089, 0.116): "+10.2 points of train reward [8.9, 11.6]",
-        ("F6", "ratio", 8.192, 8.192, 8.192): "8.19",
-        ("E6", "parameters", 0.0, None, None): "no difference from the counts",
-    }
-    for (name, unit, value, low, high), text in written.items():
-        claim = make_claim(name, unit=unit, estimate=value, ci_low=low, ci_high=high)
-        assert claim_text.measured(claim) == text
-    ratio = make_claim("B3", unit="ratio", estimate=1.14, margin_low=0.673, margin_high=1.49)
-    assert "a ratio of 1.14 was measured, and 0.673 to 1.49 was asked for" in claim_text.sentence(ratio)
 
 
 def test_a_fact_counts_once_with_its_worst_verdict_and_the_headline_counts_kinds_apart():

@@ -1,29 +1,22 @@
-"""The tables of the report: their numbers are those of the fits and of the engine, and they name data left out."""
+"""The tables of the report: their numbers are those of the fits and of the engine."""
 
 from __future__ import annotations
 
-import json
 import math
 
 import pandas as pd
 import pytest
 
 from lorabench.analysis.comparison import Judging, comparisons
-from lorabench.analysis.rewards import with_error_rates
 from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.data.files import file_chats
-from lorabench.data.sft import build_dataset
 from lorabench.report.other_margins import UNTESTED, turned, verdicts_by_margin
-from lorabench.report.summary import dataset_origins, experiment
-from lorabench.store.layout import Layout
+from lorabench.report.summary import experiment
 from lorabench.store.schemas import VERDICTS_BY_MARGIN
 from lorabench.store.tables import Tables
-from lorabench.utils.files import write_json
 
-from ..handmade import claims_table, make_claim, rl
+from ..handmade import claims_table, make_claim
 from ..handmade.sft import arm, tables
-from ..hub.repositories import copies, tulu3_row, write_tulu3
 from .conftest import at_twice_the_margins
 
 
@@ -42,38 +35,6 @@ def test_the_optimum_of_a_row_is_that_of_the_fit():
         assert row["resolved"]
     assert row["ratio_resolved"]
     assert row["ratio"] == pytest.approx(math.exp(comparison.fit.log_ratio("LoRA r8", "FullFT").value))
-
-
-def test_results_of_rl_are_accuracies():
-    [_, row], runs, curves = described([rl.arm(None, optimum=1e-4), rl.arm(16, optimum=1e-3)])
-    [comparison] = comparisons(with_error_rates(runs), curves)
-    assert row["best"] == pytest.approx(1 - comparison.fit.minima["LoRA r16"].value)
-    assert row["best_low"] < row["best"] < row["best_high"]
-
-
-def test_bad_rows_of_files_and_of_the_hub_are_shown_with_their_reasons(raw_preset, write_preset, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    lines = [json.dumps({"prompt": f"Say {n}", "completion": str(n)}) for n in range(12)]
-    lines[3:3] = ["not JSON", '{"prompt": "no answer"}', "{"]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    # One row repeats a prompt, and another has an answer that is too long.
-    rows = [tulu3_row(number) for number in range(30)] + [tulu3_row(0), tulu3_row(40, answer="long " * 400)]
-    write_tulu3(tmp_path / "copies", rows)
-    sizes = {"max_chars": 1500, "mean_tokens": 50}
-    sizes |= {"train": 8, "validation": 2, "test": 2}
-    raw_preset["datasets"] = {
-        "rows": {"kind": "file", "path": "rows.jsonl", **sizes},
-        "tulu": {"kind": "hub", "id": "allenai/tulu-3-sft-mixture", **sizes},
-    }
-    raw_preset["experiments"]["rank"][0]["datasets"] = ["rows"]
-    layout = Layout.of(write_preset(raw_preset))
-    write_json(file_chats(layout.preset.datasets["rows"])[1].plain(), layout.tally("rows"))
-    build_dataset(layout.preset.datasets["tulu"], layout.dataset("tulu"), copies(tmp_path / "copies"))
-    file, hub = dataset_origins(layout)
-    bad = ["2 not JSON (first: row 4)", "1 no text (first: row 5)"]
-    assert file == {"name": "rows", "source": "file, prompt/completion", "rows": 15, "usable": 12, "left_out": bad}
-    assert (hub["name"], hub["rows"], hub["usable"]) == ("tulu", 32, 30)
-    assert hub["left_out"] == ["1 too long", "1 with the prompt of another"]
 
 
 ARMS = {None: {"optimum": 4e-4}, **{rank: {"optimum": 3.3e-3, "floor": 2.02} for rank in (4, 64)}}

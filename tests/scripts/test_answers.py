@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
-import pytest
 
 from answers import QUESTIONS, answer
 from lorabench.figures.evidence import QUESTIONS as DRAWN
@@ -13,7 +12,7 @@ from lorabench.figures.evidence import draw_matrix
 from lorabench.report.claim_text import VERDICTS
 
 QUESTION = {question.claim_id: question for question in QUESTIONS}
-GROWS, AS_ALWAYS = "the gap grows by 0.050 nats [0.040, 0.060]", "Choose the batch size as for full fine-tuning."
+GROWS = "the gap grows by 0.050 nats [0.040, 0.060]"
 ASKED = "Do large batches harm LoRA more than full fine-tuning?"
 SIZES = {"tiny": 3e5, "0.13B": 1.3e8, "1B": 1e9, "3B": 3e9, "8B": 8e9}
 
@@ -28,19 +27,6 @@ def cell(verdict: str, scale: str = "tiny", **columns: Any) -> dict[str, Any]:
 
 def batches(*cells: dict[str, Any]) -> str:
     return answer(QUESTION["D1"], pd.DataFrame(cells))
-
-
-@pytest.mark.parametrize(
-    ("verdict", "advice", "answered"),
-    [
-        ("confirmed", "Keep batches small.", f"*Yes* on tiny models ({GROWS})."),
-        ("right sign, below the margin", AS_ALWAYS, f"*Yes, but by less than matters* on tiny models ({GROWS})."),
-        ("inconclusive", "Compare two batch sizes.", "*Undecided* on tiny models."),
-        ("not tested", "Compare two batch sizes.", "No runs in the paper's setting answer this."),
-    ],
-)
-def test_the_verdict_decides_the_sentence(verdict, advice, answered):
-    assert batches(cell(verdict)) == f"**{advice}** {ASKED} {answered}"
 
 
 def test_answers_are_grouped_and_the_largest_models_with_a_decision_say_what_to_do():
@@ -59,12 +45,6 @@ def test_answers_are_grouped_and_the_largest_models_with_a_decision_say_what_to_
     # Without explored seeds a verdict did not come out again.
     once = cell("confirmed", p_again=0.26, held_out="confirmed", explored=False)
     assert batches(once).endswith(f" *Yes* on tiny models ({GROWS}; borderline, all seeds held out).")
-
-
-def test_a_difference_of_accuracies_has_the_sign_of_rank_1():
-    worse = cell("not seen here", unit="error rate", estimate=0.12, ci_low=0.1, ci_high=0.15) | {"claim_id": "F1"}
-    expected = "*No* on tiny models (rank 1 minus full fine-tuning: -12.0 percentage points [-15.0, -10.0])."
-    assert answer(QUESTION["F1"], pd.DataFrame([worse])).endswith(expected)
 
 
 def test_the_picture_says_the_answers_of_sizes_that_are_drawn_together():

@@ -51,9 +51,9 @@ def test_optima_of_own_runs_have_their_model_and_interval():
         assert 0 < optimum["lr_low"] < optimum["lr"] < optimum["lr_high"]
         assert (optimum["error"] >= math.log(1.15), optimum["counts"]) == (True, True)
     assert table["remark"].tolist() == ["fitted", "fitted"]
-    for row in rows:
-        if row["rank"] == 32 and row["seed"]:
-            row["final_test_nll"] += 0.1 * (-1) ** row["seed"]
+    for run in rows:
+        if run["rank"] == 32 and run["seed"]:
+            run["final_test_nll"] += 0.1 * (-1) ** run["seed"]
     table = measured_optima(Tables.of({"runs": runs_table(rows)}))
     assert table["remark"].tolist() == ["fitted, not resolved"] * 2
     assert measured_optima(Tables.of({"runs": runs_table(unknown)})).empty

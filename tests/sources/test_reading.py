@@ -11,7 +11,6 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from lorabench import api
 from lorabench.cli.commands import app
 from lorabench.errors import UserError
 from lorabench.sources.source import import_source
@@ -95,16 +94,6 @@ def test_it_is_judged_and_drawn(source, tmp_path):
     assert "figure fig1_envelopes is not drawn: no validation curves beyond step 0" in said
     assert (tmp_path / "figures/fig2_lr_by_rank.svg").is_file()
     command("claims", "--tables", tables, "--out", tmp_path / "again", "--noise", tables)
-
-
-def test_the_reason_names_what_it_does_not_say(source):
-    model = {"scale": "1B", "parameters": 10**9, "hidden_size": 2048}
-    said = {"precision": "unknown", "schedule": "constant", "alpha": "32", "base_kind": "mixed"}
-    rows = [f"{line},lr_ratio rank" for line in SEEDS]
-    folder = source(rows, f"{COLUMNS},experiments", models={"m": model}, attributes=said)
-    reason = api.judge(folder, claims=["B2"])["reason"].item()
-    assert reason.count("the precision of its runs is unknown, so they may differ in it") == 1
-    assert reason.count("its runs differ in base_kind, and the source does not say which has which") == 1
 
 
 # Texts that were no source, and once ended with a traceback or a sentence of megabytes.

@@ -11,10 +11,10 @@ import pytest
 from lorabench.claims.judge import CLAIMS
 from lorabench.errors import UserError
 from lorabench.sources.measurements import matrix, measurement_table, read_own, summary_table
-from lorabench.sources.source import import_source, judge, read_sources, source_folders
+from lorabench.sources.source import judge, read_sources, source_folders
 
 from ..conftest import REPOSITORY
-from .conftest import COLUMNS, ROWS
+from .conftest import COLUMNS
 
 CHOSEN = [claim for claim in CLAIMS if claim.id in ("B1", "B2")]
 
@@ -96,15 +96,3 @@ def test_accuracies_of_supervised_runs_are_judged_as_error_rates(source):
     assert "loss_gap" not in measured.index
     with pytest.raises(UserError, match="final_reward = missing"):
         read_sources([source(outcome="accuracy")])
-
-
-def test_folders_and_noise_that_are_not_there_are_refused(source, tmp_path):
-    with pytest.raises(UserError, match="takes its noise from 'nobody', which is none of made-up"):
-        read_sources([source(noise={"from": "nobody"})])
-    with pytest.raises(UserError, match="made-up: no comparison has repeated seeds"):
-        read_sources([source(noise={"from": "made-up"})])
-    for read in (source_folders, import_source):
-        with pytest.raises(UserError, match=r"empty is no source, since it has no file source\.yaml"):
-            read(tmp_path / "empty")
-    with pytest.raises(UserError, match="two sources have the name orbit"):
-        source_folders(source(ROWS, name="orbit"))

@@ -7,12 +7,11 @@ import json
 import pyarrow as pa
 import pytest
 
-from lorabench.config.inputs import HubModel, TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.data.sft import build_dataset, read_dataset
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
-from lorabench.store.collect import base_kind, collect
+from lorabench.store.collect import collect
 from lorabench.store.io import read_table, write_table
 from lorabench.store.layout import Layout
 from lorabench.store.schemas import JOB, RUNS
@@ -66,12 +65,3 @@ def test_test_losses_have_the_groups_of_the_data(tmp_path, monkeypatch):
     packages = [row["source"] for row in read_dataset(layout.dataset("docstrings")) if row["split"] == "test"]
     assert table.loc["docstrings", "group"].tolist() == packages
     assert table.loc["docstrings", "loss"].tolist() == list(range(192))
-
-
-def test_a_models_name_says_whether_it_is_a_base():
-    sizes = {"parameters": 1, "hidden_size": 1}
-    kinds = {"meta-llama/Llama-3.2-1B-Instruct": "instruct", "Qwen/Qwen3-8B-Base": "base", "Qwen/Qwen3-8B": None}
-    for name, kind in kinds.items():
-        assert base_kind(HubModel(kind="hub", id=name, **sizes)) == kind
-    assert base_kind(HubModel(kind="hub", id="a/Llama-3.1-8B", chat_template="plain", **sizes)) == "base"
-    assert base_kind(TinyModel(kind="tiny")) == "base"

@@ -100,18 +100,6 @@ def test_tables_that_contradict_or_can_not_be_compared_are_refused(name, table, 
     assert not (tmp_path / "out").exists()
 
 
-def test_columns_may_be_missing_on_one_side(tmp_path):
-    bare = RUNS.iloc[:8].drop(columns=["experiments", "alpha", "host"])
-    a, b = write(tmp_path / "a", "csv", runs=bare), write(tmp_path / "b", runs=RUNS.iloc[4:].drop(columns="host"))
-    result, whole = merged(a, b).runs.set_index("run_id"), RUNS.set_index("run_id")
-    assert set(result.index) == set(whole.index)
-    assert "host" not in result
-    only_a, both = whole.index[:4], whole.index[4:]
-    assert result.loc[both, "alpha"].tolist() == pytest.approx(whole.loc[both, "alpha"].tolist(), nan_ok=True)
-    assert result.loc[only_a, "alpha"].isna().all()
-    assert result.loc[only_a, "experiments"].tolist() == [[]] * 4
-
-
 def batch(folder: Path, number: int, test_data: str, **columns: str) -> Path:
     """Write the tables of a batch of runs, whose dataset differs in its test examples and whose base was evaluated."""
     first = 100 * number
@@ -144,12 +132,6 @@ def test_other_data_under_one_name_are_no_batch(tmp_path, test_data):
     (folders[1] / "evals.parquet").unlink()
     with pytest.raises(UserError, match="runs of instruct have different datasets under one name"):
         merged(*folders)
-
-
-def test_an_older_table_of_evaluations_does_not_identify_its_data(tmp_path):
-    older = write(tmp_path / "older", evals=BASE.drop(columns="test_data"))
-    newer = write(tmp_path / "newer", evals=BASE.assign(value=0.2, test_data="data@100"))
-    assert merged(older, newer).evals["value"].tolist() == [0.1, 0.2]
 
 
 def test_test_examples_are_identified_by_the_first_seed_where_they_depend_on_it():

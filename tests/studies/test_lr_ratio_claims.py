@@ -15,7 +15,6 @@ from studies.lr_ratio.predictions import DEFAULT
 from studies.lr_ratio.theories import Setting, predicted
 
 from ..claims import judged
-from ..figures.layout import draw, only, texts
 from ..handmade.sft import arm, tables
 
 FULLFT_LR = 3e-4
@@ -69,12 +68,6 @@ def test_a_theory_is_confirmed_where_all_conditions_follow_it_and_contradicted_b
     assert abs(math.log2(row["estimate"])) == pytest.approx(1.0, abs=0.015)
 
 
-def test_a_theory_whose_parameters_are_not_stated_has_no_verdict():
-    rows = judged(list(CONTRADICTED), *world(following("scale"), [USUAL]), predictions={})
-    assert (rows["verdict"] == "not tested").all()
-    assert rows["reason"].str.startswith("the preset states no prediction").all()
-
-
 def conditions(runs, curves):
     return prediction_table(measured_ratios(with_arm_columns(runs), curves, Judging()), DEFAULT)
 
@@ -116,15 +109,3 @@ def test_with_a_frozen_a_the_lr_is_that_of_b():
     assert row["frozen"]
     assert row["lora_lr"] == pytest.approx(of_b, rel=0.01)
     assert row["off_by"] == pytest.approx(1.0, rel=0.01)
-
-
-def test_the_figure_has_conditions_theories_and_published_ratios():
-    runs, curves = world(following("scale"), [USUAL, (128, 50, 8, 32.0)])
-    _, plotted = draw("lr_ratio", runs, curves)
-    by_scale = only(plotted, "condition", theory="scale")
-    assert by_scale["off_by"].tolist() == pytest.approx([1.0, 1.0], rel=0.01)
-    # At the paper's own LRs the theory of A's movement gives about the paper's ratio.
-    published = only(plotted, "published").set_index("source")["predicted"]
-    assert published["LoRA Without Regret"].between(5, 20).all()
-    figure, _ = draw("lr_ratio", runs[runs["method"] == "lora"], curves)
-    assert "no condition" in texts(figure)

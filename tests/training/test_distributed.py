@@ -176,19 +176,6 @@ def test_two_processes_give_the_numbers_of_one(name, several, data, tmp_path, ca
         assert "starts again from step 1: checkpoint " in caplog.text
 
 
-def test_an_error_ends_all_processes_and_is_shown_once(ready):
-    plan, layout = ready("broken")
-    # Both processes find the error when they read the tokens.
-    layout.dataset("instruct").write_bytes(layout.dataset("instruct").read_bytes() + b" ")
-    together = command(sweep_of(plan, "lora").sweep_id, "--processes", "2")
-    done = subprocess.run(together, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if line.startswith("lorabench:")]
-    assert len(errors) == 1
-    assert "token cache" in errors[0]
-    assert "Traceback" not in done.stderr
-
-
 def test_processes_that_get_a_signal_save_together_and_go_on(ready):
     plan, layout = ready("stopped", {"checkpoint_minutes": 1000, "keep_weights": "all"})
     sweep = sweep_of(plan, "lora")

@@ -11,8 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorabench.config.experiments import ComputeExperiment, Protocol
-from lorabench.config.inputs import PathModel, TinyModel
-from lorabench.errors import UserError
+from lorabench.config.inputs import PathModel
 from lorabench.store.schemas import COMPUTE
 from lorabench.training import step_cost
 from lorabench.training.loss import Batch
@@ -72,10 +71,3 @@ def test_growth_is_that_of_the_allocator(square, tmp_path):
     blocks = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
     peak = max(np.cumsum([size for _, size in blocks]))
     assert step_cost.growth(step, torch.device("cpu")) == pytest.approx(peak, rel=0.01)
-
-
-def test_what_can_not_be_measured_is_said(square):
-    with pytest.raises(UserError, match="sequence_length = 65: model 'it' takes at most 64 tokens"):
-        measured(square, sequence_length=65)
-    with pytest.raises(UserError, match="Qwen3MoeForCausalLM has experts"):
-        measured(TinyModel(kind="tiny", name="moe-128"))

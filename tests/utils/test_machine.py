@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.utils.gpus import difference_from, own_devices, visible_devices
+from lorabench.utils.gpus import own_devices, visible_devices
 from lorabench.utils.slurm import partition_minutes
 
 # Each line is written at once: a job says which devices it takes and that it gives them back.
@@ -104,11 +104,3 @@ def test_the_limit_of_a_partition(program, monkeypatch):
     assert partition_minutes("gpu,odd") is None
     monkeypatch.setenv("PATH", "")
     assert partition_minutes("") is None, "without Slurm"
-
-
-def test_a_gpu_that_is_not_the_planned_one_is_said():
-    assert difference_from("H100-80GB", "NVIDIA H100 80GB HBM3", 85.0e9) is None
-    assert "this is an NVIDIA A100-SXM4-40GB of 42 GB, but" in difference_from(
-        "H100-80GB", "NVIDIA A100-SXM4-40GB", 42.3e9
-    )
-    assert "of 40 GB, but execution.gpu is H100-80GB" in difference_from("H100-80GB", "NVIDIA H100 80GB HBM3", 40e9)

@@ -10,10 +10,8 @@ from functools import cache
 import pytest
 
 from lorabench.claims.judge import CLAIMS
-from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
-from lorabench.models.specs import dimensions
-from lorabench.planning.costs import combined, job_cost, per_experiment
+from lorabench.planning.costs import per_experiment
 from lorabench.planning.plan import make_plan
 
 from ..conftest import REPOSITORY
@@ -35,12 +33,6 @@ def test_each_claim_has_its_experiment_or_is_among_the_limits(preset):
         assert not claim.experiments or chosen & set(claim.experiments) or claim.id in limited, claim.id
 
 
-def test_every_parameter_count_is_that_of_a_known_architecture(preset):
-    for name, spec in preset.models.items():
-        if not isinstance(spec, TinyModel):
-            assert (dimensions(spec).parameters, dimensions(spec).hidden) == (spec.parameters, spec.hidden_size), name
-
-
 @cache
 def costs(name, sampler):
     """Return the plan of a preset with a sampler, and the costs of its experiments."""
@@ -57,17 +49,6 @@ def test_the_readme_tells_what_they_cost(name, gpu):
     plan, work = costs(name, load_preset(name).execution.sampler)
     assert plan.preset.execution.gpu.startswith(gpu)
     assert work["total"].gpu_hours == pytest.approx(hours, rel=0.1)
-
-
-@pytest.mark.parametrize(("name", "sampler"), [("core", "own"), ("core", "vllm"), ("paper", "vllm")])
-def test_the_costs_by_sampler_are_those_of_the_plan(name, sampler):
-    lines = (REPOSITORY / "docs/costs.md").read_text().splitlines()
-    row = next(line for line in lines if re.match(rf"\| `{name}` .*\| `{sampler}` \|", line))
-    shown = [float(cell.replace(",", "")) for cell in row.split("|")[3:-1]]
-    plan, work = costs(name, sampler)
-    rl = combined(job_cost(plan, job) for job in plan.jobs if job.sweeps[0].condition.task == "rl")
-    hours = [part.gpu_hours for part in (rl, work["evaluation"], work["total"])]
-    assert shown == [pytest.approx(hour, rel=0.02, abs=0.5) for hour in hours]
 
 
 @pytest.mark.parametrize("name", json.loads(DIGESTS.read_text()))

@@ -80,16 +80,6 @@ def test_every_job_requests_the_resources_of_the_plan(checkout):
     assert all("gpu" not in resources for resources in requested(output, "tokens").values())
 
 
-def test_a_preset_for_cpus_requests_no_gpu_and_the_check_of_a_machine_one(checkout):
-    output = dry_run(checkout, preset="smoke")
-    for rule in ("train", "evaluate", "compute", "tokens"):
-        jobs = requested(output, rule)
-        assert jobs
-        assert all("gpu" not in resources and int(resources["runtime"]) > 0 for resources in jobs.values())
-    [resources] = requested(dry_run(checkout, "doctor", preset="core"), "doctor").values()
-    assert (resources["gpu"], resources["runtime"], resources["nodes"]) == ("1", "30", "1")
-
-
 def test_what_a_site_sets_is_what_jobs_request(checkout, partition):
     """The GPUs by a name or as gres, no memory and cores beside them, and no more time than the partition allows."""
     plan = make_plan(Layout.of("core").preset)
@@ -136,19 +126,3 @@ def test_a_limit_that_nobody_knows_is_asked_for_before_a_long_job_is_submitted(c
     assert not (checkout / "results/core").exists()
     # A dry run submits nothing, so it only says so.
     assert sentence in dry_run(checkout, preset="core")
-
-
-def test_a_wrong_setting_is_one_sentence(checkout):
-    for old, new, sentence in (
-        ("# max_runtime: 1440", "max_runtime: 0", "max_runtime = 0 in the profile: minutes are needed"),
-        ("gpu_option: gpu", "gpu_option: grse", "gpu_option = 'grse' in the profile: allowed: gpu, gres"),
-    ):
-        adapt_profile(checkout, old, new)
-        arguments = ("--dry-run", "results/smoke/plan.parquet", "--config", "preset=smoke")
-        output = snakemake(checkout, "--profile", "slurm", *arguments, fails=True)
-        assert sentence in output
-        assert "Traceback" not in output
-        adapt_profile(checkout, new, old)
-    # Arrays of jobs would wait forever.
-    output = snakemake(checkout, "--profile", "slurm", "--slurm-array-jobs=all", *arguments[1:], fails=True)
-    assert "slurm-array-jobs = 'all': leave this option out" in output

@@ -72,15 +72,3 @@ def test_a_folder_is_read_without_what_is_hidden_or_large(tmp_path, monkeypatch)
     assert bad.reason.startswith("it is not valid YAML")
     # A file that is named twice is read once.
     assert len(read_paths([tmp_path / "configs", tmp_path / "configs/a.yaml"])[0]) == 2
-
-
-def test_a_named_file_that_is_not_understood_has_a_reason(tmp_path):
-    file = tmp_path / "other.yaml"
-    file.write_text("a: 1")
-    for file_format, reason in ((None, "it is of no format"), ("axolotl", "it states no training run of axolotl")):
-        _, _, (missing,) = read_paths([file], file_format)
-        assert missing.reason.startswith(reason)
-    with pytest.raises(UserError, match="there is no such file"):
-        read_paths([tmp_path / "nothing"])
-    with pytest.raises(UserError, match="--format keras: allowed: .*axolotl"):
-        read_paths([tmp_path], "keras")

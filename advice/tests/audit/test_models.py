@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from lora_advice.errors import UserError
-from lora_advice.models import facts, look_up, module_kind, public_models
+from lora_advice.models import facts, look_up, public_models
 
 
 def test_counted_parameters_are_the_published_ones() -> None:
@@ -63,12 +63,6 @@ def test_a_configuration_file_comes_first(tmp_path: Path) -> None:
         assert (model.family, model.width, model.experts, model.tied) == ("qwen3_moe", 64, 4, False)
         assert model.linear["gate_up_proj"] == ("experts", 64, 64, 8)
         assert model.source == "its config.json"
-
-
-def test_kinds_of_modules() -> None:
-    kinds = {"q_proj": "attention", "model.layers.3.mlp.down_proj": "mlp", "mlp.experts.gate_up_proj": "experts"}
-    kinds |= {"gate.weight": "router", "lm_head": "unembedding", "embed_tokens": "embedding", "c_proj": None}
-    assert {module: module_kind(module) for module in kinds} == kinds
 
 
 def test_the_hub_is_asked_only_if_the_user_allows_it(monkeypatch, tmp_path) -> None:
