@@ -65,10 +65,10 @@ class ArmGrid:
     """LRs at which the run of the first seed diverged, ascending."""
 
     @property
-    def reach(self) -> tuple[float, float]:
-        """From where to where optima are looked for, as ln LR: from three steps below the window to three above."""
+    def reach(self) -> np.ndarray:
+        """The ends between which an optimum may lie, as ln LR, (2,): three steps beyond the window on either side."""
         x = np.log(self.lrs[self.window])
-        return float(4 * x[0] - 3 * x[1]), float(4 * x[-1] - 3 * x[-2])
+        return np.array([4 * x[0] - 3 * x[1], 4 * x[-1] - 3 * x[-2]])
 
     def lr_to_add(self, optimum: float) -> float | None:
         """Return the LR to add if a fitted optimal LR lies at an end of the window: halfway to the next LR on a

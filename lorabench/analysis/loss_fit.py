@@ -178,22 +178,25 @@ def fit_losses(
     def estimated(label: str) -> tuple[Estimate, Estimate, bool]:
         # Draws of all coefficients at once would take much memory.
         grid, places, ends, bend = grids[label], fitted.places[label], counted.ends[label], fitted.bends.get(label)
-        centre = math.log(grid.lrs[grid.centre])
-        reach = grid.reach[0] - centre, grid.reach[1] - centre
+        low, high = grid.reach - math.log(grid.lrs[grid.centre])
         own, drawn = fitted.coefficients[places], np.full((N_DRAWS, len(places)), math.nan)
         if dof and sigma > 0:
             drawn = fitted.draws(label, f"seeds of {name}")
             drawn[:, :1] += luck
         value = np.array(lowest_point(own, ends, bend))
-        by_seed = np.array(_lowest(own + drawn, ends, reach, bend)) - value[:, None]
-        by_example = np.array([None, None])
+
+        def errors(drawn: np.ndarray) -> np.ndarray:
+            # An optimum may lie beyond the LRs that count; a loss is not extrapolated.
+            found, minimum = lowest_point(own + drawn, (low, high), bend)[0], lowest_point(own + drawn, ends, bend)[1]
+            return np.asarray([found, minimum] - value[:, None])
+
+        by_seed, by_example = errors(drawn), np.array([None, None])
         if influences is not None:
-            drawn = estimate.example_draws(influences[places], test_split, len(splits))
-            by_example = np.array(_lowest(own + drawn, ends, reach, bend)) - value[:, None]
+            by_example = errors(estimate.example_draws(influences[places], test_split, len(splits)))
         counts = len(seeds[label]), n_examples, n_groups, bool(splits) and all("@" in name for name in splits)
         position, minimum = (Estimate(float(value[part]), by_seed[part], by_example[part], *counts) for part in (0, 1))
         optimum = replace(position, value=lowest[label][0])
-        outside = (position.draws <= reach[0] + 1e-9) | (position.draws >= reach[1] - 1e-9)
+        outside = (position.draws <= ends[0] + 1e-9) | (position.draws >= ends[1] - 1e-9)
         bounded = grid.edge is None and grid.coarse is None and curvature[label] > 0
         # 2.5% is what lies on each side of a 95% interval.
         return optimum, minimum, bounded and position.known and float(outside.mean()) <= 0.025
@@ -207,10 +210,6 @@ def fit_losses(
     sizes = _sizes(fitted, effects) if len(counted.seeds) > 1 else {}
     numbers = lowest, measured, sigma, dof, curvature, sizes, seeds, run_ids, text, optima, minima, resolved
     return LossFit(grids, *numbers)
-
-
-def _lowest(coefficients, ends, reach, bend):
-    return lowest_point(coefficients, reach, bend)[0], lowest_point(coefficients, ends, bend)[1]
 
 
 def _sizes(fitted: MixedFit, effects: np.ndarray) -> dict[str, float]:

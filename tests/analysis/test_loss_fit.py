@@ -153,11 +153,13 @@ def test_an_optimum_at_the_end_of_the_window_asks_for_an_lr_and_not_for_seeds(op
         loss = 0.2 + CURVATURE * math.log(lr / best[label]) ** 2 + random.normal(0, 0.02)
         rows.append(row(label, lr, seed, loss, validation=5 * math.log(lr / OPTIMA[label]) ** 2))
     (comparison,) = comparisons(pd.DataFrame(rows), pd.DataFrame())
-    (problem,) = comparison.problems([comparison.fullft], resolved=True)
+    problems = comparison.problems([comparison.fullft], resolved=True)
     if added is None:
-        assert (problem.remedy.seeds, problem.remedy.lrs) == (6, ())
-        assert not comparison.problems([comparison.fullft])
+        # It may lie beyond the LRs, which its interval says.
+        low, high = comparison.fit.optima["FullFT"].interval()
+        assert not problems and low < math.log(optimum) < math.log(1.5e-3) < high
     else:
+        (problem,) = problems
         assert [other.text for other in comparison.problems([comparison.fullft])] == [problem.text]
         assert (problem.remedy.lrs, problem.remedy.seeds) == ((("FullFT", pytest.approx(added)),), None)
 
@@ -260,9 +262,6 @@ def test_few_groups_of_test_examples_are_named_and_one_group_leaves_the_verdict_
     assert (gap.n_examples, gap.n_groups, singly.n_groups) == (60, 6, 60)
     arms = [comparison.lora[8], comparison.fullft]
     assert comparison.gap_text(*arms).endswith("; the 60 test examples come from 6 groups")
-    # Each group has its own optimal LR, so further seeds would not tell where that of all is.
-    (problem,) = comparison.problems(arms[:1], resolved=True)
-    assert (problem.remedy.text, problem.remedy.test_examples) == ("12 groups of test examples (now 6)", 120)
     assert "groups of test examples (now 6)" in comparison.equal_losses(*arms).remedy.text
     comparison, gap = compared(np.zeros(60))
     (problem,) = comparison.problems(arms)

@@ -147,8 +147,10 @@ def reproduced(root: Path, page: Path) -> str:
             without = f" (not: {'; '.join(failed)})" if len(failed) else ""
             link = f"[{folder.name}]({_link(_RESULTS, page)}#{folder.name})"
             each.append(f"{link} {held} of {len(decided)}{without}")
-    sentence = f"**Of {every} answers of yes or no, on these and other claims, {yes} came out again on held-out seeds**"
-    sentence += " (both by the rules that were frozen before the second)"
+    sentence = (
+        f"**Of {every} answers of yes or no, on these and other claims, {yes} came out again on held-out seeds**, by "
+        "the rules that were frozen before them"
+    )
     return f"{': '.join(filter(None, [sentence, ', '.join(each)]))}."
 
 
