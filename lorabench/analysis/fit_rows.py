@@ -66,9 +66,9 @@ class ArmGrid:
 
     @property
     def reach(self) -> np.ndarray:
-        """The ends between which an optimum may lie, as ln LR, (2,): three steps beyond the window on either side."""
+        """The ends between which an optimum may lie, as ln LR, (2,): a step beyond the window on either side."""
         x = np.log(self.lrs[self.window])
-        return np.array([4 * x[0] - 3 * x[1], 4 * x[-1] - 3 * x[-2]])
+        return np.array([2 * x[0] - x[1], 2 * x[-1] - x[-2]])
 
     def lr_to_add(self, optimum: float) -> float | None:
         """Return the LR to add if a fitted optimal LR lies at an end of the window: halfway to the next LR on a

@@ -278,7 +278,7 @@ def _ratio_independent_of_model(models: list[lr_law.SweptModel]) -> Finding:
 @_claim("B11", conditions=(papers_alpha, _as_many_models))
 def _models_swept(models: list[lr_law.SweptModel]) -> Finding:
     count, resolved = len(models), sum(not model.problems for model in models)
-    text = f"{count} models swept with FullFT and LoRA, {resolved} of them with both optima resolved"
+    text = f"{count} models swept with FullFT and LoRA, {resolved} of them with both optima bounded"
     return finding(lr_law.run_ids(models), text, "confirmed", [], float(count), strain=-count)
 
 
@@ -286,7 +286,7 @@ def _models_swept(models: list[lr_law.SweptModel]) -> Finding:
 def _naive_ratio_is_wrong(models: list[lr_law.SweptModel]) -> Finding:
     resolved = [model for model in models if not model.problems]
     bases, slope = lr_law.by_base(resolved), unknown()
-    problems = _too_few(len(bases), MIN_SLOPE_MODELS, "bases with both optima resolved")
+    problems = _too_few(len(bases), MIN_SLOPE_MODELS, "bases with both optima bounded")
     if problems:
         # What would resolve a model comes first, since the first remedy is the one that is given.
         problems = [*_problems(models), *problems]
