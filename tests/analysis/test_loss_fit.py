@@ -157,7 +157,8 @@ def test_an_optimum_at_the_end_of_the_window_asks_for_an_lr_and_not_for_seeds(op
     if added is None:
         # It may lie beyond the LRs, which its interval says.
         low, high = comparison.fit.optima["FullFT"].interval()
-        assert not problems and low < math.log(optimum) < math.log(1.5e-3) < high
+        assert not problems
+        assert low < math.log(optimum) < math.log(1.5e-3) < high
     else:
         (problem,) = problems
         assert [other.text for other in comparison.problems([comparison.fullft])] == [problem.text]
