@@ -290,23 +290,23 @@ def learning_rates_page() -> str:
 
 def calibration_page() -> str:
     """Return the page of the shares of right and wrong verdicts on simulated sweeps, by claim and effect."""
-    shares = pd.read_csv(ROOT / PUBLISHED / "calibration.csv")
-    traits = pd.read_csv(ROOT / PUBLISHED / "calibration_traits.csv")
+    tables = {name: pd.read_csv(ROOT / PUBLISHED / f"{name}.csv") for name in ("calibration", "calibration_smollm2")}
     core = pd.read_csv(ROOT / PUBLISHED / "calibration_core.csv")
     return "\n".join(
         [
             "# Right and wrong verdicts on simulated sweeps",
             "",
             "[How often verdicts are wrong](estimates.md#how-often-verdicts-are-wrong) explains the simulation. "
-            "`effect` is in margins; `wrong` has a 95% interval.",
+            "`effect` is in margins; `wrong` has a 95% interval, and `decided_wrong` is its share of the decided verdicts. "
+            "All sweeps break the assumptions of the fit.",
             "",
-            "## Sweeps that break the assumptions of the fit",
+            "## Sweeps with the noise of laptop",
             "",
-            *table(*_frame(traits)),
+            *table(*_frame(tables["calibration"])),
             "",
-            "## Sweeps that meet them, by the rules of 27 November 2026",
+            "## Sweeps with the noise of SmolLM2-135M",
             "",
-            *table(*_frame(shares)),
+            *table(*_frame(tables["calibration_smollm2"])),
             "",
             "## The power of core",
             "",

@@ -189,3 +189,12 @@ def test_lrs_that_a_sweep_finds(raw_preset, write_preset):
     raw_preset["experiments"]["rank"] = [block | {"lrs": "auto", "seeds": {"every": 2}}]
     with pytest.raises(UserError, match=r"rank\.0: seeds\.every = 2: allowed with fixed LRs, not with lrs: auto$"):
         load_preset(write_preset(raw_preset))
+
+
+def test_every_wrong_or_missing_field_is_named(raw_preset, write_preset):
+    raw_preset["experiments"]["rank"][0]["ranks"] = {"all": [0, -1]}
+    del raw_preset["datasets"]["instruct"]["test"]
+    with pytest.raises(UserError) as caught:
+        load_preset(write_preset(raw_preset))
+    assert len(str(caught.value).splitlines()) == 3
+    assert "datasets.instruct.test: missing" in str(caught.value)

@@ -203,3 +203,16 @@ def test_processes_that_get_a_signal_save_together_and_go_on(ready):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+
+
+def test_an_error_ends_all_processes_and_is_shown_once(ready):
+    plan, layout = ready("broken")
+    # Both processes find the error when they read the tokens.
+    layout.dataset("instruct").write_bytes(layout.dataset("instruct").read_bytes() + b" ")
+    together = command(sweep_of(plan, "lora").sweep_id, "--processes", "2")
+    done = subprocess.run(together, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("lorabench:")]
+    assert len(errors) == 1
+    assert "token cache" in errors[0]
+    assert "Traceback" not in done.stderr

@@ -126,3 +126,19 @@ def test_a_limit_that_nobody_knows_is_asked_for_before_a_long_job_is_submitted(c
     assert not (checkout / "results/core").exists()
     # A dry run submits nothing, so it only says so.
     assert sentence in dry_run(checkout, preset="core")
+
+
+def test_a_wrong_setting_is_one_sentence(checkout):
+    for old, new, sentence in (
+        ("# max_runtime: 1440", "max_runtime: 0", "max_runtime = 0 in the profile: minutes are needed"),
+        ("gpu_option: gpu", "gpu_option: grse", "gpu_option = 'grse' in the profile: allowed: gpu, gres"),
+    ):
+        adapt_profile(checkout, old, new)
+        arguments = ("--dry-run", "results/smoke/plan.parquet", "--config", "preset=smoke")
+        output = snakemake(checkout, "--profile", "slurm", *arguments, fails=True)
+        assert sentence in output
+        assert "Traceback" not in output
+        adapt_profile(checkout, new, old)
+    # Arrays of jobs would wait forever.
+    output = snakemake(checkout, "--profile", "slurm", "--slurm-array-jobs=all", *arguments[1:], fails=True)
+    assert "slurm-array-jobs = 'all': leave this option out" in output

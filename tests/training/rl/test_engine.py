@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,19 +12,24 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from lorabench.config.experiments import Protocol
+from lorabench.data.problems import make_problems, write_problems
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import trained_parameters
 from lorabench.planning.memory import engine_batch, engine_memory
 from lorabench.planning.plan import make_plan
+from lorabench.runs import Job
 from lorabench.store.layout import Layout
 from lorabench.training.context import SweepContext
 from lorabench.training.distributed import SINGLE_PROCESS
+from lorabench.training.job import run_job
 from lorabench.training.rl.engine import EngineSettings, PolicyEngine, engine_settings
 from lorabench.training.rl.sampler import Request, Stop, sample
 
@@ -215,3 +221,24 @@ def test_the_log_and_the_traceback_of_an_engine_that_fails_are_kept(tmp_path):
                 opened._start(EngineSettings({"model": str(tmp_path)}, None, 1))
             assert log.read_text().count("Traceback (most recent call last)") >= times
     assert not opened._caches.exists()
+
+
+@needs_vllm
+def test_rl_is_on_policy(tmp_path, monkeypatch, raw_rl_preset):
+    monkeypatch.chdir(tmp_path)
+    [block] = raw_rl_preset["experiments"]["rl_arithmetic"]
+    block |= {"ranks": {"all": [8]}, "held_out": [], "seeds": 1, "lrs": {"fullft": [], "lora": [1e-3]}}
+    raw_rl_preset["execution"] |= {"threads": 2, "sampler": "vllm"}
+    Path("mine.yaml").write_text(yaml.safe_dump(raw_rl_preset))
+    layout = Layout.of("mine.yaml")
+    write_problems(make_problems(layout.preset.problems["gcd"]), layout.dataset("gcd"))
+    plan = make_plan(layout.preset)
+    job = Job(tuple(plan.sweeps))
+    run_job(plan, job, layout, lambda line: None)
+    [record] = map(json.loads, (path.read_text() for path in layout.runs.glob("*/record.json")))
+    assert "vllm" in record["environment"]["packages"]
+    # The sampler's distribution is the learner's at every step.
+    [row] = pq.read_table(layout.job(job)).to_pylist()
+    kl = [point["value"] for point in row["curve"] if (point["split"], point["metric"]) == ("train", "kl")]
+    assert len(kl) == block["steps"]
+    assert max(map(abs, kl)) < 1e-4
