@@ -45,6 +45,8 @@ AUTHORS = "the paper's authors"
 NAN = math.nan
 LEAST_ERROR = math.log(1.15)
 """The least error of a fitted optimum: no fit is better than this factor in the LR, whatever its interval says."""
+MOST_ERROR = math.log(10) / 3 / math.sqrt(12)
+"""The largest error of an optimum that a preset found: that of its grid of three LRs a decade without a fit."""
 
 _LAW_WIDTHS = {"llama": (2048, 4096, 8192), "qwen": (1024, 2560, 4096)}
 """Widths of the models that the law was fitted to."""
@@ -240,7 +242,8 @@ def _preset_optima(folder: Path) -> list[LrOptimum]:
             if isinstance(spec, TinyModel):
                 family = json.loads((shipped_folder(spec.name) / "config.json").read_text())["model_type"]
             about = {"source": PROJECT, "family": family, "width": dimensions(spec).hidden, "alpha": ALPHA}
-            about |= {"rl": value == "accuracy", "error": max(LEAST_ERROR, row["error"]), "counts": True}
+            about |= {"rl": value == "accuracy", "counts": True}
+            about["error"] = min(max(LEAST_ERROR, row["error"]), MOST_ERROR)
             remark = "fitted" if row["resolved"] else "fitted, not resolved"
             optima.append(LrOptimum.from_row(row | about | {"remark": remark}))
     return optima
