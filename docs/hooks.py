@@ -297,7 +297,7 @@ def calibration_page() -> str:
             "# Right and wrong verdicts on simulated sweeps",
             "",
             "[How often verdicts are wrong](estimates.md#how-often-verdicts-are-wrong) explains the simulation. "
-            "`effect` is in margins; `wrong` has a 95% interval, and `decided_wrong` is its share of the decided verdicts. "
+            "`effect` is in margins; `wrong` has a 95% interval, and `decided_wrong` is its share of decided verdicts. "
             "All sweeps break the assumptions of the fit.",
             "",
             "## Sweeps with the noise of laptop",
