@@ -44,7 +44,7 @@ word."""
 LEAST_SIZE = 0.1
 """The least curvature of an arm over the mean of all by which its asymmetry is scaled."""
 
-NEGLIGIBLE = 3e-3
+NEGLIGIBLE = 1e-3
 """The weight over the largest one up to which a combination of sizes is left out."""
 
 WALK, OWN, FULLFT, SHARE, GROWTH, SPREAD = range(6)
