@@ -12,7 +12,7 @@ setup:  ## Make the virtual environment with everything for development.
 	python3 -m venv .venv
 	pip install -c constraints.txt -e '.[test,docs]' -e advice
 
-test:  ## Run the fast tests, about 2.5 minutes on 2 cores.
+test:  ## Run the fast tests, about 3 minutes on 2 cores.
 	pytest
 
 # The other folders do not compute with PyTorch.
