@@ -180,13 +180,12 @@ def decide(
     return judged if judged.verdict == "confirmed" else replace(judged, remedy=rules.cheapest(rule, estimate))
 
 
-def again(estimate: Estimate, rule: Rule | None = None) -> rules.NewRuns:
+def again(estimate: Estimate, rule: Rule) -> rules.NewRuns:
     """Return the replicates of an estimate. A number that decides a rule was lucky, too, so that the truth is taken to
-    have, before the runs, a Cauchy distribution of half a margin around the middle of the margins (or of one and 0).
-    """
+    have, before the runs, a Cauchy distribution of half a margin around the middle of the margins."""
     # The draws lie in a random order, so that different ones are independent.
     errors = estimate.draws[: 2 * N_AGAIN] - estimate.value
-    ends = [end for end in rule.margins if math.isfinite(end)] if rule else [0.0]
+    ends = [end for end in rule.margins if math.isfinite(end)]
     if (scale := (ends[-1] - ends[0]) / 4 or abs(ends[0]) / 2) > 0:
         ordered = errors[order := np.argsort(errors[:N_AGAIN])]
         shares = np.cumsum(1 / (1 + ((estimate.value + ordered - sum(ends) / 2) / scale) ** 2))
