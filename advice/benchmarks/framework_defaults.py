@@ -1,9 +1,10 @@
 """What the shipped examples of the frameworks would cost: `lorabench audit` over them, as a table and a page.
 
-    python -m advice.benchmarks.framework_defaults CLONES
+    python -m advice.benchmarks.framework_defaults [CLONES]
 
 CLONES is a folder with a clone of each repository in `frameworks.csv`, bare or not, below OWNER/NAME. Only the pinned
-commits are read. It writes `framework_defaults.csv`, one row for each run that a file states, and
+commits are read. Without it the learning rates in the table are judged by the evidence of today, and the findings stay
+those of the clones. It writes `framework_defaults.csv`, one row for each run that a file states, and
 `framework_findings.csv`, one row for each finding above a note, into paper_figures/published/evidence, with a picture,
 and the tables of advice/docs/defaults.md. The tables hold facts of the files, with repository, commit and path; no file
 is copied.
@@ -109,18 +110,35 @@ def _run(config: TrainingConfig, folder: Path, findings: Sequence[Finding]) -> d
         "format": config.format,
     }
     row |= {name: getattr(config, name) for name in SAID}
-    row |= {"factor": math.nan, "recommended": math.nan, "low": math.nan, "high": math.nan}
-    row |= {"share": math.nan, "share_low": math.nan, "share_high": math.nan}
-    if config.lr is not None and config.lr > 0:
-        judged = judge(config, facts(config.model, Path(config.path).parent), shipped_evidence())
-        if not isinstance(judged, str):
-            verdict, _ = judged
-            row |= {"factor": math.exp(verdict.log_factor), "recommended": verdict.recommended.mean}
-            row |= {"low": verdict.recommended.low, "high": verdict.recommended.high, "share": verdict.share.mean}
-            row |= {"share_low": verdict.share.low, "share_high": verdict.share.high}
+    row |= _judged(config)
     for level in ("error", "warning"):
         row[f"{level}s"] = " ".join(sorted({finding.code for finding in own if finding.level == level}))
     return row
+
+
+def _judged(config: TrainingConfig) -> dict[str, float]:
+    """Return the columns that say how far a run's learning rate is from the recommended one; NaN where that is open."""
+    judged = None
+    if config.lr is not None and config.lr > 0:
+        judged = judge(config, facts(config.model, Path(config.path).parent), shipped_evidence())
+    if judged is None or isinstance(judged, str):
+        return dict.fromkeys(("factor", "recommended", "low", "high", "share", "share_low", "share_high"), math.nan)
+    verdict, _ = judged
+    columns = {"factor": math.exp(verdict.log_factor), "recommended": verdict.recommended.mean}
+    columns |= {"low": verdict.recommended.low, "high": verdict.recommended.high, "share": verdict.share.mean}
+    return columns | {"share_low": verdict.share.low, "share_high": verdict.share.high}
+
+
+def judged_again(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `framework_defaults.csv`, each learning rate judged by the evidence of today."""
+    whole = ["bits", "micro_batch", "accumulation", "devices", "global_batch", "group_size", "rank"]
+    table = runs.astype(dict.fromkeys(whole, "Int64"))
+    verdicts = []
+    for row in table.to_dict("records"):
+        said = {name: row[name] for name in SAID if pd.notna(row[name])}
+        known = pd.notna(row["factor"])
+        verdicts.append(_judged(TrainingConfig(row["path"], row["format"], **said)) if known else {})
+    return table.assign(**pd.DataFrame(verdicts))
 
 
 def page_parts(runs: pd.DataFrame, findings: pd.DataFrame) -> Iterator[str]:
@@ -199,16 +217,18 @@ def draw(runs: pd.DataFrame) -> Figure:
 def main() -> None:
     """Write the tables, the picture and the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("clones", type=Path, help="folder with a clone of each repository")
-    clones = parser.parse_args().clones
-    with tempfile.TemporaryDirectory() as temporary:
-        parts = [runs_of(framework, extracted(framework, clones, Path(temporary))) for framework in FRAMEWORKS]
-    runs, findings = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
-    out = PUBLISHED / "evidence"
+    parser.add_argument("clones", type=Path, nargs="?", help="folder with a clone of each repository")
+    clones, out = parser.parse_args().clones, PUBLISHED / "evidence"
+    if clones is None:
+        runs, findings = (pd.read_csv(out / f"framework_{name}.csv") for name in ("defaults", "findings"))
+        runs = judged_again(runs).fillna({"errors": "", "warnings": ""})
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            parts = [runs_of(framework, extracted(framework, clones, Path(temporary))) for framework in FRAMEWORKS]
+        runs, findings = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
+        write_csv(findings, out / "framework_findings.csv")
     write_csv(rounded(runs), out / "framework_defaults.csv")
-    write_csv(findings, out / "framework_findings.csv")
-    for kind in ("png", "svg"):
-        style.write_figure(draw(runs), out / f"framework_defaults.{kind}")
+    style.write_figure(draw(runs), out / "framework_defaults.svg")
     write_part(
         PAGE, "tables", "`python -m advice.benchmarks.framework_defaults`", "\n".join(page_parts(runs, findings))
     )
