@@ -1,7 +1,5 @@
 """Commands in processes that are forked from one that has imported torch and other libraries, so they start at once."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys

@@ -1,7 +1,5 @@
 """The commands of lora-advice, which `lorabench` finds by entry points and does not import."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 from typer.testing import CliRunner

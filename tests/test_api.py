@@ -1,7 +1,5 @@
 """The functions for other programs, their examples, and the page that explains them."""
 
-from __future__ import annotations
-
 import doctest
 import inspect
 import math

@@ -1,7 +1,5 @@
 """What the package imports is installed with it, also without the extras that the tests need."""
 
-from __future__ import annotations
-
 import ast
 import re
 import sys

@@ -4,8 +4,6 @@ The outputs are committed, since code hosts show a notebook without running it. 
 notebook and writes them anew.
 """
 
-from __future__ import annotations
-
 import ast
 import base64
 import runpy

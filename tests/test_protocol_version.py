@@ -6,8 +6,6 @@ be raised, or it does not, and the parity tests in tests/training and tests/mode
 line, which the failure shows, goes into tests/protocol_digest.txt.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import sys

@@ -1,7 +1,5 @@
 """What has to agree before a version is tagged, and what the workflows of GitHub and the recipes of images run."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from importlib.metadata import requires

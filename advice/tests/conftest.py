@@ -1,7 +1,5 @@
 """The tiny bases of the suite, of which tests use the files."""
 
-from __future__ import annotations
-
 import shutil
 from functools import cache
 from pathlib import Path

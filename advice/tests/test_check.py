@@ -1,7 +1,5 @@
 """What `lora-advice check` finds in the files of an adapter, on adapters with one thing wrong."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

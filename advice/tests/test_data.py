@@ -1,7 +1,5 @@
 """Data files: what counts as an example, and what is said of the rest."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

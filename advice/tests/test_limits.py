@@ -1,7 +1,5 @@
 """No file hangs an audit, takes all memory, or ends the reading of the others."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

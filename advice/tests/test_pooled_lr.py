@@ -1,7 +1,5 @@
 """The pooled optimal LR, against made-up sources."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

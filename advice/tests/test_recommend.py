@@ -1,7 +1,5 @@
 """Recommended settings and conversions: the answers of before, and what moves them."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

@@ -1,7 +1,5 @@
 """The folders that `lora-advice trainer` writes: trainers know every key, and TRL trains as the suite does."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

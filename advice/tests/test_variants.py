@@ -1,7 +1,5 @@
 """The best learning rates of variants over that of LoRA, as a table has them."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

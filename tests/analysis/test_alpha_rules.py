@@ -1,7 +1,5 @@
 """LoRA is judged by the arms whose alpha follows one rule, that of the highest rank, and the reason says so."""
 
-from __future__ import annotations
-
 import pandas as pd
 import pytest
 

@@ -1,7 +1,5 @@
 """Arms are told apart, named and checked."""
 
-from __future__ import annotations
-
 import pandas as pd
 import pytest
 

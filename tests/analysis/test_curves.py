@@ -1,7 +1,5 @@
 """Curves of a metric: by seed, and paired by seed."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The first steps of runs: early differences of ranks, and short runs from long ones."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

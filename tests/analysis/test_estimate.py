@@ -1,7 +1,5 @@
 """Estimates have the intervals of Student's t, and functions of estimates keep what their errors have in common."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

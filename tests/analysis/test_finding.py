@@ -1,7 +1,5 @@
 """Findings decide together with corrections, tell how likely they come out again, and may change their unit."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

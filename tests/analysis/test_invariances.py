@@ -1,7 +1,5 @@
 """Pairs of runs that invariances of LoRA make equivalent, and measures of how far runs differ."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The fit of losses against log LR finds known optima and minima, and its errors are those of repeated experiments."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from itertools import product

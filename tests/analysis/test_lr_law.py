@@ -1,7 +1,5 @@
 """The law of LRs is the published one, and a fit gives its constants back."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Bits that a dataset holds."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Optima and edges of arms, curves at the optimum, and where one leaves another."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Published numbers are those of the files."""
 
-from __future__ import annotations
-
 from lorabench.analysis import published
 from lorabench.claims.judge import CLAIMS
 

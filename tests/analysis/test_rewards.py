@@ -1,7 +1,5 @@
 """Rewards of RL as losses, health of runs, what a missed LR costs and flat tops."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The decision rules give the verdicts of their definitions, at the stated rates; margins are shares of a gain."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Tests that are repeated after each batch keep their level over all looks."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Lines are those of scipy, also through points that are partly bounds."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

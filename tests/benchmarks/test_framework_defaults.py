@@ -1,7 +1,5 @@
 """The table of the frameworks' examples has what its verdicts rest on, and the page is of the table."""
 
-from __future__ import annotations
-
 import pandas as pd
 import pytest
 

@@ -1,7 +1,5 @@
 """The speed benchmark: its tables and the settings of its arms."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

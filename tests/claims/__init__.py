@@ -1,7 +1,5 @@
 """Tests of lorabench.claims: claims judged on tables whose answer is known."""
 
-from __future__ import annotations
-
 import zlib
 
 import numpy as np

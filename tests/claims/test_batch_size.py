@@ -1,7 +1,5 @@
 """Claims D1 to D5 on tables whose answer is known."""
 
-from __future__ import annotations
-
 import math
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Batches of runs are judged together, each look at its level, and the first decision stays."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy.special import ndtri

@@ -1,7 +1,5 @@
 """Claims A1 to A6, A8 and N1 on training curves whose truth is known, and N2 on adapters that store known bits."""
 
-from __future__ import annotations
-
 import math
 from itertools import product
 

@@ -1,7 +1,5 @@
 """Claims G1 to G3, and the numbers behind them, on tables whose answer is known."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

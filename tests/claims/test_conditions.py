@@ -1,7 +1,5 @@
 """Conditions say what runs lack, and a claim whose conditions are not met has the verdict `setting not met`."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Claims B1, B3 to B9 and B11 on tables whose optima are known."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Claims C1 to C11 on tables in which each holds, fails, or is left open."""
 
-from __future__ import annotations
-
 import math
 from itertools import product
 

@@ -1,7 +1,5 @@
 """Claims E1 to E7 and M1 on tables whose answer is known."""
 
-from __future__ import annotations
-
 import pandas as pd
 import pytest
 

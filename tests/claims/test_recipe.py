@@ -1,7 +1,5 @@
 """The recipe, from tables whose answer is known."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """The hash of the rules changes with whatever can change a verdict, and with nothing else."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The ends of intervals are continuous in the data: tiny changes of published runs hardly move them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

@@ -1,7 +1,5 @@
 """The texts of claims, which stand in YAML files beside the modules of their judges."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import ModuleType
 

@@ -1,7 +1,5 @@
 """Claims are decided batch after batch, each registered before its runs; Snakemake is stood in for."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The command line answers fast, a mistake is one sentence with exit status 2, and `lorabench run` starts Snakemake."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

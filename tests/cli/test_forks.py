@@ -1,7 +1,5 @@
 """The fork server: a forked command does what it would do by itself, and nothing stays behind."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Whose speed a plan takes: that of finished runs, or of the doctor's record."""
 
-from __future__ import annotations
-
 import json
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Presets: the shipped presets are valid, the schema is current, and a mistake is reported in one clear sentence."""
 
-from __future__ import annotations
-
 import json
 import re
 

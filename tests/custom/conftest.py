@@ -1,7 +1,5 @@
 """Fixtures for what a user brings: a small data file, and a model folder."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Models and data are described correctly before anything is loaded."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

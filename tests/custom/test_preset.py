@@ -1,7 +1,5 @@
 """`lorabench init` writes a valid preset for the model and data, and reports a mistake before it writes."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """A user's own data files: formats with known answers, bad rows counted, hostile contents refused in a sentence."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from itertools import cycle

@@ -1,7 +1,5 @@
 """Graders, with the real worker processes: right and wrong answers, and answers that must do no harm."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

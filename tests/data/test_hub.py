@@ -1,7 +1,5 @@
 """Hub datasets in the form of Tulu3, read from local copies of the same form."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np

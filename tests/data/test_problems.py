@@ -1,7 +1,5 @@
 """Problem sets are distinct and disjoint, with right answers and workings; controls find rules that are known."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import islice, product
 from random import Random

@@ -1,7 +1,5 @@
 """SFT datasets that need no download are deterministic, distinct and disjoint: generated, shipped, of facts."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

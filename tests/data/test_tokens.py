@@ -1,7 +1,5 @@
 """Token caches: the mask of scored tokens by hand, other templates, and stale files refused."""
 
-from __future__ import annotations
-
 import copy
 import json
 

@@ -3,8 +3,6 @@
 Commands that a test here must not run are named below with the reason, so a new command is either run or named.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

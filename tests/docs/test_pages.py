@@ -4,8 +4,6 @@ Every link leads somewhere in the repository, where people read the pages too. I
 which code hosts do not follow.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from importlib.util import module_from_spec, spec_from_file_location

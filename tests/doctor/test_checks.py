@@ -1,7 +1,5 @@
 """What is chosen to be computed, and that each check can fail."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A small preset whose data are made once, and whose sweeps are trained once and evaluated by many tests."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

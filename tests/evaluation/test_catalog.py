@@ -1,7 +1,5 @@
 """Tasks by name: filters applied by lm-eval itself, bad input, and the command that looks tasks up."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Tasks of lm-eval with examples, a sentence splitter or members, fetched from a hub here and evaluated offline."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """A whole evaluation on the tiny base: its tables, agreement with the project's own NLL, determinism."""
 
-from __future__ import annotations
-
 import json
 import math
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """About the same scores from lm-eval's model of vLLM as from transformers, in fp32 on the tiny base."""
 
-from __future__ import annotations
-
 import gc
 import json
 import subprocess

@@ -3,8 +3,6 @@
 Tests that run jobs are marked slow.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource
@@ -83,7 +81,7 @@ class Place:
         self.__dict__.pop("layout", None)
         self.__dict__.pop("plan", None)
 
-    def copy(self, folder: Path) -> Place:
+    def copy(self, folder: Path) -> "Place":
         shutil.copytree(self.folder, folder, dirs_exist_ok=True)
         return Place(folder)
 
@@ -95,7 +93,7 @@ class Place:
         final = self.run_path(task, number)
         return final.with_name(f"{final.name}.partial") / "checkpoint.safetensors"
 
-    def start(self, *arguments: str, file_size: int | None = None) -> JobProcess:
+    def start(self, *arguments: str, file_size: int | None = None) -> "JobProcess":
         """Start a command of lorabench, which may write no file of more than `file_size` bytes."""
         with_preset = [*arguments, "--preset", "mine.yaml"]
         output = self.folder.with_name(f"{self.folder.name}.output-{time.monotonic_ns()}")

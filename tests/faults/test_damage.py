@@ -1,7 +1,5 @@
 """Damaged files are reported before anything is trained, or are not used."""
 
-from __future__ import annotations
-
 import shutil
 from functools import partial
 from pathlib import Path

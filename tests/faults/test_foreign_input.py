@@ -3,8 +3,6 @@
 Inputs that once failed are cases of the tests of what reads them.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random

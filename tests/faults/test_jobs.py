@@ -1,7 +1,5 @@
 """A job is killed, gets a signal, runs out of memory or disk space, or meets another job on the same sweep."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """A preset changes after some runs, clocks differ, and Snakemake itself is killed."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

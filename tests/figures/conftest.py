@@ -1,7 +1,5 @@
 """Pictures of tests have few pixels: most of the time that a figure takes goes into its PNG."""
 
-from __future__ import annotations
-
 import pytest
 
 from lorabench.figures import style

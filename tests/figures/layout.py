@@ -1,7 +1,5 @@
 """Draw a figure without its pictures, which take most of the time, and look into it."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

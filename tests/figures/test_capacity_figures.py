@@ -1,7 +1,5 @@
 """The figures of the experiment `capacity`, and the departures of figure 1, from tables made by hand."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What all figures of runs have in common, and figures 1 to 3, from tables made by hand."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The figure of learned against forgotten, from scores made by hand."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

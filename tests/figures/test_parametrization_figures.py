@@ -1,7 +1,5 @@
 """The figures on early curves, the parametrization, its variants and learning rates, from tables made by hand."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

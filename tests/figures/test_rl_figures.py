@@ -1,7 +1,5 @@
 """The figures of reinforcement learning, from tables made by hand."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

@@ -1,7 +1,5 @@
 """The figure of all verdicts from claims made by hand."""
 
-from __future__ import annotations
-
 import math
 
 import pandas as pd

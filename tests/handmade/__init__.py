@@ -5,8 +5,6 @@ columns that an estimator or a claim reads, with answers that are known exactly:
 are parabolas in log LR, and in `lora` training curves follow the theory of the parametrization.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 from functools import partial

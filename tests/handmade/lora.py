@@ -1,7 +1,5 @@
 """LoRA runs and training curves in which the theory of the parametrization holds exactly; tests change parts of it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache

@@ -1,7 +1,5 @@
 """Tables `runs` and `curves` of RL with known answers: accuracies are parabolas in log LR, no lower than the base's."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Tables `runs` and `curves` with known answers: losses are exact parabolas in log LR, seed noise is given by hand."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Training curves with known answers, beside the runs of `sft`: the same batches for one seed, in all arms."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

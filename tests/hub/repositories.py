@@ -4,8 +4,6 @@ Each is written into `<root>/<owner>/<name>`. The forms are those of the dataset
 the presets `core` and `paper` name; what the cards do not say follows from file names in public code.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Repositories are folders `<root>/models/<owner>/<name>` and `<root>/datasets/<ow
 a hash of its files, so changing one is a new commit on `main`; older commits are gone.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Attention in blocks equals the formula, also with a cache; tests/models/test_passes.py compares whole models."""
 
-from __future__ import annotations
-
 import json
 import math
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Base models: unsafe formats refused, errors of one sentence, GGUF from a wheel; what vLLM refuses."""
 
-from __future__ import annotations
-
 import shutil
 import zipfile
 

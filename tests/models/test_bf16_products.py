@@ -1,7 +1,5 @@
 """Products in fp32 that are rounded to bf16 equal those of the processor."""
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 
 import pytest

@@ -1,7 +1,5 @@
 """Real architectures: counts against the paper and the published sizes, layers with LoRA, sizes for the estimates."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

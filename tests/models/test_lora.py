@@ -1,7 +1,5 @@
 """LoRA in the paper's parametrization, in every family, and adapters that PEFT can load."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

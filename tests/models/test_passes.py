@@ -1,7 +1,5 @@
 """Attention in blocks and a last MLP of fewer tokens have the losses and gradients of transformers and PyTorch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn import functional

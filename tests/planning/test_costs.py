@@ -1,7 +1,5 @@
 """What jobs cost and request: never less than the estimate, and shared runs once."""
 
-from __future__ import annotations
-
 import pytest
 
 from lorabench.config.loading import load_preset

@@ -1,7 +1,5 @@
 """Grouping of sweeps into jobs: each sweep is trained once, a figure needs no other sweeps, and no core waits long."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import pytest

@@ -3,8 +3,6 @@
 This module is also the program that runs in each of several processes.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import weakref

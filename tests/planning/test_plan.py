@@ -1,7 +1,5 @@
 """The plan: run ids are stable and specific, shared runs appear once, and planning takes little time and memory."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 from functools import reduce

@@ -1,7 +1,5 @@
 """Tokens and FLOPs against counts of models, and seconds of runs: launches of layers, long responses, and experts."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The walk of a sweep that finds its learning rates, on loss functions whose optimum is known."""
 
-from __future__ import annotations
-
 import math
 import random
 from dataclasses import replace

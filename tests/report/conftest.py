@@ -1,7 +1,5 @@
 """A report built from tables made by hand, one in which every text tries to break out, and a parser of its tags."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable
@@ -64,11 +62,11 @@ class Page(HTMLParser):
         return [attributes["id"] for _, attributes in self.tags if "id" in attributes]
 
     @property
-    def header(self) -> Page:
+    def header(self) -> "Page":
         return Page(self.source.split("<header>")[1].split("</header>")[0])
 
     @property
-    def claims(self) -> dict[str, Page]:
+    def claims(self) -> dict[str, "Page"]:
         """The claims by the ends of their ids, as they are when opened."""
         begins = re.split(r'<details class="claim" id="claim-', self.source)[1:]
         return {begin.partition('"')[0]: Page(begin.split("</dl>")[0]) for begin in begins}
@@ -79,7 +77,7 @@ class Page(HTMLParser):
         body = self.source.split("<tbody>")[1]
         return [Page(row).text for row in re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)]
 
-    def section(self, heading: str) -> Page:
+    def section(self, heading: str) -> "Page":
         return Page(self.source.split(f'<section aria-labelledby="{heading}"')[1].split("</section>")[0])
 
 

@@ -1,7 +1,5 @@
 """The report page in a real browser: headless Chromium, driven by Selenium. Skipped where Chromium is not installed."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The sentence about a judged claim, and how verdicts are counted."""
 
-from __future__ import annotations
-
 import math
 
 from lorabench.report import claim_text

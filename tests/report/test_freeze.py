@@ -1,7 +1,5 @@
 """Rules are frozen before the runs, and runs that did not keep to them are refused."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from datetime import UTC, datetime

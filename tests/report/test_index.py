@@ -1,7 +1,5 @@
 """The index of a folder of results: what lies there is listed, whatever else is damaged or written at the same time."""
 
-from __future__ import annotations
-
 import re
 from html import escape
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The report page from tables made by hand."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import hashlib

@@ -1,7 +1,5 @@
 """The tables of the report: their numbers are those of the fits and of the engine."""
 
-from __future__ import annotations
-
 import math
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """What a preset's results show is made again from its runs: an edit in any of them is named, and nothing else."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The sentences and the picture that answer plain questions, from matrices that are made for one answer each."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Presets exported as a dataset: tables come back as they were; the card has exactly their columns."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

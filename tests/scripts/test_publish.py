@@ -1,7 +1,5 @@
 """Publishing a finished preset and the evidence: the copied files, and the generated parts of README and docs."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

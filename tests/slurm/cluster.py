@@ -4,8 +4,6 @@ munged, slurmctld and slurmd have their own folder, and the node has two GPUs. T
 srun are Slurm's; only the devices behind the GPUs are /dev/null and /dev/zero.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """A running Slurm cluster for the tests that need it."""
 
-from __future__ import annotations
-
 import pytest
 
 from lorabench.utils.gpus import ON_CPU

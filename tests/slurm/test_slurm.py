@@ -1,7 +1,5 @@
 """`snakemake --cores all --profile slurm` on a real Slurm: what jobs request, and what they survive."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -50,7 +48,7 @@ class Watcher:
     runs: Path
     steps: dict[str, list[int]] = field(default_factory=dict)
 
-    def __enter__(self) -> Watcher:
+    def __enter__(self) -> "Watcher":
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._look)
         self._thread.start()

@@ -1,7 +1,5 @@
 """Small sources to read: a folder with a tidy table and its source.yaml."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Known optimal LRs are read from sources, and leaving one out gives the errors that follow by hand."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

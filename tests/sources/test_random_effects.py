@@ -1,7 +1,5 @@
 """The random-effects summary of several sources, against statsmodels."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

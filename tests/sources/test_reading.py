@@ -3,8 +3,6 @@
 A source with one evaluation set goes through the commands from its table to verdicts and figures.
 """
 
-from __future__ import annotations
-
 import runpy
 import shutil
 

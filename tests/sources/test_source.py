@@ -1,7 +1,5 @@
 """The shipped sources are judged by the same claims; one seed confirms nothing without a named noise."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

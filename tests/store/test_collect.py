@@ -1,7 +1,5 @@
 """Collected runs say what their preset and protocol say: the kinds of data and base, and how they were trained."""
 
-from __future__ import annotations
-
 import json
 
 import pyarrow as pa

@@ -1,7 +1,5 @@
 """A finished run is whole or named: a flipped bit, an edit or a file of another run is found by whoever reads it."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

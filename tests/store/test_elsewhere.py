@@ -1,7 +1,5 @@
 """Tables from elsewhere are judged with what they have: margins, seed noise and losses may come from another place."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

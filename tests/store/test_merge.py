@@ -1,7 +1,5 @@
 """Merged tables: rows of several folders are united, and a contradiction is refused in one sentence."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """The number of finished runs is right whatever comes and goes."""
 
-from __future__ import annotations
-
 import shutil
 
 from lorabench.planning.plan import make_plan

@@ -1,7 +1,5 @@
 """Tables made by hand, as for runs of another project, are read in the documented types or refused in one sentence."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

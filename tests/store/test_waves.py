@@ -1,7 +1,5 @@
 """The waves of a sweep whose runs are jobs of their own, as the rule `wave` lists them one after the other."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is left of a step if weights are held in bf16."""
 
-from __future__ import annotations
-
 import pandas as pd
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Claims P1 to P7, measured ratios and their figure in worlds whose LR ratios follow one of the theories."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

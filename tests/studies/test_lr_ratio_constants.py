@@ -1,7 +1,5 @@
 """The constants of the theories of the LR ratio are found in ratios that follow them; what wrong LRs cost."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """The ratio of learning rates from a first step, on gradients and losses whose answer is known."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Theories of the LR ratio: predictions solve the theory's own equation, and the derivation holds for random data."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Claims X1 to X7 and the figures of variants of LoRA on sweeps whose optima, lowest losses and widths are known."""
 
-from __future__ import annotations
-
 import math
 
 import pandas as pd

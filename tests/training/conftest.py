@@ -1,7 +1,5 @@
 """Fixtures and functions that train a condition of the tiny base on a small dataset."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from collections.abc import Callable

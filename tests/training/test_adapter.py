@@ -1,7 +1,5 @@
 """The measures of a step against dense matrices, over real optimizer steps on a PEFT model."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model

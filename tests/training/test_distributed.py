@@ -3,8 +3,6 @@
 This module is also the program that runs in each process: `torchrun ... -m tests.training.test_distributed DATA OUT`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The loss is that of transformers; micro-batches cost least; curves on few examples."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The loops of SFT and RL have the losses and the weights of the reference, in fp32."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

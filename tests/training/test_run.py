@@ -1,7 +1,5 @@
 """Gradients and kernels; runs that diverge or are resumed; bases held in bf16; the record of the code; a GPU."""
 
-from __future__ import annotations
-
 import math
 import subprocess
 from dataclasses import replace

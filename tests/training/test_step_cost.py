@@ -1,7 +1,5 @@
 """The cost of a training step: counted FLOPs against the formula, and measured memory against the allocator."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

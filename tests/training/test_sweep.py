@@ -1,7 +1,5 @@
 """A sweep and its job: diverged runs are results, sweeps share a base; finished runs that were saved go on."""
 
-from __future__ import annotations
-
 import shutil
 
 import pandas as pd

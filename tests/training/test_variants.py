@@ -1,7 +1,5 @@
 """Variants of LoRA train as in a plain loop with PEFT, start from the base, and are saved for the base as it was."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from functools import partial

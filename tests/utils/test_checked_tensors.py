@@ -1,7 +1,5 @@
 """Tensor files are safetensors that reveal damage."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from safetensors.torch import load_file

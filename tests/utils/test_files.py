@@ -1,7 +1,5 @@
 """A file that can't be written is one sentence that names it, and nothing that is no file is replaced."""
 
-from __future__ import annotations
-
 import math
 import os
 import stat

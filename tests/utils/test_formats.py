@@ -1,7 +1,5 @@
 """Text of others is shown as what it is."""
 
-from __future__ import annotations
-
 from lorabench.utils import formats
 
 

@@ -1,7 +1,5 @@
 """Repositories are fetched once and then read offline: a server on this machine answers the hub's own client."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The machine as jobs meet it: its GPUs, which jobs that run at once share, and limits of time."""
 
-from __future__ import annotations
-
 import math
 import os
 import subprocess

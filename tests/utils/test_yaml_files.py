@@ -1,7 +1,5 @@
 """YAML of users: what would take long to read, or has a second meaning, is one sentence; the rest is what YAML says."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """A clone of the repository to run Snakemake and other commands in."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """The shipped presets have the recorded runs, the experiments that claims need, and the costs that docs tell."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """The Slurm profile without a cluster: the resources that jobs would request. tests/slurm runs it on a real Slurm."""
 
-from __future__ import annotations
-
 import os
 import re
 

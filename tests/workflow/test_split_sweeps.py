@@ -1,7 +1,5 @@
 """By real Snakemake: runs as jobs of their own give the tables of whole jobs, and what is damaged is made again."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The shipped tiny bases are those of their recipes, which a script of the workflow follows."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, replace
 

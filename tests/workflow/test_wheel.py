@@ -1,7 +1,5 @@
 """A built wheel, installed in a fresh environment, works in an empty folder without the repository."""
 
-from __future__ import annotations
-
 import json
 import sys
 import sysconfig

@@ -1,7 +1,5 @@
 """The DAG: what a target needs, the smoke preset end to end, and errors before anything is computed."""
 
-from __future__ import annotations
-
 import re
 from itertools import accumulate
 

@@ -1,7 +1,5 @@
 """Files are found, recognized and read with their lines, and what is not understood is said."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -1,7 +1,5 @@
 """What `lora-advice audit` prints, its exit status, and the schemas of JSON and SARIF."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Configurations that other people wrote are understood, and what must be said about them is said, and no more."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The power of a plan is counted in worlds with the plan's own seeds, learning rates and examples."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

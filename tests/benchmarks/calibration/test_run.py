@@ -1,7 +1,5 @@
 """A small calibration: few wrong verdicts, the same table from the same seed, and work that is not done twice."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 from itertools import product

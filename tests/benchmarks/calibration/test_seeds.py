@@ -1,7 +1,5 @@
 """Seeds of made-up sweeps do what their sizes say, by moments over many seeds; fits of such sweeps are counted."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Each trait breaks the assumption that it names, and no other."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

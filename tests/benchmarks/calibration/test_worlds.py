@@ -1,7 +1,5 @@
 """Made-up sweeps hold the truth that they are made from."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

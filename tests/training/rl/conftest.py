@@ -1,7 +1,5 @@
 """Fixtures and functions that train an RL condition of the tiny base on a few arithmetic problems."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """vLLM is started as the plan counts, draws from the learner's policies, and leaves its log and no process."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The RL loop is on-policy, changes the policy, can be resumed, and changes nothing without differing rewards."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from dataclasses import replace
 

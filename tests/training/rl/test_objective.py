@@ -1,7 +1,5 @@
 """The objective: its measures, and its gradient by the reference, whose rows hold one response each."""
 
-from __future__ import annotations
-
 from unittest import mock
 
 import numpy as np

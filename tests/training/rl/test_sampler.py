@@ -1,7 +1,5 @@
 """Sampling has the right distribution and log-probabilities, and gives the same responses in any batch."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

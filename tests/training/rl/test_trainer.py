@@ -1,7 +1,5 @@
 """The job of an RL sweep as the workflow runs it: weights and tables; two processes sample and learn as one."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from pathlib import Path
