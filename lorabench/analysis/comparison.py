@@ -237,10 +237,11 @@ class Comparison:
             return Problem(text, _further_lr(label, grid.coarse))
         if label not in self.fit.minima:
             return Problem(f"{label}: its runs do not determine a minimum")
-        lr = math.exp(self.fit.optima[label].value)
-        # At the end of its LRs, further seeds would not show how the loss goes on.
-        if (further := grid.lr_to_add(lr)) is not None:
-            return bounded(f"{label}: fitted optimum at the end of its LRs", further)
+        optimum = self.fit.optima[label].value
+        for end in np.log(grid.lrs[grid.centre]) + grid.reach:
+            # Further seeds would not show how the loss goes on.
+            if math.isclose(optimum, end, abs_tol=1e-6):
+                return bounded(f"{label}: fitted optimum a step beyond its LRs", math.exp(end))
         minimum, (measured, error) = self.fit.minima[label].value, self.fit.measured[label]
         # Between LRs that are a factor of 2.4 apart, a parabola as steep as was measured falls by up to 0.9 margins of
         # SFT. A loss that is flat and then rises steeply seems to fall by more, as does an accuracy that breaks down.
@@ -248,7 +249,7 @@ class Comparison:
             text = f"fitted minimum {minimum:.4f}, but no LR has less than {measured:.4f}"
             if self.is_rl:
                 text = f"fitted peak {1 - minimum:.3f}, but no LR has more than {1 - measured:.3f}"
-            return Problem(f"{label}: {text}", _further_lr(label, lr))
+            return Problem(f"{label}: {text}", _further_lr(label, math.exp(optimum)))
         return None
 
     def gap(self, arm: Arm, other: Arm) -> Estimate:

@@ -48,6 +48,9 @@ class Estimate:
     """The number of groups of test examples; `n_examples` where each example is its own group."""
     renewed: bool = False
     """Whether a further batch of runs has other test examples."""
+    width_error: float = math.nan
+    """The standard deviation, between runs of one design, of ln of the width of its intervals; NaN where it follows
+    from the shape of the draws."""
     looks: int = 0
     """The number of batches after each of which the number is tested; 0 for a single test."""
 

@@ -65,23 +65,12 @@ class ArmGrid:
     """LRs at which the run of the first seed diverged, ascending."""
 
     @property
-    def reach(self) -> np.ndarray:
-        """The ends between which an optimum may lie, as ln LR, (2,): a step beyond the window on either side."""
-        x = np.log(self.lrs[self.window])
-        return np.array([2 * x[0] - x[1], 2 * x[-1] - x[-2]])
-
-    def lr_to_add(self, optimum: float) -> float | None:
-        """Return the LR to add if a fitted optimal LR lies at an end of the window: halfway to the next LR on a
-        logarithmic axis, or a step of the grid further where there is none; None if it lies within."""
-        for end, inwards in ((self.window[0], 1), (self.window[-1], -1)):
-            if not math.isclose(optimum, self.lrs[end], rel_tol=1e-6):
-                continue
-            tried = np.union1d(self.lrs, self.diverged)
-            beyond = int(np.searchsorted(tried, self.lrs[end])) - inwards
-            if 0 <= beyond < len(tried):
-                return math.sqrt(self.lrs[end] * tried[beyond])
-            return float(self.lrs[end] ** 2 / self.lrs[end + inwards])
-        return None
+    def reach(self) -> tuple[float, float]:
+        """The ends between which an optimum may lie, as ln LR over the centre: a step beyond the window, since the LR
+        with the lowest loss need not be the one next to it; but not beyond an edge, where no loss says more."""
+        x = np.log(self.lrs[self.window] / self.lrs[self.centre])
+        below, above = (0 if self.edge and at_edge else 1 for at_edge in (self.centre == 0, self.centre > 0))
+        return float(x[0] - below * (x[1] - x[0])), float(x[-1] + above * (x[-1] - x[-2]))
 
 
 def arm_grid(runs: np.ndarray, cliffs: bool = False) -> ArmGrid | None:

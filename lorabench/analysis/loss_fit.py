@@ -95,7 +95,10 @@ class LossFit:
         numbers = getattr(self, of)
         if label not in numbers or other not in numbers:
             return estimate.unknown()
-        difference = estimate.combined(np.subtract, numbers[label], numbers[other])
+        both = numbers[label], numbers[other]
+        shares = np.square([each.seed_error for each in both])
+        width_error = float(shares @ [each.width_error for each in both] / max(shares.sum(), 1e-300))
+        difference = replace(estimate.combined(np.subtract, *both), width_error=width_error)
         return replace(difference, n_seeds=len(self.seeds[label] & self.seeds[other]))
 
     def log_ratio(self, label: str, other: str) -> Estimate:
@@ -159,47 +162,49 @@ def fit_losses(
     if len(counted.in_arm) == 1 and len(counted.seeds) > 1:
         # Of one arm alone, what seeds do to it does not cancel: it moves the intercept, as the mean over these seeds.
         luck[:, 0] = estimate.mean_over_seeds(effects, f"new {name}").seed_part
-    lowest, measured, curvature, seeds, run_ids = {}, {}, {}, {}, {}
+
+    def lowest_within(coefficients: np.ndarray, label: str) -> np.ndarray:
+        # An optimum may lie beyond the LRs that count; a loss is not extrapolated.
+        bend, ends = fitted.bends.get(label), (grids[label].reach, counted.ends[label])
+        return np.array([lowest_point(coefficients, at, bend)[part] for part, at in enumerate(ends)])
+
+    lowest, measured, curvature, seeds, run_ids, counts = {}, {}, {}, {}, {}, counted.runs["n"]
     for label, chosen in counted.in_arm.items():
         places = fitted.places[label]
         curvature[label] = float(fitted.coefficients[places[2]])
         run_ids[label] = tuple(counted.runs["run_id"][chosen].tolist())
         # A row of n seeds stands for its own seed and the next n - 1.
         seeds[label] = frozenset(seed + k for seed, n in counted.runs[chosen][["seed", "n"]].tolist() for k in range(n))
-        bend = fitted.bends.get(label)
-        position, value = map(float, lowest_point(fitted.coefficients[places], counted.ends[label], bend))
+        position, value = lowest_within(fitted.coefficients[places], label).tolist()
         lowest[label] = math.log(grids[label].lrs[grids[label].centre]) + position, value
         at_lrs = chosen & (counted.runs["lr"] == np.unique(counted.runs["lr"][chosen])[:, None])
-        by_lr = [float(np.average(losses[at], weights=counted.runs["n"][at])) for at in at_lrs]
-        best = int(np.argmin(by_lr))
-        measured[label] = by_lr[best], sigma / math.sqrt(counted.runs["n"][at_lrs[best]].sum())
+        measured[label] = min(
+            (float(np.average(losses[at], weights=counts[at])), sigma / math.sqrt(counts[at].sum())) for at in at_lrs
+        )
 
     @cache
     def estimated(label: str) -> tuple[Estimate, Estimate, bool]:
         # Draws of all coefficients at once would take much memory.
-        grid, places, ends, bend = grids[label], fitted.places[label], counted.ends[label], fitted.bends.get(label)
-        low, high = grid.reach - math.log(grid.lrs[grid.centre])
+        grid, places, ends = grids[label], fitted.places[label], counted.ends[label]
         own, drawn = fitted.coefficients[places], np.full((N_DRAWS, len(places)), math.nan)
         if dof and sigma > 0:
             drawn = fitted.draws(label, f"seeds of {name}")
             drawn[:, :1] += luck
-        value = np.array(lowest_point(own, ends, bend))
-
-        def errors(drawn: np.ndarray) -> np.ndarray:
-            # An optimum may lie beyond the LRs that count; a loss is not extrapolated.
-            found, minimum = lowest_point(own + drawn, (low, high), bend)[0], lowest_point(own + drawn, ends, bend)[1]
-            return np.asarray([found, minimum] - value[:, None])
-
-        by_seed, by_example = errors(drawn), np.array([None, None])
+        value = lowest_within(own, label)
+        by_seed, by_example = lowest_within(own + drawn, label) - value[:, None], np.array([None, None])
         if influences is not None:
-            by_example = errors(estimate.example_draws(influences[places], test_split, len(splits)))
+            of_examples = own + estimate.example_draws(influences[places], test_split, len(splits))
+            by_example = lowest_within(of_examples, label) - value[:, None]
         counts = len(seeds[label]), n_examples, n_groups, bool(splits) and all("@" in name for name in splits)
         position, minimum = (Estimate(float(value[part]), by_seed[part], by_example[part], *counts) for part in (0, 1))
         optimum = replace(position, value=lowest[label][0])
+        if own[2] > 0:
+            # The flatter a curve may be, the less may be known of its optimum.
+            optimum = replace(optimum, width_error=min(estimate.standard_error(drawn[:, 2]) / own[2], 1.0))
         outside = (position.draws <= ends[0] + 1e-9) | (position.draws >= ends[1] - 1e-9)
-        bounded = grid.edge is None and grid.coarse is None and curvature[label] > 0
         # 2.5% is what lies on each side of a 95% interval.
-        return optimum, minimum, bounded and position.known and float(outside.mean()) <= 0.025
+        inside = own[2] > 0 and position.known and float(outside.mean()) <= 0.025
+        return optimum, minimum, inside and grid.edge is None and grid.coarse is None
 
     text = "" if noise is None else f"; seed noise from {noise.source}"
     if 1 < n_groups < min(n_examples, FEW_GROUPS):
