@@ -120,3 +120,20 @@ def test_a_sweep_that_does_not_bound_its_optimum_names_the_next_learning_rate_an
     assert api.fit_lr(once).problems == ("1 paired seeds, 3 needed",)
     lent = api.fit_lr(once, Noise(0.001, 2, "elsewhere"))
     assert (lent.lr_low < lent.lr < lent.lr_high, lent.problems) == (True, ())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lr": "high"}, "row 0: lr = 'high'; allowed: numbers above 0"),
+        ({"loss": "low"}, "row 0: loss = 'low'; allowed: numbers, and null or infinity of a run that diverged"),
+        ({"seed": 1}, "row 1: lr = 4.64e-05; allowed: each once with a seed, .*"),
+    ],
+)
+def test_a_wrong_value_of_a_sweep_is_named(changed, message):
+    runs = sweep(2e-4).astype(object)
+    runs.loc[0, list(changed)] = list(changed.values())
+    with pytest.raises(UserError, match=message):
+        api.fit_lr(runs)
+    with pytest.raises(UserError, match="the runs have no column loss; they have lr"):
+        api.fit_lr(runs[["lr"]])

@@ -66,6 +66,13 @@ def test_tasks_of_presets_are_known_and_an_unknown_one_is_named():
         catalog.task_index([task("gsm8")])
 
 
+def test_answers_that_leave_no_room_for_prompts_are_refused(prepared):
+    arithmetic = loaded(prepared, "lorabench_arithmetic", "gcd")
+    catalog.check_lengths([arithmetic], "tiny", 9)
+    with pytest.raises(UserError, match="max_new_tokens = 8; model 'tiny' takes 8"):
+        catalog.check_lengths([arithmetic], "tiny", 8)
+
+
 def test_tasks_are_looked_up_by_a_command_and_missing_files_are_named(prepared):
     result = CliRunner().invoke(app, ["step", "fetch", "--preset", "mine.yaml"])
     assert result.exit_code == 0, result.output

@@ -15,7 +15,7 @@ from ..handmade import make_sweep, runs_table
 from ..handmade.sft import arm as sft_arm
 from ..handmade.sft import tables as handmade
 from ..handmade.training import shared, trained
-from .layout import draw, lines, only
+from .layout import draw, lines, only, texts
 
 ENTROPY, TOKENS = 40_000.0, 13_000
 EPOCH = {"first_epoch_nats": 9e4, "first_epoch_scored_tokens": 120_000, "dataset": "long"}
@@ -101,3 +101,17 @@ def test_best_stored_is_that_of_the_fitted_minimum():
     assert lora["bits_stored_high"] == pytest.approx(entropy - low * per_nat)
     assert lora["bits_stored_low"] == pytest.approx(entropy - high * per_nat)
     assert lora["bits_per_parameter"] == pytest.approx(lora["bits_stored"] / 2000)
+
+
+def test_bits_stored_are_those_of_the_tables():
+    tables = facts({None: 39_000.0, 1: -30_000.0, 4: 20_000.0})
+    figure, plotted = draw("memorisation", tables)
+    assert "stored nothing: LoRA r1" in texts(figure)
+    seeds = only(plotted, "seed").groupby("rank", dropna=False)["bits"]
+    assert seeds.max().tolist() == pytest.approx([-30_000, 20_000, 39_000])
+    stored, expected = only(plotted, "stored"), best_stored(tables.runs)
+    for name in ("bits", "bits_low", "bits_high"):
+        np.testing.assert_allclose(stored[name], expected[name.replace("bits", "bits_stored")])
+    assert only(plotted, "entropy")["bits"].tolist() == [ENTROPY]
+    ends = only(plotted, "per_parameter")
+    assert sorted(ends["bits"] / ends["trainable_params"]) == [1, 1, 2, 2]

@@ -15,6 +15,7 @@ from lorabench.figures.style import arm_styles, write_figure
 from lorabench.store.made_from import of_tables
 from lorabench.store.tables import Tables
 
+from ..claims.test_compute import compute_table
 from ..handmade import LRS, curves_of, make_run, make_sweep, runs_table
 from ..handmade.lora import lora_run
 from .layout import draw, lay_out, lines, only, texts, titles
@@ -173,3 +174,19 @@ def test_the_envelope_is_the_lowest_loss_at_each_step():
     assert lowest["run_id"].tolist() == ["a", "c", "a", "b"]
     assert lowest["n_runs"].tolist() == [3, 3, 2, 2]
     assert lowest["tokens"].tolist() == [0, 100, 200, 400]
+
+
+def test_compute_draws_the_ratios_of_the_table_and_the_formula():
+    none, compute = pd.DataFrame(), compute_table(step_s=[2.0, 1.0, 1.4, 3.0])
+    figure, plotted = draw("compute", Tables(none, none, compute=compute))
+    flops, measured = figure.axes
+    wanted = {"counted": [0.68, 2 / 3 + 16 / 150, 2 / 3 + 128 / 150]}
+    wanted |= {"step_time": [0.5, 0.7, 1.5], "memory": [0.5, 0.5, 0.5]}
+    for axes, marker, element in ((flops, "o", "counted"), (measured, "s", "step_time"), (measured, "^", "memory")):
+        [line] = lines(axes, marker=marker)
+        rows = only(plotted, element)
+        np.testing.assert_array_equal(line.get_xydata(), rows[["rank", "ratio"]].to_numpy(float))
+        assert rows["rank"].tolist() == [1, 8, 64]
+        np.testing.assert_allclose(rows["ratio"], wanted[element])
+    formula = only(plotted, "formula")
+    np.testing.assert_allclose(formula["ratio"], 2 / 3 + 2 * formula["rank"] / 150)

@@ -12,7 +12,7 @@ from lorabench.analysis.lr_law import METHODS, PUBLISHED, LrLaw, fit_lr_law, pre
 from lorabench.figures.grid import optima
 
 from ..handmade.lora import a_moved, lora_run, lora_tables, nll
-from ..handmade.sft import arm, tables
+from ..handmade.sft import CURVATURE, OFFSETS, arm, tables
 from .layout import DIVERGED, draw, lay_out, legend, lines, only, texts
 
 SEEDS = range(3)
@@ -111,6 +111,7 @@ def test_odd_tables_are_drawn(case):
 
 LAW = LrLaw(base=1e-4, multiplier=8.0, exponents={"llama": 0.78, "qwen": 0.08, "gemma3": 0.5})
 MODELS = {"l64": ("llama", 64), "l128": ("llama", 128), "q64": ("qwen3", 64), "q96": ("qwen3_moe", 96)}
+LENGTHS = {"step": [25, 50, 100, 400], "ratio": [20.0, 16.0, 14.0, 10.0]}
 
 
 def models(chosen=MODELS):
@@ -122,6 +123,16 @@ def models(chosen=MODELS):
             about = {"model": name, "family": family, "hidden_size": hidden_size, "lrs": lrs}
             arms.append(arm(rank, optimum=optimum, **about))
     return tables(arms)
+
+
+def lengths():
+    """Make runs whose LR ratio at each step is that of LENGTHS."""
+    runs, _ = tables(arm(rank, optimum=optimum, steps=400) for rank, optimum in ((None, 3e-4), (16, 3e-3)))
+    points = runs[["run_id", "method", "lr", "seed"]].merge(pd.DataFrame(LENGTHS), "cross")
+    optimum = 3e-4 * points["ratio"].where(points["method"] == "lora", 1)
+    luck = points["seed"].map(dict(enumerate(OFFSETS)))
+    points["value"] = 2.1 + CURVATURE * np.log(points["lr"] / optimum) ** 2 + luck
+    return runs, points[["run_id", "step", "value"]].assign(split="validation", metric="nll")
 
 
 def test_law_draws_the_optima_and_ratios_of_the_tables():
@@ -152,6 +163,16 @@ def test_law_of_odd_tables():
     figure, plotted = draw("lr_law", runs[(runs["model"] != "l") | (runs["method"] == "lora")])
     assert only(plotted, "published_law")["lr"].notna().all()
     assert "not drawn: l" in texts(figure, 0)
+
+
+def test_short_run_draws_losses_as_of_each_length():
+    runs, curves = lengths()
+    _, plotted = draw("short_run", runs, curves)
+    measured = curves.merge(runs[["run_id", "method", "lr"]], on="run_id").groupby(["step", "method", "lr"])["value"]
+    shown = only(plotted, "loss").set_index(["steps", "method", "lr"])["nll"]
+    assert shown.to_dict() == pytest.approx(measured.mean().loc[[50, 100, 400]].to_dict())
+    ratio = only(plotted, "ratio").set_index("steps")
+    assert ratio["ratio"].to_dict() == pytest.approx(dict(zip(*LENGTHS.values(), strict=True)))
 
 
 def test_fig2_overlays_published_losses_of_the_same_model_and_data_only():

@@ -93,3 +93,17 @@ def test_means_of_seeds_are_judged_with_their_own_deviation():
     without = judged(runs.assign(n_seeds=5), curves)
     assert without["verdict"] == "inconclusive"
     assert "means of several seeds need final_test_nll_sd" in without["reason"]
+
+
+ONE_SET = "one evaluation set: the LR was picked on the loss that is reported"
+
+
+def test_another_loss_stands_in_for_one_that_a_table_lacks():
+    runs, curves = world()
+    lacking = runs.rename(columns={"final_test_nll": "final_train_nll"}).drop(columns="final_valid_nll")
+    row, whole = judged(lacking, curves), judged(runs, curves)
+    stands_in = "the training loss stands in for the test loss, which the table lacks"
+    assert row["reason"].endswith(f"; {stands_in}; {ONE_SET}")
+    assert row["verdict"] == "confirmed"
+    assert row["estimate"] == pytest.approx(whole["estimate"])
+    assert ONE_SET not in whole["reason"]

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lorabench.cli.commands import app
+from lorabench.store.checks import check_table
 from lorabench.store.io import read_table, write_csv, write_frame
 from lorabench.store.schemas import SCHEMAS, description
 
@@ -47,6 +48,7 @@ TWO_POINTS = pd.concat([CURVES, CURVES.iloc[[3]].assign(value=9.0)])
 # The beginning of the error message, in which `{path}` stands for the file, and what is written.
 BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "run twice": (f"the runs table has these run_ids more than once: {THIRD}", {"runs": TWICE, "kind": "parquet"}),
+    "run without id": ("the runs table has 1 runs without a run_id", {"runs": with_value("run_id", None)}),
     "no loss": (
         f"run_id {THIRD}: final_test_nll = missing; allowed: a finite number where status is done",
         {"runs": with_value("final_test_nll", None)},
@@ -57,13 +59,23 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "negative lr": (f"run_id {THIRD}: lr = -0.001; allowed: numbers above 0", {"runs": with_value("lr", -0.001)}),
     "semicolons": ("{path} has its columns separated by semicolons; allowed", {"runs": b"run_id;lr\na;0.1\n"}),
+    "longer rows": ("{path} can't be read as a table: Length of", {"runs": b"run_id,lr\na,0.1,2\nb,0.1,2\n"}),
     "datasets": ("runs of instruct have different datasets under one name, aaa, bbb: not", {"runs": OTHER_DATA}),
     "text as a number": ("{path}: column lr has 'fast', which is not a number", {"runs": with_value("lr", "fast")}),
+    "no steps": ("the curves table has no column step", {"curves": CURVES.drop(columns="step")}),
+    "a step before all": (
+        f"run_id {FIRST}: step = -1; allowed: whole numbers from 0 up",
+        {"curves": CURVES.assign(step=[-1, *CURVES["step"][1:]])},
+    ),
     "a loss below 0": (
         f"run_id {FIRST}: value = -2.0; allowed: an NLL from 0 up",
         {"curves": CURVES.assign(value=[-2.0, *CURVES["value"][1:]])},
     ),
     "no example": ("the test_losses table has no column example", {"test_losses": LOSSES.drop(columns="example")}),
+    "no tokens": (
+        f"run_id {FIRST}: tokens = -1.0; allowed: numbers from 0 to 1e+15",
+        {"test_losses": LOSSES.assign(tokens=-1)},
+    ),
     "a point twice": (
         f"the curves table has validation nll of step 3 of run_id {FIRST} more than once",
         {"curves": TWO_POINTS},
@@ -85,6 +97,11 @@ def test_a_bad_table_is_refused_and_what_was_there_stays(kind: str, tmp_path: Pa
     assert result.stderr.startswith("lorabench: " + message.replace("{path}", str(path)))
     assert result.stderr.count("\n") == 1
     assert {path.name: path.read_text() for path in out.iterdir()} == {"claims.csv": "as it was"}
+
+
+def test_one_dataset_may_stand_next_to_others_and_one_model_on_many():
+    other = RUNS.assign(run_id=RUNS["run_id"] + "x", dataset="worked", dataset_sha256="bbb", tokenizer_sha256="t")
+    check_table(pd.concat([RUNS.assign(dataset_sha256="aaa", tokenizer_sha256="t"), other]))
 
 
 def test_every_column_has_a_meaning_which_its_parquet_file_holds_too(tmp_path: Path):

@@ -245,3 +245,17 @@ def test_snakemake_fetches_by_local_jobs_and_trains_without_a_connection(hub, tm
     runs = pq.read_table("results/mine/tables/runs.parquet").to_pandas()
     assert set(runs.status) <= {"done", "unrewarded"}
     assert set(runs.task) == {"sft", "rl"}
+
+
+def test_what_the_hub_does_not_have_is_one_sentence_of_init_at_once(hub):
+    def refused_by(model, data, error):
+        done = CliRunner().invoke(app, ["init", "mine.yaml", "--model", model, "--data", data])
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith(f"lorabench: {error}"), done.stderr
+
+    Path("own.jsonl").write_text('{"prompt": "1", "completion": "1"}\n' * 60)
+    refused_by("nosuch/model", "own.jsonl", "model nosuch/model is not on the hub, or is private and needs a token")
+    hub.broken = True
+    failed = f"dataset nosuch/data can't be fetched at main from {hub.endpoint}: Server error '503 Service"
+    refused_by("tiny", "nosuch/data", failed)
+    assert sum(hub.requests.values()) <= 2
