@@ -5,6 +5,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from lorabench.claims.rules_hash import rules_sha256
 from lorabench.config.inputs import GgufModel
 from lorabench.data.identity import has_groups
 from lorabench.errors import UserError
