@@ -42,7 +42,8 @@ def written(trainer, folder, model, *options):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_trainers_know_every_key_and_the_audit_reads_what_was_recommended(tmp_path, full):
+def test_trainers_know_every_key_and_the_audit_reads_what_was_recommended(tmp_path, monkeypatch, full):
+    monkeypatch.chdir(tmp_path)  # results of a checkout would count
     recommended = recommend(QWEN, batch_size=8, steps=400).settings
     options = ["--steps", 400, "--batch-size", 8, *(["--full"] if full else [])]
     for trainer in TRAINERS:

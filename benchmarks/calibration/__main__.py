@@ -33,7 +33,8 @@ def main() -> None:
     add("--claims", nargs="+", default=[], metavar="ID", help="ids of claims, by default all that are covered")
     add("--processes", type=int, default=2, help="number of processes (2)")
     add("--seed", type=int, default=0, help="seed of all random numbers (0)")
-    add("--trait", nargs="*", choices=NAMES, help="make worlds that break these assumptions alone, by default all")
+    which = "make worlds that break these assumptions alone, by default all; plain: worlds that break none"
+    add("--trait", nargs="+", choices=(*NAMES, "plain"), help=which)
     add("--intervals", nargs="*", choices=KINDS, help="count only how often intervals hold the truth, by kind of world")
     add("--out", type=Path, help="CSV file for the table")
     add("--again", type=Path, help="CSV file for how often the verdict falls again in a twin of a world")
@@ -48,7 +49,7 @@ def main() -> None:
             measured = asdict(measure_noise(Tables.read(options.measure), options.dataset))
             print(pd.json_normalize(measured).iloc[0].to_string(float_format="{:.4g}".format))
             return
-        traits = Traits() if options.trait is None else Traits.only(options.trait)
+        traits = Traits.only([name for name in options.trait or NAMES if name != "plain"])
         noise = measure_noise(Tables.read(options.noise), options.dataset) if options.noise else NoiseLevels()
         making = Making(noise, traits, options.seed)
         if options.intervals is not None:
