@@ -33,8 +33,7 @@ def main() -> None:
     add("--claims", nargs="+", default=[], metavar="ID", help="ids of claims, by default all that are covered")
     add("--processes", type=int, default=2, help="number of processes (2)")
     add("--seed", type=int, default=0, help="seed of all random numbers (0)")
-    which = "make worlds that break these assumptions alone, by default all; plain: worlds that break none"
-    add("--trait", nargs="+", choices=(*NAMES, "plain"), help=which)
+    add("--trait", nargs="+", choices=(*NAMES, "plain"), help="break these assumptions alone (all); plain: break none")
     add("--intervals", nargs="*", choices=KINDS, help="count only how often intervals hold the truth, by kind of world")
     add("--out", type=Path, help="CSV file for the table")
     add("--again", type=Path, help="CSV file for how often the verdict falls again in a twin of a world")

@@ -49,6 +49,7 @@ def looks(folder: Path) -> list[dict[str, Any]]:
     return read_rows(folder, "claims_by_batch", ["claim_id", "batches", "verdict"])
 
 
+@pytest.mark.slow
 def test_claims_are_run_until_they_are_decided(preset: str, capsys):
     # The margin is 0.058, and the first batch lies at it.
     workflow = Workflow({1: 0.056, 2: 0.02, 3: 0.02, 4: 0.02})

@@ -135,6 +135,7 @@ def lengths():
     return runs, points[["run_id", "step", "value"]].assign(split="validation", metric="nll")
 
 
+@pytest.mark.slow
 def test_law_draws_the_optima_and_ratios_of_the_tables():
     runs, curves = models()
     _, plotted = draw("lr_law", runs)

@@ -27,6 +27,8 @@ from lorabench.store.waves import end_sweep
 
 from ..handmade import STEPS, make_record, make_run
 
+pytestmark = pytest.mark.slow
+
 NAME = "fig2_lr_by_rank"
 TABLES, FIGURE = Path("results/mine/tables"), Path(f"paper_figures/mine/{NAME}.csv")
 
@@ -207,7 +209,6 @@ def test_tables_name_the_records_of_their_runs(results):
     assert named != {of_runs(layout.runs, runs)}
 
 
-@pytest.mark.slow
 def test_what_was_made_of_an_edited_table_names_it(results, monkeypatch):
     """Claims, figures and page that were made after the edit agree with each other."""
     layout, whole = Layout.of("mine.yaml"), collect.collect
@@ -228,7 +229,6 @@ def test_what_was_made_of_an_edited_table_names_it(results, monkeypatch):
     assert f"{layout.report}" in different(lines)
 
 
-@pytest.mark.slow
 def test_tables_without_run_folders_are_verified_from_the_tables_on(results):
     shutil.rmtree(results / "runs")
     edit(TABLES / "runs.csv", put(4, "final_test_nll", 1.5))

@@ -108,6 +108,7 @@ def test_one_variant_decides(claim, changes, verdict, reason):
     verdict_is(judged(claim, *world(changes)), verdict, reason)
 
 
+@pytest.mark.slow
 def test_no_claim_of_the_paper_takes_a_variant_for_lora():
     """Also of runs that name no experiment, with a variant that fails."""
     runs, curves = world(without=["rslora", "lora_plus", "olora"])

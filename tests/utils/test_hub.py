@@ -146,6 +146,7 @@ def lorabench(*arguments):
     return result.stderr
 
 
+@pytest.mark.slow
 def test_fetched_once_the_rest_needs_no_connection(hub, monkeypatch, tmp_path):
     # The command that makes a dataset would else replace this process by one with fixed hashes.
     monkeypatch.setenv("PYTHONHASHSEED", "0")

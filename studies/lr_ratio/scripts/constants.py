@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -186,8 +185,8 @@ def factors() -> pd.DataFrame:
     """Return the ratio that `movement` predicts of Llamas, by width (rows), number of steps and rank (columns)."""
     rows = {}
     for width in (576, 1024, 2048, 4096, 8192):
-        # Without the results of whoever runs it.
-        row, known = {}, KnownOptima(ModelFacts("", "llama", width, ""), results=Path(os.devnull))
+        # By the published optima alone, not the results of whoever runs it.
+        row, known = {}, KnownOptima(ModelFacts("", "llama", width, ""), Path(__file__).parent)
         for steps in (100, 1000, 10_000):
             lr = known.recommend("fullft", 32, steps)[0][0]
             row[f"FullFT's LR, {steps} steps"] = lr
