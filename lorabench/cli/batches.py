@@ -132,7 +132,8 @@ def _run(preset: str, batch: str, command: Command, options: list[str], end: flo
     # Its messages are no part of what this command prints.
     process = subprocess.Popen(words, env=environment, stdout=2)
     try:
-        status = process.wait(None if end is None else max(0.0, end - time.monotonic()))
+        # A process that only begins would miss the signal.
+        status = process.wait(None if end is None else max(1.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
         # Runs are at checkpoints when their jobs end, so that the same command continues them.
         process.send_signal(signal.SIGINT)

@@ -102,7 +102,9 @@ rule claims:
         preset=PRESET,
         tables=LAYOUT.tables(),
         # Claims are judged again when rules, margins or predictions change, which are not in the tables.
-        rules=lambda wildcards: rules_sha256(LAYOUT.preset.margins, LAYOUT.preset.predictions),
+        rules=lambda wildcards: rules_sha256(
+            LAYOUT.preset.margins, LAYOUT.preset.predictions
+        ),
     shell:
         "HF_HUB_OFFLINE=1 lorabench claims --preset {params.preset:q} --tables {params.tables:q} --out {params.tables:q} "
         "2> >(tee {log:q} >&2)"
