@@ -66,8 +66,8 @@ class ArmGrid:
 
     @property
     def reach(self) -> tuple[float, float]:
-        """The ends between which an optimum may lie, as ln LR over the centre: a step beyond the window, since the LR
-        with the lowest loss need not be the one next to it; but not beyond an edge, where no loss says more."""
+        """The ends between which an optimum may lie, as ln LR over the centre: a step beyond the window, since an
+        optimum need not lie next to the LR with the lowest mean loss; but not beyond an edge, which bounds nothing."""
         x = np.log(self.lrs[self.window] / self.lrs[self.centre])
         below, above = (0 if self.edge and at_edge else 1 for at_edge in (self.centre == 0, self.centre > 0))
         return float(x[0] - below * (x[1] - x[0])), float(x[-1] + above * (x[-1] - x[-2]))
