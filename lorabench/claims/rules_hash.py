@@ -1,8 +1,8 @@
 """The hash of the rules: of everything that turns tables into verdicts.
 
-It covers the code of `lorabench.analysis`, `lorabench.claims`, `lorabench.runs` and the packages of studies but for
-their figures and scripts, the texts of all claims, the number of draws of an error, and the margins and predictions of
-a preset. Comments, docstrings, the layout of code and texts, and the version of Python do not count.
+It covers the code of `lorabench.analysis`, `lorabench.claims` and `lorabench.runs`, the texts of their claims, the
+number of draws of an error, and the margins and predictions of a preset; where it has predictions, which studies are
+about, the packages of studies, too, but for their figures and scripts. Comments, docstrings, the layout of code and texts, and the version of Python do not count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def rules_sha256(margins: Margins | None = None, predictions: Predictions | None
     """Return the SHA-256, in hexadecimal, of the code that judges, the margins and the predictions, or the default ones
     as in `judge_claims`."""
     predicted = default_predictions() if predictions is None else predictions
-    return digest([_code(), N_DRAWS, (margins or DEFAULT_MARGINS).model_dump(), predicted], 64)
+    code = {name: hashed for name, hashed in _code().items() if predicted or not name.startswith("studies/")}
+    return digest([code, N_DRAWS, (margins or DEFAULT_MARGINS).model_dump(), predicted], 64)
 
 
 @cache

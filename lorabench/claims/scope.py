@@ -181,7 +181,7 @@ def widths(smallest: int, number: int, presets: tuple[str, ...], family: str = "
     return Condition(text, instead, presets)
 
 
-RL_PRESETS = ("laptop", "variants", "first_gpu", "core", "paper")
+RL_PRESETS = ("laptop_more", "variants", "first_gpu", "core", "paper")
 """The shipped presets whose RL has sweeps, responses and problems that a claim can be judged on."""
 
 MIN_LRS = 6

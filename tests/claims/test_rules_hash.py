@@ -23,7 +23,7 @@ def test_margins_predictions_and_every_module_count(monkeypatch):
     assert re.fullmatch("[0-9a-f]{64}", rules)
     assert rules == rules_sha256(DEFAULT_MARGINS)
     assert rules_sha256(DEFAULT_MARGINS.model_copy(update={"loss": 0.03})) != rules
-    assert rules_sha256(predictions={}) != rules
+    assert (suite := rules_sha256(predictions={})) != rules
     modules = rules_hash._code()
     package = Path(rules_hash.__file__).parents[1]
     for part in ("analysis", "claims"):
@@ -33,3 +33,5 @@ def test_margins_predictions_and_every_module_count(monkeypatch):
         assert name in modules
         monkeypatch.setattr(rules_hash, "_code", lambda name=name: modules | {name: "0" * 64})
         assert rules_sha256() != rules
+        # Studies are about predictions, and do not judge a preset that has none.
+        assert (rules_sha256(predictions={}) == suite) == name.startswith("studies")

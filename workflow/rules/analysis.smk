@@ -103,7 +103,7 @@ rule claims:
         tables=LAYOUT.tables(),
         # Claims are judged again when rules, margins or predictions change, which are not in the tables.
         rules=lambda wildcards: rules_sha256(
-            LAYOUT.preset.margins, LAYOUT.preset.predictions
+            LAYOUT.preset.margins, LAYOUT.preset.predictions or {}
         ),
     shell:
         "HF_HUB_OFFLINE=1 lorabench claims --preset {params.preset:q} --tables {params.tables:q} --out {params.tables:q} "

@@ -72,7 +72,7 @@ def saved_claims(name: str, counts: pd.DataFrame, write: bool = False) -> tuple[
                 losses.loc[own, "group"] = groups[losses.loc[own, "example"]]
     frames |= {"test_losses": losses.drop(columns=["model", "dataset"]), "counts": counts}
     tables = Tables.of(frames)
-    claims = judge_claims(tables, margins=preset.margins, predictions=preset.predictions)
+    claims = judge_claims(tables, margins=preset.margins, predictions=preset.predictions or {})
     if write:
         republish(PUBLISHED / preset_path(name).stem, frames | {"claims": claims})
     claims, noise = claims.drop(columns=list(NOT_PUBLISHED)), seed_noise(tables)
