@@ -26,6 +26,7 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+from scipy.linalg import helmert, null_space
 
 from lorabench.analysis.estimate import cholesky_root, mixture_of_students
 from lorabench.analysis.fit_rows import Bend, FitRows, lowest_point
@@ -157,6 +158,12 @@ def fit_mixed(rows: FitRows, known: tuple[float, int] | None = None) -> MixedFit
     means = weights @ solved.coefficients
     by_kind = [list(dict.fromkeys(kind)) for kind in zip(*places.values(), strict=True)]
     order = [place for kind in reversed(by_kind) for place in kind]
+    rotated = zip(solved.hats, model.rotations, strict=True)
+    of_runs = [np.tensordot(np.tensordot(weights, hats, 1), rotation, ((0, 2), (0, 1))) for hats, rotation in rotated]
+    noise = [
+        np.tensordot(np.where(sizes[:, GROWTH] == growth, weights, 0.0) @ _factors(sizes), parts, 1)
+        for growth, parts in model.parts.items()
+    ]
     return MixedFit(
         coefficients=means,
         places=places,
@@ -170,8 +177,8 @@ def fit_mixed(rows: FitRows, known: tuple[float, int] | None = None) -> MixedFit
         sizes=weights @ sizes,
         sigma=math.sqrt(float(weights @ (variances * _own_variance(sizes, arms)))),
         design=model.design,
-        hat=np.tensordot(weights, solved.hats, 1) * rows.weights,
-        noise=np.tensordot(weights, _noise(sizes, model.parts), 1),
+        hat=np.sum(of_runs, axis=0) * rows.weights,
+        noise=np.sum(noise, axis=0),
     )
 
 
@@ -186,11 +193,17 @@ def _own_variance(sizes: np.ndarray, arms: int) -> np.ndarray:
     return np.asarray(1 + sizes[:, OWN] ** 2 + sizes[:, FULLFT] ** 2 / arms)
 
 
-def _noise(sizes: np.ndarray, parts: Mapping[float, np.ndarray]) -> np.ndarray:
-    """Return covariances over the variance of e, (combinations, runs, runs), from their parts by growth, (5, runs,
-    runs) each: e, w of arms that share it, w of arms that do not, v and k."""
+def _factors(sizes: np.ndarray) -> np.ndarray:
+    """Return the variances of e, w of arms that share it, w of arms that do not, v and k over that of e,
+    (combinations, 5)."""
     walk, own, fullft = (sizes[:, [WALK, OWN, FULLFT]] ** 2).T
-    factors = np.column_stack([np.ones(len(sizes)), walk, walk * sizes[:, SHARE], own, fullft])
+    return np.column_stack([np.ones(len(sizes)), walk, walk * sizes[:, SHARE], own, fullft])
+
+
+def _noise(sizes: np.ndarray, parts: Mapping[float, np.ndarray]) -> np.ndarray:
+    """Return covariances over the variance of e, (combinations, rows, rows), from their parts by growth, (5, rows,
+    rows) each."""
+    factors = _factors(sizes)
     covariances = np.empty((len(sizes), *parts[0.0].shape[1:]))
     for growth, own_parts in parts.items():
         chosen = sizes[:, GROWTH] == growth
@@ -207,8 +220,28 @@ class _Solved(NamedTuple):
     """The covariances of their errors, (combinations, coefficients, coefficients), and below of those from what is
     known of the curves alone."""
     from_curves: np.ndarray
-    hats: np.ndarray
-    """The matrices that make the coefficients from the losses, (combinations, coefficients, runs)."""
+    hats: list[np.ndarray]
+    """By rotation, what makes the coefficients from rotated losses, (combinations, seeds, coefficients, rows)."""
+
+
+def _rotations(runs: np.ndarray) -> list[np.ndarray]:
+    """Return matrices, (seeds, rows, runs), whose rows together are an orthonormal basis, so that rows of different
+    matrices or seeds are not correlated, and all seeds of a matrix have the same covariance.
+
+    The first holds the means over seeds that have runs of the same arms at the same LRs, the others the contrasts of
+    such seeds. So whole seeds make large matrices small.
+    """
+    of_seeds: dict[tuple[object, ...], list[np.ndarray]] = {}
+    for seed in dict.fromkeys(runs["seed"].tolist()):
+        own = np.flatnonzero(runs["seed"] == seed)
+        own = own[np.lexsort((runs["lr"][own], runs["label"][own].astype(str)))]
+        of_seeds.setdefault(tuple(runs[["label", "lr", "n"]][own].tolist()), []).append(own)
+    basis, means, contrasts = np.eye(len(runs)), [], []
+    for alike in map(np.array, of_seeds.values()):
+        means.append(basis[alike].sum(0) / math.sqrt(len(alike)))
+        if len(alike) > 1:
+            contrasts.append(np.tensordot(helmert(len(alike)), basis[alike], 1))
+    return [np.concatenate(means)[None], *contrasts]
 
 
 class _Model:
@@ -238,56 +271,74 @@ class _Model:
         unshared += MISFIT**2 * same_lr * np.outer(misfits, misfits)
         curves = np.array([same_arm * np.outer(of_curvature, of_curvature), np.outer(cubes, cubes), unshared])
         self.curves = curvature**2 * curves * np.array([1.0, ASYMMETRY**2, 1.0])[:, None, None]
+        self.rotations = _rotations(rows.runs)
         # Where there is hardly any noise, what is known of the curves would count for nothing.
         self.least = max((LEAST_ERROR * curvature) ** 2, np.finfo(float).tiny)
 
     def likelihoods(self, sizes: np.ndarray, known: tuple[float, int] | None) -> tuple[np.ndarray, np.ndarray]:
         """Return the variance of e, and the restricted log likelihood over all values of it, (combinations,) each."""
-        columns = self.parabolas.shape[1]
         # The restricted likelihood is that of the sums of losses in which no parabola is left.
-        within = np.linalg.qr(self.parabolas, mode="complete")[0][:, columns:]
-        left, curves = within.T @ self.y, within.T @ self.curves @ within
-        parts = {growth: within.T @ part @ within for growth, part in self.parts.items()}
-        results = []
+        spaces = [null_space(np.hstack(rotation @ self.parabolas).T).T @ rotation for rotation in self.rotations]
+        blocks, n = [self._seen_by(space) for space in spaces], sum(len(space) * space.shape[1] for space in spaces)
+        squared, results = sum(float((left**2).sum()) for left, _, _ in blocks), []
         # A part of the combinations at a time stays in the processor's cache.
         for some in np.array_split(sizes, math.ceil(len(sizes) / 64)):
-            noise, own = _noise(some, parts), _own_variance(some, self.arms)
-            of_curves = np.tensordot(np.column_stack([some[:, SPREAD] ** 2, np.ones((len(some), 2))]), curves, 1)
-            # The last row of the root of a bordered matrix is the border divided by the root of the matrix.
-            bordered = np.empty((len(some), len(left) + 1, len(left) + 1))
-            bordered[:, -1, :-1], bordered[:, -1, -1] = left, 1e12 * float(left @ left) + np.finfo(float).tiny
-            variances = known[0] ** 2 / own if known else np.full(len(some), float(left @ left) / len(left) / 4)
+            own, of_curves = _own_variance(some, self.arms), np.ones((len(some), 3))
+            of_curves[:, 0], noises = some[:, SPREAD] ** 2, [_noise(some, parts) for _, parts, _ in blocks]
+            variances = known[0] ** 2 / own if known else np.full(len(some), squared / n / 4)
             # What is known of the curves is in units of the variance, which therefore takes a few passes.
             for _ in range(1 if known else 3):
-                bordered[:, :-1, :-1] = noise + of_curves / np.maximum(variances, self.least)[:, None, None]
-                root = np.linalg.cholesky(bordered)
-                squares = (root[:, -1, :-1] ** 2).sum(1)
+                squares, logs, assumed = 0.0, 0.0, np.maximum(variances, self.least)[:, None, None]
+                for (left, _, curves), noise in zip(blocks, noises, strict=True):
+                    # The last rows of the root of a bordered matrix are the borders divided by the root of the matrix.
+                    size = left.shape[1]
+                    bordered = np.pad(
+                        noise + np.tensordot(of_curves, curves, 1) / assumed, [(0, 0), *[(0, len(left))] * 2]
+                    )
+                    bordered[:, size:, :size] = left
+                    bordered[:, size:, size:] = np.eye(len(left)) * (1e12 * squared + np.finfo(float).tiny)
+                    root = np.linalg.cholesky(bordered)
+                    squares = squares + (root[:, size:, :size] ** 2).sum((1, 2))
+                    logs = logs + len(left) * np.log(np.diagonal(root, axis1=1, axis2=2)[:, :size]).sum(1)
                 # Losses that lie on a parabola leave nothing.
-                variances = variances if known else np.maximum(squares / len(left), np.finfo(float).tiny)
-            diagonals = np.diagonal(root, axis1=1, axis2=2)[:, :-1]
-            likelihoods = -np.log(diagonals).sum(1) - len(left) / 2 * np.log(variances)
+                variances = variances if known else np.maximum(squares / n, np.finfo(float).tiny)
+            likelihoods = -logs - n / 2 * np.log(variances)
             if known:
-                likelihoods -= (known[1] + len(left)) / 2 * np.log1p(squares / variances / known[1])
+                likelihoods -= (known[1] + n) / 2 * np.log1p(squares / variances / known[1])
             results.append((variances, likelihoods))
         of_variance, of_likelihood = zip(*results, strict=True)
         return np.concatenate(of_variance), np.concatenate(of_likelihood)
 
+    def _seen_by(self, rotation: np.ndarray) -> tuple[np.ndarray, dict[float, np.ndarray], np.ndarray]:
+        """Return the losses by a rotation, (seeds, rows), and parts of the covariance of the rows of each seed."""
+        basis = rotation[0]
+        parts = {growth: basis @ part @ basis.T for growth, part in self.parts.items()}
+        return rotation @ self.y, parts, basis @ self.curves @ basis.T
+
     def solve(self, sizes: np.ndarray, variances: np.ndarray) -> _Solved:
         """Fit the coefficients with given variances of e."""
-        design, p = self.design, self.design.shape[1]
-        assumed = np.maximum(variances, self.least)[:, None, None]
-        precision, noise, curves = np.zeros((len(sizes), p, p)), _noise(sizes, self.parts), self.curves[2] / assumed
+        p, assumed = self.design.shape[1], np.maximum(variances, self.least)[:, None, None]
+        precision, blocks = np.zeros((len(sizes), p, p)), []
         if self.curvature > 0:
             own, differences = slice(2 * self.arms, 3 * self.arms), np.eye(self.arms) - 1 / self.arms
             precision[:, own, own] = assumed * differences / (sizes[:, SPREAD, None, None] * self.curvature) ** 2
             precision[:, -1, -1] = assumed[:, 0, 0] / (ASYMMETRY * self.curvature) ** 2
-        weighted = np.linalg.solve(noise + curves, design).transpose(0, 2, 1)
-        inverse = np.linalg.inv(weighted @ design + precision)
-        hats = inverse @ weighted
-        transposed = hats.transpose(0, 2, 1)
-        from_noise = assumed * (hats @ noise @ transposed)
-        from_curves = assumed * (hats @ curves @ transposed + inverse @ precision @ inverse)
+        information = precision
+        for rotation in self.rotations:
+            losses, parts, of_curves = self._seen_by(rotation)
+            noise, curves = _noise(sizes, parts)[:, None], (of_curves[2] / assumed)[:, None]
+            weighted = np.linalg.solve(noise + curves, rotation @ self.design).swapaxes(2, 3)
+            information = information + (weighted @ (rotation @ self.design)).sum(1)
+            blocks.append((weighted, losses, noise, curves))
+        inverse = np.linalg.inv(information)
+        hats = [inverse[:, None] @ weighted for weighted, *_ in blocks]
+        solved = [
+            (np.einsum("ckpd,kd->cp", hat, losses), *((hat @ part @ hat.swapaxes(2, 3)).sum(1) for part in covariances))
+            for hat, (_, losses, *covariances) in zip(hats, blocks, strict=True)
+        ]
+        coefficients, from_noise, from_curves = (np.sum(part, axis=0) for part in zip(*solved, strict=True))
+        from_noise, from_curves = assumed * from_noise, assumed * (from_curves + inverse @ precision @ inverse)
         # A coefficient that one of both moves by rounding alone has no correlations by it, so each has a negligible
         # share of the other.
         from_noise, from_curves = from_noise + 1e-9 * from_curves, from_curves + 1e-9 * from_noise
-        return _Solved(hats @ self.y, from_noise, from_curves, hats)
+        return _Solved(coefficients, from_noise, from_curves, hats)
