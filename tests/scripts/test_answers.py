@@ -11,7 +11,7 @@ from lorabench.report.claim_text import VERDICTS
 
 QUESTION = {question.claim_id: question for question in QUESTIONS}
 GROWS = "the gap grows by 0.050 nats [0.040, 0.060]"
-ASKED = "Do large batches harm LoRA more than full fine-tuning?"
+ASKED = "Do large batches harm LoRA more than full fine-tuning? (Margin: 2% of what full fine-tuning gains.)"
 SIZES = {"tiny": 3e5, "0.13B": 1.3e8, "1B": 1e9, "3B": 3e9, "8B": 8e9}
 
 
@@ -40,6 +40,12 @@ def test_answers_are_grouped_and_the_largest_models_with_a_decision_say_what_to_
         "and at 3B. *Yes* at 1B (the gap grows by 0.010 to 0.070 nats; undecided on held-out seeds) "
         "and at 8B (not tested on held-out seeds)."
     )
+    # What is open has a number only with its interval, which is that of one comparison.
+    open_ones = [
+        cell("inconclusive", n_parts=2, part_low=0.01, part_high=0.07),
+        cell("inconclusive", "1B", ci_low=None),
+    ]
+    assert batches(*open_ones).endswith(f"*Undecided* on tiny models (so far {GROWS}) and at 1B.")
     # Without explored seeds a verdict did not come out again.
     once = cell("confirmed", p_again=0.26, held_out="confirmed", explored=False)
     assert batches(once).endswith(f" *Yes* on tiny models ({GROWS}; borderline, all seeds held out).")

@@ -14,6 +14,7 @@ import pandas as pd
 
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CORE
+from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.figures.evidence import ANSWERS, borderline
 from lorabench.sources.measurements import TINY, holds_again
 from lorabench.utils import formats
@@ -25,6 +26,8 @@ class Question(NamedTuple):
 
     claim_id: str
     text: str
+    margin: str
+    """The smallest effect that matters, with places for the default margins."""
     unit: str
     """The unit of the numbers; a cell with another unit is shown without its numbers."""
     measured: str
@@ -52,29 +55,37 @@ def answer(question: Question, cells: pd.DataFrame) -> str:
     advice = question.if_open if not decided else question.if_yes if decided[-1] == "yes" else question.if_no
     places: dict[str, list[str]] = {}
     for row in rows:
-        # A number beside "undecided" would look like an answer.
-        remark = _remark(question, row) if row["verdict"] in DECIDED else ""
-        place = at_size(row["scale"]) + (f" ({remark})" if remark else "")
-        places.setdefault(ANSWERS[row["verdict"]], []).append(place)
+        where = f"{at_size(row['scale'])} ({remark})" if (remark := _remark(question, row)) else at_size(row["scale"])
+        places.setdefault(ANSWERS[row["verdict"]], []).append(where)
     answers = [f"*{word.capitalize()}* {_listed(where)}." for word, where in places.items()]
-    return " ".join([f"**{advice}** {question.text}", *(answers or ["No runs in the paper's setting answer this."])])
+    margin = question.margin.format(**DEFAULT_MARGINS.model_dump())
+    return " ".join(
+        [
+            f"**{advice}** {question.text} (Margin: {margin}.)",
+            *(answers or ["No runs in the paper's setting answer this."]),
+        ]
+    )
 
 
 def _remark(question: Question, cell: Mapping[Any, Any]) -> str:
-    """Return what was measured in a cell, a range or a number with its 95% interval, and how sure the verdict is."""
+    """Return what was measured in a cell, a range or a number with its 95% interval, and how sure the verdict is; where
+    that is open, only the number and interval of the comparison that leaves it so."""
 
     def known(*names: str) -> list[str]:
         values = [question.factor * cell[name] for name in names if not formats.missing(cell[name])]
         return [format(value, question.form) for value in sorted(values)]
 
     estimate, ends, interval = known("estimate"), known("part_low", "part_high"), known("ci_low", "ci_high")
-    measured = ""
+    measured, is_open = "", cell["verdict"] not in DECIDED
     if cell["unit"] == question.unit and estimate:
-        if cell["n_parts"] > 1 and len(set(ends)) == 2:
+        if cell["n_parts"] > 1 and len(set(ends)) == 2 and not is_open:
             measured = question.measured.format(" to ".join(ends))
         else:
             measured = question.measured.format(estimate[0])
             measured += f" [{', '.join(interval)}]" if len(interval) == 2 else ""
+    if is_open:
+        # Estimates without their errors would look like an answer.
+        return f"so far {measured}" if len(interval) == 2 and measured else ""
     again, same = "", holds_again(cell) and cell["explored"]
     if holds_again(cell):
         again = "the same on held-out seeds" if same else "all seeds held out"

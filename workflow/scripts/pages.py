@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from answers import QUESTIONS, answer, count_of_core
+from lorabench.analysis.finding import BORDERLINE
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.report import claim_text
@@ -136,22 +137,21 @@ def matrix_part(root: Path) -> str:
 
 def reproduced(root: Path, page: Path) -> str:
     """Return a sentence on how many decided verdicts came out again on held-out seeds, of all presets and of each."""
-    yes = every = 0
+    tables = {folder.name: again for folder in published_folders(root) if (again := read_held_out(folder)) is not None}
+    decided = {name: _as_stated_now(again.dropna(subset="again")) for name, again in tables.items()}
     each = []
-    for folder in published_folders(root):
-        if (again := read_held_out(folder)) is not None:
-            decided = _as_stated_now(again.dropna(subset="again"))
-            failed = decided.loc[decided["again"] != "yes", "statement"]
-            held = len(decided) - len(failed)
-            yes, every = yes + held, every + len(decided)
-            without = f" (not: {'; '.join(failed)})" if len(failed) else ""
-            link = f"[{folder.name}]({_link(_RESULTS, page)}#{folder.name})"
-            each.append(f"{link} {held} of {len(decided)}{without}")
-    sentence = (
-        f"**Of {every} answers of yes or no, on these and other claims, {yes} came out again on held-out seeds**, by "
-        "the rules that were frozen before them"
+    for name, claims in decided.items():
+        failed = claims.loc[claims["again"] != "yes", "statement"]
+        without = f" (not: {'; '.join(failed)})" if len(failed) else ""
+        link = f"[{name}]({_link(_RESULTS, page)}#{name})"
+        each.append(f"{link} {len(claims) - len(failed)} of {len(claims)}{without}")
+    every = pd.concat([pd.DataFrame(columns=["again", "p_again"]), *decided.values()])
+    firm = every[every["p_again"] >= BORDERLINE]
+    return (
+        f"**Of {len(every)} answers of yes or no, on these and other claims, {every['again'].eq('yes').sum()} came out "
+        f"again on held-out seeds** (of {len(firm)} that were not borderline, {firm['again'].eq('yes').sum()}), by the "
+        f"rules that were frozen before them: {', '.join(each)}."
     )
-    return f"{': '.join(filter(None, [sentence, ', '.join(each)]))}."
 
 
 def _as_stated_now(claims: pd.DataFrame) -> pd.DataFrame:
