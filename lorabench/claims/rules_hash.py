@@ -2,7 +2,8 @@
 
 It covers the code of `lorabench.analysis`, `lorabench.claims` and `lorabench.runs`, the texts of their claims, the
 number of draws of an error, and the margins and predictions of a preset; where it has predictions, which studies are
-about, the packages of studies, too, but for their figures and scripts. Comments, docstrings, the layout of code and texts, and the version of Python do not count.
+about, the packages of studies, too, but for their figures and scripts. Comments, docstrings, the layout of code and
+texts, and the version of Python do not count.
 """
 
 from __future__ import annotations
