@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed.fit          # half a minute of CPU time
 
-The sweeps are made up, with five arms at five learning rates and eight seeds, as in the preset `laptop`. Both fits are
-made in turns, of the same sweep, and give the same numbers (tests/analysis/test_whole_seeds.py).
+The sweep is made up, with five arms at five learning rates, each with eight seeds. Both fits are made in turns and give
+the same numbers (tests/analysis/test_whole_seeds.py).
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from lorabench.report.claim_text import VERDICTS
 
 QUESTION = {question.claim_id: question for question in QUESTIONS}
 GROWS = "the gap grows by 0.050 nats [0.040, 0.060]"
-ASKED = "Do large batches harm LoRA more than full fine-tuning? (Margin: 2% of what full fine-tuning gains.)"
+MARGIN = "2% of what full fine-tuning gains, at most 10% of its loss"
+ASKED = f"Do large batches harm LoRA more than full fine-tuning? (Margin: {MARGIN}.)"
 SIZES = {"tiny": 3e5, "0.13B": 1.3e8, "1B": 1e9, "3B": 3e9, "8B": 8e9}
 
 
