@@ -41,6 +41,7 @@ from lorabench.store.made_from import named_in, of_tables
 from lorabench.store.published import NOT_PUBLISHED
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
+from lorabench.utils.lock import locked
 from lorabench.utils.studies import studies
 
 _HERE = Path(__file__).parent
@@ -271,7 +272,20 @@ FILTERS = {
 
 
 def write_index(results: Path) -> Path:
-    """Write the index of the reports in a folder of results, the newest first, and return its path."""
+    """Write the index of the reports in a folder of results, the newest first, and return its path.
+
+    Of two processes that end together the second waits, since the first one's list might lack the second one's page.
+    """
+    styles = {"style": inline("page.css"), "own_style": inline("index.css")}
+    with locked(results / ".index.lock", "the index of all reports", print):
+        page = environment().get_template("index.html.j2").render(groups=_reports(results), **styles)
+        with atomic_path(results / "index.html") as partial:
+            partial.write_text(page, encoding="utf-8")
+    return results / "index.html"
+
+
+def _reports(results: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return what the index says of each report in a folder of results, by group, the newest first."""
     own, shipped = "Your own models and data", "Presets of the paper, run here"
     groups: dict[str, list[dict[str, Any]]] = {own: [], shipped: []}
     # Of a preset with two reports, the one with scores of lm-eval is listed.
@@ -304,8 +318,4 @@ def write_index(results: Path) -> Path:
         groups[shipped if is_shipped(name) else own].append(entry)
     for entries in groups.values():
         entries.sort(key=lambda entry: entry["last"], reverse=True)
-    styles = {"style": inline("page.css"), "own_style": inline("index.css")}
-    page = environment().get_template("index.html.j2").render(groups=groups, **styles)
-    with atomic_path(results / "index.html") as partial:
-        partial.write_text(page, encoding="utf-8")
-    return results / "index.html"
+    return groups

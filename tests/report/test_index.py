@@ -1,6 +1,7 @@
 """The index of a folder of results: what lies there is listed, whatever else is damaged or written at the same time."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor, wait
 from html import escape
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from lorabench.report.page import write_index
 from lorabench.store.io import write_frame
+from lorabench.utils.lock import locked
 
 from ..handmade import claims_table, make_claim, make_sweep, runs_table
 from .conftest import HOSTILE, Page
@@ -52,6 +54,15 @@ def test_reports_are_listed_with_runs_and_verdicts():
     assert "About it & more It matches. 7 runs tiny 2026-01-01" in mine.text
     assert "2 confirmed ✗ 2 contradicted ? 1 inconclusive" in mine.text
     assert "laptop%40100/report/index.html" in shown["laptop@100"].all("a", "href")
+
+
+def test_a_report_that_ends_while_another_process_writes_the_index_is_listed():
+    finish("mine")
+    with ThreadPoolExecutor(1) as other, locked(Path("results/.index.lock"), "the index", print):
+        written = other.submit(write_index, Path("results"))
+        assert not wait([written], timeout=0.5).done
+        finish("later", day=2)
+    assert list(entries(written.result().read_text())) == ["Question later", "Question mine"]
 
 
 def test_a_damaged_table_keeps_no_other_report_from_being_listed():
