@@ -8,7 +8,6 @@ READMEs.
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import re
 import sys
@@ -30,7 +29,15 @@ from lorabench.figures.catalog import FIGURES
 from lorabench.figures.verdicts import FAMILIES
 from lorabench.report import claim_text
 from lorabench.store.io import read_claims
-from lorabench.store.published import NOT_PUBLISHED, PUBLISHED, published_folders, read_held_out
+from lorabench.store.published import (
+    HELD_OUT,
+    NOT_PUBLISHED,
+    PUBLISHED,
+    published_folders,
+    read_batches,
+    read_held_out,
+    read_provenance,
+)
 from lorabench.store.schemas import RUNS, SCHEMAS, description
 from lorabench.utils import formats
 from lorabench.utils.markdown import escaped, table
@@ -191,8 +198,9 @@ def _meaning(column: pa.Field, name: str) -> str:
 
 def results_page(folder: Path) -> str:
     """Return the page of a published preset: all claims, what they were computed from, and all figures."""
-    provenance = json.loads((folder / "provenance.json").read_text())
-    judged = claim_text.in_order(read_claims(folder, without=NOT_PUBLISHED))
+    together = read_batches(folder)
+    provenance = read_provenance(folder if together is None else folder / HELD_OUT)
+    judged = claim_text.in_order(read_claims(folder, without=NOT_PUBLISHED) if together is None else together)
     tested = judged[judged["verdict"] != "not tested"]
     again, rules = read_held_out(folder), [name[:12] for name in sorted(set(judged["rules"].dropna()))]
     rows = [

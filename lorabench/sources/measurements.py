@@ -35,7 +35,7 @@ from lorabench.runs import lowest
 from lorabench.sources.random_effects import p_of_groups, random_effects
 from lorabench.sources.source import REWARD_SD, SourceModel
 from lorabench.store.io import read_claims
-from lorabench.store.published import NOT_PUBLISHED, read_held_out, read_provenance
+from lorabench.store.published import NOT_PUBLISHED, read_batches, read_held_out, read_provenance
 from lorabench.store.tables import MIXED, UNKNOWN
 
 PROJECT = "lorabench"
@@ -51,13 +51,14 @@ _CLAIMS = tuple(claim.id for claim in CLAIMS if claim.core or claim.id == "A8")
 
 _MATRIX = (
     *("claim_id", "statement", "unit", "paper_value", "scale", "parameters", "origin", "source", "verdict"),
-    *("explored", "held_out", "p_again", "n_hold", "n_parts", "part_low", "part_high"),
+    *("explored", "held_out", "batches", "batches_alike", "p_again", "n_hold", "n_parts", "part_low", "part_high"),
     *("estimate", "ci_low", "ci_high", "scope", "n_runs", "n_seeds", "lr_chosen_on", "reason", "others"),
 )
 """The columns of the matrix as a tidy table. `origin` is the source or preset that decides the cell, `held_out` its
 verdict on held-out seeds if it was run on them, `explored` whether it was run on others before, and `others` says what
-others of the same scale find. The numbers of comparisons are those of all, and the range of their estimates that of all
-with the cell's unit."""
+others of the same scale find. If the cell is of several `batches` of held-out seeds together, `batches_alike` of them
+have its verdict alone. The numbers of comparisons are those of all, and the range of their estimates that of all with
+the cell's unit."""
 
 MEASURES = {
     "lr_ratio": "optimal LR of LoRA over that of full fine-tuning",
@@ -83,22 +84,23 @@ Z = 1.959964
 
 
 def read_own(folder: Path, name: str) -> pd.DataFrame:
-    """Read the table `claims` of a preset, finished or published.
+    """Read the table `claims` of a preset, finished or published; of several published batches, that of all together.
 
     It gets the columns origin (the preset's name), explored (False where all seeds are held out), held_out (the verdict
     on held-out seeds, null without them; the verdict itself where all seeds are), scale (as `8B`) and parameters: those
     at the start of the claim's scope, such as `0.83M parameters, 50 steps`, the larger one of a range; null for a claim
     that was judged on no models.
     """
-    claims = read_claims(folder, without=NOT_PUBLISHED)
+    together = read_batches(folder)
+    claims = read_claims(folder, without=NOT_PUBLISHED) if together is None else together
     stated = claims["scope"].astype(str).str.extract(r"^(?:[\d.]+[kMB] to )?([\d.]+)([kMB]) parameters")
     number, unit = stated[0].astype(float), stated[1]
     parameters = number * unit.map(_SIZES).astype(float)
     scale = (number.map(lambda n: f"{n:.2g}" if n < 10 else f"{n:.0f}") + unit).mask(parameters < BELOW, TINY)
-    again = read_held_out(folder)
-    held_out = None if again is None else claims["claim_id"].map(again.set_index("claim_id")["held_out"])
-    explored = "frozen" not in read_provenance(folder)
-    held_out = held_out if explored else claims["verdict"]
+    again, held_out = read_held_out(folder), claims["verdict"]
+    if explored := together is None and "frozen" not in read_provenance(folder):
+        verdicts = {} if again is None else dict(zip(again["claim_id"], again["held_out"], strict=True))
+        held_out = claims["claim_id"].map(verdicts)
     return claims.assign(scale=scale, parameters=parameters, origin=name, explored=explored, held_out=held_out)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from lorabench.store.io import read_claims
 from lorabench.utils.studies import studies
 
 PUBLISHED = Path("paper_figures/published")
@@ -41,6 +42,24 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def read_held_out(folder: Path) -> pd.DataFrame | None:
-    """Return the table `came_out_again` of a published preset; None if it was not run on held-out seeds."""
+    """Return the table `came_out_again` of a published preset; None if it was not run on held-out seeds.
+
+    Where several batches were run, it has the rows of each, named in the column `batch`.
+    """
     path = folder / HELD_OUT / "came_out_again.csv"
     return pd.read_csv(path) if path.is_file() else None
+
+
+def read_batches(folder: Path) -> pd.DataFrame | None:
+    """Return the claims of a published preset by all of its batches together; None without several batches.
+
+    The table `claims` gets the columns `batches`, their number, and `batches_alike`, of how many alone the verdict is
+    the same; null for claims of which nothing was expected, such as derivations.
+    """
+    again = read_held_out(folder)
+    if again is None or "batch" not in again:
+        return None
+    claims = read_claims(folder / HELD_OUT, without=NOT_PUBLISHED)
+    together = again["claim_id"].map(claims.set_index("claim_id")["verdict"])
+    alike = again["held_out"].eq(together).groupby(again["claim_id"]).sum()
+    return claims.assign(batches=again["batch"].nunique(), batches_alike=claims["claim_id"].map(alike))

@@ -54,7 +54,7 @@ def test_too_few_examples_and_the_identity_of_data_without_other_tests():
 
 def test_held_out_tests_are_found_beyond_training_splits_of_any_length():
     # With seed 1, the problems of reasoning-gym with seed 100 are the later ones of these splits.
-    spec = load_preset("laptop@100").datasets["batches"]
+    spec = load_preset("laptop_more@100").datasets["batches"]
     assert (spec.seed, [row["split"] for row in make_dataset(spec)].count("test")) == (1, spec.test)
 
 

@@ -11,21 +11,22 @@ import pytest
 
 import publish as publish_script
 from evidence import publish_evidence
-from lorabench.claims.judge import CLAIMS
+from lorabench.claims.judge import CLAIMS, judge_claims
 from lorabench.claims.rules_hash import rules_sha256
 from lorabench.errors import UserError
 from lorabench.figures.evidence import evidence_tables
 from lorabench.report.claim_text import VERDICTS
-from lorabench.report.freeze import freeze, write_frozen
+from lorabench.report.freeze import freeze, frozen_path, write_frozen
 from lorabench.sources.measurements import read_own
-from lorabench.store.io import write_frame
+from lorabench.store.io import read_claims, write_frame
 from lorabench.store.layout import Layout
 from lorabench.store.published import PUBLISHED, evidence_folders
+from lorabench.store.tables import Tables
 from pages import SOURCES, pages
-from publish import publish, publish_held_out
+from publish import publish, publish_batches, publish_held_out
 
 from ..conftest import REPOSITORY
-from ..handmade import claims_table, curves_of, laptop_like, make_claim
+from ..handmade import claims_table, curves_of, laptop_like, make_claim, sft
 
 PAGES = {
     "README.md": ["answers"],
@@ -123,6 +124,35 @@ def test_held_out_verdicts_stand_beside_the_explored_ones(
     # Publishing what was explored leaves the held-out results.
     publish(finished, Path())
     assert (folder / "came_out_again.csv").is_file()
+
+
+@pytest.mark.slow
+def test_batches_are_published_together_beside_the_verdict_of_each(root: Path, monkeypatch: pytest.MonkeyPatch):
+    made = sft.batches({0: 0.0, 1: 0.0, 2: 0.0})
+    for number, preset in enumerate(("laptop", "laptop@100", "laptop@200")):
+        layout, runs = Layout.of(preset), made.runs[made.runs["seed"] // 100 == number]
+        curves = made.curves[made.curves["run_id"].isin(runs["run_id"])]
+        for name, frame in (("runs", runs), ("curves", curves)):
+            write_frame(frame, name, layout.tables(), all_columns=False)
+        write_frame(judge_claims(Tables.read(layout.tables())), "claims", layout.tables())
+        if number:
+            frozen = freeze(preset, read_claims(Layout.of("laptop").tables()))
+            write_frozen(frozen, frozen_path(preset))
+    finished = Layout.of("laptop")
+    finished.figures.mkdir(parents=True)
+    (finished.figures / "verdicts.svg").write_text("<svg/>")
+    publish(finished, Path())
+    monkeypatch.setattr(publish_script, "check_kept", lambda *_: "0123456789")
+    paths = [frozen_path("laptop@100"), frozen_path("laptop@200")]
+    with pytest.raises(UserError, match="laptop@200 is not one of the first 1 batches of laptop that count"):
+        publish_batches(paths[1:], Path())
+    sentence = publish_batches(paths, Path())
+    own = read_own(finished.published, "laptop").set_index("claim_id").loc["B2"]
+    assert (own["verdict"], own["held_out"], own["explored"]) == ("confirmed", "confirmed", False)
+    assert (own["batches"], own["batches_alike"]) == (2, 2)
+    part = (root / "docs/results.md").read_text()
+    assert f"2 batches of held-out seeds, frozen before their runs, are judged together. Alone: {sentence}." in part
+    assert re.search(r"\| B2 \|[^|]*\| confirmed[^|]*\| confirmed \| 2 of 2 \|", part)
 
 
 def test_a_preset_that_was_never_explored_is_published_with_its_verdicts_as_held_out(

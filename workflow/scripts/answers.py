@@ -87,7 +87,9 @@ def _remark(question: Question, cell: Mapping[Any, Any]) -> str:
         # Estimates without their errors would look like an answer.
         return f"so far {measured}" if len(interval) == 2 and measured else ""
     again, same = "", holds_again(cell) and cell["explored"]
-    if holds_again(cell):
+    if not formats.missing(cell["batches_alike"]):
+        again = f"in {cell['batches_alike']:.0f} of {cell['batches']:.0f} batches of new seeds"
+    elif holds_again(cell):
         again = "the same on held-out seeds" if same else "all seeds held out"
     elif not formats.missing(cell["held_out"]):
         again = f"{ANSWERS.get(cell['held_out'], 'not tested')} on held-out seeds"

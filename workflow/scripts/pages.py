@@ -24,7 +24,15 @@ from lorabench.report import claim_text
 from lorabench.report.freeze import summary_of
 from lorabench.sources.measurements import MEASURES, holds_again
 from lorabench.store.io import read_claims
-from lorabench.store.published import NOT_PUBLISHED, PUBLISHED, published_folders, read_held_out, read_provenance
+from lorabench.store.published import (
+    HELD_OUT,
+    NOT_PUBLISHED,
+    PUBLISHED,
+    published_folders,
+    read_batches,
+    read_held_out,
+    read_provenance,
+)
 from lorabench.utils import formats
 from lorabench.utils.markdown import table, with_part
 from lorabench.utils.yaml_files import read_yaml
@@ -123,7 +131,9 @@ def matrix_part(root: Path) -> str:
             seeds = f"{cell['n_seeds']:.0f} seed{'' if cell['n_seeds'] == 1 else 's'}" if cell["n_seeds"] > 0 else ""
             chosen = "‡" if cell["lr_chosen_on"] == "test" and "RL" in str(cell["scope"]) else ""
             marks = [share, number, seeds + chosen]
-        if cell["verdict"] in DECIDED and not pd.isna(cell["held_out"]):
+        if cell["verdict"] in DECIDED and not pd.isna(cell["batches_alike"]):
+            marks.append(f"{cell['batches_alike']:.0f} of {cell['batches']:.0f} batches")
+        elif cell["verdict"] in DECIDED and not pd.isna(cell["held_out"]):
             again_text = "holds on held-out seeds" if cell["explored"] else "all seeds held out"
             marks.append(again_text if holds_again(cell) else f"{cell['held_out']} on held-out seeds")
         text = "; ".join(filter(None, [f"{linked}{again}", *marks]))
@@ -142,9 +152,10 @@ def reproduced(root: Path, page: Path) -> str:
     each = []
     for name, claims in decided.items():
         failed = claims.loc[claims["again"] != "yes", "statement"]
-        without = f" (not: {'; '.join(failed)})" if len(failed) else ""
+        without = f" (not: {'; '.join(failed.unique())})" if len(failed) else ""
         link = f"[{name}]({_link(_RESULTS, page)}#{name})"
-        each.append(f"{link} {len(claims) - len(failed)} of {len(claims)}{without}")
+        batches = f" in {claims['batch'].nunique()} batches" if "batch" in claims else ""
+        each.append(f"{link} {len(claims) - len(failed)} of {len(claims)}{batches}{without}")
     every = pd.concat([pd.DataFrame(columns=["again", "p_again"]), *decided.values()])
     firm = every[every["p_again"] >= BORDERLINE]
     return (
@@ -163,11 +174,14 @@ def _as_stated_now(claims: pd.DataFrame) -> pd.DataFrame:
 def results_part(root: Path, preset: str) -> str:
     """Return what a preset says in short: counts, its core claims, own predictions, and the claims that it decides."""
     folder = root / PUBLISHED / preset
-    judged = _as_stated_now(claim_text.in_order(read_claims(folder, without=NOT_PUBLISHED)))
-    made, again = read_provenance(folder), read_held_out(folder)
+    made, again, together = read_provenance(folder), read_held_out(folder), read_batches(folder)
+    judged, picture = read_claims(folder, without=NOT_PUBLISHED), f"../{PUBLISHED}/{preset}/verdicts.svg"
+    if together is not None:
+        judged, made = together, read_provenance(folder / HELD_OUT)
+        picture = f"../{PUBLISHED}/{preset}/{HELD_OUT}/verdicts.svg"
+    judged = _as_stated_now(claim_text.in_order(judged))
     decided = judged["verdict"].isin(DECIDED) & judged["kind"].ne("count")
     always = judged["claim_id"].isin(CORE) | judged["kind"].eq("own prediction")
-    picture = f"../{PUBLISHED}/{preset}/verdicts.svg"
     rows = []
     for claim in judged[judged["verdict"].ne("not tested") & (decided | always)].to_dict("records"):
         verdict = "; ".join(filter(None, [claim_text.verdict(claim), claim_text.remark(claim)]))
@@ -175,7 +189,7 @@ def results_part(root: Path, preset: str) -> str:
         rows.append([claim["claim_id"], claim["statement"], verdict, *held_out(claim, again), *numbers])
     about = f"{claim_text.headline(judged)}. {made['runs']} runs, {formats.duration(made['run_seconds'])} of one core "
     about += f"on {' and '.join(made['devices'])}, from {made['first_started'][:10]}. "
-    about += f"[All claims](../{PUBLISHED}/{preset}/claims.csv)."
+    about += f"[All claims]({Path(picture).with_name('claims.csv')})."
     lines = [f"![Verdicts of the preset {preset}]({picture})", "", about, *held_out_lines(made, again), ""]
     columns = ["", "claim", *verdict_columns(made, again), "margin", "measured, 95% interval"]
     return "\n".join([*lines, *table(columns, rows)])
@@ -183,6 +197,9 @@ def results_part(root: Path, preset: str) -> str:
 
 def held_out_lines(made: Mapping[str, Any], again: pd.DataFrame | None) -> list[str]:
     """Return lines that say what of a published preset is held out; the arguments are those of `verdict_columns`."""
+    if again is not None and "batch" in again:
+        about = f"{again['batch'].nunique()} batches of held-out seeds, frozen before their runs, are judged together."
+        return ["", f"{about} Alone: {summary_of(again)}."]
     if again is not None:
         return ["", f"{summary_of(again)}."]
     if "frozen_before" in made:
@@ -199,17 +216,26 @@ def held_out_lines(made: Mapping[str, Any], again: pd.DataFrame | None) -> list[
 
 def verdict_columns(made: Mapping[str, Any], again: pd.DataFrame | None) -> list[str]:
     """Return the names of the columns of verdicts, by a preset's provenance and its table `came_out_again`."""
+    if again is not None and "batch" in again:
+        return ["all batches", "explored", "alike alone"]
     if again is not None:
         return ["explored", "held out"]
     return ["held out"] if "frozen" in made else ["verdict"]
 
 
 def held_out(claim: Mapping[Any, Any], again: pd.DataFrame | None) -> list[str]:
-    """Return the cell with a claim's verdict on held-out seeds, if the preset was run on them."""
+    """Return the cell with a claim's verdict on held-out seeds, if the preset was run on them.
+
+    Where it was run on several batches, and `claim` is of all together, return the explored verdict, and of how many
+    batches alone the verdict is that of the claim.
+    """
     if again is None:
         return []
-    verdicts = again.loc[again["claim_id"] == claim["claim_id"], "held_out"]
-    return [str(verdicts.iloc[0]) if len(verdicts) else formats.DASH]
+    own = again[again["claim_id"] == claim["claim_id"]]
+    if "batch" not in again:
+        return [*own["held_out"], formats.DASH][:1]
+    alike = own["held_out"].eq(claim["verdict"]).sum()
+    return [own["explored"].iloc[0], f"{alike} of {len(own)}"] if len(own) else [formats.DASH] * 2
 
 
 def evidence_part(root: Path) -> str:

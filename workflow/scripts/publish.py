@@ -1,13 +1,14 @@
 """Publish a finished preset: copy its figures, claims and provenance to paper_figures/published, and write the pages.
 
 Run it from the root of the repository: `python workflow/scripts/publish.py --preset laptop`, or with
-`--held-out workflow/frozen/laptop.yaml` for the runs on held-out seeds that this file fixed.
+`--held-out workflow/frozen/laptop.yaml` for the runs on held-out seeds that this file fixed. Several batches of seeds
+are given by several of these options.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,29 +18,34 @@ import typer
 from lorabench.cli.common import PresetOption, in_one_sentence
 from lorabench.config.loading import preset_path
 from lorabench.errors import UserError
+from lorabench.figures.catalog import save_figure
 from lorabench.report import summary
-from lorabench.report.freeze import came_out_again, check_kept, preset_sha256, read_frozen, summary_of
+from lorabench.report.batches import judge_registered
+from lorabench.report.freeze import came_out_again, check_kept, preset_sha256, read_frozen, registered, summary_of
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.store.io import read_claims, read_table, write_csv
 from lorabench.store.layout import Layout
 from lorabench.store.published import HELD_OUT, NOT_PUBLISHED, PUBLISHED
+from lorabench.store.tables import Tables
 from lorabench.utils.files import write_json
 from pages import check_places, make_smaller, write_pages
 
 
 def main(
     preset: PresetOption = "laptop",
-    held_out: Annotated[Path | None, typer.Option(help="A file that `lorabench freeze` wrote.")] = None,
+    held_out: Annotated[list[Path] | None, typer.Option(help="A file that `lorabench freeze` wrote.")] = None,
 ) -> None:
     """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs.
 
-    With a frozen file, publish its runs on held-out seeds, if they kept to it.
+    With frozen files, publish their runs on held-out seeds, if they kept to them; those of several are judged together.
     """
     with in_one_sentence():
-        if held_out is None:
+        if not held_out:
             publish(Layout.of(preset), Path())
+        elif len(held_out) == 1:
+            print(publish_held_out(held_out[0], Path()))
         else:
-            print(publish_held_out(held_out, Path()))
+            print(publish_batches(held_out, Path()))
 
 
 def publish(layout: Layout, root: Path) -> None:
@@ -104,6 +110,38 @@ def publish_held_out(path: Path, root: Path) -> str:
         _copy(drawn, claims, made, folder)
     write_pages(root)
     return summary_of(again)
+
+
+def publish_batches(paths: Sequence[Path], root: Path) -> str:
+    """Judge the runs of several batches of a preset together, and publish the claims in its folder `held_out`.
+
+    There are the tables `claims` and `claims_by_batch`, the provenance, and `came_out_again`, which has the verdicts of
+    each batch alone beside the explored ones. The pages are written; `paths` are what `lorabench freeze` wrote of the
+    first batches that count. Nothing is changed if the runs did not keep to the frozen rules (see `check_kept`).
+    Returns a sentence that counts the verdicts that came out again.
+    """
+    batches = [read_frozen(path) for path in paths]
+    preset = preset_path(batches[0].preset).stem
+    if wrong := [batch.preset for batch in batches if batch.preset not in registered(preset, len(batches))]:
+        raise UserError(f"{wrong[0]} is not one of the first {len(batches)} batches of {preset} that count")
+    again, frozen_in, runs = [], [], []
+    for path, batch in zip(paths, batches, strict=True):
+        layout = Layout.of(batch.preset)
+        runs.append(read_table(layout.tables(), "runs"))
+        claims = read_claims(layout.tables())
+        commit = check_kept(batch, path, layout, runs[-1], claims)
+        frozen_in.append({"batch": batch.preset, "file": str(path), "commit": commit, "date": batch.date})
+        again.append(came_out_again(batch, claims).assign(batch=batch.preset))
+    check_places(root, preset)
+    together, folder = Layout.of(preset).batches("all"), root / PUBLISHED / preset / HELD_OUT
+    judge_registered(preset, Tables.read(*(Layout.of(batch.preset).tables() for batch in batches)), together)
+    save_figure("verdicts", [together], together)
+    made = provenance(Layout.of(preset), pd.concat(runs)) | {"frozen": frozen_in}
+    _copy([together / "verdicts.svg", together / "verdicts.csv"], read_claims(together), made, folder)
+    write_csv(pd.concat(again), folder / "came_out_again.csv")
+    write_csv(read_table(together, "claims_by_batch"), folder / "claims_by_batch.csv")
+    write_pages(root)
+    return summary_of(pd.concat(again))
 
 
 def provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
