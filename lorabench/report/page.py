@@ -276,11 +276,13 @@ def write_index(results: Path) -> Path:
 
     Of two processes that end together the second waits, since the first one's list might lack the second one's page.
     """
-    styles = {"style": inline("page.css"), "own_style": inline("index.css")}
-    with locked(results / ".index.lock", "the index of all reports", print):
-        page = environment().get_template("index.html.j2").render(groups=_reports(results), **styles)
-        with atomic_path(results / "index.html") as partial:
-            partial.write_text(page, encoding="utf-8")
+    template = environment().get_template("index.html.j2")
+    with (
+        locked(results / ".index.lock", "the index of all reports", print),
+        atomic_path(results / "index.html") as partial,
+    ):
+        page = template.render(groups=_reports(results), style=inline("page.css"), own_style=inline("index.css"))
+        partial.write_text(page, encoding="utf-8")
     return results / "index.html"
 
 
@@ -289,8 +291,11 @@ def _reports(results: Path) -> dict[str, list[dict[str, Any]]]:
     own, shipped = "Your own models and data", "Presets of the paper, run here"
     groups: dict[str, list[dict[str, Any]]] = {own: [], shipped: []}
     # Of a preset with two reports, the one with scores of lm-eval is listed.
-    names = ("without_evaluation.html", "index.html")
-    reports = {path.parent: path for name in names for path in sorted(results.glob(f"*/report/{name}"))}
+    reports = {
+        path.parent: path
+        for name in ("without_evaluation.html", "index.html")
+        for path in sorted(results.glob(f"*/report/{name}"))
+    }
     for report in reports.values():
         name, tables = report.parents[1].name, report.parents[1] / "tables"
         with report.open("rb") as file:
@@ -310,11 +315,11 @@ def _reports(results: Path) -> dict[str, list[dict[str, Any]]]:
             started = sorted(row["started"] for row in runs if row["started"])
             days = dict.fromkeys(time[:10] for time in (*started[:1], *started[-1:]))
             models = ", ".join(sorted({row["model"] for row in runs}))
-            entry["size"] = [f"{len(runs):,} run{'' if len(runs) == 1 else 's'}", models, " to ".join(days)]
-            entry["verdicts"] = [
-                (verdict, int(counts[verdict])) for verdict in claim_text.VERDICTS if verdict in counts
-            ]
-            entry["last"] = max(started, default="")
+            entry |= {
+                "size": [f"{len(runs):,} run{'' if len(runs) == 1 else 's'}", models, " to ".join(days)],
+                "verdicts": [(word, int(counts[word])) for word in claim_text.VERDICTS if word in counts],
+                "last": max(started, default=""),
+            }
         groups[shipped if is_shipped(name) else own].append(entry)
     for entries in groups.values():
         entries.sort(key=lambda entry: entry["last"], reverse=True)

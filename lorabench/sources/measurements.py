@@ -99,8 +99,7 @@ def read_own(folder: Path, name: str) -> pd.DataFrame:
     scale = (number.map(lambda n: f"{n:.2g}" if n < 10 else f"{n:.0f}") + unit).mask(parameters < BELOW, TINY)
     again, held_out = read_held_out(folder), claims["verdict"]
     if explored := together is None and "frozen" not in read_provenance(folder):
-        verdicts = {} if again is None else dict(zip(again["claim_id"], again["held_out"], strict=True))
-        held_out = claims["claim_id"].map(verdicts)
+        held_out = claims["claim_id"].map({} if again is None else dict(again[["claim_id", "held_out"]].to_numpy()))
     return claims.assign(scale=scale, parameters=parameters, origin=name, explored=explored, held_out=held_out)
 
 

@@ -60,6 +60,6 @@ def read_batches(folder: Path) -> pd.DataFrame | None:
     if again is None or "batch" not in again:
         return None
     claims = read_claims(folder / HELD_OUT, without=NOT_PUBLISHED)
-    together = again["claim_id"].map(claims.set_index("claim_id")["verdict"])
-    alike = again["held_out"].eq(together).groupby(again["claim_id"]).sum()
-    return claims.assign(batches=again["batch"].nunique(), batches_alike=claims["claim_id"].map(alike))
+    alike = again["held_out"].eq(again["claim_id"].map(claims.set_index("claim_id")["verdict"]))
+    by_claim = claims["claim_id"].map(alike.groupby(again["claim_id"]).sum())
+    return claims.assign(batches=again["batch"].nunique(), batches_alike=by_claim)

@@ -23,7 +23,7 @@ from lorabench.store.layout import Layout
 from lorabench.store.published import PUBLISHED, evidence_folders
 from lorabench.store.tables import Tables
 from pages import SOURCES, pages
-from publish import publish, publish_batches, publish_held_out
+from publish import publish, publish_held_out
 
 from ..conftest import REPOSITORY
 from ..handmade import claims_table, curves_of, laptop_like, make_claim, sft
@@ -107,12 +107,12 @@ def test_held_out_verdicts_stand_beside_the_explored_ones(
     with pytest.raises(UserError, match="preset laptop@100 has other seeds than the explored ones"):
         publish(held_out, Path())
     with pytest.raises(UserError, match="runs have the seeds 0, 1, 2, which are not among those frozen"):
-        publish_held_out(frozen, Path())
+        publish_held_out([frozen], Path())
     assert not (finished.published / "held_out").exists()
     monkeypatch.setattr(publish_script, "check_kept", lambda *_: "0123")
     held_out.figures.mkdir(parents=True)
     (held_out.figures / "fig1.csv").write_text("lr\n0.1\n")
-    sentence = publish_held_out(frozen, Path())
+    sentence = publish_held_out([frozen], Path())
     folder = finished.published / "held_out"
     written = {path.name for path in folder.iterdir()}
     assert written == {"came_out_again.csv", "claims.csv", "fig1.csv", "provenance.json"}
@@ -144,9 +144,9 @@ def test_batches_are_published_together_beside_the_verdict_of_each(root: Path, m
     publish(finished, Path())
     monkeypatch.setattr(publish_script, "check_kept", lambda *_: "0123456789")
     paths = [frozen_path("laptop@100"), frozen_path("laptop@200")]
-    with pytest.raises(UserError, match="laptop@200 is not one of the first 1 batches of laptop that count"):
-        publish_batches(paths[1:], Path())
-    sentence = publish_batches(paths, Path())
+    with pytest.raises(UserError, match="are not the first batches of laptop that count, in order"):
+        publish_held_out(paths[::-1], Path())
+    sentence = publish_held_out(paths, Path())
     own = read_own(finished.published, "laptop").set_index("claim_id").loc["B2"]
     assert (own["verdict"], own["held_out"], own["explored"]) == ("confirmed", "confirmed", False)
     assert (own["batches"], own["batches_alike"]) == (2, 2)
@@ -163,9 +163,9 @@ def test_a_preset_that_was_never_explored_is_published_with_its_verdicts_as_held
     shutil.copytree(finished.tables(), held_out.tables())
     monkeypatch.setattr(publish_script, "check_kept", lambda *_: "0123456789")
     with pytest.raises(UserError, match=r"verdicts\.svg does not exist; run the preset laptop@100 first"):
-        publish_held_out(root / "frozen.yaml", Path())
+        publish_held_out([root / "frozen.yaml"], Path())
     shutil.copytree(finished.figures, held_out.figures)
-    publish_held_out(root / "frozen.yaml", Path())
+    publish_held_out([root / "frozen.yaml"], Path())
     part = (root / "docs/results.md").read_text()
     assert "All seeds are held out: margins, rules and data were frozen in 0123456, before any run." in part
     assert (finished.published / "verdicts.svg").is_file()

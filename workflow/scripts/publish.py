@@ -40,12 +40,10 @@ def main(
     With frozen files, publish their runs on held-out seeds, if they kept to them; those of several are judged together.
     """
     with in_one_sentence():
-        if not held_out:
-            publish(Layout.of(preset), Path())
-        elif len(held_out) == 1:
-            print(publish_held_out(held_out[0], Path()))
+        if held_out:
+            print(publish_held_out(held_out, Path()))
         else:
-            print(publish_batches(held_out, Path()))
+            publish(Layout.of(preset), Path())
 
 
 def publish(layout: Layout, root: Path) -> None:
@@ -85,63 +83,48 @@ def _copy(figures: Iterable[Path], claims: pd.DataFrame, made: Mapping[str, Any]
     write_json(made, folder / "provenance.json")
 
 
-def publish_held_out(path: Path, root: Path) -> str:
-    """Copy the claims, provenance and figures' tables of runs on held-out seeds to where the repository shows them.
+def publish_held_out(paths: Sequence[Path], root: Path) -> str:
+    """Copy the claims and provenance of runs on held-out seeds to where the repository shows them; write the pages.
 
     They lie in the folder `held_out` of the published preset, with the table `came_out_again`. A preset that was never
-    explored is published itself, with its pictures. The pages are written; `path` is what `lorabench freeze` wrote.
-    Nothing is changed if the runs did not keep to the frozen rules (see `check_kept`). Returns a sentence that counts
-    the verdicts that came out again.
-    """
-    frozen = read_frozen(path)
-    layout = Layout.of(frozen.preset)
-    runs, claims = read_table(layout.tables(), "runs"), read_claims(layout.tables())
-    commit = check_kept(frozen, path, layout, runs, claims)
-    again, folder = came_out_again(frozen, claims), root / PUBLISHED / preset_path(frozen.preset).stem
-    frozen_in = {"file": str(path), "commit": commit, "date": frozen.date, "rules_sha256": frozen.rules_sha256}
-    made = provenance(layout, runs) | {"frozen": frozen_in}
-    if frozen.expected:
-        check_places(root)
-        _copy(sorted(layout.figures.glob("*.csv")), claims, made, folder / HELD_OUT)
-        write_csv(again, folder / HELD_OUT / "came_out_again.csv")
-    else:
-        drawn = _drawn(layout)
-        check_places(root, folder.name)
-        _copy(drawn, claims, made, folder)
-    write_pages(root)
-    return summary_of(again)
-
-
-def publish_batches(paths: Sequence[Path], root: Path) -> str:
-    """Judge the runs of several batches of a preset together, and publish the claims in its folder `held_out`.
-
-    There are the tables `claims` and `claims_by_batch`, the provenance, and `came_out_again`, which has the verdicts of
-    each batch alone beside the explored ones. The pages are written; `paths` are what `lorabench freeze` wrote of the
-    first batches that count. Nothing is changed if the runs did not keep to the frozen rules (see `check_kept`).
+    explored is published itself, with its pictures. `paths` are what `lorabench freeze` wrote. Several batches are the
+    first that count; their claims are those of all together, `claims_by_batch` says how they came, and `came_out_again`
+    has the verdicts of each alone. Nothing is changed if the runs did not keep to the frozen rules (see `check_kept`).
     Returns a sentence that counts the verdicts that came out again.
     """
-    batches = [read_frozen(path) for path in paths]
-    preset = preset_path(batches[0].preset).stem
-    if wrong := [batch.preset for batch in batches if batch.preset not in registered(preset, len(batches))]:
-        raise UserError(f"{wrong[0]} is not one of the first {len(batches)} batches of {preset} that count")
-    again, frozen_in, runs = [], [], []
-    for path, batch in zip(paths, batches, strict=True):
-        layout = Layout.of(batch.preset)
-        runs.append(read_table(layout.tables(), "runs"))
+    batches = {path: read_frozen(path) for path in paths}
+    preset, again, frozen_in, runs = preset_path(batches[paths[0]].preset).stem, [], [], []
+    for path, frozen in batches.items():
+        layout = Layout.of(frozen.preset)
         claims = read_claims(layout.tables())
-        commit = check_kept(batch, path, layout, runs[-1], claims)
-        frozen_in.append({"batch": batch.preset, "file": str(path), "commit": commit, "date": batch.date})
-        again.append(came_out_again(batch, claims).assign(batch=batch.preset))
+        runs.append(read_table(layout.tables(), "runs"))
+        commit = check_kept(frozen, path, layout, runs[-1], claims)
+        frozen_in.append(
+            {"file": str(path), "commit": commit, "date": frozen.date, "rules_sha256": frozen.rules_sha256}
+        )
+        again.append(came_out_again(frozen, claims).assign(batch=frozen.preset))
+    made, folder = provenance(layout, pd.concat(runs)) | {"frozen": frozen_in[0]}, root / PUBLISHED / preset
+    explored, came = any(frozen.expected for frozen in batches.values()), pd.concat(again)
+    drawn = sorted(layout.figures.glob("*.csv")) if explored else _drawn(layout)
     check_places(root, preset)
-    together, folder = Layout.of(preset).batches("all"), root / PUBLISHED / preset / HELD_OUT
-    judge_registered(preset, Tables.read(*(Layout.of(batch.preset).tables() for batch in batches)), together)
-    save_figure("verdicts", [together], together)
-    made = provenance(Layout.of(preset), pd.concat(runs)) | {"frozen": frozen_in}
-    _copy([together / "verdicts.svg", together / "verdicts.csv"], read_claims(together), made, folder)
-    write_csv(pd.concat(again), folder / "came_out_again.csv")
-    write_csv(read_table(together, "claims_by_batch"), folder / "claims_by_batch.csv")
+    if len(paths) > 1:
+        if [frozen.preset for frozen in batches.values()] != registered(preset, len(paths)):
+            raise UserError(f"{', '.join(map(str, paths))} are not the first batches of {preset} that count, in order")
+        together = Layout.of(preset).batches("all")
+        judge_registered(
+            preset, Tables.read(*(Layout.of(frozen.preset).tables() for frozen in batches.values())), together
+        )
+        save_figure("verdicts", [together], together)
+        write_csv(read_table(together, "claims_by_batch"), together / "claims_by_batch.csv")
+        claims, made = read_claims(together), made | {"preset": preset, "frozen": frozen_in}
+        drawn = [together / name for name in ("verdicts.svg", "verdicts.csv", "claims_by_batch.csv")]
+    if explored or len(paths) > 1:
+        folder = folder / HELD_OUT
+    _copy(drawn, claims, made, folder)
+    if folder.name == HELD_OUT:
+        write_csv(came if len(paths) > 1 else came.drop(columns="batch"), folder / "came_out_again.csv")
     write_pages(root)
-    return summary_of(pd.concat(again))
+    return summary_of(came)
 
 
 def provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
