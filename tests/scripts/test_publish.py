@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from datetime import UTC, datetime
 from itertools import cycle
 from pathlib import Path
 
@@ -128,13 +129,17 @@ def test_held_out_verdicts_stand_beside_the_explored_ones(
 
 @pytest.mark.slow
 def test_batches_are_published_together_beside_the_verdict_of_each(root: Path, monkeypatch: pytest.MonkeyPatch):
-    made = sft.batches({0: 0.0, 1: 0.0, 2: 0.0})
+    made, today = sft.batches({0: 0.0, 1: 0.0, 2: 0.0}), datetime.now(UTC).isoformat()
+    known = made.runs.assign(device="a CPU", host="a", threads=1, git_sha="0123", git_dirty_patch=None, versions="{}")
+    known = known.assign(started=today, wall_s=1.0, test_data="data")
+    known[["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha256"]] = "0"
     for number, preset in enumerate(("laptop", "laptop@100", "laptop@200")):
-        layout, runs = Layout.of(preset), made.runs[made.runs["seed"] // 100 == number]
+        layout, runs = Layout.of(preset), known[known["seed"] // 100 == number]
         curves = made.curves[made.curves["run_id"].isin(runs["run_id"])]
         for name, frame in (("runs", runs), ("curves", curves)):
             write_frame(frame, name, layout.tables(), all_columns=False)
-        write_frame(judge_claims(Tables.read(layout.tables())), "claims", layout.tables())
+        claims = judge_claims(Tables.read(layout.tables()), margins=layout.preset.margins, predictions={})
+        write_frame(claims, "claims", layout.tables())
         if number:
             frozen = freeze(preset, read_claims(Layout.of("laptop").tables()))
             write_frozen(frozen, frozen_path(preset))
