@@ -26,8 +26,8 @@ from lorabench.runs import PROTOCOL_VERSION
 from lorabench.utils.files import digest, file_sha256
 
 SHIPPED = {
-    "docstrings": "1940b28c060a980a76853e49b001060b81f53c107ec2d7b22df2517ee6c755f8",
-    "documentation": "a250013e22cab6a91ef8798f2dd257fb4dca6ae2b6ac1a8d8557995e561c7c60",
+    "docstrings": "f103322622e517dd8230c6169da6752f770e4d6b7227ba6942bc05f3cd283bf4",
+    "documentation": "3d95a365325ebce5bf78adc58eecaac13f85f8ab95f28f006b4c371dac672380",
 }
 """The SHA-256 of the file that is shipped for each kind of `ShippedDataset`; the file names those of its sources."""
 
