@@ -26,22 +26,33 @@ from lorabench.runs import PROTOCOL_VERSION
 from lorabench.utils.files import digest, file_sha256
 
 SHIPPED = {
-    "docstrings": "1940b28c060a980a76853e49b001060b81f53c107ec2d7b22df2517ee6c755f8",
-    "documentation": "a250013e22cab6a91ef8798f2dd257fb4dca6ae2b6ac1a8d8557995e561c7c60",
+    "docstrings": {
+        1: "1940b28c060a980a76853e49b001060b81f53c107ec2d7b22df2517ee6c755f8",
+        2: "1acbff41e5f9fc73737b5adfd28e91217753e62164c91e655f6d10479323bddf",
+    },
+    "documentation": {
+        1: "a250013e22cab6a91ef8798f2dd257fb4dca6ae2b6ac1a8d8557995e561c7c60",
+        2: "4be4018475a6c3c74e4a7a26020712bc361b530795201253c22d14c3d7ac202d",
+    },
 }
-"""The SHA-256 of the file that is shipped for each kind of `ShippedDataset`; the file names those of its sources."""
+"""For each kind of `ShippedDataset`, the SHA-256 of the file that was shipped when each edition was the last.
+
+The file of today is that of edition 2; it also holds the rows of edition 1, whose datasets keep the ids that they had
+with the former file. The file names the hashes of its sources.
+"""
 
 
 def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
     """Return the hash of everything that determines the examples of a dataset, or the problems of a problem set."""
-    # The ids of data without these fields are as they were before the fields were.
-    without = {name for name in ("group", "test_seed") if getattr(spec, name, None) is None} | {"curve_examples"}
+    # The ids of data with these fields at their defaults are as they were before the fields were.
+    defaults = ("group", None), ("test_seed", None), ("edition", 1)
+    without = {name for name, value in defaults if getattr(spec, name, value) == value} | {"curve_examples"}
     if isinstance(spec, FileDataset | FileProblems):
         # The file's content counts, not its path.
         rules = spec.model_dump(exclude=without | {"path", "mean_tokens"})
         path = Path(spec.path)
         return digest([PROTOCOL_VERSION, rules, _content(path, path.stat().st_size, path.stat().st_mtime_ns)], 8)
-    content = [SHIPPED[spec.kind]] if isinstance(spec, ShippedDataset) else []
+    content = [SHIPPED[spec.kind][spec.edition]] if isinstance(spec, ShippedDataset) else []
     # Data of the hub once had a path, which counts as null.
     former = {"path": None} if isinstance(spec, HubDataset | HubProblems) else {}
     return digest([PROTOCOL_VERSION, spec.model_dump(exclude=without) | former, *content], 8)

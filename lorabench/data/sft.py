@@ -82,8 +82,7 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row
             for _ in count()
         )
         facts = list(take(wanted(endless, is_new), spec.facts, "facts"))
-        for split in SPLITS:
-            yield from (_row(split, fact) for fact in facts)
+        yield from (_row(split, fact) for split in SPLITS for fact in facts)
         return
     what = f"of at most {spec.max_chars} characters in a dataset of kind {spec.kind!r}"
     if isinstance(spec, FileDataset):
@@ -149,14 +148,19 @@ def choose_chats(
     for split in reversed(SPLITS):
         split_of |= dict.fromkeys(chosen[start : start + sizes[split]].tolist(), split)
         start += sizes[split]
-    left_out = {reason: count for reason, (count, _) in tally.bad.items()} | {_REPEATED: len(repeated)}
-    about = {"id": spec.id, "commit": repository.commit, "rows": tally.rows, "usable": tally.usable}
+    note = {
+        "id": spec.id,
+        "commit": repository.commit,
+        "rows": tally.rows,
+        "usable": tally.usable,
+        "left_out": {reason: count for reason, (count, _) in tally.bad.items()} | {_REPEATED: len(repeated)},
+    }
     chats = usable_chats(Tally("chats"))
-    return ((split_of[row], chat) for row, chat in chats if row in split_of), about | {"left_out": left_out}
+    return ((split_of[row], chat) for row, chat in chats if row in split_of), note
 
 
 def choose_shipped(spec: ShippedDataset) -> tuple[Iterator[tuple[Split, Chat]], dict[str, Any]]:
-    """Choose the examples of each split at random by the spec's seed, from the packages of that split.
+    """Choose the examples of each split at random by the spec's seed, from that split's packages of the spec's edition.
 
     The shipped file has the columns `split`, `package`, `prompt`, `text` and `words`. With the examples comes a note:
     the packages with their versions, owners, licences and the hashes of their archives, the number of examples that
@@ -164,11 +168,13 @@ def choose_shipped(spec: ShippedDataset) -> tuple[Iterator[tuple[Split, Chat]], 
     split's packages have too few usable examples.
     """
     path = Path(__file__).with_name(f"{spec.kind}.parquet")
-    if file_sha256(path) != SHIPPED[spec.kind]:
+    if file_sha256(path) != SHIPPED[spec.kind][2]:
         raise UserError(f"{path} was changed after it was installed; install the package again")
     table = pq.read_table(path)
-    note = json.loads(table.schema.metadata[_ABOUT])
-    read = table.to_pylist()
+    stored = json.loads(table.schema.metadata[_ABOUT])
+    note = stored["editions"][str(spec.edition)]
+    note["packages"] = {name: entry for name, entry in stored["packages"].items() if entry["edition"] <= spec.edition}
+    read = [row for row in table.to_pylist() if row["package"] in note["packages"]]
     of_enough_words = [row for row in read if row["words"] >= spec.min_words]
     short = [row for row in of_enough_words if len(row["prompt"]) + len(row["text"]) <= spec.max_chars]
     left_out = note["left_out"]
@@ -205,8 +211,7 @@ def write_dataset(rows: Iterable[Row], path: Path, about: dict[str, Any] | None 
     """Write rows as parquet, a row group at a time, whole or not at all, with the note that `about` reads."""
     schema = _SCHEMA if about is None else _SCHEMA.with_metadata({_ABOUT: json.dumps(about)})
     with atomic_path(path) as partial, pq.ParquetWriter(partial, schema) as writer:
-        group: list[Row] = []
-        chars = 0
+        group, chars = list[Row](), 0
         for row in rows:
             group.append(row)
             chars += sum(len(message["content"]) for message in row["messages"])

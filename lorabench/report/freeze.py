@@ -90,8 +90,15 @@ def frozen_path(preset: str) -> Path:
 
 def preset_sha256(preset: Preset) -> str:
     """Return the SHA-256, in hexadecimal, of all fields of a preset."""
-    stated = preset.model_dump(mode="json")
-    # Presets keep the hashes that they had before there were variants.
+    # Presets keep the hashes that they had before there were editions and variants.
+    stated = preset.model_dump(
+        mode="json",
+        exclude={
+            "datasets": {
+                name: {"edition"} for name, spec in preset.datasets.items() if getattr(spec, "edition", 1) == 1
+            }
+        },
+    )
     for name in ("variants", "variants_rl"):
         if stated["experiments"][name] is None:
             del stated["experiments"][name]

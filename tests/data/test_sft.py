@@ -17,6 +17,7 @@ from lorabench.data.identity import dataset_id
 from lorabench.data.reasoning import INSTRUCT_TASKS, PRETRAIN_TASKS
 from lorabench.data.sft import about, build_dataset, choose_shipped, make_dataset, read_dataset
 from lorabench.errors import UserError
+from lorabench.utils.files import digest
 
 
 def made(**changes):
@@ -94,10 +95,11 @@ def test_the_shipped_files_keep_owners_texts_and_prompts_in_one_split(kind):
     assert not rows["prompt"].duplicated().any()
 
 
+@pytest.mark.parametrize("edition", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_package_decides_the_losses_of_shipped_text(kind):
+def test_no_package_decides_the_losses_of_shipped_text(kind, edition):
     sizes = {"train": 1500, "validation": 64, "test": 192}
-    chosen, note = choose_shipped(shipped(kind, **sizes, max_chars=500))
+    chosen, note = choose_shipped(shipped(kind, **sizes, max_chars=500, edition=edition))
     chats = list(chosen)
     assert Counter(split for split, _ in chats) == sizes
     assert all(chat.chars() <= 500 for _, chat in chats)
@@ -106,12 +108,34 @@ def test_no_package_decides_the_losses_of_shipped_text(kind):
         even = sizes[split] / sum(row["split"] == split for row in note["packages"].values())
         assert set(packages.values()) <= {math.floor(even), math.ceil(even)}
     assert note["rows"] == note["usable"] + sum(note["left_out"].values())
-    others, _ = choose_shipped(shipped(kind, **sizes, max_chars=500, seed=1))
+    others, _ = choose_shipped(shipped(kind, **sizes, max_chars=500, edition=edition, seed=1))
     assert {chat.messages[1]["content"] for _, chat in others} != {chat.messages[1]["content"] for _, chat in chats}
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "known"), [("docstrings", "a01451e04333", 33), ("documentation", "078fcca5639d", 34)]
+)
+def test_the_first_edition_stays_as_it_was_and_the_second_adds_test_packages(kind, first, known):
+    sizes = {"train": 400, "validation": 64, "test": 10 * known}
+    before, note = choose_shipped(shipped(kind, **sizes))
+    old = [(split, chat.source, chat.messages) for split, chat in before]
+    assert digest(old) == first, "the examples of edition 1, on which runs are published, must stay as they were"
+    assert f" of {len(note['packages'])} Python packages" in note["id"]
+    after, note = choose_shipped(shipped(kind, **sizes | {"test": 830}, edition=2))
+    new = [(split, chat.source, chat.messages) for split, chat in after]
+    assert f" of {len(note['packages'])} Python packages" in note["id"]
+    assert new[:464] == old[:464]
+    packages = [Counter(source for split, source, _ in rows if split == "test") for rows in (old, new)]
+    assert [len(counts) for counts in packages] == [known, 83]
+    assert packages[0].keys() < packages[1].keys()
+    assert {*packages[0].values(), *packages[1].values()} == {10}
+    with pytest.raises(UserError, match=f"found 830 test examples .* in the {kind}; 831 are needed"):
+        choose_shipped(shipped(kind, test=831, edition=2))
 
 
 def test_shipped_text_has_an_identity_and_too_few_examples_are_refused(tmp_path, monkeypatch):
     assert [dataset_id(shipped(kind)) for kind in KINDS] == ["beff78e5", "881d54f7"]
+    assert [dataset_id(shipped(kind, edition=2)) for kind in KINDS] == ["8cc27566", "be108885"]
     assert dataset_id(shipped(seed=1)) != dataset_id(shipped())
     build_dataset(shipped(), tmp_path / "made.parquet")
     note = about(tmp_path / "made.parquet")

@@ -23,6 +23,7 @@ from lorabench.report.freeze import (
     freeze,
     frozen_path,
     is_registered,
+    preset_sha256,
     read_frozen,
     register,
     registered,
@@ -154,6 +155,13 @@ def test_other_rules_data_or_presets_are_refused(kept: SimpleNamespace, monkeypa
     kept.claims = kept.claims.assign(rules=["abc", *[kept.rules] * 3])
     with pytest.raises(UserError, match="the claims were judged by abc, and"):
         checked(kept)
+
+
+def test_another_edition_of_shipped_text_is_another_preset():
+    preset = load_preset("overnight@100")
+    second = preset.datasets["docstrings"].model_copy(update={"edition": 2})
+    other = preset.model_copy(update={"datasets": preset.datasets | {"docstrings": second}})
+    assert preset_sha256(other) != preset_sha256(preset)
 
 
 def test_verdicts_that_come_out_again_are_counted_among_the_decided_ones(kept: SimpleNamespace):

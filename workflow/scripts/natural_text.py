@@ -16,7 +16,7 @@ import tarfile
 import textwrap
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,8 @@ class Package(NamedTuple):
     owner: str
     split: str
     licence: str
+    edition: str = "1"
+    """The first edition of the text that has the package."""
 
 
 PACKAGES = [
@@ -114,55 +116,116 @@ urllib3 | 2.8.0 | urllib3 | validation | MIT
 watchdog | 7.1.0 | Yesudeep Mangalapilly | validation | Apache-2.0
 WebOb | 1.8.11 | Pylons | validation | MIT
 wrapt | 2.5.2 | Graham Dumpleton | validation | BSD-2-Clause
+agate | 1.14.2 | Christopher Groskopf | test | MIT | 2
 aiohttp | 3.14.5 | aio-libs | test | Apache-2.0 AND MIT
+asciimatics | 1.15.0 | Peter Brittain | test | Apache-2.0 | 2
 beautifulsoup4 | 4.15.0 | Leonard Richardson | test | MIT
+bitstring | 5.0.0 | Scott Griffiths | test | MIT | 2
+bluesky | 1.15.1 | Brookhaven National Laboratory | test | BSD-3-Clause | 2
+bokeh | 3.9.2 | Bokeh | test | BSD-3-Clause | 2
 boltons | 26.2.0 | Mahmoud Hashemi | test | BSD-3-Clause
 borgbackup | 1.4.5 | The Borg Collective | test | BSD-3-Clause
+cassandra-driver | 3.30.1 | DataStax | test | Apache-2.0 | 2
 celery | 5.7.0 | Ask Solem | test | BSD-3-Clause
 cffi | 2.1.1 | Armin Rigo | test | MIT-0
 CherryPy | 18.10.0 | CherryPy | test | BSD-3-Clause
+cmd2 | 4.3.1 | cmd2 | test | MIT | 2
+colour-science | 0.4.7 | Colour Developers | test | BSD-3-Clause | 2
+configobj | 5.0.9 | Michael Foord | test | BSD-3-Clause | 2
 control | 0.10.2 | python-control | test | BSD-3-Clause
 coverage | 7.17.3 | Ned Batchelder | test | Apache-2.0
 cryptography | 50.0.2 | Python Cryptographic Authority | test | Apache-2.0 OR BSD-3-Clause
 Cython | 3.3.1 | Cython | test | Apache-2.0
+dagster | 1.13.29 | Dagster Labs | test | Apache-2.0 | 2
 deepdiff | 9.1.0 | Sep Dehpour | test | MIT
 discord.py | 2.7.1 | Rapptz | test | MIT
 Django | 5.2.19 | Django Software Foundation | test | BSD-3-Clause
+django-allauth | 65.22.1 | Raymond Penners | test | MIT | 2
+django-haystack | 3.4.0 | Daniel Lindsley | test | BSD-3-Clause | 2
+django-tables2 | 3.0.1 | Bradley Ayers | test | BSD-2-Clause | 2
 dnspython | 2.9.2 | Bob Halley | test | ISC
+elasticsearch | 9.5.1 | Elastic | test | Apache-2.0 | 2
 emcee | 3.1.6 | Dan Foreman-Mackey | test | MIT
+enaml | 0.19.0 | Nucleic | test | BSD-3-Clause | 2
+Eve | 2.1.0 | Nicola Iarocci | test | BSD-3-Clause | 2
+factory-boy | 3.3.3 | Mark Sandstrom | test | MIT | 2
 Faker | 40.54.0 | joke2k | test | MIT
 falcon | 4.4.0 | Kurt Griffiths | test | Apache-2.0
 feedparser | 6.0.14 | Kurt McKee | test | BSD-2-Clause
+geopandas | 1.2.0 | GeoPandas | test | BSD-3-Clause | 2
 gevent | 26.9.0 | Denis Bilenko | test | MIT
+gpiozero | 2.0.1.post3 | Ben Nuttall | test | BSD-3-Clause | 2
+gpytorch | 1.15.2 | Jacob Gardner | test | MIT | 2
+h2 | 4.4.1 | Cory Benfield | test | MIT | 2
+IMAPClient | 4.1.0 | Menno Smits | test | BSD-3-Clause | 2
+jira | 3.10.5 | Ben Speakmon | test | BSD-2-Clause | 2
 jsonschema | 4.26.0 | Julian Berman | test | MIT
+kafka-python | 3.0.12 | Dana Powers | test | Apache-2.0 | 2
+kedro | 1.7.0 | Kedro | test | Apache-2.0 | 2
+kornia | 0.9.0 | Edgar Riba | test | Apache-2.0 | 2
 lark | 1.3.1 | Erez Shinan | test | MIT
 librosa | 0.11.0 | Brian McFee | test | ISC
 luigi | 3.8.1 | Spotify | test | Apache-2.0
 Markdown | 3.11.3 | Waylan Limberg | test | BSD-3-Clause
+Mastodon.py | 2.3.3 | Lorenz Diener | test | MIT | 2
+Mesa | 3.3.1 | Project Mesa | test | Apache-2.0 | 2
+MetPy | 1.7.1 | Unidata | test | BSD-3-Clause | 2
+mido | 1.3.3 | Ole Martin Bjorndalen | test | MIT | 2
+mongoengine | 0.29.3 | Harry Marr | test | MIT | 2
 more-itertools | 11.2.1 | Erik Rose | test | MIT
 mpi4py | 4.1.2 | Lisandro Dalcin | test | BSD-3-Clause
 mrjob | 0.7.4 | Yelp | test | Apache-2.0
+netaddr | 1.3.0 | David Moss | test | BSD-3-Clause | 2
 Nikola | 8.3.3 | Roberto Alsina | test | MIT
+nose2 | 0.16.0 | Jason Pellerin | test | BSD-2-Clause | 2
+openstacksdk | 4.22.0 | OpenStack | test | Apache-2.0 | 2
 parso | 0.8.7 | Dave Halter | test | MIT
 passlib | 1.7.4 | Eli Collins | test | BSD-3-Clause
 peewee | 4.5.3 | Charles Leifer | test | MIT
+pgmpy | 1.1.2 | Ankur Ankan | test | MIT | 2
 Pint | 0.25.3 | Hernan Grecco | test | BSD-3-Clause
+pip | 26.3 | Python Packaging Authority | test | MIT | 2
+plasmapy | 2025.8.0 | PlasmaPy | test | BSD-3-Clause | 2
 plumbum | 2.0.2 | Tomer Filiba | test | MIT
 praw | 8.0.3 | Bryce Boe | test | BSD-2-Clause
+progressbar2 | 4.6.0 | Rick van Hattem | test | BSD-3-Clause | 2
 prompt_toolkit | 3.0.53 | Jonathan Slenders | test | BSD-3-Clause
 psutil | 7.2.2 | Giampaolo Rodola | test | BSD-3-Clause
 PuLP | 3.3.2 | COIN-OR | test | MIT
+pydicom | 3.0.2 | Darcy Mason | test | MIT | 2
+pyglet | 2.1.19 | Alex Holkner | test | BSD-3-Clause | 2
+PyJWT | 2.15.1 | Jose Padilla | test | MIT | 2
+pymc | 5.28.5 | PyMC | test | Apache-2.0 | 2
+PyMeasure | 0.16.0 | PyMeasure | test | MIT | 2
+pymodbus | 3.16.1 | Galen Collins | test | BSD-3-Clause | 2
 pymongo | 4.20.0 | MongoDB | test | Apache-2.0
+pyqtgraph | 0.13.7 | Luke Campagnola | test | MIT | 2
 pyserial | 3.5 | Chris Liechti | test | BSD-3-Clause
 python-docx | 1.2.0 | Steve Canny | test | MIT
+pytorch-ignite | 0.5.5 | PyTorch-Ignite | test | BSD-3-Clause | 2
+pyvista | 0.49.2 | PyVista | test | MIT | 2
+qiskit | 2.6.2 | Qiskit | test | Apache-2.0 | 2
+rdflib | 7.6.0 | RDFLib | test | BSD-3-Clause | 2
+redis | 8.1.0 | Redis | test | MIT | 2
+reportlab | 5.1.0 | ReportLab | test | BSD-3-Clause | 2
 rich | 15.0.0 | Will McGugan | test | MIT
+scikit-bio | 0.7.4 | scikit-bio | test | BSD-3-Clause | 2
 Scrapy | 2.19.0 | Zyte | test | BSD-3-Clause
+segno | 1.6.6 | Lars Heuer | test | BSD-3-Clause | 2
 shapely | 2.2.0 | Sean Gillies | test | BSD-3-Clause
 snakemake | 9.27.1 | Johannes Koester | test | MIT
+soco | 0.32.5 | SoCo | test | MIT | 2
+sqlglot | 30.31.0 | Toby Mao | test | MIT | 2
 sqlparse | 0.6.1 | Andi Albrecht | test | BSD-3-Clause
+stable-baselines3 | 2.9.2 | Antonin Raffin | test | MIT | 2
 testfixtures | 12.4.0 | Chris Withers | test | MIT
+textX | 4.4.0 | Igor Dejanovic | test | MIT | 2
 tornado | 6.6.1 | Ben Darnell | test | Apache-2.0
+traits | 7.3.0 | Enthought | test | BSD-3-Clause | 2
 trimesh | 5.2.0 | Michael Dawson-Haggerty | test | MIT
+WeasyPrint | 70.0 | Kozea | test | BSD-3-Clause | 2
+Whoosh | 2.7.4 | Matt Chaput | test | BSD-2-Clause | 2
+XlsxWriter | 3.3.1 | John McNamara | test | BSD-2-Clause | 2
 xonsh | 0.25.0 | xonsh | test | BSD-2-Clause
 """.strip().splitlines()
 ]  # fmt: skip
@@ -261,7 +324,9 @@ def texts(path: Path) -> dict[str, str]:
         members = {
             member.name.partition("/")[2]: file.read().decode(errors="replace")
             for member in opened.getmembers()
-            if member.name.endswith((".py", ".rst", ".md", ".txt")) and (file := opened.extractfile(member))
+            if member.isfile() and member.name.endswith((".py", ".rst", ".md", ".txt"))
+            # Links are left out: their files are in the archive under other names.
+            if (file := opened.extractfile(member))
         }
     return dict(sorted(members.items()))
 
@@ -304,8 +369,13 @@ def example(
     if reason is None and len(prompt) + len(text) > MAX_CHARS:
         reason = "too long"
     if reason is None:
-        row = {"split": package.split, "package": package.name, "prompt": prompt, "text": text}
-        yield row | {"words": len(WORD.findall(text))}
+        yield {
+            "split": package.split,
+            "package": package.name,
+            "prompt": prompt,
+            "text": text,
+            "words": len(WORD.findall(text)),
+        }
     else:
         left_out[reason] += 1
 
@@ -455,10 +525,6 @@ def distinct(rows: list[dict[str, Any]], left_out: Counter[str]) -> list[dict[st
 
 def selected(rows: list[dict[str, Any]], left_out: Counter[str]) -> list[dict[str, Any]]:
     """Return at most as many rows of each package as its split may have, those whose hashes come first."""
-
-    def chars(row: dict[str, Any]) -> int:
-        return len(row["prompt"]) + len(row["text"])
-
     by_package: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_package[row["package"]].append(row)
@@ -466,7 +532,7 @@ def selected(rows: list[dict[str, Any]], left_out: Counter[str]) -> list[dict[st
     for few in by_package.values():
         few.sort(key=lambda row: hashlib.sha256((row["prompt"] + row["text"]).encode()).hexdigest())
         kept = few[: MOST[few[0]["split"]]]
-        if sum(chars(row) <= SHORT for row in kept) < FEWEST:
+        if sum(len(row["prompt"]) + len(row["text"]) <= SHORT for row in kept) < FEWEST:
             kept = []
             left_out["of a package with too few"] += len(few)
         else:
@@ -494,22 +560,28 @@ def main(folder: Path) -> None:
     fetch(folder)
     files = {package: texts(archive(folder, package)) for package in PACKAGES}
     hashes = {package: hashlib.sha256(archive(folder, package).read_bytes()).hexdigest() for package in PACKAGES}
-    makers: list[Callable[..., Iterator[dict[str, Any]]]] = [docstrings, documentation]
     used = set[str]()
-    for maker in makers:
-        left_out = Counter[str]()
-        rows = [row for package in PACKAGES for row in maker(package, files[package], left_out)]
-        rows = selected(distinct(rows, left_out), left_out)
-        names = {row["package"] for row in rows}
+    for maker in (docstrings, documentation):
+        editions = {}
+        # The rows of the last edition are written. Those of the first are among them, as tests/data/test_sft.py checks.
+        for edition in (1, 2):
+            left_out = Counter[str]()
+            known = [package for package in PACKAGES if int(package.edition) <= edition]
+            read = [row for package in known for row in maker(package, files[package], left_out)]
+            rows = selected(distinct(read, left_out), left_out)
+            names = {row["package"] for row in rows}
+            editions[edition] = {
+                "id": f"{maker.__name__} of {len(names)} Python packages",
+                "left_out": dict(sorted(left_out.items())),
+            }
         used |= names
         note = {
-            "id": f"{maker.__name__} of {len(names)} Python packages",
             "packages": {
-                package.name: package._asdict() | {"sha256": hashes[package]}
+                package.name: package._asdict() | {"edition": int(package.edition), "sha256": hashes[package]}
                 for package in PACKAGES
                 if package.name in names
             },
-            "left_out": dict(sorted(left_out.items())),
+            "editions": editions,
         }
         table = pa.Table.from_pylist(rows).replace_schema_metadata({"lorabench": json.dumps(note)})
         path = ROOT / "lorabench" / "data" / f"{maker.__name__}.parquet"
@@ -517,8 +589,7 @@ def main(folder: Path) -> None:
         print(path.name, hashlib.sha256(path.read_bytes()).hexdigest())
     notice = ROOT / "NOTICE"
     lines = [f"  {package.name} {package.version}: {package.licence}" for package in PACKAGES if package.name in used]
-    head = notice.read_text().partition("\n  ")[0]
-    notice.write_text(head + "\n" + "\n".join(lines) + "\n")
+    notice.write_text("\n".join([notice.read_text().partition("\n  ")[0], *lines, ""]))
 
 
 if __name__ == "__main__":
