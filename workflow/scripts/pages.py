@@ -175,10 +175,11 @@ def results_part(root: Path, preset: str) -> str:
     """Return what a preset says in short: counts, its core claims, own predictions, and the claims that it decides."""
     folder = root / PUBLISHED / preset
     made, again, together = read_provenance(folder), read_held_out(folder), read_batches(folder)
-    judged, picture = read_claims(folder, without=NOT_PUBLISHED), f"../{PUBLISHED}/{preset}/verdicts.svg"
+    place, by_all = f"../{PUBLISHED}/{preset}", ""
+    judged, picture = read_claims(folder, without=NOT_PUBLISHED), f"{place}/verdicts.svg"
     if together is not None:
-        judged, made = together, read_provenance(folder / HELD_OUT)
-        picture = f"../{PUBLISHED}/{preset}/{HELD_OUT}/verdicts.svg"
+        judged, made, picture = together, read_provenance(folder / HELD_OUT), f"{place}/{HELD_OUT}/verdicts.svg"
+        by_all = f", [by all batches]({place}/{HELD_OUT}/claims.csv)"
     judged = _as_stated_now(claim_text.in_order(judged))
     decided = judged["verdict"].isin(DECIDED) & judged["kind"].ne("count")
     always = judged["claim_id"].isin(CORE) | judged["kind"].eq("own prediction")
@@ -189,10 +190,18 @@ def results_part(root: Path, preset: str) -> str:
         rows.append([claim["claim_id"], claim["statement"], verdict, *held_out(claim, again), *numbers])
     about = f"{claim_text.headline(judged)}. {made['runs']} runs, {formats.duration(made['run_seconds'])} of one core "
     about += f"on {' and '.join(made['devices'])}, from {made['first_started'][:10]}. "
-    about += f"[All claims]({Path(picture).with_name('claims.csv')})."
-    lines = [f"![Verdicts of the preset {preset}]({picture})", "", about, *held_out_lines(made, again), ""]
-    columns = ["", "claim", *verdict_columns(made, again), "margin", "measured, 95% interval"]
-    return "\n".join([*lines, *table(columns, rows)])
+    about += f"[All claims]({place}/claims.csv){by_all}."
+    head = ["", "claim", *verdict_columns(made, again), "margin", "measured, 95% interval"]
+    return "\n".join(
+        [
+            f"![Verdicts of the preset {preset}]({picture})",
+            "",
+            about,
+            *held_out_lines(made, again),
+            "",
+            *table(head, rows),
+        ]
+    )
 
 
 def held_out_lines(made: Mapping[str, Any], again: pd.DataFrame | None) -> list[str]:
