@@ -44,7 +44,7 @@ format:  ## Format the code and the workflow.
 smoke:  ## Run every part at the smallest size, about a minute.
 	snakemake --cores all --config preset=smoke
 
-laptop:  ## Run the default preset, about 12 minutes on two cores.
+laptop:  ## Run the default preset, about 13 minutes on two cores.
 	snakemake --cores all
 
 docs:  ## Build the documentation into site/.
