@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from lorabench.analysis.rules import DECIDED
 from lorabench.claims.batches import judge_batches
 from lorabench.claims.claim import Claim
 from lorabench.claims.judge import CLAIMS
@@ -37,7 +38,11 @@ def judge_registered(
             batches=batches,
             claims=[
                 _claim(row, by_batch[by_batch["claim_id"] == row["claim_id"]])
-                for row in judged[judged["verdict"].ne("not tested")].to_dict("records")
+                # What is decided comes first, and what these runs are not about last.
+                for row in sorted(
+                    judged[judged["verdict"].ne("not tested")].to_dict("records"),
+                    key=lambda row: (row["verdict"] == "setting not met", row["verdict"] not in DECIDED),
+                )
                 if row["claim_id"] in {claim.id for claim in claims if claim.experiments}
             ],
             style=inline("page.css"),
@@ -57,6 +62,8 @@ def _claim(claim: dict[Any, Any], looks: pd.DataFrame) -> dict[Any, Any]:
     def place(number: float) -> float | None:
         return None if math.isnan(number) else 100 * min(1.0, max(0.0, (number - low) / max(high - low, 1e-300)))
 
-    places = [list(map(place, row)) for row in numbers.tolist()]
-    shown = [claim | row | {"places": at} for row, at in zip(looks.to_dict("records"), places, strict=True)]
+    shown = [
+        claim | row | {"places": list(map(place, ends))}
+        for row, ends in zip(looks.to_dict("records"), numbers.tolist(), strict=True)
+    ]
     return claim | {"words": claim["reason"].partition(": ")[0], "looks": shown}
