@@ -243,8 +243,8 @@ def held_out(claim: Mapping[Any, Any], again: pd.DataFrame | None) -> list[str]:
     own = again[again["claim_id"] == claim["claim_id"]]
     if "batch" not in again:
         return [*own["held_out"], formats.DASH][:1]
-    alike = own["held_out"].eq(claim["verdict"]).sum()
-    return [own["explored"].iloc[0], f"{alike} of {len(own)}"] if len(own) else [formats.DASH] * 2
+    alike = f"{claim['batches_alike']:.0f} of {claim['batches']}"
+    return [own["explored"].iloc[0], alike] if len(own) else [formats.DASH] * 2
 
 
 def evidence_part(root: Path) -> str:
