@@ -45,7 +45,7 @@ def test_test_losses_have_the_groups_of_the_data(tmp_path, monkeypatch):
     layout = Layout.of("both.yaml")
     plan = make_plan(layout.preset)
     paths = []
-    for dataset, n in {"docstrings": 192, "sums": 400}.items():
+    for dataset, n in {"docstrings": 720, "sums": 400}.items():
         job = next(job for job in plan.jobs if job.sweeps[0].condition.dataset == dataset)
         condition = job.sweeps[0].condition
         run = make_run(None, 1e-3, model=condition.model, dataset=dataset)
@@ -62,4 +62,4 @@ def test_test_losses_have_the_groups_of_the_data(tmp_path, monkeypatch):
     assert table.loc["sums", "group"].isna().all()
     packages = [row["source"] for row in read_dataset(layout.dataset("docstrings")) if row["split"] == "test"]
     assert table.loc["docstrings", "group"].tolist() == packages
-    assert table.loc["docstrings", "loss"].tolist() == list(range(192))
+    assert table.loc["docstrings", "loss"].tolist() == list(range(720))
