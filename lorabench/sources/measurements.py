@@ -46,8 +46,9 @@ TINY, BELOW = "tiny", 1e7
 
 _SIZES = {"k": 1e3, "M": 1e6, "B": 1e9}
 
-_CLAIMS = tuple(claim.id for claim in CLAIMS if claim.core or claim.id == "A8")
-"""The claims of the matrix: the core claims, and A8, which says whether a low rank is too small."""
+_CLAIMS = tuple(claim.id for claim in CLAIMS if claim.core or claim.id in ("A8", "F3"))
+"""The claims of the matrix: the core claims, A8, which says whether a low rank is too small, and F3, whether it gains
+reward as fast as full fine-tuning."""
 
 _MATRIX = (
     *("claim_id", "statement", "unit", "paper_value", "scale", "parameters", "origin", "source", "verdict"),

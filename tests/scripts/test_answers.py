@@ -20,7 +20,7 @@ def cell(verdict: str, scale: str = "tiny", **columns: Any) -> dict[str, Any]:
     """Make a cell of the matrix with one comparison, whose numbers are those of claim D1."""
     found = {"claim_id": "D1", "scale": scale, "parameters": SIZES[scale], "unit": "nats per token", "verdict": verdict}
     found |= {"explored": True, "held_out": None, "p_again": None, "source": None}
-    found |= {"batches": None, "batches_alike": None}
+    found |= {"batches": None, "batches_alike": None, "others": ""}
     found |= {"n_parts": 1, "part_low": 0.05, "part_high": 0.05}
     return found | {"estimate": 0.05, "ci_low": 0.04, "ci_high": 0.06} | columns
 
@@ -48,11 +48,22 @@ def test_answers_are_grouped_and_the_largest_models_with_a_decision_say_what_to_
         cell("inconclusive", "1B", ci_low=None),
     ]
     assert batches(*open_ones).endswith(f"*Undecided* on tiny models (so far {GROWS}) and at 1B.")
+    # One that decides alone is named where another leaves the question open.
+    alone = cell("inconclusive", others="a: confirmed; b: confirmed; a: confirmed; c: not seen here; d: inconclusive")
+    assert batches(alone).endswith(f"(so far {GROWS}; yes in a and b alone; no in c alone).")
     # Without explored seeds a verdict did not come out again.
     once = cell("confirmed", p_again=0.26, held_out="confirmed", explored=False)
     assert batches(once).endswith(f" *Yes* on tiny models ({GROWS}; borderline, all seeds held out).")
     together = once | {"p_again": 0.9, "batches": 3, "batches_alike": 2}
     assert batches(together).endswith(f" *Yes* on tiny models ({GROWS}; in 2 of 3 batches of new seeds).")
+
+
+def test_an_answer_has_those_of_the_questions_beside_it():
+    cells = [cell("confirmed", claim_id="F1"), cell("contradicted", "1B", claim_id="F3")]
+    text = answer(QUESTION["F1"], pd.DataFrame(cells))
+    assert text.startswith("**In reinforcement learning, begin with a low rank.** Does rank 1")
+    assert "*Yes* on tiny models. Do all ranks and full fine-tuning gain reward" in text
+    assert text.endswith("(Margin: 2% of the problems.) *No* at 1B.")
 
 
 def test_the_picture_says_the_answers_of_sizes_that_are_drawn_together():

@@ -6,6 +6,7 @@ true whatever the verdicts are.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,14 +42,18 @@ class Question(NamedTuple):
     """What to do where nothing is decided."""
     factor: float = 1.0
     """By what the numbers of the table are multiplied."""
+    beside: str = ""
+    """The claim whose answer this one stands beside, without saying what to do."""
 
 
 _QUESTIONS = read_yaml(Path(__file__).with_name("questions.yaml"))
-QUESTIONS = tuple(Question(claim_id, **about) for claim_id, about in _QUESTIONS.items())
+_EVERY = tuple(Question(claim_id, **about) for claim_id, about in _QUESTIONS.items())
+QUESTIONS = tuple(question for question in _EVERY if not question.beside)
 
 
 def answer(question: Question, cells: pd.DataFrame) -> str:
-    """Return what to do and the answers, by the size of the model in ascending order; `cells` is the table `matrix`."""
+    """Return what to do and the answers, by the size of the model in ascending order, and those of questions beside it;
+    `cells` is the table `matrix`."""
     own = cells[cells["claim_id"].eq(question.claim_id) & cells["verdict"].isin(list(ANSWERS))]
     rows = own.sort_values("parameters", kind="stable").to_dict("records")
     decided = [ANSWERS[row["verdict"]] for row in rows if row["verdict"] in DECIDED]
@@ -59,17 +64,19 @@ def answer(question: Question, cells: pd.DataFrame) -> str:
         places.setdefault(ANSWERS[row["verdict"]], []).append(where)
     answers = [f"*{word.capitalize()}* {_listed(where)}." for word, where in places.items()]
     margin = question.margin.format(**DEFAULT_MARGINS.model_dump())
+    asked = f"{question.text} (Margin: {margin}.)"
     return " ".join(
         [
-            f"**{advice}** {question.text} (Margin: {margin}.)",
+            asked if question.beside else f"**{advice}** {asked}",
             *(answers or ["No runs in the paper's setting answer this."]),
+            *(answer(other, cells) for other in _EVERY if other.beside == question.claim_id),
         ]
     )
 
 
 def _remark(question: Question, cell: Mapping[Any, Any]) -> str:
     """Return what was measured in a cell, a range or a number with its 95% interval, and how sure the verdict is; where
-    that is open, only the number and interval of the comparison that leaves it so."""
+    that is open, only the number and interval of the comparison that leaves it so, and who alone decides it."""
 
     def known(*names: str) -> list[str]:
         values = [question.factor * cell[name] for name in names if not formats.missing(cell[name])]
@@ -85,7 +92,8 @@ def _remark(question: Question, cell: Mapping[Any, Any]) -> str:
             measured += f" [{', '.join(interval)}]" if len(interval) == 2 else ""
     if is_open:
         # Estimates without their errors would look like an answer.
-        return f"so far {measured}" if len(interval) == 2 and measured else ""
+        so_far = f"so far {measured}" if len(interval) == 2 and measured else ""
+        return "; ".join(filter(None, [so_far, _decided_alone(cell)]))
     again, same = "", holds_again(cell) and cell["explored"]
     if not formats.missing(cell["batches_alike"]):
         again = f"in {cell['batches_alike']:.0f} of {cell['batches']:.0f} batches of new seeds"
@@ -96,6 +104,16 @@ def _remark(question: Question, cell: Mapping[Any, Any]) -> str:
     if borderline(cell):
         again = f"borderline, but {again}" if same else ", ".join(filter(None, ["borderline", again]))
     return "; ".join(filter(None, [measured, again]))
+
+
+def _decided_alone(cell: Mapping[Any, Any]) -> str:
+    """Return the answers of presets and sources that decide alone what a cell leaves open."""
+    found = re.findall(r"([^;:]+): ([^;]+)", "" if formats.missing(cell["others"]) else cell["others"])
+    alone = {ANSWERS[verdict]: None for _, verdict in found if verdict in DECIDED}
+    places = {
+        word: dict.fromkeys(name.strip() for name, verdict in found if ANSWERS.get(verdict) == word) for word in alone
+    }
+    return "; ".join(f"{word} in {_listed(names)} alone" for word, names in places.items())
 
 
 def count_of_core(cells: pd.DataFrame) -> str:
@@ -113,7 +131,7 @@ def count_of_core(cells: pd.DataFrame) -> str:
         counts += [f"{slight} {'holds' if slight == 1 else 'hold'} by less than matters"] if slight else []
         counts += [f"{no} {'does' if no == 1 else 'do'} not"] if no else []
         counted.append(f"{_listed(counts)} {at_size(str(scale))}")
-    rest = f", and **none is decided {at_size(above[0])} or above**" if above else ""
+    rest = f", and **none is decided by all sources {at_size(above[0])} or above**" if above else ""
     said = f"Of the {len(CORE)} claims that carry the paper {'; '.join(counted)}."
     return f"{said} The others are undecided or not tested{rest}."
 

@@ -22,7 +22,7 @@ from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS, CORE
 from lorabench.report import claim_text
 from lorabench.report.freeze import summary_of
-from lorabench.sources.measurements import MEASURES, holds_again
+from lorabench.sources.measurements import MEASURES, PROJECT, holds_again
 from lorabench.store.io import read_claims
 from lorabench.store.published import (
     HELD_OUT,
@@ -93,13 +93,12 @@ def _filled(root: Path, parts: Mapping[tuple[Path, str], str]) -> dict[Path, str
 def answers_part(root: Path, page: Path) -> str:
     """Return what was found in plain sentences, with the picture that shows it; links are those of a page."""
     folder = root / PUBLISHED / "evidence"
-    cells, summarized = pd.read_csv(folder / "matrix.csv"), pd.read_csv(folder / "summary.csv")
-    ratios = summarized[summarized["measure"].eq("lr_ratio") & summarized["attribute"].isna() & summarized["k"].gt(1)]
-    mean = ""
-    for row in ratios.to_dict("records"):
-        value, low, high = (f"{math.exp(row[name]):.1f}" for name in ("mean", "low", "high"))
-        mean = f" Over {row['k']} sources the mean is {value} times [{low}, {high}]."
-    more = f"{mean} [What the ratio depends on]({_link('studies/lr_ratio/README.md', page)}); `lorabench recommend` "
+    cells, measured = pd.read_csv(folder / "matrix.csv"), pd.read_csv(folder / "measurements.csv")
+    ratios = measured[measured["measure"].eq("lr_ratio") & measured["counts"] & measured["source"].ne(PROJECT)]
+    # The ratios lie so far apart that a mean would be none of them.
+    of_others = ratios.groupby("source")["value"].mean().map(math.exp)
+    more = f" In {len(of_others)} sources of others it is {of_others.min():.2g} to {of_others.max():.2g} times."
+    more += f" [What the ratio depends on]({_link('studies/lr_ratio/README.md', page)}); `lorabench recommend` "
     more += "estimates a learning rate for your model."
     lines = [f"{count_of_core(cells)} The questions that matter most in use:", ""]
     lines += [f"- {answer(question, cells)}{more if question.claim_id == 'B1' else ''}" for question in QUESTIONS]
