@@ -3,7 +3,8 @@
 It covers the code of `lorabench.analysis`, `lorabench.claims` and `lorabench.runs`, the texts of their claims, the
 number of draws of an error, and the margins and predictions of a preset; where it has predictions, which studies are
 about, the packages of studies, too, but for their figures and scripts. Comments, docstrings, the layout of code and
-texts, and the version of Python do not count.
+texts, and the version of Python do not count. A mend that answers only where the code before it ended with an error
+counts as that code (lorabench/report/mends.yaml), so that batches of seeds that were frozen before it stay valid.
 """
 
 from __future__ import annotations
@@ -26,8 +27,15 @@ def rules_sha256(margins: Margins | None = None, predictions: Predictions | None
     """Return the SHA-256, in hexadecimal, of the code that judges, the margins and the predictions, or the default ones
     as in `judge_claims`."""
     predicted = default_predictions() if predictions is None else predictions
-    code = {name: hashed for name, hashed in _code().items() if predicted or not name.startswith("studies/")}
-    return digest([code, N_DRAWS, (margins or DEFAULT_MARGINS).model_dump(), predicted], 64)
+    return digest(
+        [
+            {name: hashed for name, hashed in _code().items() if predicted or not name.startswith("studies/")},
+            N_DRAWS,
+            (margins or DEFAULT_MARGINS).model_dump(),
+            predicted,
+        ],
+        64,
+    )
 
 
 @cache
@@ -38,8 +46,11 @@ def _code() -> dict[str, str]:
     for study in studies():
         own = [path for path in study.folder.glob("*.py") if path.name != "figures.py"]
         files |= {f"studies/{study.name}/{path.name}": path for path in [*own, study.folder / "claims.yaml"]}
+    before = {mend["now"]: mend["before"] for mend in read_yaml(root / "report/mends.yaml")}
     return {
-        name: digest(read_yaml(path) if path.suffix == ".yaml" else syntax(path.read_text(encoding="utf-8")), 64)
+        name: before.get(
+            hashed := digest(read_yaml(path) if path.suffix == ".yaml" else syntax(path.read_text("utf-8")), 64), hashed
+        )
         for name, path in sorted(files.items())
     }
 

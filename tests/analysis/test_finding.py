@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import cauchy, lognorm, norm
 
-from lorabench.analysis.estimate import student
+from lorabench.analysis.estimate import N_DRAWS, Estimate, student
 from lorabench.analysis.finding import N_AGAIN, Finding, decide, exponential, in_unit, together, with_parts, without
 from lorabench.analysis.optima import as_ratio
 from lorabench.analysis.rules import Above, Within
@@ -50,6 +50,15 @@ def test_the_probability_of_the_same_verdict_is_that_of_a_new_estimate_of_a_trut
         expected += float(np.average(held, weights=weights)) / 200
     assert judged.p_again == pytest.approx(expected, abs=3 * math.sqrt(expected * (1 - expected) / N_AGAIN))
     assert judged.borderline == (expected < 0.8)
+
+
+def test_an_interval_may_be_a_point_where_that_of_several_looks_is_not():
+    error = np.zeros(N_DRAWS)
+    error[: N_DRAWS // 100], error[-N_DRAWS // 100 :] = -0.1, 0.1
+    estimate = Estimate(0.5, error, n_seeds=24, looks=3)
+    low, high = estimate.interval()
+    assert low == high
+    assert decide(Above(0.1), estimate, "", []).verdict == "confirmed"
 
 
 def test_the_sign_is_right_in_all_comparisons_only_if_none_is_open_or_contradicts():

@@ -6,6 +6,8 @@ from pathlib import Path
 from lorabench.claims import rules_hash
 from lorabench.claims.rules_hash import rules_sha256, syntax
 from lorabench.config.margins import DEFAULT_MARGINS
+from lorabench.utils.files import digest
+from lorabench.utils.yaml_files import read_yaml
 
 CODE = '"""Why."""\nLIMIT = 0.05\ndef judge(claim):\n    "Judge."\n    return claim > LIMIT and "above" # Why.\n'
 
@@ -35,3 +37,12 @@ def test_margins_predictions_and_every_module_count(monkeypatch):
         assert rules_sha256() != rules
         # Studies are about predictions, and do not judge a preset that has none.
         assert (rules_sha256(predictions={}) == suite) == name.startswith("studies")
+
+
+def test_a_mend_counts_as_what_it_mended_until_the_file_changes_again():
+    mends = read_yaml(Path(rules_hash.__file__).parents[1] / "report/mends.yaml")
+    root, known = Path(rules_hash.__file__).parents[1], rules_hash._code()
+    for mend in mends:
+        now = digest(syntax((root / mend["file"]).read_text(encoding="utf-8")), 64)
+        # An entry whose file has another hash serves nothing, and goes.
+        assert (now, known[mend["file"]]) == (mend["now"], mend["before"])
