@@ -167,11 +167,16 @@ def _runs(path: Path, source: SourceFile) -> pd.DataFrame:
         added[column] = runs["model"].map({model: getattr(about, name) for model, about in source.models.items()})
     kept = {name: value for name, value in added.items() if name not in runs and value is not None}
     runs = typed_columns(runs.assign(**kept), "runs", path)
+    refuse_repeats(runs, path)
+    return runs
+
+
+def refuse_repeats(runs: pd.DataFrame, path: Path) -> None:
+    """Raise UserError, which names a path, if two runs have equal settings and seed."""
     cell = [name for name in _CELL if name in runs]
     for _, row in runs.loc[runs.duplicated(cell), cell].iterrows():
         settings = ", ".join(f"{name} {value}" for name, value in row.dropna().items())
         raise UserError(f"{path}: has several runs with {settings}; give them seeds, or their mean as one run")
-    return runs
 
 
 @dataclass(frozen=True)
