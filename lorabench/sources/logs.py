@@ -1,34 +1,34 @@
 """Runs as the logs of other trainers have them, made into the tidy tables.
 
 Trainers and trackers call one thing by many names. What a run's settings do not say is looked for in its log of
-learning rates, in its speeds, and in its name; what is still unknown is asked for, all at once.
+learning rates and in its name; what is still unknown is asked for, all at once.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from lorabench.config.fields import SUFFIXES
 from lorabench.errors import UserError
-from lorabench.sources.source import refuse_repeats
-from lorabench.store.checks import check_curves, check_table
+from lorabench.sources.source import check_tables
+from lorabench.store.checks import listed
 from lorabench.store.io import typed_columns
 from lorabench.store.schemas import RUNS
-from lorabench.store.tables import TRAINING_LOSS, Tables, with_stand_ins
+from lorabench.store.tables import TRAINING_LOSS, Tables
 
 _SETTINGS = {
     "model": ("base_model_name_or_path", "model_name_or_path", "base_model", "_name_or_path", "model_name"),
     "dataset": ("dataset_name", "datasets", "dataset_id"),
-    "method": ("finetuning_type", "peft_type"),
+    "method": ("finetuning_type", "peft_type", "use_peft", "use_lora"),
     "rank": ("lora_r", "lora_rank", "r"),
     "alpha": ("lora_alpha",),
     "placement": ("target_modules", "lora_target_modules", "lora_target"),
@@ -41,7 +41,8 @@ _SETTINGS = {
 }
 """The names that settings have elsewhere, beside that of the column of `runs`; the first that a run has counts."""
 
-_METHODS = {"lora": "lora", "true": "lora", **dict.fromkeys(("full", "fullft", "fft", "false"), "fullft")}
+_METHODS = {"lora": "lora", "full": "fullft", "fullft": "fullft", "fft": "fullft", "true": "lora", "false": "fullft"}
+"""The methods by what settings and names of runs say; a truth value is that of `use_peft`."""
 
 _ASKED = {
     "model": "NAME  # the base model",
@@ -59,7 +60,7 @@ _ASKED = {
 """What must be known of each run, the last three of LoRA only, and what a person who is asked writes for it."""
 
 _IN_NAMES = {"lr": "learning_rate|lr", "seed": "seed|s", "rank": "rank|r", "alpha": "alpha", "batch_size": "batch|bs"}
-_NUMBER = r"[=_-]?(\d+(?:\.\d+)?(?:e-?\d+)?)(?![a-z\d])"
+"""The words before a number in the name of a run, as in `lora-r8-lr1e-4-seed0`."""
 
 _WHOLE = ({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
           {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}, {"all-linear"}, {"all"})  # fmt: skip
@@ -86,93 +87,80 @@ class LoggedRun:
 
 
 def tidy_tables(runs: Sequence[LoggedRun], said: Sequence[str], place: Path) -> tuple[Tables, list[str]]:
-    """Return the tables `runs` and `curves` of logged runs, and sentences on how they were read.
+    """Return the tables `runs` and `curves` of logged runs, and sentences on what was read and how.
 
     `said` has lines KEY=VALUE or RUN:KEY=VALUE, with which a person says a column of `runs`, `test_loss` or
     `validation_loss` (the name of a logged loss) of all runs or of those whose names a pattern fits. UserError lists
-    everything that is not known, says that a line is wrong, that a run is of reinforcement learning, that runs are
-    alike, or what `check_table` and `check_curves` do.
+    everything that is not known, says that a line is wrong, that a run is of reinforcement learning, or what
+    `check_tables` does.
     """
     rows, points, notes, missing = [], [], dict[str, list[str]](), dict[str, list[str]]()
-    patterns = [_said(line, [run.name for run in runs], place) for line in said]
+    answers = [_answer(line, [run.name for run in runs], place) for line in said]
     for run in runs:
-        if {"reward", "train_reward"} & set(map(_plain, run.history)):
+        if _series(run.history, "reward"):
             raise UserError(f"{place}: {run.name} logs rewards; allowed: runs of supervised fine-tuning")
-        facts = _facts(run, notes) | {key: value for key, value, names in patterns if run.name in names}
-        facts |= {"run_id": run.name, "task": "sft"}
-        lora = facts["method"] != "fullft"
-        facts |= {} if lora else dict.fromkeys(("rank", "alpha", "placement"))
-        by_split = _losses(run.history, facts)
-        for fact in list(_ASKED)[: None if lora else -3]:
-            if facts.get(fact) is None:
-                missing.setdefault(fact, []).append(run.name)
-        final = _final(by_split)
-        facts["status"] = "done" if all(map(math.isfinite, final.values())) else "diverged"
-        if not run.finished and facts["status"] == "done":
+        facts = _facts(run, notes) | {key: value for key, value, names in answers if run.name in names}
+        lora_only = ("rank", "alpha", "placement")
+        if facts["method"] == "fullft":
+            facts |= dict.fromkeys(lora_only)
+        train, test, valid = _losses(run.history, facts)
+        finite = all(math.isfinite(facts.get(name) or 0) for name in RUNS.names if name.startswith("final_"))
+        if finite and not run.finished:
             notes.setdefault("left out, since they did not reach their last step", []).append(run.name)
             continue
-        rows.append(facts | final)
-        held_out = by_split.get("test") or by_split.get("validation")
-        if held_out is None:
-            notes.setdefault(TRAINING_LOSS, []).append(run.name)
-        elif max(held_out) < max(max(series) for series in by_split.values()):
-            notes.setdefault("last evaluated before the last step", []).append(run.name)
-        for split, series in (by_split | {"grad_norm": _series(run.history, "grad_norm")}).items():
-            named = ("train", split) if split == "grad_norm" else (split, "nll")
-            points += [(run.name, step, *named, value) for step, value in series.items()]
-    if missing:
+        for fact in _ASKED:
+            if facts.get(fact) is None and not (facts["method"] == "fullft" and fact in lora_only):
+                missing.setdefault(fact, []).append(run.name)
+        rows.append(facts | {"run_id": run.name, "task": "sft", "status": "done" if finite else "diverged"})
+        if not test or max(test) < max([*train, *test]):
+            why = "last evaluated before their last step" if test else TRAINING_LOSS
+            notes.setdefault(why, []).append(run.name)
+        series = {("train", "nll"): train, ("train", "grad_norm"): _series(run.history, "grad_norm")}
+        series |= {("validation", "nll"): valid or test, ("test", "nll"): test if valid else {}}
+        for (split, metric), values in series.items():
+            points += [(run.name, step, split, metric, value) for step, value in values.items()]
+    if missing or not rows:
         raise UserError("\n".join(_questions(missing, runs, place)))
     known = [name for name in RUNS.names if any(row.get(name) is not None for row in rows)]
     table = typed_columns(pd.DataFrame(rows, columns=known), "runs", place)
-    refuse_repeats(table, place)
     curves = pd.DataFrame(points, columns=["run_id", "step", "split", "metric", "value"])
-    curves = curves[curves["run_id"].isin(table["run_id"])]
     curves["examples"] = curves["step"] * curves["run_id"].map(table.set_index("run_id")["batch_size"])
-    curves = typed_columns(curves.assign(value=curves["value"].where(np.isfinite(curves["value"]))), "curves", place)
-    try:
-        check_table(with_stand_ins(table))
-        check_curves(curves)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from error
-    return Tables(table, curves.reset_index(drop=True)), [f"{what}: {_some(names)}" for what, names in notes.items()]
+    curves = typed_columns(curves.replace([math.inf, -math.inf], math.nan), "curves", place)
+    check_tables(table, curves, place)
+    arms: Any = table.groupby(["method", *(name for name in lora_only if name in known)], dropna=False)
+    read = [
+        f"{' '.join(str(part) for part in arm if pd.notna(part))}: {len(group)} runs at learning rates of "
+        f"{', '.join(f'{lr:g}' for lr in sorted(set(group['lr'])))}, seeds {listed(group['seed'])}"
+        for arm, group in arms
+    ]
+    return Tables(table, curves), [*read, *(f"{what}: {_some(names)}" for what, names in notes.items())]
 
 
-def _said(line: str, names: Sequence[str], place: Path) -> tuple[str, str, list[str]]:
+def _answer(line: str, names: Sequence[str], place: Path) -> tuple[str, str, list[str]]:
     """Return the key and the value that a line says, and the names of the runs of which it says it."""
     parts = re.fullmatch(r"(?:(.*?):)??(\w+)=(.+)", line)
     if parts is None or parts[2] not in (*RUNS.names, "test_loss", "validation_loss"):
         raise UserError(f"--set {line!r}: allowed: KEY=VALUE or RUN:KEY=VALUE, with a KEY such as {', '.join(_ASKED)}")
-    chosen = [name for name in names if parts[1] is None or fnmatchcase(name, parts[1])]
+    chosen = [name for name in names if fnmatchcase(name, parts[1] or "*")]
     if not chosen:
         raise UserError(f"--set {line!r}: no run of {place} has this name; allowed: {_some(names)}")
     return parts[2], parts[3], chosen
 
 
-def _final(by_split: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
-    """Return the last losses of a run: of the test, and where it has two evaluation sets of the validation.
-
-    Without either there is the mean training loss of the last tenth of what was logged, in nats per token.
-    """
-    if not {"test", "validation"} & set(by_split):
-        values = list(by_split.get("train", {}).values())
-        return {"final_train_nll": float(np.mean(values[-max(1, len(values) // 10) :]))} if values else {}
-    last = {split: series[max(series)] for split, series in by_split.items()}
-    if "test" not in last:
-        return {"final_test_nll": last["validation"]}
-    return {"final_valid_nll": last["validation"], "final_test_nll": last["test"]}
-
-
-def _questions(missing: Mapping[str, Sequence[str]], runs: Sequence[LoggedRun], place: Path) -> list[str]:
-    """Return the lines that ask for everything that is missing, each with the option that says it."""
-    lines = [
-        f"{place}: {len(runs)} runs do not say all that is needed; add the options below, and where runs differ in it "
-        "one for each RUN, or pattern such as full*, as in --set 'RUN:KEY=VALUE'"
-    ]
+def _questions(missing: Mapping[str, Sequence[str]], runs: Sequence[LoggedRun], place: Path) -> Iterator[str]:
+    """Yield the lines that ask for everything that is missing, each with the option that says it."""
+    if not missing:
+        yield f"{place}: none of its {len(runs)} runs is finished" if runs else f"{place}: holds no runs of this kind"
+        return
+    yield (
+        f"{place}: {len(runs)} runs do not say all that is needed; add the options below, and where runs differ one "
+        "for each run, or for a pattern of names such as full*, as in --set 'full*:KEY=VALUE'"
+    )
     for fact, names in missing.items():
-        of = "all runs" if len(names) == len(runs) else _some(names)
-        lines.append(f"  --set {fact}={_ASKED[fact]}; asked of {of}")
-    losses = sorted({key for run in runs for key in run.history if "loss" in key.lower()})
-    return [*lines, f"  logged losses: {', '.join(losses) or 'none'}"] if "test_loss" in missing else lines
+        yield f"  --set {fact}={_ASKED[fact]}; asked of {'all' if len(names) == len(runs) else _some(names)}"
+    if "test_loss" in missing:
+        losses = sorted({key for run in runs for key in run.history if "loss" in key.lower()})
+        yield f"  logged losses: {', '.join(losses) or 'none'}"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -183,45 +171,39 @@ def _plain(name: str) -> str:
     return re.sub(r"\W+", "_", name.lower())
 
 
-def _series(history: Mapping[str, Mapping[int, float]], *names: str) -> Mapping[int, float]:
-    """Return the first metric that has one of these names, perhaps after `train/`; empty if there is none."""
-    found = {_plain(key): series for key, series in history.items() if series}
-    return next(
-        (found[f"{start}{name}"] for name in names for start in ("train_", "") if f"{start}{name}" in found), {}
-    )
+def _series(history: Mapping[str, Mapping[int, float]], name: str) -> Mapping[int, float]:
+    """Return the metric of this name, perhaps after `train/`; empty if there is none."""
+    found = {_plain(key): series for key, series in history.items()}
+    return found.get(f"train_{name}") or found.get(name) or {}
 
 
 def _facts(run: LoggedRun, notes: dict[str, list[str]]) -> dict[str, Any]:
     """Return the columns of `runs` that are known of a run, None for others; notes tell what its name says."""
-    settings = {key.rpartition(".")[2]: value for key, value in run.settings.items()} | dict(run.settings)
-    settings = {key: value for key, value in settings.items() if value not in (None, "", [])}
+    settings = {key.rpartition(".")[2]: value for key, value in run.settings.items()} | run.settings
+    settings = {key: value for key, value in settings.items() if value not in (None, "", "NaN", [])}
     facts: dict[str, Any] = {
         fact: next((settings[name] for name in (*names, fact) if name in settings), None)
         for fact, names in _SETTINGS.items()
     }
-    name = run.name.lower()
-    method = facts["method"] or next((settings[key] for key in ("use_peft", "use_lora") if key in settings), None)
-    if method is None:
-        method = next((word for word in _METHODS if re.search(rf"(?<![a-z]){word}(?![a-z])", name)), None)
-    start = str(settings.get("init_lora_weights")).lower().partition("_")[0]
-    facts["method"] = _METHODS.get(str(method).lower(), method)
+    name, flags = run.name.lower(), {key: str(value).lower() for key, value in settings.items()}
+    in_name = re.search(r"(?<![a-z])(lora|fullft|full|fft)(?![a-z])", name)
+    method = str(facts["method"] or (in_name and in_name[1]) or "").lower()
+    facts["method"] = _METHODS.get(method, method or None)
     if facts["method"] == "lora":
-        variant = "dora" if str(settings.get("use_dora")).lower() == "true" else start
+        variant = "dora" if flags.get("use_dora") == "true" else flags.get("init_lora_weights", "").split("_")[0]
         facts["method"] = variant if variant in ("dora", "pissa", "olora") else "lora"
-        if "use_rslora" in settings:
-            rooted = str(settings["use_rslora"]).lower() == "true"
-            facts["alpha_convention"] = "alpha/sqrt(r)" if rooted else "alpha/r"
+        facts["alpha_convention"] = {"true": "alpha/sqrt(r)", "false": "alpha/r"}.get(flags.get("use_rslora", ""))
     facts["placement"] = _placement(facts["placement"])
-    facts["steps"] = max((step for series in run.history.values() for step in series), default=0) or None
-    if "gradient_accumulation_steps" in settings and facts["batch_size"] == settings.get("batch_size"):
-        # A number beside accumulated steps may be that of a micro-batch.
+    steps = facts["steps"] = max((step for series in run.history.values() for step in series), default=0) or None
+    if facts["batch_size"] == settings.get("batch_size") and "gradient_accumulation_steps" in settings:
+        # Beside accumulated steps, it may be that of a device.
         facts["batch_size"] = None
-    facts["batch_size"] = facts["batch_size"] or _batch_size(run, settings, facts["steps"])
-    lr, schedule = _peak(_series(run.history, "learning_rate"), facts["steps"])
+    lr, schedule = _peak(_series(run.history, "learning_rate"), steps or 0)
     facts["lr"] = facts["lr"] or lr
-    facts["schedule"] = str(facts["schedule"]).rpartition(".")[2].lower() if facts["schedule"] else schedule
+    facts["schedule"] = str(facts["schedule"] or schedule or "unknown").rpartition(".")[2].lower()
     for fact, words in _IN_NAMES.items():
-        if facts[fact] is None and (number := re.search(rf"(?<![a-z])(?:{words}){_NUMBER}", name)):
+        number = re.search(rf"(?<![a-z])(?:{words})[=_-]?(\d+(?:\.\d+)?(?:e-?\d+)?)(?![a-z\d])", name)
+        if facts[fact] is None and number:
             facts[fact] = number[1]
             notes.setdefault(f"{fact} taken from the names of runs", []).append(run.name)
     return facts
@@ -235,59 +217,43 @@ def _placement(modules: Any) -> str | None:
     return next((where for where in ("attn", "mlp") if words and words <= {where, *SUFFIXES[where]}), None)
 
 
-def _batch_size(run: LoggedRun, settings: Mapping[str, Any], steps: int | None) -> int | None:
-    """Return the examples per step by the speeds that transformers logs at the end, if they leave one answer.
-
-    They give the mean number of examples of a step. The last step of an epoch may have fewer than the others, each of
-    which has a multiple of the examples of a device.
-    """
-    names = ("train_samples_per_second", "train_runtime", "epoch")
-    speed, seconds, epochs = (max(_series(run.history, name).values(), default=0.0) for name in names)
-    unit = int(settings.get("per_device_train_batch_size", 0)) * int(settings.get("gradient_accumulation_steps", 1))
-    if not (steps and speed * seconds * epochs * unit):
-        return None
-    mean, per_epoch = speed * seconds / steps, steps / epochs
-    most = mean * per_epoch / max(0.5, per_epoch - 1)
-    fitting = [size for size in range(unit, math.ceil(most) + 1, unit) if size >= 0.998 * mean]
-    return fitting[0] if len(fitting) == 1 else None
-
-
-def _peak(lrs: Mapping[int, float], steps: int | None) -> tuple[float | None, str | None]:
+def _peak(lrs: Mapping[int, float], steps: int) -> tuple[float | None, str | None]:
     """Return the highest learning rate and the schedule that a log of learning rates shows, None where it does not.
 
     A log of every tenth step lacks the first one, so that the highest value logged is not the highest that there was;
     a line or a cosine through all values tells it. Some versions log the learning rate of the step, others of the next.
     """
     logged = {step: lr for step, lr in lrs.items() if lr > 0}
-    if len(logged) > 1 and steps:
-        for before in (1, 0):
-            done = {step: (step - before) / steps for step in logged if step < steps + before}
-            for schedule, shape in _SHAPES.items():
-                peaks = [logged[step] / shape(share) for step, share in done.items()]
-                if max(peaks) <= min(peaks) * (1 + 1e-4):
-                    return float(f"{peaks[0]:.6g}"), schedule
-        top = max(logged.values())
-        if len(logged) >= steps - 1 or list(logged.values()).count(top) > 1:
-            return top, None
-    return None, None
+    if len(logged) < 2:
+        return None, None
+    for before, (schedule, shape) in product((1, 0), _SHAPES.items()):
+        peaks = [lr / shape((step - before) / steps) for step, lr in logged.items() if step < steps + before]
+        if len(peaks) > 1 and max(peaks) <= min(peaks) * (1 + 1e-4):
+            return float(f"{peaks[0]:.6g}"), schedule
+    top = max(logged.values())
+    # A plateau or a log of every step shows the highest itself.
+    return (top if len(logged) >= steps - 1 or list(logged.values()).count(top) > 1 else None), None
 
 
-def _losses(history: Mapping[str, Mapping[int, float]], facts: dict[str, Any]) -> dict[str, Mapping[int, float]]:
-    """Return the losses by split, and complete `test_loss` and `validation_loss` among the facts.
+def _losses(history: Mapping[str, Mapping[int, float]], facts: dict[str, Any]) -> list[Mapping[int, float]]:
+    """Return the training loss, the test loss and the validation loss by step, and add the final ones to the facts.
 
-    A single evaluation set stands for the test, and its curve for that of the validation split, whose losses curves are
-    compared by. Without one there is the training loss alone.
+    A single evaluation set is the test. Without one, the final training loss is the mean of the last tenth of the log,
+    and the fact `test_loss` is True. It is None where there are several of which none is named after the test, or the
+    one that a person names is not logged.
     """
-    names = {_plain(key): key for key, series in history.items() if series}
-    kind = "eval|validation|valid|val|dev|test"
-    held_out = [key for name, key in names.items() if re.fullmatch(rf"(?:{kind})_(?:.+_)?(?:loss|nll)", name)]
+    kind = r"(?:eval|validation|valid|val|dev|test)_(?:.+_)?(?:loss|nll)"
+    held_out = [key for key, series in history.items() if series and re.fullmatch(kind, _plain(key))]
     tests = [key for key in held_out if "test" in key.lower()] if len(held_out) == 2 else held_out
-    train = _series(history, "loss", "nll")
-    if not held_out and train:
-        facts.setdefault("test_loss", "")
-    if facts.get("test_loss") is None and len(tests) == 1:
-        facts["test_loss"] = tests[0]
-        facts.setdefault("validation_loss", next((key for key in held_out if key not in tests), None))
+    train = _series(history, "loss")
+    if len(tests) == 1 and facts.get("test_loss") is None:
+        others = [key for key in held_out if key not in tests]
+        facts |= {"test_loss": tests[0], "validation_loss": next(iter(others), None)}
     test, valid = (history.get(facts.get(name) or "", {}) for name in ("test_loss", "validation_loss"))
-    by_split = {"train": train, "validation": valid or test, "test": test if valid else {}}
-    return {split: series for split, series in by_split.items() if series}
+    for name, series in (("final_test_nll", test), ("final_valid_nll", valid)):
+        facts[name] = series[max(series)] if series else None
+    if train and not held_out:
+        ends = sorted(train)[-math.ceil(len(train) / 10) :]
+        facts["final_train_nll"] = sum(train[step] for step in ends) / len(ends)
+    facts["test_loss"] = bool(test or (train and not held_out)) or None
+    return [train, test, valid]

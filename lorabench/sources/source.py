@@ -138,15 +138,7 @@ def import_source(folder: Path) -> tuple[SourceFile, Tables]:
     runs = _runs(folder / "runs.csv", source)
     curves = read_table(folder, "curves") if len(source.sha256) > 1 else pd.DataFrame(columns=CURVES.names)
     curves = curves_of(curves, runs).reset_index(drop=True)
-    try:
-        check_table(with_stand_ins(runs))
-        check_curves(curves)
-        if source.outcome == "accuracy":
-            rewards = runs.reindex(columns=["run_id", "final_reward"])
-            lacking = runs["status"].eq("done") & rewards["final_reward"].isna()
-            refuse_rows(rewards, lacking, "run_id", "final_reward", "a share")
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+    check_tables(runs, curves, folder, accuracies=source.outcome == "accuracy")
     return source, Tables(runs, curves)
 
 
@@ -166,17 +158,27 @@ def _runs(path: Path, source: SourceFile) -> pd.DataFrame:
     for column, name in (("base_params", "parameters"), ("family", "family"), ("hidden_size", "hidden_size")):
         added[column] = runs["model"].map({model: getattr(about, name) for model, about in source.models.items()})
     kept = {name: value for name, value in added.items() if name not in runs and value is not None}
-    runs = typed_columns(runs.assign(**kept), "runs", path)
-    refuse_repeats(runs, path)
-    return runs
+    return typed_columns(runs.assign(**kept), "runs", path)
 
 
-def refuse_repeats(runs: pd.DataFrame, path: Path) -> None:
-    """Raise UserError, which names a path, if two runs have equal settings and seed."""
+def check_tables(runs: pd.DataFrame, curves: pd.DataFrame, place: Path, accuracies: bool = False) -> None:
+    """Raise UserError, which names where the tables are from, if they are not valid or two runs have equal settings.
+
+    With `accuracies`, each finished run needs one.
+    """
     cell = [name for name in _CELL if name in runs]
     for _, row in runs.loc[runs.duplicated(cell), cell].iterrows():
         settings = ", ".join(f"{name} {value}" for name, value in row.dropna().items())
-        raise UserError(f"{path}: has several runs with {settings}; give them seeds, or their mean as one run")
+        raise UserError(f"{place}: has several runs with {settings}; give them seeds, or their mean as one run")
+    try:
+        check_table(with_stand_ins(runs))
+        check_curves(curves)
+        if accuracies:
+            rewards = runs.reindex(columns=["run_id", "final_reward"])
+            lacking = runs["status"].eq("done") & rewards["final_reward"].isna()
+            refuse_rows(rewards, lacking, "run_id", "final_reward", "a share")
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
 
 
 @dataclass(frozen=True)

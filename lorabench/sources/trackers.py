@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,36 +37,30 @@ def trainer_state(folder: Path) -> list[LoggedRun]:
     last: dict[Path, tuple[int, LoggedRun]] = {}
     for path in sorted(folder.rglob("trainer_state.json")):
         place = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
-        state, history = _json(path), dict[str, dict[int, float]]()
-        about: dict[str, Any] = {"per_device_train_batch_size": state.get("train_batch_size") or 0}
-        try:
-            about |= _beside(path.parent, place) | (state.get("trial_params") or {})
+        with _readable(path):
+            state = json.loads(path.read_text(encoding="utf-8"))
+            done, history = int(state["global_step"]), dict[str, dict[int, float]]()
             for row in state["log_history"]:
                 for key in (key for key, value in row.items() if isinstance(value, int | float)):
                     history.setdefault(key, {})[int(row["step"])] = float(row[key])
-            done, planned = int(state["global_step"]), int(state["max_steps"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: not written by transformers, since it lacks {error}") from error
-        if place not in last or done >= last[place][0]:
-            last[place] = done, LoggedRun(_name(place, folder), about, history, done >= planned)
+            about = _beside(path.parent, place) | (state.get("trial_params") or {})
+            if place not in last or done >= last[place][0]:
+                last[place] = done, LoggedRun(_name(place, folder), about, history, done >= int(state["max_steps"]))
     return [run for _, run in last.values()]
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Within the context, what a file should not hold is a UserError that names it."""
+    try:
+        yield
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {type(error).__name__}, {error}") from error
 
 
 def _name(run: Path, folder: Path) -> str:
     """Return the name of a run's folder below another, or of the folder itself."""
-    below = run != folder and run.is_relative_to(folder)
-    return run.relative_to(folder).as_posix() if below else run.resolve().name
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; empty if there is no such file."""
-    try:
-        read = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(read, dict):
-        raise UserError(f"{path}: holds no JSON object")
-    return read
+    return run.resolve().name if run == folder else run.relative_to(folder).as_posix()
 
 
 def _beside(*folders: Path) -> dict[str, Any]:
@@ -77,9 +73,10 @@ def _beside(*folders: Path) -> dict[str, Any]:
         # The card has a total where it is another number.
         about.setdefault("total_train_batch_size", about["train_batch_size"])
     for name, method in (("config.json", "fullft"), ("adapter_config.json", "lora")):
-        for folder in folders:
-            if told := _json(folder / name):
-                about |= {"peft_type": method, **told}
+        for path in (folder / name for folder in folders):
+            if path.is_file():
+                with _readable(path):
+                    about |= {"peft_type": method, **json.loads(path.read_text(encoding="utf-8"))}
     return about
 
 
@@ -93,11 +90,9 @@ def wandb_csv(path: Path) -> list[LoggedRun]:
     settings, histories = dict[str, dict[str, Any]](), dict[str, dict[str, dict[int, float]]]()
     counted: dict[str, str] = {}
     for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
-        try:
+        with _readable(file):
             # W&B leaves a cell empty where there is no value, and writes NaN where this is the value.
             table = pd.read_csv(file, keep_default_na=False, na_values=[""])
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} can't be read as a table: {error}") from error
         columns: list[str] = table.columns.tolist()
         step = next((name for name in _STEPS if name in columns), None)
         if step is None:
@@ -141,7 +136,7 @@ def tensorboard(folder: Path) -> list[LoggedRun]:
         raise UserError("--from tensorboard needs the package tensorboard: pip install tensorboard") from error
     runs: dict[Path, LoggedRun] = {}
     for place in sorted({path.parent for path in folder.rglob("*tfevents*")}):
-        run = place.parent.parent if place.parent.name == "runs" else place
+        run = place.parent.parent if place.parent.name == "runs" and place.parent != folder else place
         known = runs.setdefault(run, LoggedRun(_name(run, folder), _beside(run), {}))
         events = EventAccumulator(str(place), size_guidance={"scalars": 0})
         events.Reload()
