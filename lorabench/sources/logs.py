@@ -34,6 +34,7 @@ _SETTINGS = {
     "placement": ("target_modules", "lora_target_modules", "lora_target"),
     "lr": ("learning_rate",),
     "batch_size": ("total_train_batch_size", "global_batch_size", "effective_batch_size"),
+    "steps": ("train/global_step", "global_step"),
     "seed": ("random_seed",),
     "schedule": ("lr_scheduler_type", "lr_scheduler"),
     "family": ("model_type",),
@@ -105,7 +106,7 @@ def tidy_tables(runs: Sequence[LoggedRun], said: Sequence[str], place: Path) -> 
             facts |= dict.fromkeys(lora_only)
         train, test, valid = _losses(run.history, facts)
         finite = all(math.isfinite(facts.get(name) or 0) for name in RUNS.names if name.startswith("final_"))
-        if finite and not run.finished:
+        if finite and not facts["finished"]:
             notes.setdefault("left out, since they did not reach their last step", []).append(run.name)
             continue
         for fact in _ASKED:
@@ -127,9 +128,11 @@ def tidy_tables(runs: Sequence[LoggedRun], said: Sequence[str], place: Path) -> 
     curves["examples"] = curves["step"] * curves["run_id"].map(table.set_index("run_id")["batch_size"])
     curves = typed_columns(curves.replace([math.inf, -math.inf], math.nan), "curves", place)
     check_tables(table, curves, place)
-    arms: Any = table.groupby(["method", *(name for name in lora_only if name in known)], dropna=False)
+    labels = ["method", *(name for name in lora_only if name in known)]
+    arms: Any = table.groupby(labels, dropna=False)
     read = [
-        f"{' '.join(str(part) for part in arm if pd.notna(part))}: {len(group)} runs at learning rates of "
+        f"{', '.join(f'{name} {part}' for name, part in zip(labels, arm, strict=True) if pd.notna(part))}: "
+        f"{len(group)} runs at learning rates of "
         f"{', '.join(f'{lr:g}' for lr in sorted(set(group['lr'])))}, seeds {listed(group['seed'])}"
         for arm, group in arms
     ]
@@ -156,7 +159,7 @@ def _questions(missing: Mapping[str, Sequence[str]], runs: Sequence[LoggedRun], 
         f"{place}: {len(runs)} runs do not say all that is needed; add the options below, and where runs differ one "
         "for each run, or for a pattern of names such as full*, as in --set 'full*:KEY=VALUE'"
     )
-    for fact, names in missing.items():
+    for fact, names in ((fact, missing[fact]) for fact in _ASKED if fact in missing):
         yield f"  --set {fact}={_ASKED[fact]}; asked of {'all' if len(names) == len(runs) else _some(names)}"
     if "test_loss" in missing:
         losses = sorted({key for run in runs for key in run.history if "loss" in key.lower()})
@@ -172,9 +175,10 @@ def _plain(name: str) -> str:
 
 
 def _series(history: Mapping[str, Mapping[int, float]], name: str) -> Mapping[int, float]:
-    """Return the metric of this name, perhaps after `train/`; empty if there is none."""
+    """Return the metric of this name, or of this name after `train/`; empty if there is none."""
     found = {_plain(key): series for key, series in history.items()}
-    return found.get(f"train_{name}") or found.get(name) or {}
+    # Of transformers, `loss` is that of each step and `train_loss` the mean over all.
+    return found.get(name) or found.get(f"train_{name}") or {}
 
 
 def _facts(run: LoggedRun, notes: dict[str, list[str]]) -> dict[str, Any]:
@@ -194,11 +198,12 @@ def _facts(run: LoggedRun, notes: dict[str, list[str]]) -> dict[str, Any]:
         facts["method"] = variant if variant in ("dora", "pissa", "olora") else "lora"
         facts["alpha_convention"] = {"true": "alpha/sqrt(r)", "false": "alpha/r"}.get(flags.get("use_rslora", ""))
     facts["placement"] = _placement(facts["placement"])
-    steps = facts["steps"] = max((step for series in run.history.values() for step in series), default=0) or None
+    facts["steps"] = facts["steps"] or max((step for series in run.history.values() for step in series), default=None)
+    facts["finished"] = run.finished and float(facts["steps"] or 0) >= float(settings.get("max_steps", 0))
     if facts["batch_size"] == settings.get("batch_size") and "gradient_accumulation_steps" in settings:
         # Beside accumulated steps, it may be that of a device.
         facts["batch_size"] = None
-    lr, schedule = _peak(_series(run.history, "learning_rate"), steps or 0)
+    lr, schedule = _peak(_series(run.history, "learning_rate"), int(facts["steps"] or 0))
     facts["lr"] = facts["lr"] or lr
     facts["schedule"] = str(facts["schedule"] or schedule or "unknown").rpartition(".")[2].lower()
     for fact, words in _IN_NAMES.items():

@@ -26,6 +26,7 @@ _CARD = (
     r"^(?:- )?(base_model|datasets|learning_rate|(?:total_)?train_batch_size|seed|lr_scheduler_type):\s(?:- )?(\S.*)$"
 )
 """The lines of a model card, of its head and of its list of hyperparameters, that say something of the run."""
+_DATASET = r"fine-tuned version of .+ on the \[?([^\s\]]+)\S* dataset\."
 
 
 def trainer_state(folder: Path) -> list[LoggedRun]:
@@ -43,9 +44,9 @@ def trainer_state(folder: Path) -> list[LoggedRun]:
             for row in state["log_history"]:
                 for key in (key for key, value in row.items() if isinstance(value, int | float)):
                     history.setdefault(key, {})[int(row["step"])] = float(row[key])
-            about = _beside(path.parent, place) | (state.get("trial_params") or {})
+            about = {"global_step": done, "max_steps": int(state["max_steps"])} | (state.get("trial_params") or {})
             if place not in last or done >= last[place][0]:
-                last[place] = done, LoggedRun(_name(place, folder), about, history, done >= int(state["max_steps"]))
+                last[place] = done, LoggedRun(_name(place, folder), _beside(path.parent, place) | about, history)
     return [run for _, run in last.values()]
 
 
@@ -68,7 +69,8 @@ def _beside(*folders: Path) -> dict[str, Any]:
     about: dict[str, Any] = {}
     for card in (folder / "README.md" for folder in folders):
         if card.is_file():
-            about |= re.findall(_CARD, card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+            text = card.read_text(encoding="utf-8", errors="replace")
+            about |= [("datasets", name) for name in re.findall(_DATASET, text)] + re.findall(_CARD, text, re.MULTILINE)
     if "train_batch_size" in about:
         # The card has a total where it is another number.
         about.setdefault("total_train_batch_size", about["train_batch_size"])
@@ -93,31 +95,31 @@ def wandb_csv(path: Path) -> list[LoggedRun]:
         with _readable(file):
             # W&B leaves a cell empty where there is no value, and writes NaN where this is the value.
             table = pd.read_csv(file, keep_default_na=False, na_values=[""])
-        columns: list[str] = table.columns.tolist()
-        step = next((name for name in _STEPS if name in columns), None)
-        if step is None:
-            raise UserError(f"{file}: has no column of optimizer steps; allowed: {', '.join(_STEPS)}")
-        charts = [column for column in columns if " - " in column and not column.endswith(("__MIN", "__MAX"))]
-        name = next((name for name in _NAMES if name in columns and table[name].notna().all()), None)
-        runs = table[name].astype(str) if name else pd.Series(file.stem, table.index)
-        if charts:
-            long = table.melt(step, charts, "METRIC", "VALUE")
-            long[["RUN", "METRIC"]] = long["METRIC"].str.rsplit(" - ", n=1, expand=True)
-        else:
-            long = table.assign(RUN=runs).melt(["RUN", step], None, "METRIC", "VALUE")
-        if of_runs := not charts and name is not None and runs.is_unique:
-            adapters = [column for column in columns if column.endswith(".peft_type")]
-            for run, row in zip(runs, table.to_dict("records"), strict=True):
-                settings[run] = {str(key): value for key, value in row.items() if pd.notna(value)}
-                if adapters and not settings[run].keys() & set(adapters):
-                    settings[run]["method"] = "fullft"
-            # Beside metrics, such a table has settings.
-            long = long[long["METRIC"].str.contains("/|loss")]
-        long = long.dropna().assign(VALUE=pd.to_numeric(long["VALUE"], errors="coerce"))
-        for run, metric, at, value in long[["RUN", "METRIC", step, "VALUE"]].itertuples(index=False):
-            histories.setdefault(str(run), {}).setdefault(str(metric), {})[int(at)] = float(value)
-        if step in ("Step", "_step") and not of_runs:
-            counted |= dict.fromkeys(long["RUN"], f"{file}: its column {step}")
+            columns: list[str] = table.columns.tolist()
+            step = next((name for name in _STEPS if name in columns), None)
+            if step is None:
+                raise UserError(f"{file}: has no column of optimizer steps; allowed: {', '.join(_STEPS)}")
+            charts = [column for column in columns if " - " in column and not column.endswith(("__MIN", "__MAX"))]
+            name = next((name for name in _NAMES if name in columns and table[name].notna().all()), None)
+            runs = table[name].astype(str) if name else pd.Series(file.stem, table.index)
+            if charts:
+                long = table.melt(step, charts, "METRIC", "VALUE")
+                long[["RUN", "METRIC"]] = long["METRIC"].str.rsplit(" - ", n=1, expand=True)
+            else:
+                long = table.assign(RUN=runs).melt(["RUN", step], None, "METRIC", "VALUE")
+            if of_runs := not charts and name is not None and runs.is_unique:
+                adapters = [column for column in columns if column.endswith(".peft_type")]
+                for run, row in zip(runs, table.to_dict("records"), strict=True):
+                    settings[run] = {str(key): value for key, value in row.items() if pd.notna(value)}
+                    if adapters and not settings[run].keys() & set(adapters):
+                        settings[run]["method"] = "fullft"
+                # Beside metrics, such a table has settings.
+                long = long[long["METRIC"].str.contains("/|loss")]
+            long = long.dropna().assign(VALUE=pd.to_numeric(long["VALUE"], errors="coerce"))
+            for run, metric, at, value in long[["RUN", "METRIC", step, "VALUE"]].itertuples(index=False):
+                histories.setdefault(str(run), {}).setdefault(str(metric), {})[int(at)] = float(value)
+            if step in ("Step", "_step") and not of_runs:
+                counted |= dict.fromkeys(long["RUN"], f"{file}: its column {step}")
     for run in counted.keys() & {run for run, about in settings.items() if "train/global_step" in about}:
         raise UserError(f"{counted[run]} counts what {run} logged; allowed: a chart or history by train/global_step")
     states = {run: settings.get(run, {}).get("State", "finished") for run in histories}
@@ -144,7 +146,8 @@ def tensorboard(folder: Path) -> list[LoggedRun]:
         for tag in tags["scalars"]:
             known.history.setdefault(tag, {}).update((event.step, event.value) for event in events.Scalars(tag))
         for tag in {"args/text_summary", "model_config/text_summary"} & set(tags["tensors"]):
-            known.settings.update(json.loads(events.Tensors(tag)[0].tensor_proto.string_val[0]))
+            with _readable(place):
+                known.settings.update(json.loads(events.Tensors(tag)[0].tensor_proto.string_val[0]))
     return list(runs.values())
 
 
