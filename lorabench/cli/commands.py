@@ -306,8 +306,8 @@ def import_runs(
 ) -> None:
     """Read runs of others into tidy tables: logs of their trainers, or published tables with a file source.yaml.
 
-    From trainer-state, these are folders of transformers and TRL; from wandb-csv, exports of tables, charts or
-    histories; from tensorboard, event files. What such logs do not say is asked for, all at once.
+    From trainer-state, these are folders of transformers and TRL; from wandb-csv, exports of a table of runs, of charts
+    or of histories; from tensorboard, event files. What such logs do not say is asked for, all at once.
     """
     from lorabench.sources.logs import tidy_tables
     from lorabench.sources.source import import_source

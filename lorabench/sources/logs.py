@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
@@ -33,7 +33,7 @@ _SETTINGS = {
     "alpha": ("lora_alpha",),
     "placement": ("target_modules", "lora_target_modules", "lora_target"),
     "lr": ("learning_rate",),
-    "batch_size": ("total_train_batch_size", "global_batch_size", "effective_batch_size"),
+    "batch_size": ("total_train_batch_size", "global_batch_size", "effective_batch_size", "train_batch_size"),
     "steps": ("train/global_step", "global_step"),
     "seed": ("random_seed",),
     "schedule": ("lr_scheduler_type", "lr_scheduler"),
@@ -84,7 +84,6 @@ class LoggedRun:
     """What it was trained with; parts of a nested setting are joined by points, as in `peft_config.default.r`."""
     history: dict[str, dict[int, float]]
     """The values of each metric by the number of optimizer steps before."""
-    finished: bool = True
 
 
 def tidy_tables(runs: Sequence[LoggedRun], said: Sequence[str], place: Path) -> tuple[Tables, list[str]]:
@@ -116,12 +115,14 @@ def tidy_tables(runs: Sequence[LoggedRun], said: Sequence[str], place: Path) -> 
         if not test or max(test) < max([*train, *test]):
             why = "last evaluated before their last step" if test else TRAINING_LOSS
             notes.setdefault(why, []).append(run.name)
-        series = {("train", "nll"): train, ("train", "grad_norm"): _series(run.history, "grad_norm")}
-        series |= {("validation", "nll"): valid or test, ("test", "nll"): test if valid else {}}
-        for (split, metric), values in series.items():
-            points += [(run.name, step, split, metric, value) for step, value in values.items()]
-    if missing or not rows:
-        raise UserError("\n".join(_questions(missing, runs, place)))
+        losses = {"train": train, "validation": valid or test, "test": test if valid else {}}
+        for split, values in (losses | {"grad_norm": _series(run.history, "grad_norm")}).items():
+            named = (split, "nll") if split in losses else ("train", split)
+            points += [(run.name, step, *named, value) for step, value in values.items()]
+    if missing:
+        raise UserError(_questions(missing, runs, place))
+    if not rows:
+        raise UserError(f"{place}: holds no finished runs of this kind")
     known = [name for name in RUNS.names if any(row.get(name) is not None for row in rows)]
     table = typed_columns(pd.DataFrame(rows, columns=known), "runs", place)
     curves = pd.DataFrame(points, columns=["run_id", "step", "split", "metric", "value"])
@@ -150,20 +151,22 @@ def _answer(line: str, names: Sequence[str], place: Path) -> tuple[str, str, lis
     return parts[2], parts[3], chosen
 
 
-def _questions(missing: Mapping[str, Sequence[str]], runs: Sequence[LoggedRun], place: Path) -> Iterator[str]:
-    """Yield the lines that ask for everything that is missing, each with the option that says it."""
-    if not missing:
-        yield f"{place}: none of its {len(runs)} runs is finished" if runs else f"{place}: holds no runs of this kind"
-        return
-    yield (
+def _questions(missing: Mapping[str, Sequence[str]], runs: Sequence[LoggedRun], place: Path) -> str:
+    """Return the lines that ask for everything that is missing, each with the option that says it."""
+    losses = sorted({key for run in runs for key in run.history if "loss" in key.lower()})
+    asked = {
+        fact: f"  --set {fact}={_ASKED[fact]}; asked of "
+        f"{'all' if len(missing[fact]) == len(runs) else _some(missing[fact])}"
+        for fact in _ASKED
+        if fact in missing
+    }
+    if "test_loss" in asked:
+        asked["test_loss"] += f"; logged are {', '.join(losses) or 'none'}"
+    head = (
         f"{place}: {len(runs)} runs do not say all that is needed; add the options below, and where runs differ one "
         "for each run, or for a pattern of names such as full*, as in --set 'full*:KEY=VALUE'"
     )
-    for fact, names in ((fact, missing[fact]) for fact in _ASKED if fact in missing):
-        yield f"  --set {fact}={_ASKED[fact]}; asked of {'all' if len(names) == len(runs) else _some(names)}"
-    if "test_loss" in missing:
-        losses = sorted({key for run in runs for key in run.history if "loss" in key.lower()})
-        yield f"  logged losses: {', '.join(losses) or 'none'}"
+    return "\n".join([head, *asked.values()])
 
 
 def _some(names: Sequence[str]) -> str:
@@ -199,9 +202,11 @@ def _facts(run: LoggedRun, notes: dict[str, list[str]]) -> dict[str, Any]:
         facts["alpha_convention"] = {"true": "alpha/sqrt(r)", "false": "alpha/r"}.get(flags.get("use_rslora", ""))
     facts["placement"] = _placement(facts["placement"])
     facts["steps"] = facts["steps"] or max((step for series in run.history.values() for step in series), default=None)
-    facts["finished"] = run.finished and float(facts["steps"] or 0) >= float(settings.get("max_steps", 0))
-    if facts["batch_size"] == settings.get("batch_size") and "gradient_accumulation_steps" in settings:
-        # Beside accumulated steps, it may be that of a device.
+    # A tracker says how a run ended, and transformers how long it was to be.
+    planned = float(settings.get("max_steps", 0))
+    facts["finished"] = settings.get("State", "finished") == "finished" and float(facts["steps"] or 0) >= planned
+    of_device = (settings.get("batch_size"), settings.get("train_batch_size"))
+    if facts["batch_size"] in of_device and "gradient_accumulation_steps" in settings:
         facts["batch_size"] = None
     lr, schedule = _peak(_series(run.history, "learning_rate"), int(facts["steps"] or 0))
     facts["lr"] = facts["lr"] or lr

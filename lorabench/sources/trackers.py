@@ -71,9 +71,6 @@ def _beside(*folders: Path) -> dict[str, Any]:
         if card.is_file():
             text = card.read_text(encoding="utf-8", errors="replace")
             about |= [("datasets", name) for name in re.findall(_DATASET, text)] + re.findall(_CARD, text, re.MULTILINE)
-    if "train_batch_size" in about:
-        # The card has a total where it is another number.
-        about.setdefault("total_train_batch_size", about["train_batch_size"])
     for name, method in (("config.json", "fullft"), ("adapter_config.json", "lora")):
         for path in (folder / name for folder in folders):
             if path.is_file():
@@ -122,8 +119,7 @@ def wandb_csv(path: Path) -> list[LoggedRun]:
                 counted |= dict.fromkeys(long["RUN"], f"{file}: its column {step}")
     for run in counted.keys() & {run for run, about in settings.items() if "train/global_step" in about}:
         raise UserError(f"{counted[run]} counts what {run} logged; allowed: a chart or history by train/global_step")
-    states = {run: settings.get(run, {}).get("State", "finished") for run in histories}
-    return [LoggedRun(run, settings.get(run, {}), histories[run], states[run] == "finished") for run in histories]
+    return [LoggedRun(run, settings.get(run, {}), history) for run, history in histories.items()]
 
 
 def tensorboard(folder: Path) -> list[LoggedRun]:

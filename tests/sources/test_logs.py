@@ -116,10 +116,10 @@ def test_all_that_is_missing_is_asked_for_at_once(tmp_path):
     assert result.exit_code == 2
     first, *asked = result.stderr.splitlines()
     assert "2 runs do not say all that is needed" in first
-    assert [line.split("--set ")[1].partition("=")[0] for line in asked[:-1]] == [
+    assert [line.split("--set ")[1].partition("=")[0] for line in asked] == [
         "model", "dataset", "lr", "batch_size", "seed", "test_loss", "rank", "placement"]  # fmt: skip
     assert any(line.endswith("asked of all") for line in asked if "dataset=" in line)
-    assert asked[-1].endswith("logged losses: eval_loss, eval_x_loss, eval_y_loss, loss, train_loss")
+    assert asked[5].endswith("asked of a; logged are eval_loss, eval_x_loss, eval_y_loss, loss, train_loss")
     for line, message in (
         ("colour=red", "--set 'colour=red': allowed: KEY=VALUE or RUN:KEY=VALUE, with a KEY such as model, dataset"),
         ("b*:lr=1", "--set 'b*:lr=1': no run of .* has this name; allowed: a, full-lr1e-3"),
@@ -146,7 +146,7 @@ def test_what_is_no_log_is_refused_in_a_sentence(tmp_path):
             r"table.csv: has no column of optimizer steps; allowed: train/global_step",
         ),
         (lambda: imported("wandb-csv", tmp_path / "none.csv"), "none.csv can't be read: FileNotFoundError"),
-        (lambda: imported("trainer-state", tmp_path / "out"), "out: holds no runs of this kind$"),
+        (lambda: imported("trainer-state", tmp_path / "out"), "out: holds no finished runs of this kind$"),
         (lambda: tidy_tables([rewarded], (), tmp_path), "a logs rewards; allowed: runs of supervised fine-tuning$"),
     ):
         with pytest.raises(UserError, match=message) as refused:
@@ -233,7 +233,8 @@ def sweep(tmp_path_factory) -> Path:
             arguments = TrainingArguments(
                 str(folder / f"sweep/{method}-{lr:g}-{seed}"), learning_rate=lr, seed=seed, max_steps=8,
                 per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=2, eval_strategy="steps",
-                eval_steps=4, eval_on_start=True, save_steps=8, save_only_model=True, report_to="none", use_cpu=True, disable_tqdm=True,
+                eval_steps=4, eval_on_start=True, save_steps=8, save_only_model=True, report_to="none", use_cpu=True,
+                disable_tqdm=True,
             )  # fmt: skip
             trainer = Trainer(model, arguments, train_dataset=rows[:12], eval_dataset=rows[12:])
             trainer.train()
