@@ -125,6 +125,9 @@ def tidy_tables(runs: Sequence[LoggedRun], said: Sequence[str], place: Path) -> 
         raise UserError(f"{place}: holds no finished runs of this kind")
     known = [name for name in RUNS.names if any(row.get(name) is not None for row in rows)]
     table = typed_columns(pd.DataFrame(rows, columns=known), "runs", place)
+    for name in table.columns.intersection(["family", "hidden_size"]):
+        # The files of an adapter do not say what those of the whole model do.
+        table[name] = table.groupby("model")[name].transform("first")
     curves = pd.DataFrame(points, columns=["run_id", "step", "split", "metric", "value"])
     curves["examples"] = curves["step"] * curves["run_id"].map(table.set_index("run_id")["batch_size"])
     curves = typed_columns(curves.replace([math.inf, -math.inf], math.nan), "curves", place)

@@ -46,7 +46,7 @@ def trainer_state(folder: Path) -> list[LoggedRun]:
                     history.setdefault(key, {})[int(row["step"])] = float(row[key])
             about = {"global_step": done, "max_steps": int(state["max_steps"])} | (state.get("trial_params") or {})
             if place not in last or done >= last[place][0]:
-                last[place] = done, LoggedRun(_name(place, folder), _beside(path.parent, place) | about, history)
+                last[place] = done, LoggedRun(_name(place, folder), _beside(place) | about, history)
     return [run for _, run in last.values()]
 
 
@@ -64,9 +64,9 @@ def _name(run: Path, folder: Path) -> str:
     return run.resolve().name if run == folder else run.relative_to(folder).as_posix()
 
 
-def _beside(*folders: Path) -> dict[str, Any]:
-    """Return what the files in folders of a run say: of its model, its adapter, and what its model card says."""
-    about: dict[str, Any] = {}
+def _beside(run: Path) -> dict[str, Any]:
+    """Return what the files of a run and of its checkpoints say: of its model, its adapter, and its model card."""
+    about, folders = dict[str, Any](), [*run.glob("checkpoint-*"), run]
     for card in (folder / "README.md" for folder in folders):
         if card.is_file():
             text = card.read_text(encoding="utf-8", errors="replace")

@@ -206,8 +206,9 @@ def test_event_files_are_read_with_the_settings_that_transformers_writes_into_th
             writer.add_text("args", json.dumps({"learning_rate": 1e-3, "seed": 3, "max_steps": 20}))
             for step in (10, 20):
                 writer.add_scalar("eval/loss", 3 - step / 20, step)
+        (tmp_path / name / "checkpoint-20").mkdir()
         for file, value in files.items():
-            (tmp_path / name / file).write_text(json.dumps(value))
+            (tmp_path / name / "checkpoint-20" / file).write_text(json.dumps(value))
     tables, _ = imported("tensorboard", tmp_path, "model=m", "dataset=d", "batch_size=8")
     full, lora = tables.runs.to_dict("records")
     assert (full["method"], lora["method"], lora["rank"], lora["lr"], lora["seed"]) == ("fullft", "lora", 8, 1e-3, 3)
