@@ -60,6 +60,8 @@ _ASKED = {
 }
 """What must be known of each run, the last three of LoRA only, and what a person who is asked writes for it."""
 
+_LORA = ("rank", "alpha", "placement")
+
 _IN_NAMES = {"lr": "learning_rate|lr", "seed": "seed|s", "rank": "rank|r", "alpha": "alpha", "batch_size": "batch|bs"}
 """The words before a number in the name of a run, as in `lora-r8-lr1e-4-seed0`."""
 
@@ -100,16 +102,14 @@ def tidy_tables(runs: Sequence[LoggedRun], said: Sequence[str], place: Path) -> 
         if _series(run.history, "reward"):
             raise UserError(f"{place}: {run.name} logs rewards; allowed: runs of supervised fine-tuning")
         facts = _facts(run, notes) | {key: value for key, value, names in answers if run.name in names}
-        lora_only = ("rank", "alpha", "placement")
-        if facts["method"] == "fullft":
-            facts |= dict.fromkeys(lora_only)
+        facts |= dict.fromkeys(_LORA) if facts["method"] == "fullft" else {}
         train, test, valid = _losses(run.history, facts)
         finite = all(math.isfinite(facts.get(name) or 0) for name in RUNS.names if name.startswith("final_"))
         if finite and not facts["finished"]:
             notes.setdefault("left out, since they did not reach their last step", []).append(run.name)
             continue
         for fact in _ASKED:
-            if facts.get(fact) is None and not (facts["method"] == "fullft" and fact in lora_only):
+            if facts.get(fact) is None and not (facts["method"] == "fullft" and fact in _LORA):
                 missing.setdefault(fact, []).append(run.name)
         rows.append(facts | {"run_id": run.name, "task": "sft", "status": "done" if finite else "diverged"})
         if not test or max(test) < max([*train, *test]):
@@ -132,7 +132,7 @@ def tidy_tables(runs: Sequence[LoggedRun], said: Sequence[str], place: Path) -> 
     curves["examples"] = curves["step"] * curves["run_id"].map(table.set_index("run_id")["batch_size"])
     curves = typed_columns(curves.replace([math.inf, -math.inf], math.nan), "curves", place)
     check_tables(table, curves, place)
-    labels = ["method", *(name for name in lora_only if name in known)]
+    labels = ["method", *(name for name in _LORA if name in known)]
     arms: Any = table.groupby(labels, dropna=False)
     read = [
         f"{', '.join(f'{name} {part}' for name, part in zip(labels, arm, strict=True) if pd.notna(part))}: "
@@ -243,9 +243,9 @@ def _peak(lrs: Mapping[int, float], steps: int) -> tuple[float | None, str | Non
         peaks = [lr / shape((step - before) / steps) for step, lr in logged.items() if step < steps + before]
         if len(peaks) > 1 and max(peaks) <= min(peaks) * (1 + 1e-4):
             return float(f"{peaks[0]:.6g}"), schedule
-    top = max(logged.values())
     # A plateau or a log of every step shows the highest itself.
-    return (top if len(logged) >= steps - 1 or list(logged.values()).count(top) > 1 else None), None
+    *_, second, top = sorted(logged.values())
+    return (top if len(logged) >= steps - 1 or second == top else None), None
 
 
 def _losses(history: Mapping[str, Mapping[int, float]], facts: dict[str, Any]) -> list[Mapping[int, float]]:

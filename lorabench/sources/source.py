@@ -127,9 +127,11 @@ def import_source(folder: Path) -> tuple[SourceFile, Tables]:
     try:
         source = SourceFile.model_validate(read_yaml(path))
     except ValidationError as error:
-        wrong = [(".".join(map(str, problem["loc"])), problem) for problem in error.errors()]
-        sentences = [f"{name} = {short(problem['input'])}: {problem['msg']}" for name, problem in wrong]
-        raise UserError(f"{path}: {'; '.join(sentences)}") from error
+        wrong = [
+            f"{'.'.join(map(str, problem['loc']))} = {short(problem['input'])}: {problem['msg']}"
+            for problem in error.errors()
+        ]
+        raise UserError(f"{path}: {'; '.join(wrong)}") from error
     for table, sha256 in source.sha256.items():
         if not (folder / table).is_file():
             raise UserError(f"{folder / table}: there is no such file")
@@ -232,9 +234,8 @@ def source_folders(*more: Path) -> list[Path]:
     folders: dict[str, Path] = {}
     for folder in (REFERENCE, *more):
         files = [*folder.glob(SOURCE_FILE), *sorted(folder.glob(f"*/{SOURCE_FILE}"))]
-        if not files:
-            raise UserError(f"{folder} is no source, since it has no file {SOURCE_FILE}")
-        for inner in (file.parent for file in files):
+        # That a folder is no source is said when it is read.
+        for inner in [file.parent for file in files] or [folder]:
             if inner.name in folders:
                 raise UserError(f"two sources have the name {inner.name}: that of a source is that of its folder")
             folders[inner.name] = inner
