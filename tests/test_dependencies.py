@@ -7,8 +7,8 @@ from importlib.metadata import packages_distributions, requires
 
 from .conftest import REPOSITORY
 
-# What dependencies bring along (lm-eval's extra `ifeval`, math-verify), and vLLM, which users install themselves.
-BROUGHT = {"langdetect", "nltk", "sympy", "vllm"}
+# What dependencies bring along (lm-eval's extra `ifeval`, math-verify), and what users install themselves.
+BROUGHT = {"langdetect", "nltk", "sympy", "tensorboard", "vllm"}
 
 OWN = {"lorabench", "lora_advice", "advice", "studies", "benchmarks"}
 

@@ -293,6 +293,41 @@ def merge(folders: list[Path], out: Annotated[Path, Option(help="Folder of the m
     merge_folders(folders, out)
 
 
+@app.command("import")
+def import_runs(
+    place: Annotated[Path, Argument(help="A folder of runs, or a CSV file of W&B.")],
+    out: Annotated[Path, Option(help="Folder for the tidy tables.")],
+    kind: Annotated[
+        str, Option("--from", help="Its kind: source (with a source.yaml), trainer-state, wandb-csv or tensorboard.")
+    ] = "source",
+    said: Annotated[
+        list[str] | None, Option("--set", metavar="[RUN:]KEY=VALUE", help="What the runs do not say themselves.")
+    ] = None,
+) -> None:
+    """Read runs of others into tidy tables: logs of their trainers, or published tables with a file source.yaml.
+
+    From trainer-state, these are folders of transformers and TRL; from wandb-csv, exports of a table of runs, of charts
+    or of histories; from tensorboard, event files. What such logs do not say is asked for, all at once.
+    """
+    from lorabench.sources.logs import tidy_tables
+    from lorabench.sources.source import import_source
+    from lorabench.sources.trackers import READERS
+    from lorabench.store.io import write_frame
+
+    if kind == "source":
+        tables, notes = import_source(place)[1], list[str]()
+    elif kind in READERS:
+        tables, notes = tidy_tables(READERS[kind](place), said or (), place)
+    else:
+        raise UserError(f"--from {kind!r}: allowed: source, {', '.join(READERS)}")
+    # Of the documented columns, those that the runs have are written.
+    write_frame(tables.runs, "runs", out, all_columns=False)
+    write_frame(tables.curves, "curves", out, all_columns=False)
+    print(f"{place}: {len(tables.runs)} runs and {len(tables.curves)} points of curves")
+    for note in notes:
+        print(note)
+
+
 @app.command()
 def verify(
     folder: Annotated[Path, Argument(help="The results of a preset, such as results/laptop, or a folder of tables.")],

@@ -310,19 +310,3 @@ def schema() -> None:
     from lorabench.config.preset import json_schema
 
     print(json_schema(), end="")
-
-
-@steps.command("import")
-def import_source(
-    source: Annotated[Path, Argument(metavar="FOLDER", help="A folder with a file source.yaml and its tables.")],
-    out: Annotated[Path, Option(help="Folder for the tidy tables.")],
-) -> None:
-    """Read runs that others have published, as their source.yaml describes them, into the tidy tables."""
-    from lorabench.sources.source import import_source as read
-    from lorabench.store.io import write_frame
-
-    imported = read(source)[1]
-    # Of the documented columns, those that the source has are written.
-    write_frame(imported.runs, "runs", out, all_columns=False)
-    write_frame(imported.curves, "curves", out, all_columns=False)
-    print(f"{source}: {len(imported.runs)} runs and {len(imported.curves)} points of curves")

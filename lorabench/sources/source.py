@@ -127,9 +127,11 @@ def import_source(folder: Path) -> tuple[SourceFile, Tables]:
     try:
         source = SourceFile.model_validate(read_yaml(path))
     except ValidationError as error:
-        wrong = [(".".join(map(str, problem["loc"])), problem) for problem in error.errors()]
-        sentences = [f"{name} = {short(problem['input'])}: {problem['msg']}" for name, problem in wrong]
-        raise UserError(f"{path}: {'; '.join(sentences)}") from error
+        wrong = [
+            f"{'.'.join(map(str, problem['loc']))} = {short(problem['input'])}: {problem['msg']}"
+            for problem in error.errors()
+        ]
+        raise UserError(f"{path}: {'; '.join(wrong)}") from error
     for table, sha256 in source.sha256.items():
         if not (folder / table).is_file():
             raise UserError(f"{folder / table}: there is no such file")
@@ -138,15 +140,7 @@ def import_source(folder: Path) -> tuple[SourceFile, Tables]:
     runs = _runs(folder / "runs.csv", source)
     curves = read_table(folder, "curves") if len(source.sha256) > 1 else pd.DataFrame(columns=CURVES.names)
     curves = curves_of(curves, runs).reset_index(drop=True)
-    try:
-        check_table(with_stand_ins(runs))
-        check_curves(curves)
-        if source.outcome == "accuracy":
-            rewards = runs.reindex(columns=["run_id", "final_reward"])
-            lacking = runs["status"].eq("done") & rewards["final_reward"].isna()
-            refuse_rows(rewards, lacking, "run_id", "final_reward", "a share")
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+    check_tables(runs, curves, folder, accuracies=source.outcome == "accuracy")
     return source, Tables(runs, curves)
 
 
@@ -166,12 +160,27 @@ def _runs(path: Path, source: SourceFile) -> pd.DataFrame:
     for column, name in (("base_params", "parameters"), ("family", "family"), ("hidden_size", "hidden_size")):
         added[column] = runs["model"].map({model: getattr(about, name) for model, about in source.models.items()})
     kept = {name: value for name, value in added.items() if name not in runs and value is not None}
-    runs = typed_columns(runs.assign(**kept), "runs", path)
+    return typed_columns(runs.assign(**kept), "runs", path)
+
+
+def check_tables(runs: pd.DataFrame, curves: pd.DataFrame, place: Path, accuracies: bool = False) -> None:
+    """Raise UserError, which names where the tables are from, if they are not valid or two runs have equal settings.
+
+    With `accuracies`, each finished run needs one.
+    """
     cell = [name for name in _CELL if name in runs]
     for _, row in runs.loc[runs.duplicated(cell), cell].iterrows():
         settings = ", ".join(f"{name} {value}" for name, value in row.dropna().items())
-        raise UserError(f"{path}: has several runs with {settings}; give them seeds, or their mean as one run")
-    return runs
+        raise UserError(f"{place}: has several runs with {settings}; give them seeds, or their mean as one run")
+    try:
+        check_table(with_stand_ins(runs))
+        check_curves(curves)
+        if accuracies:
+            rewards = runs.reindex(columns=["run_id", "final_reward"])
+            lacking = runs["status"].eq("done") & rewards["final_reward"].isna()
+            refuse_rows(rewards, lacking, "run_id", "final_reward", "a share")
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -225,9 +234,8 @@ def source_folders(*more: Path) -> list[Path]:
     folders: dict[str, Path] = {}
     for folder in (REFERENCE, *more):
         files = [*folder.glob(SOURCE_FILE), *sorted(folder.glob(f"*/{SOURCE_FILE}"))]
-        if not files:
-            raise UserError(f"{folder} is no source, since it has no file {SOURCE_FILE}")
-        for inner in (file.parent for file in files):
+        # That a folder is no source is said when it is read.
+        for inner in [file.parent for file in files] or [folder]:
             if inner.name in folders:
                 raise UserError(f"two sources have the name {inner.name}: that of a source is that of its folder")
             folders[inner.name] = inner

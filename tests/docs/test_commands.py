@@ -54,6 +54,10 @@ ELSEWHERE = {
         ("lorabench decide", "lorabench run laptop --batches", "lorabench claims --preset laptop --tables"),
         "they need runs; tests/cli/test_batches.py does what they do",
     ),
+    **dict.fromkeys(
+        ("lorabench import --from", "lorabench claims --tables runs"),
+        "they need runs of another trainer; tests/sources/test_logs.py does what they do",
+    ),
     "lorabench evidence --out": "the next command of that name does the same with a table more",
     'pip install "lora-advice': "the suite's tests have it installed",
     "snakemake doctor": "it trains nothing; tests/workflow/test_slurm_profile.py plans it",

@@ -81,7 +81,7 @@ def command(*words):
 @pytest.mark.slow
 def test_it_is_judged_and_drawn(source, tmp_path):
     folder, tables = source(SEEDS, COLUMNS.replace("final_test_nll", "final_train_nll")), tmp_path / "tables"
-    command("step", "import", folder, "--out", tables)
+    command("import", folder, "--out", tables)
     command("claims", "--tables", tables, "--out", tmp_path / "verdicts")
     claim = read_table(tmp_path / "verdicts", "claims").set_index("claim_id").loc["B2"]
     # Nothing is written for what the source lacks.
