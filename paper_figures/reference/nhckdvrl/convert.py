@@ -1,8 +1,8 @@
 """Writes the tidy tables runs.csv and curves.csv of this source from raw_runs.csv and raw_edge.csv.
 
 The loss of the base model is the point of each curve at step 0; further points are not published. Runs of raw_edge.csv
-are those with AdamW in the model's own basis; the rank, alpha and base loss are those that two of its files state. Their
-two seeds change the initial A alone, which does not show the noise between seeds: their mean counts as one run.
+are those with AdamW in the model's own basis; rank, alpha and base loss are those that two of its files state. The two
+seeds change the initial A alone, which does not show the noise between seeds: their mean counts as one run.
 """
 
 from pathlib import Path
