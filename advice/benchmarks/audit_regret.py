@@ -114,8 +114,9 @@ def _arms(
             else:
                 first = curves["run_id"].isin(runs["run_id"]) & curves["metric"].eq("nll") & curves["step"].le(1)
                 base = float(curves.loc[first, "value"].mean())
-            for _, arm in runs.groupby(["method", "rank"], dropna=False):
-                yield arm, about, base
+            for _, arm in runs[runs["method"].isin(["fullft", "lora"])].groupby(["method", "rank"], dropna=False):
+                stated = arm["alpha"].dropna()
+                yield arm, about | ({"alpha": stated.iloc[0]} if len(stated) else {}), base
     table = published_sweeps().rename(columns={"nll": "loss", "hidden_size": "width"})
     for _, arm in table[table["source"] == "tinker-cookbook"].groupby(["model", "rank"]):
         about = {"task": "sft", "source": AUTHORS, "batch_size": 128.0, "steps": 780.0, "alpha": ALPHA}
