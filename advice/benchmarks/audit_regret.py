@@ -114,8 +114,9 @@ def _arms(
             else:
                 first = curves["run_id"].isin(runs["run_id"]) & curves["metric"].eq("nll") & curves["step"].le(1)
                 base = float(curves.loc[first, "value"].mean())
-            for _, arm in runs.groupby(["method", "rank"], dropna=False):
-                yield arm, about, base
+            for _, arm in runs[runs["method"].isin(["fullft", "lora"])].groupby(["method", "rank"], dropna=False):
+                stated = arm["alpha"].dropna()
+                yield arm, about | ({"alpha": stated.iloc[0]} if len(stated) else {}), base
     table = published_sweeps().rename(columns={"nll": "loss", "hidden_size": "width"})
     for _, arm in table[table["source"] == "tinker-cookbook"].groupby(["model", "rank"]):
         about = {"task": "sft", "source": AUTHORS, "batch_size": 128.0, "steps": 780.0, "alpha": ALPHA}
@@ -258,21 +259,25 @@ def held_to(runs: pd.DataFrame, optima: Sequence[LrOptimum]) -> pd.DataFrame:
     """Predict the regret of each run from all other sources.
 
     Returns:
-        The runs with the level of the finding, the factor from the recommended LR, and for each unit the expected
+        The runs of which the audit says something, as they are not far from all that the others measured, with the level of the finding, the factor from the recommended LR, and for each unit the expected
         regret with its interval and whether the measured one lies inside, null where it is not known.
     """
     rows = []
     for source, part in runs.groupby("source", sort=False):
         others = [optimum for optimum in optima if optimum.source != source]
         known = LrEvidence(evidence(others, curvatures(runs[runs["source"] != source])))
-        rows += [_prediction(row, known) for row in part.to_dict("records")]
+        placed = [(row, _place(row)) for row in part.to_dict("records")]
+        rows += [_prediction(row, place, known) for row, place in placed if not known.unmeasured(place)]
     return pd.DataFrame(rows)
 
 
-def _prediction(run: dict[str, Any], known: LrEvidence) -> dict[str, Any]:
-    rl, method = run["task"] == "rl", run["method"]
+def _place(run: dict[str, Any]) -> Place:
     numbers = [math.nan if pd.isna(run[name]) else float(run[name]) for name in ("batch_size", "steps")]
-    place = Place(run["family"] or "", float(run["width"]), method, rl, *numbers)
+    return Place(run["family"] or "", float(run["width"]), run["method"], run["task"] == "rl", *numbers)
+
+
+def _prediction(run: dict[str, Any], place: Place, known: LrEvidence) -> dict[str, Any]:
+    rl, method = place.rl, place.method
     alpha, rank = (None if pd.isna(run[name]) else int(run[name]) for name in ("alpha", "rank"))
     shift = known.shift(alpha, rank) if method == "lora" else (0.0, 0.0)
     verdict = known.verdict(math.log(run["lr"]), place, *shift)

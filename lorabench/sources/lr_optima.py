@@ -34,7 +34,7 @@ from lorabench.errors import UserError
 from lorabench.models.specs import dimensions, shipped_folder
 from lorabench.runs import lowest
 from lorabench.sources.measurements import PROJECT, Z
-from lorabench.sources.source import SourceModel
+from lorabench.sources.source import SourceModel, at_usual_alpha
 from lorabench.store.checks import is_rl
 from lorabench.store.io import with_all_columns
 from lorabench.store.tables import Tables
@@ -118,8 +118,10 @@ def _source_optima(source: SourceModel) -> list[LrOptimum]:
         if len(fullft):
             optima.append(grid_optimum(fullft, first | {"method": "fullft", "alpha": ALPHA}))
         if len(lora):
+            lora = at_usual_alpha(lora)
             rank = lora["rank"].max()
-            of_lora = {"method": "lora", "alpha": alpha, "rank": rank}
+            stated = lora.loc[lora["rank"] == rank, "alpha"].dropna()
+            of_lora = {"method": "lora", "alpha": alpha if stated.empty else stated.iloc[0], "rank": rank}
             optima.append(grid_optimum(lora[lora["rank"] == rank], first | of_lora))
     return optima
 

@@ -11,7 +11,8 @@ The measurements of a source are taken at the best learning rates of its grids, 
 - `accuracy_gap`: in SFT that is judged by accuracy, LoRA's highest accuracy minus that of FullFT, as a share.
 - `rank_1_gap`: in RL, the highest accuracy of rank 1 minus that of FullFT, as a share.
 
-LoRA is that of the highest rank whose grid has three LRs. The measurements of a preset are the fitted estimates of its
+LoRA is that of the highest rank whose grid has three LRs; where alpha differs between ranks, `lr_ratio` is that of the
+highest rank with alpha 32. The measurements of a preset are the fitted estimates of its
 claims. A measurement without an error, or with an optimum at the edge of its grid, is shown and does not count.
 """
 
@@ -27,13 +28,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.finding import SEVERITY
 from lorabench.analysis.fit_rows import MIN_LRS
 from lorabench.analysis.rules import DECIDED
 from lorabench.claims.judge import CLAIMS
 from lorabench.runs import lowest
 from lorabench.sources.random_effects import p_of_groups, random_effects
-from lorabench.sources.source import REWARD_SD, SourceModel
+from lorabench.sources.source import REWARD_SD, SourceModel, at_usual_alpha
 from lorabench.store.io import read_claims
 from lorabench.store.published import NOT_PUBLISHED, read_batches, read_held_out, read_provenance
 from lorabench.store.tables import MIXED, UNKNOWN
@@ -235,10 +237,11 @@ def _measured(source: SourceModel, runs: pd.DataFrame, measures: Sequence[str], 
     if fullft is None:
         return []
     arms = {int(str(rank)): arm for rank, arm in runs[runs["method"] == "lora"].groupby("rank")}
-    swept = [rank for rank, arm in arms.items() if rank > 1 and arm["lr"].nunique() >= MIN_LRS]
+    swept = {rank: arm for rank, arm in arms.items() if rank > 1 and arm["lr"].nunique() >= MIN_LRS}
     chosen: list[tuple[str, pd.DataFrame]] = []
     if swept and fullft_runs["lr"].nunique() >= MIN_LRS:
-        chosen += [(measure, arms[max(swept)]) for measure in measures]
+        usual = max(at_usual_alpha(pd.concat(swept.values()))["rank"])
+        chosen += [(measure, arms[usual if measure == "lr_ratio" else max(swept)]) for measure in measures]
     if source.is_rl and 1 in arms:
         chosen.append(("rank_1_gap", arms[1]))
     rows = []
@@ -251,6 +254,7 @@ def _measured(source: SourceModel, runs: pd.DataFrame, measures: Sequence[str], 
         if measure == "lr_ratio":
             value, error = math.log(lora.lr / fullft.lr), math.hypot(lora.log_error, fullft.log_error)
             remarks += [] if edges else ["by the best LRs of the grids"]
+            remarks += [f"of rank {usual} at alpha {ALPHA:g}"] if usual < max(swept) else []
         else:
             # The gap of error rates is one of accuracies.
             value = fullft.loss - lora.loss if rates else lora.loss - fullft.loss

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 from pydantic import Field, ValidationError
 
+from lorabench.analysis.arms import ALPHA
 from lorabench.analysis.comparison import COMPARED
 from lorabench.analysis.curves import curves_of
 from lorabench.analysis.fit_rows import MIN_LRS
@@ -227,6 +228,12 @@ class SourceModel:
         facts = runs["data_kind"].eq("facts").fillna(False).astype(bool)
         runs = runs[(runs["placement"].isna() | runs["placement"].eq("all")) & ~facts]
         return [rows for _, rows in runs.groupby(["dataset", "batch_size", "steps"], dropna=False)]
+
+
+def at_usual_alpha(lora: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of LoRA by which its optimal LR is measured: those at alpha 32, where ranks differ in alpha."""
+    usual = lora["alpha"].astype(float).eq(ALPHA)
+    return lora[usual] if usual.any() else lora
 
 
 def source_folders(*more: Path) -> list[Path]:

@@ -103,7 +103,8 @@ def _remark(question: Question, cell: Mapping[Any, Any]) -> str:
         again = f"{ANSWERS.get(cell['held_out'], 'not tested')} on held-out seeds"
     if borderline(cell):
         again = f"borderline, but {again}" if same else ", ".join(filter(None, ["borderline", again]))
-    return "; ".join(filter(None, [measured, again]))
+    doubted = "" if formats.missing(cell["source"]) else f"in runs of {cell['source']}, which has doubts of its own"
+    return "; ".join(filter(None, [measured, again, doubted]))
 
 
 def _decided_alone(cell: Mapping[Any, Any]) -> str:
