@@ -23,7 +23,7 @@ from lora_advice.theory import ALPHA, EXPONENTS, FACTS, lineage
 OWN, PROJECT = "your own presets", "lorabench"
 """The names of the optima that the user's presets measured, and of those that this project did."""
 PROBABILITY = 0.8  # the probability that the optimal LR of a further source lies in the recommended interval
-_NEAR = 2.0
+NEAR = 2.0
 """An attribute is outside of the evidence if the nearest value with evidence is further away than this factor."""
 
 
@@ -148,7 +148,7 @@ class KnownOptima:
             measured = (getattr(optimum, field) for optimum in self.optima if optimum.counts and not optimum.rl)
             known = sorted(other for other in measured if math.isfinite(other / value))
             nearest = min(known, key=lambda other: abs(math.log(other / value)), default=value)
-            if max(nearest / value, value / nearest) > _NEAR:
+            if max(nearest / value, value / nearest) > NEAR:
                 sentences.append(
                     f"No source has measured a {name} near {value:,.0f}; the nearest is {nearest:,.0f}, so the "
                     "learning rates are an extrapolation and their intervals may be too narrow."
