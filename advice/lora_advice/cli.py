@@ -153,20 +153,19 @@ def recommend(
     as_json: AsJson = False,
 ) -> None:
     """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
-    from lora_advice import recommend as advice
+    from lora_advice import models, recommend
     from lora_advice.data import read_data
-    from lora_advice.models import find_model
 
-    described = find_model(model, hub, width, params, family)
+    described = models.find_model(model, hub, width, params, family)
     examined = None if data is None else read_data(Path(data), data_format)
     tokens, examples = (examined.tokens, examined.usable) if examined else (dataset_tokens, None)
-    recommendation = advice.recommend(described, tokens, examples, batch_size, steps, results)
+    recommendation = recommend.recommend(described, tokens, examples, batch_size, steps, results)
     if as_json:
         print(json.dumps(asdict(recommendation), indent=2, allow_nan=False))
         return
     about = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in recommendation.model.items())
     print(f"{about}\n{examined}" if examined else about)
-    advice.recommendation_table(recommendation)
+    recommend.recommendation_table(recommendation)
 
 
 @app.command()
@@ -192,17 +191,15 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Convert a learning rate of LoRA to another alpha, rank, length, batch size or variant."""
-    from lora_advice import recommend as advice
-    from lora_advice.models import find_model
-    from lora_advice.variants import checked_variant
+    from lora_advice import models, recommend, variants
 
     _check_positive(("--lr", lr), ("--from-alpha", from_alpha), ("--alpha", alpha))
-    here = advice.LoraRun(checked_variant(from_variant), from_alpha, from_rank, from_steps, from_batch_size)
-    if lr is None and here != advice.LoraRun():
+    here = recommend.LoraRun(variants.checked_variant(from_variant), from_alpha, from_rank, from_steps, from_batch_size)
+    if lr is None and here != recommend.LoraRun():
         raise UserError("--from-alpha, --from-rank, --from-steps, --from-batch-size and --from-variant need --lr")
-    there = advice.LoraRun(checked_variant(variant), alpha, rank, steps, batch_size)
-    setting = advice.convert(find_model(model, hub, width, params, family), lr, here, there)
-    shown = f"{setting.what}: {advice.lr_text(setting)}\n{setting.source}"
+    there = recommend.LoraRun(variants.checked_variant(variant), alpha, rank, steps, batch_size)
+    setting = recommend.convert(models.find_model(model, hub, width, params, family), lr, here, there)
+    shown = f"{setting.what}: {recommend.lr_text(setting)}\n{setting.source}"
     print(json.dumps(asdict(setting), indent=2) if as_json else shown)
 
 
@@ -227,20 +224,18 @@ def trainer(
     hub: Hub = False,
 ) -> None:
     """Write a folder to train from with the recommended settings, each with its reason."""
-    from lora_advice import recommend as advice
+    from lora_advice import models, recommend, trainer_files
     from lora_advice.data import read_data
-    from lora_advice.models import HUB_ID, find_model
-    from lora_advice.trainer_files import Choices, write_folder
 
     _check_positive(("--lr", lr), ("--alpha", alpha))
-    on_hub = data is not None and HUB_ID.fullmatch(data) and not Path(data).is_file()
+    on_hub = data is not None and models.HUB_ID.fullmatch(data) and not Path(data).is_file()
     examined = None if data is None or on_hub else read_data(Path(data), data_format)
-    described = find_model(model, hub)
-    choices = Choices(lr, rank, alpha, steps, full, data_format if on_hub else None)
+    described = models.find_model(model, hub)
+    choices = trainer_files.Choices(lr, rank, alpha, steps, full, data_format if on_hub else None)
     tokens, examples = (examined.tokens, examined.usable) if examined else (dataset_tokens, None)
-    recommendation = advice.recommend(described, tokens, examples, batch_size, steps)
+    recommendation = recommend.recommend(described, tokens, examples, batch_size, steps)
     folder = out or Path(f"finetune-{name}")
-    command = write_folder(name, folder, described, recommendation, examined or data or "", choices)
+    command = trainer_files.write_folder(name, folder, described, recommendation, examined or data or "", choices)
     print(f"{folder} is written; start with: {command}")
 
 

@@ -365,10 +365,12 @@ def find_model(
         return known
     if hub:
         return facts_of_config(typed(ModelConfig, look_up(name, "config.json"), f"config.json of model {name!r}"), name)
-    close = ", ".join(get_close_matches(Path(name).name.lower(), [model.name for _, model in public_models()]))
-    nearest = f" (close: {close})" if close else ""
-    others = "give its folder, --hub to look it up there, or, to recommend and convert, --width, --params and --family"
-    raise UserError(f"model {name!r} is not known here{nearest}: {others}")
+    names = [model.name for _, model in public_models()]
+    close = f" (close: {', '.join(near)})" if (near := get_close_matches(Path(name).name.lower(), names)) else ""
+    raise UserError(
+        f"model {name!r} is not known here{close}: give its folder, --hub to look it up there, or, to recommend and "
+        "convert, --width, --params and --family"
+    )
 
 
 def model_of_config(config: Mapping[str, Any], name: str = "") -> ModelFacts:

@@ -143,8 +143,11 @@ class KnownOptima:
                 f"The law has no exponent for the family {self.model.family!r}: the learning rates rest on the middle "
                 f"of those of {names}, and their intervals are wider for it."
             )
-        places = {"width": self.model.width, "batch_size": batch_size, "steps": steps}
-        for (field, value), name in zip(places.items(), ("width", "batch size", "length, in steps,"), strict=True):
+        for field, name, value in (
+            ("width", "width", self.model.width),
+            ("batch_size", "batch size", batch_size),
+            ("steps", "length, in steps,", steps),
+        ):
             measured = (getattr(optimum, field) for optimum in self.optima if optimum.counts and not optimum.rl)
             known = sorted(other for other in measured if math.isfinite(other / value))
             nearest = min(known, key=lambda other: abs(math.log(other / value)), default=value)
