@@ -69,8 +69,8 @@ def pooled_once():
 def page(browser):
     """Return a function that opens the page with entries in its address."""
 
-    def opened(width=1200, **entries):
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    def opened(entries, pixels=1200):
+        size = {"width": pixels, "height": 900, "deviceScaleFactor": 1, "mobile": pixels < 600}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         browser.get("about:blank")
         browser.get(f"{PAGE}#{urlencode(entries)}")
@@ -143,7 +143,7 @@ KINDS = {"width": int, "params": float, "family": str}
 
 def test_the_page_says_what_the_commands_say(browser, page, tmp_path, monkeypatch, pooled_once):
     monkeypatch.chdir(tmp_path)
-    page()
+    page({})
     runs = [("sft", steps, batch, *lora) for steps, batch, lora in product(STEPS, BATCHES, LORAS)]
     runs += [("rl", steps, 32, "32", 16) for steps in STEPS]
     names = ("task", "steps", "batch", "alpha", "rank")
@@ -165,7 +165,7 @@ def test_the_page_says_what_the_commands_say(browser, page, tmp_path, monkeypatc
 
 
 def test_the_page_knows_the_models_that_the_command_knows(browser, page):
-    page()
+    page({})
     for name in [model.name for _, model in public_models()] + ["Qwen2.5-Coder-7B-Instruct", "models/smollm-360m"]:
         assert (read(browser, {"model": name})["message"], find_model(name).width > 0) == ("", True), name
     for name in ("nosuch", "axolotl-ai-co/DeepSeek-V3-11M", "x/Own-7B", "<img src=x onerror=alert(1)>", "constructor"):
@@ -177,20 +177,20 @@ def test_the_page_knows_the_models_that_the_command_knows(browser, page):
 
 
 def test_the_address_has_the_entries_and_nothing_scrolls_sideways(browser, page):
-    for width, entries in ((1200, {}), (400, {}), (400, SIZES), (400, {"model": "x" * 300}), (400, {"task": "rl"})):
-        said = page(width, **entries)
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    for pixels, entries in ((1200, {}), (400, {}), (400, SIZES), (400, {"model": "x" * 300}), (400, {"task": "rl"})):
+        said = page(entries, pixels)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= pixels
         assert said == read(browser, {"model": "" if "width" in entries else "meta-llama/Llama-3.1-8B"} | entries)
     cases = ({"steps": "0"}, {"alpha": "-1"}, {"rank": "1.5"}, {"width": "64"}, SIZES | {"params": "many"})
     for entries, word in zip(cases, ("Steps", "Alpha", "Rank", "Parameters", "Parameters"), strict=True):
-        assert page(**entries)["message"].startswith(f"{word}: ")
+        assert page(entries)["message"].startswith(f"{word}: ")
         assert not browser.find_element("id", "answer").is_displayed()
 
 
 def test_a_slider_changes_the_field_the_answer_and_the_address(browser, page):
     from selenium.webdriver.support.wait import WebDriverWait
 
-    before = page()
+    before = page({})
     move = "arguments[0].value = '8'; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))"
     browser.execute_script(move, browser.find_element("css selector", "input[data-of=alpha]"))
     assert browser.find_element("name", "alpha").get_attribute("value") == "256"
