@@ -1,8 +1,9 @@
 """Fixtures shared by all tests."""
 
 import os
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,26 @@ settings.load_profile("lorabench")
 def slow_but(fast: str, names: Iterable[str]) -> list[Any]:
     """Return names as parameters of a test, all but one of them marked as slow."""
     return [name if name == fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Return headless Chromium, driven by Selenium; the test is skipped where one of them is not installed."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -e '.[test]'")
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and chromedriver):
+        pytest.skip("needs chromium and chromedriver (Debian: chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    flags = ["headless", "disable-gpu", "disable-dev-shm-usage", "force-prefers-reduced-motion"]
+    # The sandbox does not work for root.
+    for flag in (*flags, "disable-background-networking", *(["no-sandbox"] if os.geteuid() == 0 else [])):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    # The driver makes a profile of its own, and removes it.
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture

@@ -20,7 +20,14 @@ from lora_advice import formats
 from lora_advice.errors import UserError
 from lora_advice.files import write_text
 
-Model = Annotated[str, Argument(metavar="MODEL", help="A folder, a model's id on the hub, or a base of the suite.")]
+Model = Annotated[str, Argument(metavar="MODEL", help="A folder, a model's name, or a base of the suite.")]
+AnyModel = Annotated[
+    str | None, Argument(metavar="[MODEL]", help="A folder, a model's name, a base of the suite, or nothing but sizes.")
+]
+Hub = Annotated[bool, Option("--hub", help="Look the model up on the hub if it is not known here.")]
+Width = Annotated[int | None, Option(min=2, max=10**9, help="The model's hidden size, with its parameters and family.")]
+Params = Annotated[float | None, Option(min=1, max=1e15, help="The model's number of parameters, such as 8e9.")]
+Family = Annotated[str | None, Option(help="The model's family, such as llama or qwen3.")]
 Tokens = Annotated[int | None, Option(min=1, help="Scored tokens of the training data, which are the assistant's.")]
 Form = Annotated[
     str | None, Option("--format", help="The columns that hold an example, if the file's allow more than one form.")
@@ -130,7 +137,7 @@ def check(
 
 @app.command()
 def recommend(
-    model: Model,
+    model: AnyModel = None,
     dataset_tokens: Tokens = None,
     data: Annotated[str | None, Option(help="The training data, a .jsonl or .json file.")] = None,
     data_format: Form = None,
@@ -139,28 +146,31 @@ def recommend(
     results: Annotated[
         Path, Option(help="The folder of your own finished presets, whose learning rates count too.")
     ] = Path("results"),
+    width: Width = None,
+    params: Params = None,
+    family: Family = None,
+    hub: Hub = False,
     as_json: AsJson = False,
 ) -> None:
     """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
-    from lora_advice import recommend as advice
+    from lora_advice import models, recommend
     from lora_advice.data import read_data
-    from lora_advice.models import find_model
 
-    described = find_model(model)
+    described = models.find_model(model, hub, width, params, family)
     examined = None if data is None else read_data(Path(data), data_format)
     tokens, examples = (examined.tokens, examined.usable) if examined else (dataset_tokens, None)
-    recommendation = advice.recommend(described, tokens, examples, batch_size, steps, results)
+    recommendation = recommend.recommend(described, tokens, examples, batch_size, steps, results)
     if as_json:
         print(json.dumps(asdict(recommendation), indent=2, allow_nan=False))
         return
     about = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in recommendation.model.items())
     print(f"{about}\n{examined}" if examined else about)
-    advice.recommendation_table(recommendation)
+    recommend.recommendation_table(recommendation)
 
 
 @app.command()
 def convert(
-    model: Model,
+    model: AnyModel = None,
     lr: Annotated[
         float | None, Option(help="The learning rate that is known to be good; by default LoRA's recommended one.")
     ] = None,
@@ -174,20 +184,22 @@ def convert(
     steps: Annotated[int | None, Option(min=1, help="The number of steps here.")] = None,
     batch_size: BatchSize = None,
     variant: Variant = "lora",
+    width: Width = None,
+    params: Params = None,
+    family: Family = None,
+    hub: Hub = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a learning rate of LoRA to another alpha, rank, length, batch size or variant."""
-    from lora_advice import recommend as advice
-    from lora_advice.models import find_model
-    from lora_advice.variants import checked_variant
+    from lora_advice import models, recommend, variants
 
     _check_positive(("--lr", lr), ("--from-alpha", from_alpha), ("--alpha", alpha))
-    here = advice.LoraRun(checked_variant(from_variant), from_alpha, from_rank, from_steps, from_batch_size)
-    if lr is None and here != advice.LoraRun():
+    here = recommend.LoraRun(variants.checked_variant(from_variant), from_alpha, from_rank, from_steps, from_batch_size)
+    if lr is None and here != recommend.LoraRun():
         raise UserError("--from-alpha, --from-rank, --from-steps, --from-batch-size and --from-variant need --lr")
-    there = advice.LoraRun(checked_variant(variant), alpha, rank, steps, batch_size)
-    setting = advice.convert(find_model(model), lr, here, there)
-    shown = f"{setting.what}: {advice.lr_text(setting)}\n{setting.source}"
+    there = recommend.LoraRun(variants.checked_variant(variant), alpha, rank, steps, batch_size)
+    setting = recommend.convert(models.find_model(model, hub, width, params, family), lr, here, there)
+    shown = f"{setting.what}: {recommend.lr_text(setting)}\n{setting.source}"
     print(json.dumps(asdict(setting), indent=2) if as_json else shown)
 
 
@@ -209,22 +221,21 @@ def trainer(
     alpha: Annotated[float | None, Option(help="The alpha of --lr.")] = None,
     full: Annotated[bool, Option("--full", help="Full fine-tuning, in place of LoRA.")] = False,
     out: Annotated[Path | None, Option(help="The folder; finetune-TRAINER by default.")] = None,
+    hub: Hub = False,
 ) -> None:
     """Write a folder to train from with the recommended settings, each with its reason."""
-    from lora_advice import recommend as advice
+    from lora_advice import models, recommend, trainer_files
     from lora_advice.data import read_data
-    from lora_advice.models import HUB_ID, find_model
-    from lora_advice.trainer_files import Choices, write_folder
 
     _check_positive(("--lr", lr), ("--alpha", alpha))
-    on_hub = data is not None and HUB_ID.fullmatch(data) and not Path(data).is_file()
+    on_hub = data is not None and models.HUB_ID.fullmatch(data) and not Path(data).is_file()
     examined = None if data is None or on_hub else read_data(Path(data), data_format)
-    described = find_model(model)
-    choices = Choices(lr, rank, alpha, steps, full, data_format if on_hub else None)
+    described = models.find_model(model, hub)
+    choices = trainer_files.Choices(lr, rank, alpha, steps, full, data_format if on_hub else None)
     tokens, examples = (examined.tokens, examined.usable) if examined else (dataset_tokens, None)
-    recommendation = advice.recommend(described, tokens, examples, batch_size, steps)
+    recommendation = recommend.recommend(described, tokens, examples, batch_size, steps)
     folder = out or Path(f"finetune-{name}")
-    command = write_folder(name, folder, described, recommendation, examined or data or "", choices)
+    command = trainer_files.write_folder(name, folder, described, recommendation, examined or data or "", choices)
     print(f"{folder} is written; start with: {command}")
 
 

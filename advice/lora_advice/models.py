@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -37,10 +38,10 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 PUBLIC = Path(__file__).with_name("public_models.csv")
 
-_SIZE = re.compile(r"(?<![a-z0-9.])(?:(?P<experts>\d{1,4})x)?(?P<size>\d{1,6}(?:\.\d{1,6})?)(?P<unit>[bm])(?![a-z0-9])")
+SIZE = re.compile(r"(?<![a-z0-9.])(?:(?P<experts>\d{1,4})x)?(?P<size>\d{1,6}(?:\.\d{1,6})?)(?P<unit>[bm])(?![a-z0-9])")
 _ACTIVE = re.compile(r"(?<![a-z0-9.])a(?P<size>\d{1,6}(?:\.\d{1,6})?)b(?![a-z0-9])")
 # How far a size in a name may be from that of the model that the name matches, as in "DeepSeek-V3-11M".
-_SIZE_FACTOR = 1.5
+SIZE_FACTOR = 1.5
 _HUB_SECONDS = 2.0  # in which the hub must begin to answer
 _Size = Annotated[int, Field(ge=1, le=1_000_000_000)]
 _Count = Annotated[int, Field(ge=0, le=100_000)]
@@ -251,8 +252,8 @@ def _facts_of_name(name: str) -> ModelFacts | None:
         if match := pattern.search(words):
             # A size that the name states outside of the match may contradict the model.
             outside = f"{words[: match.start()]}-{words[match.end() :]}"
-            ratios = [_size(stated) / (known.parameters or math.inf) for stated in _SIZE.finditer(outside)]
-            if all(1 / _SIZE_FACTOR < ratio < _SIZE_FACTOR for ratio in ratios):
+            ratios = [_size(stated) / (known.parameters or math.inf) for stated in SIZE.finditer(outside)]
+            if all(1 / SIZE_FACTOR < ratio < SIZE_FACTOR for ratio in ratios):
                 return replace(known, name=name)
     return _estimate(name, short[0].lower())
 
@@ -264,7 +265,7 @@ def _size(match: re.Match[str]) -> float:
 
 @cache
 def public_models() -> tuple[tuple[re.Pattern[str], ModelFacts], ...]:
-    """Return the models of `public_models.csv` without a name, each with the pattern that the names of it contain."""
+    """Return the models of `public_models.csv`, each by the pattern that names of it contain, and as one such name."""
     models = []
     with PUBLIC.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -273,8 +274,10 @@ def public_models() -> tuple[tuple[re.Pattern[str], ModelFacts], ...]:
             width, max_length = numbers.pop("width"), numbers.pop("max_length", None)
             sizes = Dimensions(family, width, tied=tied, **numbers) if "heads" in numbers else None
             counts = {key: numbers[key] for key in ("vocabulary", "experts", "active_experts")}
+            # Without what a name may lack, and with the first of several words that it may have.
+            name = re.sub(r"\(\?![^)]*\)|\([^)]*\)\?|[?$]", "", row["pattern"])
             model = ModelFacts(
-                "",
+                re.sub(r"\(([^|]*)[^)]*\)", r"\1", name).partition("|")[0],
                 family,
                 width,
                 "public facts of this model",
@@ -291,7 +294,7 @@ def public_models() -> tuple[tuple[re.Pattern[str], ModelFacts], ...]:
 
 def _estimate(name: str, words: str) -> ModelFacts | None:
     """Return the facts that the size in a name allows: the number of parameters, and an estimate of the width."""
-    stated = _SIZE.search(words)
+    stated = SIZE.search(words)
     if stated is None:
         return None
     active, total = _ACTIVE.search(words), _size(stated)
@@ -328,31 +331,46 @@ def shipped_base(name: str) -> Mapping[str, Any] | None:
     return next((base for key, base in shipped_bases().items() if name in (key, *base["names"])), None)
 
 
-def find_model(name: str) -> ModelFacts:
-    """Return what is known of the model of a name; raises UserError if there is no such model, or no width is known."""
+def find_model(
+    name: str | None,
+    hub: bool = False,
+    width: int | None = None,
+    parameters: float | None = None,
+    family: str | None = None,
+) -> ModelFacts:
+    """Return what is known of the model of a name, or what is said of it; raises UserError if its width is not known.
+
+    With `hub`, the hub is asked for a model that is not known here. With all of width, number of parameters and family
+    (its `model_type`) these count, and the name may be None.
+    """
+    if width and parameters and family:
+        return ModelFacts(name or "given by its sizes", family, width, "your choice", parameters=round(parameters))
+    if name is None or width or parameters or family:
+        raise UserError("give the name or the folder of a model, or all of --width, --params and --family")
     if base := shipped_base(name):
         return model_of_config(base["config"], name)
     folder = Path(name)
     if folder.is_dir():
-        model, parameters = facts_of_config(read_config(folder), name), 0
+        model, counted = facts_of_config(read_config(folder), name), 0
         for file in sorted(folder.glob("*.safetensors")):
             try:
                 with safe_open(file, "numpy") as tensors:
                     shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file} is not a safetensors file") from error
-            parameters += sum(map(math.prod, shapes))
-        return replace(model, parameters=parameters or model.parameters)
+            counted += sum(map(math.prod, shapes))
+        return replace(model, parameters=counted or model.parameters)
     known = facts(name)
     if known is not None and not known.width_error:
         return known
-    if not HUB_ID.fullmatch(name):
-        raise UserError(f"model {name!r} is no folder, no hub id (owner/name) and no base that the suite ships")
-    try:
-        text = look_up(name, "config.json")
-    except UserError as error:
-        raise UserError(f"{error}; the path of a local folder with the model works without the hub") from error
-    return facts_of_config(typed(ModelConfig, text, f"config.json of model {name!r}"), name)
+    if hub:
+        return facts_of_config(typed(ModelConfig, look_up(name, "config.json"), f"config.json of model {name!r}"), name)
+    names = [model.name for _, model in public_models()]
+    close = f" (close: {', '.join(near)})" if (near := get_close_matches(Path(name).name.lower(), names)) else ""
+    raise UserError(
+        f"model {name!r} is not known here{close}: give its folder, --hub to look it up there, or, to recommend and "
+        "convert, --width, --params and --family"
+    )
 
 
 def model_of_config(config: Mapping[str, Any], name: str = "") -> ModelFacts:

@@ -23,7 +23,7 @@ from lora_advice.theory import ALPHA, EXPONENTS, FACTS, lineage
 OWN, PROJECT = "your own presets", "lorabench"
 """The names of the optima that the user's presets measured, and of those that this project did."""
 PROBABILITY = 0.8  # the probability that the optimal LR of a further source lies in the recommended interval
-_NEAR = 2.0
+NEAR = 2.0
 """An attribute is outside of the evidence if the nearest value with evidence is further away than this factor."""
 
 
@@ -143,12 +143,15 @@ class KnownOptima:
                 f"The law has no exponent for the family {self.model.family!r}: the learning rates rest on the middle "
                 f"of those of {names}, and their intervals are wider for it."
             )
-        places = {"width": self.model.width, "batch_size": batch_size, "steps": steps}
-        for (field, value), name in zip(places.items(), ("width", "batch size", "length, in steps,"), strict=True):
+        for field, name, value in (
+            ("width", "width", self.model.width),
+            ("batch_size", "batch size", batch_size),
+            ("steps", "length, in steps,", steps),
+        ):
             measured = (getattr(optimum, field) for optimum in self.optima if optimum.counts and not optimum.rl)
             known = sorted(other for other in measured if math.isfinite(other / value))
             nearest = min(known, key=lambda other: abs(math.log(other / value)), default=value)
-            if max(nearest / value, value / nearest) > _NEAR:
+            if max(nearest / value, value / nearest) > NEAR:
                 sentences.append(
                     f"No source has measured a {name} near {value:,.0f}; the nearest is {nearest:,.0f}, so the "
                     "learning rates are an extrapolation and their intervals may be too narrow."

@@ -42,10 +42,10 @@ ALPHA_EXPONENT = -0.75
 `lr_ratio`: -1 while A stands still, and -1/2 when its movement decides."""
 
 # The SD of the weak prior of the offset, around 0; those of an attribute's logarithm where a source does not give it.
-_OFFSET = 5.0
+OFFSET = 5.0
 UNKNOWN, UNKNOWN_WIDTH = math.log(4), math.log(2)
 # The grid of the standard deviations between and within sources, in ln LR: up to factors of 20 and 3.
-_BETWEEN, _WITHIN = np.linspace(0.0, 3.0, 31), np.linspace(0.0, 1.2, 13)
+BETWEEN, WITHIN = np.linspace(0.0, 3.0, 31), np.linspace(0.0, 1.2, 13)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class PooledLr:
         self._models = [(optimum.source, optimum.model) for optimum in optima]
         self._source = np.array([[source == name for name in self.sources] for source, _ in self._models], float)
         self.design = np.array([optimum.place.terms for optimum in optima])
-        self.prior = np.array([_OFFSET**2, *(prior.sd**2 for prior in PRIORS.values())])
+        self.prior = np.array([OFFSET**2, *(prior.sd**2 for prior in PRIORS.values())])
         self.means = np.array([0.0, *(prior.mean for prior in PRIORS.values())])
         laws = np.array([optimum.place.log_law for optimum in optima])
         self.rest = values[:, 0] - laws - self.design @ self.means
@@ -126,7 +126,7 @@ class PooledLr:
         common = (self.design * self.prior) @ self.design.T + np.diag(error)
         same = self._source @ self._source.T
         alike = np.array([[pair == other for other in self._models] for pair in self._models], float)
-        self.grid = [(between, within) for between in _BETWEEN for within in _WITHIN]
+        self.grid = [(between, within) for between in BETWEEN for within in WITHIN]
         self.inverses, log_likelihood = [], []
         for between, within in self.grid:
             covariance = common + between**2 * same + within**2 * alike

@@ -122,7 +122,6 @@ def recommend(
         why = f"pooled over {len(sources.sources)} sources; {PROBABILITY:.0%} interval; they differ much, so sweep it"
         rl_settings[f"rl_{method}_lr"] = Setting(f"{title} learning rate in RL", lr, why, *ends)
     parameters = lora_parameters(model, rank)
-    small = "the paper: both methods do best at small batches, LoRA above all"
     settings |= rl_settings | {
         "rank": Setting(
             "LoRA rank", rank, "the authors' rule: a LoRA parameter for each scored token, and 32 by default"
@@ -131,7 +130,11 @@ def recommend(
         "placement": Setting("layers with LoRA", "all, and the unembedding", "the paper: attention alone is worse"),
         "alpha": Setting("alpha, at every rank", ALPHA, "the paper"),
         "schedule": Setting("learning rate over time", "constant, no warm-up", "the paper"),
-        "batch_size": Setting("batch size", batch, "your choice" if batch_size else small),
+        "batch_size": Setting(
+            "batch size",
+            batch,
+            "your choice" if batch_size else "the paper: both methods do best at small batches, LoRA above all",
+        ),
     }
     notes = known.outside(batch, length)
     notes.append(
@@ -195,10 +198,14 @@ def convert(
 
 def recommendation_table(recommendation: Recommendation) -> None:
     """Print the settings with their sources, and the notes."""
-    rows: list[Sequence[str]] = []
-    for name, setting in recommendation.settings.items():
-        value = setting.value if isinstance(setting.value, str) else f"{setting.value:,}"
-        rows.append((setting.what, lr_text(setting) if name.endswith("_lr") else value, setting.source))
+    rows: list[Sequence[str]] = [
+        (
+            each.what,
+            lr_text(each) if each.interval else f"{each.value:{'' if isinstance(each.value, str) else ','}}",
+            each.source,
+        )
+        for each in recommendation.settings.values()
+    ]
     formats.print_table(("setting", "value", "source"), rows)
     by_source: dict[str, dict[str, SourceShare]] = {}
     for method, sources in recommendation.sources_of_lr.items():

@@ -36,8 +36,8 @@ def test_the_law_of_a_place():
 
 def test_intervals_hold_as_many_further_sources_as_they_say(monkeypatch):
     # A coarser grid takes a sixth of the time.
-    monkeypatch.setattr(pooled_lr, "_BETWEEN", np.linspace(0.0, 3.0, 13))
-    monkeypatch.setattr(pooled_lr, "_WITHIN", np.linspace(0.0, 1.2, 5))
+    monkeypatch.setattr(pooled_lr, "BETWEEN", np.linspace(0.0, 3.0, 13))
+    monkeypatch.setattr(pooled_lr, "WITHIN", np.linspace(0.0, 1.2, 5))
     rng = np.random.default_rng(2)
     inside: dict[float, list[bool]] = {0.8: [], 0.95: []}
     for _ in range(25):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lora_advice.cli import app
 from lora_advice.errors import UserError
-from lora_advice.models import find_model
+from lora_advice.models import find_model, public_models
 from lora_advice.recommend import LoraRun, convert, recommend
 from lora_advice.variants import lr_factor
 from typer.testing import CliRunner
@@ -93,6 +93,25 @@ def test_a_learning_rate_is_converted_to_an_alpha_a_rank_and_a_variant(tmp_path)
     assert (same.value, same.low, same.high) == (2e-4, None, None)
 
 
+def test_a_model_of_given_sizes_has_the_rates_of_one_that_is_known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = ("--width", 4096, "--params", 8.03e9, "--family", "llama")
+    known, given = (command("recommend", *model, "--steps", 500, "--json") for model in ([LLAMA], sizes))
+    known, given = json.loads(known.stdout), json.loads(given.stdout)
+    assert all(known["settings"][name] == given["settings"][name] for name in LRS)
+    assert given["model"] == {"name": "given by its sizes", "family": "llama", "parameters": 8030000000} | {
+        "hidden_size": 4096
+    }
+    convert = ("convert", "--steps", 500, "--alpha", 8)
+    assert command(*convert, LLAMA).stdout == command(*convert, "x/own", *sizes).stdout
+
+
+def test_a_name_of_each_public_model_is_known():
+    for pattern, model in public_models():
+        assert pattern.search(model.name)
+        assert find_model(model.name).width > 0
+
+
 def write_optima(results, weights, **changes):
     """Write the optima of a preset, far from what other sources say, as the suite does."""
     own = {"family": "llama", "width": 128, "alpha": 32, "batch_size": 16, "steps": 200, "rl": False, "counts": True}
@@ -130,7 +149,13 @@ def test_own_optima_are_pooled(tmp_path, shipped):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("recommend nosuch", "model 'nosuch' is no folder, no hub id"),
+        ("recommend nosuch", "model 'nosuch' is not known here: give its folder, --hub to look it up there, or,"),
+        ("trainer trl meta-llama/Llama-4-70B", " (close: llama-3-70b, llama-2-70b, llama-7b): give its folder, "),
+        (
+            "recommend tiny --width 64",
+            "give the name or the folder of a model, or all of --width, --params and --family",
+        ),
+        ("convert --lr 1e-4 --steps 9", "give the name or the folder of a model, or all of --width, --params and --f"),
         ("recommend tiny --data x.json", "x.json can't be read: No such file"),
         ("recommend tiny --data own.jsonl --batch-size 64", "batch size 64 is more than the 20 training examples"),
         ("convert tiny --variant eva", "variant 'eva' is not known; allowed: lora, rslora"),

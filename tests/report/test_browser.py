@@ -1,8 +1,5 @@
 """The report page in a real browser: headless Chromium, driven by Selenium. Skipped where Chromium is not installed."""
 
-import os
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,25 +12,6 @@ from .conftest import EVALUATION, at_twice_the_margins, hostile_report
 pytestmark = pytest.mark.slow
 
 WIDE, PHONE, A4 = 1280, 390, 794
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -e '.[test]'")
-    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and chromedriver):
-        pytest.skip("needs chromium and chromedriver (Debian: chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    flags = ["headless", "disable-gpu", "disable-dev-shm-usage", "force-prefers-reduced-motion"]
-    # The sandbox does not work for root.
-    for flag in (*flags, "disable-background-networking", *(["no-sandbox"] if os.geteuid() == 0 else [])):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    # The driver makes a profile of its own, and removes it.
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture

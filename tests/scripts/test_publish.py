@@ -34,6 +34,7 @@ PAGES = {
     "docs/index.md": ["answers"],
     "docs/other-runs.md": ["evidence"],
     "docs/results.md": ["matrix", "laptop", "overnight"],
+    "docs/learning-rate.html": ["facts"],
 }
 """The pages, with their generated parts."""
 

@@ -81,12 +81,11 @@ def export(presets: Sequence[str], out: Path) -> dict[str, dict[str, int]]:
     for layout in layouts:
         if table_path(layout.tables(), "runs") is None:
             raise UserError(f"preset {layout.name} has no tables in {layout.tables()}; finish it first")
-    rows: dict[str, dict[str, int]] = {}
+    rows: dict[str, dict[str, int]] = {layout.name: {} for layout in layouts}
     for layout in layouts:
         # On hubs, an `@` in a path would begin the name of a revision.
         own, folder = layout.tables(), out / layout.name.replace("@", "-from-seed-")
         write_json(provenance(layout, read_table(own, "runs")), folder / "provenance.json")
-        rows[layout.name] = {}
         for name in SCHEMAS:
             frame = read_table(own, name, optional=True)
             if len(frame):
@@ -124,11 +123,11 @@ def _card(rows: Mapping[str, Mapping[str, int]]) -> str:
         "The numbers are rows; a dash means that the table is not here. The column `host` is always null.",
     ]
     for name in names:
-        columns = []
-        for column in _SCHEMAS[name]:
-            # The pages that descriptions link to are not in the dataset.
-            meaning = re.sub(r"\[([^]]*)]\([^)]*\)", r"\1", description(column))
-            columns.append([f"`{column.name}`", type_name(column.type), meaning])
+        # The pages that descriptions link to are not in the dataset.
+        columns = [
+            [f"`{column.name}`", type_name(column.type), re.sub(r"\[([^]]*)]\([^)]*\)", r"\1", description(column))]
+            for column in _SCHEMAS[name]
+        ]
         lines += ["", f"## {name}", "", MEANINGS[name], "", *table(["column", "type", "meaning"], columns)]
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n{front}---\n\n" + "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ built, by `docs/hooks.py`.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -40,7 +41,7 @@ from lorabench.utils.yaml_files import read_yaml
 SOURCES = Path("paper_figures/reference")
 """The folder of the shipped sources, from the root of the repository."""
 
-_RESULTS, _OTHER_RUNS = Path("docs/results.md"), Path("docs/other-runs.md")
+_RESULTS, _OTHER_RUNS, _RATES = Path("docs/results.md"), Path("docs/other-runs.md"), Path("docs/learning-rate.html")
 
 
 def make_smaller(picture: Path) -> None:
@@ -77,6 +78,7 @@ def _parts(root: Path, *presets: str) -> dict[tuple[Path, str], Callable[[Path],
         **{(page, "answers"): partial(answers_part, page=page) for page in (Path("README.md"), Path("docs/index.md"))},
         (_RESULTS, "matrix"): matrix_part,
         (_OTHER_RUNS, "evidence"): evidence_part,
+        (_RATES, "facts"): learning_rate_part,
         **{(_RESULTS, name): partial(results_part, preset=name) for name in sorted(names)},
     }
 
@@ -97,9 +99,11 @@ def answers_part(root: Path, page: Path) -> str:
     ratios = measured[measured["measure"].eq("lr_ratio") & measured["counts"] & measured["source"].ne(PROJECT)]
     # The ratios lie so far apart that a mean would be none of them.
     of_others = ratios.groupby("source")["value"].mean().map(math.exp)
-    more = f" In {len(of_others)} sources of others it is {of_others.min():.2g} to {of_others.max():.2g} times."
-    more += f" [What the ratio depends on]({_link('studies/lr_ratio/README.md', page)}); `lorabench recommend` "
-    more += "estimates a learning rate for your model."
+    more = (
+        f" In {len(of_others)} sources of others it is {of_others.min():.2g} to {of_others.max():.2g} times. "
+        f"[What the ratio depends on]({_link('studies/lr_ratio/README.md', page)}); `lorabench recommend` "
+        "estimates a learning rate for your model."
+    )
     lines = [f"{count_of_core(cells)} The questions that matter most in use:", ""]
     lines += [f"- {answer(question, cells)}{more if question.claim_id == 'B1' else ''}" for question in QUESTIONS]
     picture = _link(PUBLISHED / "evidence/matrix.svg", page)
@@ -187,9 +191,11 @@ def results_part(root: Path, preset: str) -> str:
         verdict = "; ".join(filter(None, [claim_text.verdict(claim), claim_text.remark(claim)]))
         numbers = [claim_text.margin(claim), claim_text.measured(claim)]
         rows.append([claim["claim_id"], claim["statement"], verdict, *held_out(claim, again), *numbers])
-    about = f"{claim_text.headline(judged)}. {made['runs']} runs, {formats.duration(made['run_seconds'])} of one core "
-    about += f"on {' and '.join(made['devices'])}, from {made['first_started'][:10]}. "
-    about += f"[All claims]({place}/claims.csv){by_all}."
+    about = (
+        f"{claim_text.headline(judged)}. {made['runs']} runs, {formats.duration(made['run_seconds'])} of one core "
+        f"on {' and '.join(made['devices'])}, from {made['first_started'][:10]}. "
+        f"[All claims]({place}/claims.csv){by_all}."
+    )
     head = ["", "claim", *verdict_columns(made, again), "margin", "measured, 95% interval"]
     return "\n".join(
         [
@@ -261,7 +267,59 @@ def evidence_part(root: Path) -> str:
         source, name = read_yaml(path), path.parent.name
         verdicts = judged.loc[judged["source"].eq(name) & judged["verdict"].ne("not tested"), "verdict"]
         counted = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.value_counts().items())
-        about = f"{source['about']}. From {source['origin']['repository']}, {source['origin']['date']}. "
-        about += f"Doubts: {'; '.join(source['doubts'])}. Verdicts: {counted or 'none'}."
+        about = (
+            f"{source['about']}. From {source['origin']['repository']}, {source['origin']['date']}. "
+            f"Doubts: {'; '.join(source['doubts'])}. Verdicts: {counted or 'none'}."
+        )
         lines += ["", f"#### {name}", "", about]
     return "\n".join(lines)
+
+
+def learning_rate_part(root: Path) -> str:
+    """Return what the page of learning rates computes with: all that lora-advice recommends by, as a script of JSON."""
+    # The documentation is built with this module, and without lora-advice.
+    from lora_advice import models, optima, pooled_lr, recommend, theory
+
+    def rounded(*numbers: float) -> list[float | None]:
+        return [None if math.isnan(number) else float(f"{number:.12g}") for number in numbers]
+
+    facts = {
+        "law": {"pivot": theory.PIVOT, "exponents": theory.EXPONENTS, "lrs": theory.BASE_LRS},
+        "theory": {**theory.MOVEMENT, "alpha": theory.ALPHA},
+        "short": {"steps": recommend.SHORT_STEPS, "ratio": theory.SHORT_RATIO},
+        "rlBatch": recommend.GROUP_SIZE * recommend.PROBLEMS_PER_STEP,
+        "terms": [[pooled_lr.REFERENCE[name], *prior] for name, prior in pooled_lr.PRIORS.items()],
+        "offset": pooled_lr.OFFSET,
+        "between": rounded(*pooled_lr.BETWEEN),
+        "within": rounded(*pooled_lr.WITHIN),
+        "probability": optima.PROBABILITY,
+        "near": optima.NEAR,
+        "project": optima.PROJECT,
+        "size": models.SIZE.pattern.replace("?P<", "?<"),
+        "sizeFactor": models.SIZE_FACTOR,
+        # An optimum as `PooledLr` takes it: its place, how far it is above the law, and the variance of that.
+        "optima": [
+            [
+                *(each.source, each.model, each.method, each.rl, *rounded(each.width, each.batch_size, each.steps)),
+                *rounded(own.log_lr - own.place.log_law, own.error**2 + own.place.unknown_variance),
+            ]
+            for each in optima.read_optima(root / PUBLISHED / "evidence/lr_optima.csv")
+            if each.counts
+            for own in [each.pooled]
+        ],
+        # Of LoRA's parameters those that grow with the rank, and those that grow with the rank per active expert.
+        "models": [
+            [
+                *(model.name, pattern and pattern.pattern, names, model.family, model.width, model.parameters),
+                *(two - one, 2 * one - two, model.active_experts or 0),
+            ]
+            for pattern, model, names in [
+                *((None, models.find_model(name), base["names"]) for name, base in models.shipped_bases().items()),
+                *((pattern, model, []) for pattern, model in models.public_models()),
+            ]
+            for one, two in [[models.lora_parameters(model, rank) for rank in (1, 2)]]
+        ],
+    }
+    # A row for each line, and no end of the script in a name.
+    text = json.dumps(facts).replace("], [", "],\n[").replace("<", "\\u003c")
+    return f'<script type="application/json" id="facts">\n{text}\n</script>'

@@ -50,8 +50,10 @@ ANSWERS = PUBLISHED / "rejudged.csv"
 ANSWER_COLUMNS = ["preset", "claim_id", "verdict", "p_again", "estimate", "ci_low", "ci_high", "n_runs", "n_seeds"]
 """The columns of the committed answers on saved runs."""
 NOISE = "noise.csv"
-NOISE_COLUMNS = ["comparison", "task", "n_arms", "n_seeds", "n_runs", "curvature"]
-NOISE_COLUMNS += ["common", "walk", "arm", "fullft", "run", "share", "growth", "curvatures"]
+NOISE_COLUMNS = [
+    *("comparison", "task", "n_arms", "n_seeds", "n_runs", "curvature"),
+    *("common", "walk", "arm", "fullft", "run", "share", "growth", "curvatures"),
+]
 """The columns of the table of what seeds do in saved runs."""
 
 
