@@ -1,7 +1,6 @@
 """The constants of the theories of the LR ratio are found in ratios that follow them; what wrong LRs cost."""
 
 import math
-import re
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from lorabench.sources.lr_optima import LrOptimum
 from lorabench.store.tables import Tables
 from studies.lr_ratio.predictions import MovementTheory, Predictions
 from studies.lr_ratio.scripts import a_without_mean
-from studies.lr_ratio.scripts.constants import factors, fitted, variants
+from studies.lr_ratio.scripts.constants import fitted, variants
 from studies.lr_ratio.scripts.regret import regrets
 from studies.lr_ratio.theories import Setting, predicted
 
@@ -34,18 +33,6 @@ def test_constants_are_found_again():
     found = fitted(pd.DataFrame(rows))
     assert found.movement.model_dump() == pytest.approx({"c": 2.0, "u0": 3e-3, "k": 0.7}, rel=0.01)
     assert found.mu_a.c > 0
-
-
-def test_the_factors_on_the_pages_are_those_of_the_theory():
-    table = factors()
-    page = (REPOSITORY / "studies/lr_ratio/README.md").read_text()
-    for width, row in table.iterrows():
-        [cells] = re.findall(rf"^\| {width:,} \(.*?\) \| (.*) \|$", page, re.MULTILINE)
-        expected = [row[f"rank {rank}, {steps} steps"] for steps in (100, 1000, 10_000) for rank in (32, 1)]
-        assert [float(number) for number in re.findall(r"[\d.]+", cells)] == pytest.approx(expected, rel=0.07)
-    said = re.search(r"by (\d+) \(0\.6B\), (\d+) \(1B\) or (\d+) \(8B\)", (REPOSITORY / "README.md").read_text())
-    expected = [table.loc[width, "rank 32, 1000 steps"] for width in (1024, 2048, 4096)]
-    assert [float(number) for number in said.groups()] == pytest.approx(expected, rel=0.07)
 
 
 def test_the_table_of_runs_without_the_mean_input_is_that_of_the_published_preset():

@@ -3,7 +3,6 @@
     python -m studies.lr_ratio.scripts.constants results/lr_ratio/tables
     python -m studies.lr_ratio.scripts.constants --regret results/lr_ratio@100/tables
     python -m studies.lr_ratio.scripts.constants --lora results/lr_ratio/tables results/lr_ratio@100/tables
-    python -m studies.lr_ratio.scripts.constants --factors
     python -m studies.lr_ratio.scripts.constants --falling results/lr_decay/tables
     python -m studies.lr_ratio.scripts.constants --variants results/variants@100/tables
 
@@ -18,9 +17,6 @@ gain, for each condition of the experiment `lr_ratio` with the paper's alpha and
 
 With `--lora`, it prints how far each theory is off LoRA's own optimal LR in the second folder, predicted from the
 optimal LR of full fine-tuning in the first one, so that no error is shared.
-
-With `--factors`, it prints what `movement` says of Llamas at the pooled optimal LRs of full fine-tuning, by width,
-number of steps and rank, at alpha 32 and a batch size of 32.
 
 With `--falling`, it prints what `movement` says of runs whose LR falls linearly to zero, by the highest and by the mean
 LR of full fine-tuning.
@@ -39,8 +35,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from lora_advice.models import ModelFacts
-from lora_advice.optima import KnownOptima
 from scipy.optimize import least_squares
 
 from lorabench.analysis.arms import ALPHA, arm_label, in_experiments, with_arm_columns
@@ -181,23 +175,6 @@ def variants(tables: Tables) -> pd.DataFrame:
     return pd.concat([table, pd.DataFrame([{"condition": "off by, root mean square"} | factors])], ignore_index=True)
 
 
-def factors() -> pd.DataFrame:
-    """Return the ratio that `movement` predicts of Llamas, by width (rows), number of steps and rank (columns)."""
-    rows = {}
-    for width in (576, 1024, 2048, 4096, 8192):
-        # By the published optima alone, not the results of whoever runs it.
-        row, known = {}, KnownOptima(ModelFacts("", "llama", width, ""), Path(__file__).parent)
-        for steps in (100, 1000, 10_000):
-            lr = known.recommend("fullft", 32, steps)[0][0]
-            row[f"FullFT's LR, {steps} steps"] = lr
-            for rank in (32, 1):
-                setting = Setting(width, steps, 32, ALPHA, rank=rank)
-                theory = predicted(DEFAULT, setting)["movement"]
-                row[f"rank {rank}, {steps} steps"] = float(np.exp(theory(np.log(lr))))
-        rows[width] = row
-    return pd.DataFrame(rows).T
-
-
 def main() -> None:
     """Print the constants, and by how much the theories with them are off."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -206,11 +183,7 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true", help="print how far theories are off LoRA's own optimal LRs")
     parser.add_argument("--falling", action="store_true", help="print predictions for runs whose LR falls to zero")
     parser.add_argument("--variants", action="store_true", help="print how far theories are off rsLoRA and LoRA+")
-    parser.add_argument("--factors", action="store_true", help="print the ratios that a theory predicts of Llamas")
     given = parser.parse_args()
-    if given.factors:
-        print(factors().to_string(float_format="{:.2g}".format))
-        return
     tables = [Tables.read(folder) for folder in given.tables]
     if given.variants or given.regret:
         for each in tables:
