@@ -259,8 +259,9 @@ def held_to(runs: pd.DataFrame, optima: Sequence[LrOptimum]) -> pd.DataFrame:
     """Predict the regret of each run from all other sources.
 
     Returns:
-        The runs of which the audit says something, as they are not far from all that the others measured, with the level of the finding, the factor from the recommended LR, and for each unit the expected
-        regret with its interval and whether the measured one lies inside, null where it is not known.
+        The runs of which the audit says something, since they are near what the others measured, with the level of the
+        finding, the factor from the recommended LR, and for each unit the expected regret with its interval and whether
+        the measured one lies inside, null where it is not known.
     """
     rows = []
     for source, part in runs.groupby("source", sort=False):
