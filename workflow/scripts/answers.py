@@ -39,6 +39,8 @@ class Question(NamedTuple):
     if_no: str
     if_open: str
     """What to do where nothing is decided."""
+    if_below: str = ""
+    """What to do in place of `if_no` where the estimate of the largest models with a decision is below 0."""
     factor: float = 1.0
     """By what the numbers of the table are multiplied."""
 
@@ -51,8 +53,10 @@ def answer(question: Question, cells: pd.DataFrame) -> str:
     """Return what to do and the answers, by the size of the model in ascending order; `cells` is the table `matrix`."""
     own = cells[cells["claim_id"].eq(question.claim_id) & cells["verdict"].isin(list(ANSWERS))]
     rows = own.sort_values("parameters", kind="stable").to_dict("records")
-    decided = [ANSWERS[row["verdict"]] for row in rows if row["verdict"] in DECIDED]
-    advice = question.if_open if not decided else question.if_yes if decided[-1] == "yes" else question.if_no
+    decided = [(ANSWERS[row["verdict"]], row["estimate"]) for row in rows if row["verdict"] in DECIDED]
+    word, estimate = decided[-1] if decided else ("", 0.0)
+    no = question.if_below if question.if_below and estimate < 0 else question.if_no
+    advice = {"": question.if_open, "yes": question.if_yes}.get(word, no)
     places: dict[str, list[str]] = {}
     for row in rows:
         where = f"{at_size(row['scale'])} ({remark})" if (remark := _remark(question, row)) else at_size(row["scale"])
