@@ -259,8 +259,9 @@ def held_to(runs: pd.DataFrame, optima: Sequence[LrOptimum]) -> pd.DataFrame:
     """Predict the regret of each run from all other sources.
 
     Returns:
-        The runs of which the audit says something, as they are not far from all that the others measured, with the level of the finding, the factor from the recommended LR, and for each unit the expected
-        regret with its interval and whether the measured one lies inside, null where it is not known.
+        The runs of which the audit says something, since they are near what the others measured, with the level of the
+        finding, the factor from the recommended LR, and for each unit the expected regret with its interval and whether
+        the measured one lies inside, null where it is not known.
     """
     rows = []
     for source, part in runs.groupby("source", sort=False):
@@ -287,7 +288,9 @@ def _prediction(run: dict[str, Any], place: Place, known: LrEvidence) -> dict[st
     for unit, (mean, low, high) in (("share", verdict.share), ("loss", verdict.loss)):
         high = math.inf if verdict.may_diverge or (unit == "share" and high > ALL) else high
         value = measured[unit]
-        inside = float(low <= value <= high) if math.isfinite(value) else math.nan
+        # In a grid whose best LR is at its edge, a run has lost what is measured and perhaps more.
+        least = -math.inf if math.isnan(run["x"]) else low
+        inside = float(least <= value <= high) if math.isfinite(value) else math.nan
         row |= {f"{unit}_expected": mean, f"{unit}_low": low, f"{unit}_high": high, f"{unit}_inside": inside}
     return row
 

@@ -81,9 +81,7 @@ def test_the_committed_errors_of_rules_follow_from_the_sources(optima):
 def test_intervals_hold_and_errors_are_no_false_alarms():
     held = pd.read_csv(EVIDENCE / "lr_regret_inside.csv").set_index(["task", "source"])
     both = held.loc[[("sft", math.nan), ("rl", math.nan)], ["share_inside", "loss_inside"]]
-    assert (both["loss_inside"] >= 0.95).all()
-    # Of Apertus a third of LoRA's runs lie outside, as the page on the findings says.
-    assert both["share_inside"].tolist() == pytest.approx([0.89, 0.99], abs=0.01)
+    assert (both >= 0.95).all(axis=None)
     counts = pd.read_csv(EVIDENCE / "lr_regret_alarms.csv").groupby("level").sum(numeric_only=True)
     assert counts.loc["error", "below 1 margin"] == 0
     assert counts.loc["warning", "below 1 margin"] < 0.1 * counts["below 1 margin"].sum()
