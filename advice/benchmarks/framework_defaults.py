@@ -227,7 +227,8 @@ def main() -> None:
             parts = [runs_of(framework, extracted(framework, clones, Path(temporary))) for framework in FRAMEWORKS]
         runs, findings = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
         write_csv(findings, out / "framework_findings.csv")
-    write_csv(rounded(runs), out / "framework_defaults.csv")
+    runs = rounded(runs)
+    write_csv(runs, out / "framework_defaults.csv")
     style.write_figure(draw(runs), out / "framework_defaults.svg")
     write_part(
         PAGE, "tables", "`python -m advice.benchmarks.framework_defaults`", "\n".join(page_parts(runs, findings))
