@@ -175,7 +175,7 @@ def eval_inputs(wildcards):
     job, evaluation = EVALUATIONS[wildcards.evaluation], LAYOUT.preset.evaluation
     sources = dict.fromkeys(task.source for task in evaluation.tasks if task.source)
     reads = [LAYOUT.dataset(source) for source in sources]
-    reads += [LAYOUT.job(PLAN.job_of(job.sweep))] if job.sweep else []
+    reads += [LAYOUT.job(PLAN.job_of[job.sweep])] if job.sweep else []
     if any(task.name == "lorabench_pretraining" for task in evaluation.tasks):
         reads.append(LAYOUT.pretraining)
     reads = [LAYOUT.eval_tasks, *reads, *model_files(job.model)]
