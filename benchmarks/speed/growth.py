@@ -1,0 +1,119 @@
+"""How the CPU seconds of planning, counting, judging and reporting grow with the number of runs.
+
+    python -m benchmarks.speed.growth           # a quarter of an hour of CPU time
+    python -m benchmarks.speed.growth --keep    # also writes the numbers to growth.csv
+
+The preset has short sweeps of one model and dataset. Verdicts and the page are made of made-up tables, of two scenes of
+the calibration for each of as many datasets as it takes. The exponent is that of the growth from the size before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import chdir
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from benchmarks.calibration.run import Making, Task
+from benchmarks.speed import table
+from lorabench.figures.catalog import figures_of_preset
+from lorabench.planning.plan import make_plan
+from lorabench.store.io import with_all_columns, write_frame
+from lorabench.store.layout import Layout
+from lorabench.utils.gpus import processor
+
+RESULTS = Path(__file__).parents[1] / "growth.csv"
+SIZES = (1250, 2500, 5000, 10_000)
+_PRESET = Path("grow.yaml")
+
+
+def write_preset(runs: int) -> None:
+    """Write a preset of so many runs: sweeps of two learning rates, with many lengths."""
+    block = {"models": ["tiny"], "datasets": ["instruct"], "ranks": {"all": [4]}, "seeds": 1}
+    block |= {"batch_sizes": list(range(1, 26)), "alphas": [1 + number / 100 for number in range(runs // 50)]}
+    preset = {
+        "description": "Many short sweeps",
+        "datasets": {"instruct": {"kind": "instruct", "train": 400, "validation": 16, "test": 32, "max_chars": 240}},
+        "experiments": {"rank": [block | {"lrs": {"fullft": [], "lora": [1e-3, 3e-3]}}]},
+        "margins": {"loss": 0.02, "reward": 0.1, "lr_factor": 1.6},
+        "execution": {"gflops": 60.0},
+    }
+    _PRESET.write_text(yaml.safe_dump(preset))
+
+
+def write_tables(runs: int, out: Path) -> None:
+    """Write the tables of so many made-up runs, and of some more until the last scene is whole."""
+    made: dict[str, list[pd.DataFrame]] = {"runs": [], "curves": [], "test_losses": []}
+    while sum(map(len, made["runs"])) < runs:
+        number, names = len(made["runs"]), {"dataset": f"worked-{len(made['runs']) // 2}"}
+        world = Making().tables(Task(("ranks", "placements")[number % 2], 0.0, 0, 2), number)
+        for name, frames in made.items():
+            frame: pd.DataFrame = getattr(world, name)
+            # Worlds count their runs and the groups of their test examples, whose names tables have as text.
+            names["run_id"] = frame["run_id"] + f"-{number}"
+            frames.append(frame.assign(**names).drop(columns="group", errors="ignore"))
+    for name, frames in made.items():
+        write_frame(with_all_columns(pd.concat(frames), name), name, out)
+
+
+def cpu_seconds(*arguments: str | Path) -> float:
+    """Run lorabench with one thread and return the CPU seconds of it and its processes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [Path(sys.executable).parent / "lorabench", *arguments]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def measure(runs: int) -> dict[str, float]:
+    """Return the CPU seconds of each part with so many runs, whose files are made in the current folder."""
+    write_preset(runs)
+    layout, start = Layout.of(str(_PRESET)), time.process_time()
+    plan = make_plan(layout.preset)
+    seconds = {"grouping": len(plan.jobs) and time.process_time() - start}
+    for run in (run for sweep in plan.sweeps for run in sweep.grid()):
+        (layout.runs / run.run_id).mkdir(parents=True)
+    for name in ("plan", "status"):
+        seconds[name] = cpu_seconds(name, "--preset", _PRESET)
+    seconds["snakemake -n"] = cpu_seconds("run", _PRESET, "-n", "--quiet")
+    tables = layout.tables()
+    write_tables(runs, tables)
+    layout.figures.mkdir(parents=True)
+    for figure in figures_of_preset(layout.preset):
+        for kind in ("svg", "csv"):
+            (layout.figures / f"{figure.name}.{kind}").touch()
+    seconds["claims"] = cpu_seconds("claims", "--preset", _PRESET, "--tables", tables, "--out", tables)
+    seconds["report"] = cpu_seconds("step", "report", "--preset", _PRESET)
+    return seconds
+
+
+def main() -> None:
+    """Measure all sizes, print the table and write it if an option says so."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", action="store_true", help="write the numbers to growth.csv")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of runs, ascending")
+    options = parser.parse_args()
+    facts, rows, before = table.facts(os.getloadavg()[0], 1, processor()), [], (math.nan, {})
+    for runs in options.sizes:
+        with tempfile.TemporaryDirectory() as folder, chdir(folder):
+            seconds = measure(runs)
+        for part, value in seconds.items():
+            exponent = math.log(value / before[1].get(part, math.nan)) / math.log(runs / before[0])
+            rows.append({"part": part, "runs": runs, "cpu_seconds": round(value, 3), "exponent": round(exponent, 2)})
+            print(*rows[-1].values(), flush=True)
+        before = runs, seconds
+    if options.keep:
+        pd.DataFrame(rows).assign(**facts).to_csv(RESULTS, index=False)
+
+
+if __name__ == "__main__":
+    main()
