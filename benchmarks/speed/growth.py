@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import chdir
+from itertools import pairwise, product
 from pathlib import Path
 
 import pandas as pd
@@ -74,26 +76,32 @@ def cpu_seconds(*arguments: str | Path) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def measure(runs: int) -> dict[str, float]:
-    """Return the CPU seconds of each part with so many runs, whose files are made in the current folder."""
-    write_preset(runs)
-    layout, start = Layout.of(str(_PRESET)), time.process_time()
-    plan = make_plan(layout.preset)
-    seconds = {"grouping": len(plan.jobs) and time.process_time() - start}
+def planned(runs: int) -> Iterator[tuple[str, float]]:
+    """Yield each part that needs no tables, with its CPU seconds for so many runs."""
+    layout, times = Layout.of(str(_PRESET)), [time.process_time()]
+    for _ in range(3):
+        plan = make_plan(layout.preset)
+        assert len(plan.jobs) < len(plan.sweeps)
+        times.append(time.process_time())
+    yield "grouping", min(end - start for start, end in pairwise(times))
     for run in (run for sweep in plan.sweeps for run in sweep.grid()):
         (layout.runs / run.run_id).mkdir(parents=True)
     for name in ("plan", "status"):
-        seconds[name] = cpu_seconds(name, "--preset", _PRESET)
-    seconds["snakemake -n"] = cpu_seconds("run", _PRESET, "-n", "--quiet")
+        yield name, cpu_seconds(name, "--preset", _PRESET)
+    yield "snakemake -n", cpu_seconds("run", _PRESET, "-n", "--quiet")
+
+
+def judged(runs: int) -> Iterator[tuple[str, float]]:
+    """Yield each part that reads tables, with its CPU seconds for so many runs."""
+    layout = Layout.of(str(_PRESET))
     tables = layout.tables()
     write_tables(runs, tables)
     layout.figures.mkdir(parents=True)
     for figure in figures_of_preset(layout.preset):
         for kind in ("svg", "csv"):
             (layout.figures / f"{figure.name}.{kind}").touch()
-    seconds["claims"] = cpu_seconds("claims", "--preset", _PRESET, "--tables", tables, "--out", tables)
-    seconds["report"] = cpu_seconds("step", "report", "--preset", _PRESET)
-    return seconds
+    yield "claims", cpu_seconds("claims", "--preset", _PRESET, "--tables", tables, "--out", tables)
+    yield "report", cpu_seconds("step", "report", "--preset", _PRESET)
 
 
 def main() -> None:
@@ -102,17 +110,20 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="write the numbers to growth.csv")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of runs, ascending")
     options = parser.parse_args()
-    facts, rows, before = table.facts(os.getloadavg()[0], 1, processor()), [], (math.nan, {})
-    for runs in options.sizes:
+    facts, rows, before = table.facts(os.getloadavg()[0], 1, processor()), [], {}
+    for parts, runs in product((planned, judged), options.sizes):
         with tempfile.TemporaryDirectory() as folder, chdir(folder):
-            seconds = measure(runs)
-        for part, value in seconds.items():
-            exponent = math.log(value / before[1].get(part, math.nan)) / math.log(runs / before[0])
-            rows.append({"part": part, "runs": runs, "cpu_seconds": round(value, 3), "exponent": round(exponent, 2)})
-            print(*rows[-1].values(), flush=True)
-        before = runs, seconds
-    if options.keep:
-        pd.DataFrame(rows).assign(**facts).to_csv(RESULTS, index=False)
+            write_preset(runs)
+            for part, seconds in parts(runs):
+                less, shorter = before.get(part, (math.nan, math.nan))
+                exponent = round(math.log(seconds / shorter) / math.log(runs / less), 2)
+                rows.append(
+                    {**facts, "part": part, "runs": runs, "cpu_seconds": round(seconds, 3), "exponent": exponent}
+                )
+                print(part, runs, rows[-1]["cpu_seconds"], exponent, flush=True)
+                before[part] = runs, seconds
+        if options.keep:
+            pd.DataFrame(rows).to_csv(RESULTS, index=False)
 
 
 if __name__ == "__main__":
