@@ -1,7 +1,7 @@
 """How the CPU seconds of planning, counting, judging and reporting grow with the number of runs.
 
-    python -m benchmarks.speed.growth           # a quarter of an hour of CPU time
-    python -m benchmarks.speed.growth --keep    # also writes the numbers to growth.csv
+    python -m benchmarks.speed.growth           # a quarter of an hour of CPU time; writes growth.csv
+    python -m benchmarks.speed.growth 100 200   # other numbers of runs, printed only
 
 The preset has short sweeps of one model and dataset. Verdicts and the page are made of made-up tables, of two scenes of
 the calibration for each of as many datasets as it takes. The exponent is that of the growth from the size before.
@@ -9,10 +9,8 @@ the calibration for each of as many datasets as it takes. The exponent is that o
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +25,7 @@ import yaml
 
 from benchmarks.calibration.run import Making, Task
 from benchmarks.speed import table
+from benchmarks.speed.sweep import children_seconds
 from lorabench.figures.catalog import figures_of_preset
 from lorabench.planning.plan import make_plan
 from lorabench.store.io import with_all_columns, write_frame
@@ -69,11 +68,9 @@ def write_tables(runs: int, out: Path) -> None:
 
 def cpu_seconds(*arguments: str | Path) -> float:
     """Run lorabench with one thread and return the CPU seconds of it and its processes."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [Path(sys.executable).parent / "lorabench", *arguments]
+    command, before = [Path(sys.executable).parent / "lorabench", *arguments], children_seconds()
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return children_seconds() - before
 
 
 def planned(runs: int) -> Iterator[tuple[str, float]]:
@@ -105,25 +102,20 @@ def judged(runs: int) -> Iterator[tuple[str, float]]:
 
 
 def main() -> None:
-    """Measure all sizes, print the table and write it if an option says so."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", action="store_true", help="write the numbers to growth.csv")
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of runs, ascending")
-    options = parser.parse_args()
+    """Measure all sizes, and print and write the table; other sizes may be given, whose table is not written."""
     facts, rows, before = table.facts(os.getloadavg()[0], 1, processor()), [], {}
-    for parts, runs in product((planned, judged), options.sizes):
+    sizes = tuple(map(int, sys.argv[1:])) or SIZES
+    for parts, runs in product((planned, judged), sizes):
         with tempfile.TemporaryDirectory() as folder, chdir(folder):
             write_preset(runs)
             for part, seconds in parts(runs):
                 less, shorter = before.get(part, (math.nan, math.nan))
                 exponent = round(math.log(seconds / shorter) / math.log(runs / less), 2)
-                rows.append(
-                    {**facts, "part": part, "runs": runs, "cpu_seconds": round(seconds, 3), "exponent": exponent}
-                )
-                print(part, runs, rows[-1]["cpu_seconds"], exponent, flush=True)
+                rows.append({**facts, "part": part, "runs": runs, "cpu_seconds": seconds, "exponent": exponent})
+                table.say(f"{part:12} {runs:6} {seconds:8.2f} {exponent:5}")
                 before[part] = runs, seconds
-        if options.keep:
-            pd.DataFrame(rows).to_csv(RESULTS, index=False)
+    if sizes == SIZES:
+        pd.DataFrame(rows).round(3).to_csv(RESULTS, index=False)
 
 
 if __name__ == "__main__":
