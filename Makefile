@@ -57,14 +57,21 @@ dist:  ## Build the source archive and the wheel into dist/, and check them.
 	twine check --strict dist/*
 	check-wheel-contents dist/*.whl
 
-# Of numpy, vLLM and the plugin for Slurm ask for different versions, and the second command installs the plugin's.
-gpu-pins: SHELL := bash -o pipefail
-gpu-pins:  ## Check from metadata that on a GPU the commands of docs/cluster.md install one torch, vLLM's.
+# Below, of numpy, vLLM and the plugin for Slurm ask for different versions, and the second command installs the plugin's.
+RESOLVED := uv pip compile -q --no-config --no-annotate --no-header --python-platform x86_64-manylinux_2_31
+# Each has PyPI's torch, which is built for CUDA, with its Triton.
+FOR_GPU := grep -E '^(nvidia-cuda-runtime|torch|transformers|triton|vllm)==' | xargs | grep 'nvidia-cuda.* torch=.* triton='
+gpu-pins: SHELL := bash -eo pipefail
+gpu-pins:  ## Check from metadata that the documented commands can be installed for a GPU, and vLLM with its own torch.
 	pip install -q uv==0.13.9
-	sed -n 's/^pip install \(vllm==[0-9.]*\) .*/\1/p' docs/cluster.md | grep . | \
-		uv pip compile -q --no-config --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
-		- pyproject.toml -c constraints-vllm.txt --override <(grep ^numpy== constraints-vllm.txt) --no-annotate | \
-		grep -E '^(vllm|torch|triton|transformers)=='
+	for python in 3.11 3.12 3.13; do \
+		echo "Python $$python: with the pinned versions, with the oldest allowed ones, and with vLLM"; \
+		$(RESOLVED) --python-version $$python pyproject.toml advice/pyproject.toml -c constraints.txt | $(FOR_GPU); \
+		$(RESOLVED) --python-version $$python pyproject.toml --resolution lowest-direct | $(FOR_GPU); \
+		sed -n 's/^pip install \(vllm==[0-9.]*\) .*/\1/p' docs/cluster.md | grep . | $(RESOLVED) --python-version $$python \
+			- pyproject.toml -c constraints-vllm.txt --override <(grep ^numpy== constraints-vllm.txt) | \
+			$(FOR_GPU) | grep vllm==; \
+	done
 
 bench:  ## Measure the speed against other trainers and print the table.
 	python -m benchmarks.speed

@@ -285,10 +285,10 @@ def measure(shape: Shape, chosen: list[str]) -> list[Row]:
         for turn in range(shape.turns):
             for name, arm in arms.items():
                 arm.clear()
-                started, cpu_before = time.perf_counter(), _cpu_seconds()
+                started, cpu_before = time.perf_counter(), children_seconds()
                 arm.train()
                 seconds[name].append(time.perf_counter() - started)
-                of_cpu[name].append(_cpu_seconds() - cpu_before)
+                of_cpu[name].append(children_seconds() - cpu_before)
                 say(f"sweep, turn {turn + 1} of {shape.turns}: {ARMS[name]}: {seconds[name][-1]:.1f} s")
             losses = {name: arm.losses() for name, arm in arms.items()}
             check_agreement(losses, TOLERANCE)
@@ -308,7 +308,7 @@ def measure(shape: Shape, chosen: list[str]) -> list[Row]:
     ]
 
 
-def _cpu_seconds() -> float:
+def children_seconds() -> float:
     """Return the CPU seconds of all child processes that have ended."""
     times = os.times()
     return times.children_user + times.children_system

@@ -157,15 +157,14 @@ def train(
         logging.raiseExceptions = False
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
 
-        from lorabench.store.progress import finished_runs
+        from lorabench.store.progress import recently_finished
         from lorabench.training.distributed import SINGLE_PROCESS, join, leave
         from lorabench.training.job import run_job
 
         group = join() if is_torchelastic_launched() else SINGLE_PROCESS
 
         def say(line: str) -> None:
-            done, expected, _ = finished_runs(planned, layout)
-            logging.info("[%s/%s runs of %s] %s", done, expected, layout.name, line)
+            logging.info("[%s runs of %s] %s", recently_finished(planned, layout), layout.name, line)
 
         with signals.stop_after_step():
             run_job(planned, job, layout, say, group, run)

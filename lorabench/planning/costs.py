@@ -169,9 +169,8 @@ def evaluation_cost(plan: Plan, job: EvalJob) -> Cost:
     sizes = dimensions(preset.models[job.model])
     # Weights in fp32, with bf16 copies that may live at the same time; logits of a batch of long texts in both types.
     longest = 2 * max((task.mean_tokens for task in evaluation.tasks if task.about == "forgotten"), default=0)
-    peak = 6.0 * sizes.parameters + 6.0 * evaluation.batch_size * longest * sizes.vocabulary
-    if preset.execution.sampler == "vllm":
-        peak = engine_memory(preset, job.model)[0]
+    own = 6.0 * sizes.parameters + 6.0 * evaluation.batch_size * longest * sizes.vocabulary
+    peak = engine_memory(preset, job.model)[0] if preset.execution.sampler == "vllm" else own
     tokens = sum(min(task.documents, task.limit or task.documents) * task.mean_tokens for task in evaluation.tasks)
     work = {"tokens": tokens, "flops": 2.0 * sizes.active_linear * tokens}
     return _on_one(preset, "the evaluation", job.model, peak, seconds.evaluation_seconds(preset, job), 20 * MB, **work)

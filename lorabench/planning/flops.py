@@ -51,10 +51,11 @@ def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
     """Return the estimated mean number of tokens of an example."""
     if dataset.kind in ("hub", "file"):
         return dataset.mean_tokens
-    if dataset.kind == "facts":
-        chars: float = _CHARS_OF_A_FACT
-    else:
-        chars = min(_SHARE_OF_MAX_CHARS[dataset.kind] * dataset.max_chars, _MEAN_CHARS[dataset.kind])
+    chars = (
+        _CHARS_OF_A_FACT
+        if dataset.kind == "facts"
+        else min(_SHARE_OF_MAX_CHARS[dataset.kind] * dataset.max_chars, _MEAN_CHARS[dataset.kind])
+    )
     return chars / _CHARS_PER_TOKEN[model.kind]
 
 

@@ -7,10 +7,12 @@ Sweeps are grouped into jobs, so that the time to start a job is a small share o
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from heapq import heapreplace
 from itertools import product
 from typing import Any, Literal
 
@@ -48,6 +50,10 @@ _VARIANTS: dict[Variant, tuple[Method, float, float]] = {
 }
 
 
+Timed = tuple[float, list[Sweep]]
+"""The sweeps of a job, and the seconds that they take together."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """All sweeps of a preset, the one with the most FLOPs first."""
@@ -63,8 +69,8 @@ class Plan:
         chosen = [sweep for sweep in self.sweeps if set(sweep.experiments) & set(evaluation.experiments)]
         jobs: list[EvalJob] = []
         for model in sorted({sweep.condition.model for sweep in chosen}):
-            sources = {task.source for task in evaluation.tasks if task.source}
-            data = {name: dataset_id(self.preset.sources[name]) for name in sorted(sources)}
+            sources = sorted({task.source for task in evaluation.tasks if task.source})
+            data = {name: dataset_id(self.preset.sources[name]) for name in sources}
             rules = evaluation.model_dump(exclude={"experiments"})
             sampler = [] if self.preset.execution.sampler == "own" else [self.preset.execution.sampler]
             identity = digest([PROTOCOL_VERSION, rules, data, model_id(self.preset.models[model]), *sampler], 8)
@@ -81,37 +87,22 @@ class Plan:
         longest sweep: with any number of cores the last core then finishes no later than that sweep would make it. A
         sweep whose runs are jobs of their own stays alone. UserError says that one fits on no allowed number of GPUs.
         """
-        groups: dict[tuple[object, ...], list[Sweep]] = defaultdict(list)
-        seconds: dict[Sweep, float] = {}
+        groups: dict[tuple[object, ...], list[Timed]] = defaultdict(list)
         for sweep, gpus in self.gpus.items():
-            condition = sweep.condition
-            seconds[sweep] = sweep_seconds(self.preset, sweep, gpus, sweep.n_runs)
-            groups[condition.model, condition.dataset, condition.task, sweep.experiments, gpus].append(sweep)
-
-        def duration(job: list[Sweep]) -> float:
-            return sum(seconds[sweep] for sweep in job)
-
-        longest = max(seconds.values(), default=0.0)
-        jobs: list[list[Sweep]] = []
+            condition, timed = sweep.condition, (sweep_seconds(self.preset, sweep, gpus, sweep.n_runs), [sweep])
+            groups[condition.model, condition.dataset, condition.task, sweep.experiments, gpus].append(timed)
+        longest = max((seconds for group in groups.values() for seconds, _ in group), default=0.0)
+        jobs: list[Timed] = []
         for group in groups.values():
-            start = start_seconds(self.preset, group[0].condition)
+            start = start_seconds(self.preset, group[0][1][0].condition)
             # Where even the longest sweep is shorter than a start, a job as long as a start is enough.
             enough, most = min(start / START_SHARE, max(start, longest)), max(longest, 1.5 * start)
-            alone: list[Sweep] = []
-            short: list[Sweep] = []
-            for sweep in sorted(group, key=lambda sweep: -seconds[sweep]):
-                is_long = seconds[sweep] >= enough or is_split(self.preset, sweep, self.gpus[sweep])
-                (alone if is_long else short).append(sweep)
-            jobs += [[sweep] for sweep in alone]
-            # Short sweeps are dealt out, each to the job that is shortest so far, to more jobs if one gets too long.
-            for count in range(max(1, round(duration(short) / enough)), len(short) + 1):
-                dealt: list[list[Sweep]] = [[] for _ in range(count)]
-                for sweep in short:
-                    min(dealt, key=duration).append(sweep)
-                if max(map(duration, dealt)) <= most:
-                    jobs += dealt
-                    break
-        return tuple(Job(tuple(job)) for job in sorted(jobs, key=lambda job: -duration(job)))
+            short: list[Timed] = []
+            for seconds, [sweep] in sorted(group, key=lambda timed: -timed[0]):
+                is_long = seconds >= enough or is_split(self.preset, sweep, self.gpus[sweep])
+                (jobs if is_long else short).append((seconds, [sweep]))
+            jobs += merged(short, max(1, round(sum(seconds for seconds, _ in short) / enough)), most)
+        return tuple(Job(tuple(job)) for _, job in sorted(jobs, key=lambda timed: -timed[0]))
 
     def is_split(self, job: Job) -> bool:
         """Return whether each run of a job's only sweep is a job of its own (see `execution.job_hours`)."""
@@ -127,27 +118,51 @@ class Plan:
         """Return the jobs that train the sweeps of an experiment, and no others."""
         return [job for job in self.jobs if experiment in job.experiments]
 
-    def job_of(self, sweep: Sweep) -> Job:
-        """Return the job that trains a sweep of the plan."""
-        return next(job for job in self.jobs if sweep in job.sweeps)
+    @cached_property
+    def job_of(self) -> dict[Sweep, Job]:
+        """The job that trains each sweep of the plan."""
+        return {sweep: job for job in self.jobs for sweep in job.sweeps}
+
+    @cached_property
+    def _by_id(self) -> dict[str, Job]:
+        return {job.job_id: job for job in (*(Job((sweep,)) for sweep in self.sweeps), *self.jobs)}
 
     def job(self, job_id: str) -> Job:
         """Return the job with an id, or a job of a single sweep by the sweep's id; UserError if the plan has none."""
-        jobs = {job.job_id: job for job in (*(Job((sweep,)) for sweep in self.sweeps), *self.jobs)}
-        if job_id not in jobs:
+        if job_id not in self._by_id:
             raise UserError(f"job {job_id!r} is not in the plan; has the preset changed since the job was made?")
-        return jobs[job_id]
+        return self._by_id[job_id]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per expected run; `lr` and `run_id` are None for runs whose LR is not known yet."""
         rows: list[dict[str, Any]] = []
         for sweep in self.sweeps:
-            condition = {k: v for k, v in asdict(sweep.condition).items() if k not in {"identity", "rollouts"}}
-            runs = [{"run_id": run.run_id, "lr": run.lr, "seed": run.seed} for run in sweep.grid()]
-            runs += [{"run_id": None, "lr": None, "seed": seed} for wave in sweep.expected_seeds() for seed in wave]
-            shared = {"sweep_id": sweep.sweep_id, "experiments": list(sweep.experiments)} | condition
-            rows += [{"run_id": run["run_id"], **shared, **run} for run in runs]
+            shared = {"sweep_id": sweep.sweep_id, "experiments": list(sweep.experiments)}
+            shared |= {k: v for k, v in asdict(sweep.condition).items() if k not in {"identity", "rollouts"}}
+            unknown = [(None, None, seed) for wave in sweep.expected_seeds() for seed in wave]
+            runs = [*((run.run_id, run.lr, run.seed) for run in sweep.grid()), *unknown]
+            rows += [{"run_id": run_id, **shared, "lr": lr, "seed": seed} for run_id, lr, seed in runs]
         return rows
+
+
+def merged(jobs: Sequence[Timed], least: int, most: float) -> list[Timed]:
+    """Merge jobs, in their order, into `least` longer ones or more, each into the one that is shortest so far.
+
+    There are as many as it takes for none to last longer than `most` seconds, or as there were.
+    """
+
+    def into(count: int) -> list[tuple[float, int, list[Sweep]]]:
+        longer: list[tuple[float, int, list[Sweep]]] = [(0.0, number, []) for number in range(count)]
+        for more, sweeps in jobs:
+            seconds, number, job = longer[0]
+            job += sweeps
+            heapreplace(longer, (seconds + more, number, job))
+        return longer
+
+    # The longest of more jobs is never longer, so the least number that is enough is found by bisection.
+    numbers = range(least, len(jobs))
+    count = least + bisect_left(numbers, True, key=lambda count: max(into(count))[0] <= most)
+    return [(seconds, job) for seconds, _, job in sorted(into(count), key=lambda job: job[1]) if job]
 
 
 def make_plan(preset: Preset) -> Plan:

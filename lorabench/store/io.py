@@ -37,9 +37,7 @@ def write_frame(
 
     It has all documented columns or, without `all_columns`, those of them that the frame has.
     """
-    schema = SCHEMAS[name]
-    if not all_columns:
-        schema = pa.schema([field for field in schema if field.name in frame])
+    schema = pa.schema([field for field in SCHEMAS[name] if all_columns or field.name in frame])
     frame = frame.reindex(columns=schema.names)
     table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
     write_table(table, out / f"{name}.parquet", made_from)

@@ -29,6 +29,8 @@ class Layout:
         self.runs = self.root / "runs"
         self.logs = self.root / "logs"
         self.jobs = self.root / "jobs"
+        self.count = self.root / "finished_runs.txt"
+        """The file with the numbers of finished and planned runs that jobs report."""
         self.patches = self.root / "patches"
         """The folder of the uncommitted changes to the code that runs were made with."""
         self.pins = self.root / "pins"

@@ -27,8 +27,7 @@ def of_files(files: Iterable[tuple[str, Path]], *further: str) -> str:
 
 def of_runs(runs: Path, run_ids: Iterable[str]) -> str:
     """Return the SHA-256 of the records of runs, which have the checksums of the runs' other files."""
-    records = [(run_id, RunFolder(runs, run_id).record) for run_id in run_ids]
-    return of_files((run_id, record) for run_id, record in records if record.is_file())
+    return of_files((run_id, file) for run_id in run_ids if (file := RunFolder(runs, run_id).record).is_file())
 
 
 def of_tables(folders: Sequence[Path], names: Sequence[str], *further: str) -> str:
@@ -41,7 +40,5 @@ def of_tables(folders: Sequence[Path], names: Sequence[str], *further: str) -> s
 def named_in(path: Path) -> str | None:
     """Return the SHA-256 of what a parquet or SVG file says that it was made from; None if it does not say."""
     if path.suffix == ".parquet":
-        found = (pq.read_schema(path).metadata or {}).get(MADE_FROM, b"").decode()
-    else:
-        found = "".join(SOURCE.findall(path.read_text(encoding="utf-8"))[:1])
-    return found or None
+        return (pq.read_schema(path).metadata or {}).get(MADE_FROM, b"").decode() or None
+    return next(iter(SOURCE.findall(path.read_text(encoding="utf-8"))), None)

@@ -15,7 +15,10 @@ from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Run, Sweep
 from lorabench.store.layout import Layout
-from lorabench.utils.files import write_json
+from lorabench.utils.files import atomic_path, write_json
+
+COUNTED_EVERY = 10.0
+"""Seconds for which all jobs of a preset take one count of its finished runs."""
 
 INTERVAL = float(os.environ.get("LORABENCH_PROGRESS_SECONDS", "2"))
 """Seconds between two updates of a progress file; the profile of a cluster asks for fewer."""
@@ -38,11 +41,19 @@ class Progress:
         if run == self._last[0] and now - self._last[1] < INTERVAL:
             return
         self._last, condition = (run, now), run.condition
-        state = {"label": condition.label, "run": number, "runs": max(number, self._sweep.n_runs)}
-        state |= {"lr": run.lr, "seed": run.seed, "step": step, "steps": condition.steps}
+        state = {
+            "label": condition.label,
+            "run": number,
+            "runs": max(number, self._sweep.n_runs),
+            "lr": run.lr,
+            "seed": run.seed,
+            "step": step,
+            "steps": condition.steps,
+            "sweep": self._sweep.sweep_id,
+        }
         # A full disk must end the job where it loses something, not here.
         with suppress(UserError):
-            write_json(state | {"sweep": self._sweep.sweep_id}, self._layout.progress(run))
+            write_json(state, self._layout.progress(run))
 
 
 def finished_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
@@ -52,14 +63,27 @@ def finished_runs(plan: Plan, layout: Layout) -> tuple[int, int, int]:
     finished. A finished job counts with the runs that were expected, whose folders may be deleted.
     """
     files, folders = ({path.name for path in folder.glob("*")} for folder in (layout.jobs, layout.runs))
-    done = planned = jobs_done = 0
-    for job in plan.jobs:
-        planned += job.n_runs
-        if layout.job(job).name in files:
-            done, jobs_done = done + job.n_runs, jobs_done + 1
-        else:
-            done += sum(len(sweep.run_ids & folders) for sweep in job.sweeps)
-    return done, planned, jobs_done
+    ended = [layout.job(job).name in files for job in plan.jobs]
+    done = sum(
+        job.n_runs if has_ended else sum(len(sweep.run_ids & folders) for sweep in job.sweeps)
+        for job, has_ended in zip(plan.jobs, ended, strict=True)
+    )
+    return done, sum(job.n_runs for job in plan.jobs), sum(ended)
+
+
+def recently_finished(plan: Plan, layout: Layout) -> str:
+    """Return the numbers of finished and of planned runs, such as 3/10, as a job of the preset has counted them.
+
+    A count takes time that grows with the number of runs, so that jobs share one for `COUNTED_EVERY` seconds.
+    """
+    # The clocks of nodes may differ.
+    with suppress(OSError):
+        if 0 <= time.time() - layout.count.stat().st_mtime < COUNTED_EVERY:
+            return layout.count.read_text()
+    count = "{}/{}".format(*finished_runs(plan, layout))
+    with suppress(UserError), atomic_path(layout.count) as partial:
+        partial.write_text(count)
+    return count
 
 
 def runs_at_work(plan: Plan, layout: Layout) -> list[dict[str, Any]]:

@@ -37,8 +37,7 @@ def evidence_folders(root: Path) -> list[Path]:
 def read_provenance(folder: Path) -> dict[str, Any]:
     """Return the content of a published preset's provenance.json, empty without it."""
     path = folder / "provenance.json"
-    made: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return made
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def read_held_out(folder: Path) -> pd.DataFrame | None:

@@ -8,12 +8,13 @@ import pandas as pd
 import pytest
 import yaml
 
-from benchmarks.speed import rl, sweep, table
+from benchmarks.speed import growth, rl, sweep, table
 from benchmarks.speed.__main__ import FULL, QUICK
 from benchmarks.speed.table import Row
 from lorabench.config.loading import load_preset
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.planning.plan import make_plan
+from lorabench.store.tables import Tables
 from lorabench.training.loss import IGNORED
 
 from ..conftest import REPOSITORY
@@ -69,3 +70,16 @@ def test_the_quick_form_runs_from_end_to_end(tmp_path):
     assert (measured["seconds"] > 0).all()
     losses = measured.loc[measured["part"] == "sweep", "test_nll"]
     assert losses.max() - losses.min() < sweep.TOLERANCE
+
+
+def test_growth_is_measured_on_made_up_runs_that_can_be_planned_and_judged(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    growth.write_preset(100)
+    plan = make_plan(load_preset("grow.yaml"))
+    assert sum(sweep.n_runs for sweep in plan.sweeps) == 100
+    assert len(plan.jobs) < len(plan.sweeps) == 50
+    growth.write_tables(200, tmp_path)
+    tables = Tables.read(tmp_path)
+    assert 200 <= len(tables.runs) == tables.runs["run_id"].nunique() < 400
+    assert set(tables.test_losses["run_id"]) == set(tables.runs["run_id"]) == set(tables.curves["run_id"])
+    assert tables.runs["dataset"].nunique() == 2

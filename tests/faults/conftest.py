@@ -69,7 +69,7 @@ class Place:
         return next(sweep for sweep in self.plan.sweeps if sweep.condition.task == task)
 
     def job(self, task: str) -> runs.Job:
-        return self.plan.job_of(self.sweep(task))
+        return self.plan.job_of[self.sweep(task)]
 
     def path(self, path: Path) -> Path:
         return self.folder / path

@@ -1,12 +1,15 @@
 """Grouping of sweeps into jobs: each sweep is trained once, a figure needs no other sweeps, and no core waits long."""
 
+import time
 from functools import cache
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorabench.config.loading import load_preset
 from lorabench.config.preset import Preset
-from lorabench.planning.plan import START_SHARE, Plan, make_plan
+from lorabench.planning.plan import START_SHARE, Plan, make_plan, merged
 from lorabench.planning.seconds import flops_per_second, job_seconds, start_seconds
 from lorabench.runs import Job
 
@@ -64,3 +67,48 @@ def test_ids_are_names_of_files_and_hold_as_long_as_the_sweeps_do(raw_preset):
             assert len(job.job_id) < 100
             assert plan.job(job.job_id) == job
             assert plan.job(job.sweeps[0].sweep_id) == Job(job.sweeps[:1])
+
+
+def by_trying_every_number(jobs, least, most):
+    """Merge jobs as `merged` does, by its definition: one more until none is too long."""
+    for count in range(least, len(jobs) + 1):
+        longer = [(0.0, []) for _ in range(count)]
+        for seconds, sweeps in jobs:
+            shortest = min(range(count), key=lambda number: longer[number][0])
+            longer[shortest] = longer[shortest][0] + seconds, longer[shortest][1] + sweeps
+        if max(seconds for seconds, _ in longer) <= most:
+            return longer
+    return []
+
+
+@pytest.mark.parametrize("name", ["laptop", "smollm2", "core"])
+@pytest.mark.parametrize("faster", [0.2, 1.0, 50.0, 1000.0])
+def test_sweeps_are_in_the_jobs_that_trying_every_number_gives(name, faster, monkeypatch):
+    preset = plan_of(name).preset
+    preset = preset.with_execution(gflops=faster * flops_per_second(preset.execution) / 1e9)
+    jobs = Plan(preset, plan_of(name).sweeps).jobs
+    monkeypatch.setattr("lorabench.planning.plan.merged", by_trying_every_number)
+    assert Plan(preset, plan_of(name).sweeps).jobs == jobs
+
+
+@given(
+    seconds=st.lists(st.floats(0.01, 10), min_size=1, max_size=40),
+    least=st.integers(1, 40),
+    most=st.floats(10, 40),
+)
+def test_any_jobs_are_merged_so(seconds, least, most):
+    jobs = [(each, [str(number)]) for number, each in enumerate(seconds)]
+    assert merged(jobs, min(least, len(jobs)), most) == by_trying_every_number(jobs, min(least, len(jobs)), most)
+    assert merged([], 1, most) == []
+
+
+def test_thousands_of_sweeps_are_grouped_within_seconds(raw_preset):
+    """Of 5,000 short sweeps of many lengths; with their square it would take minutes."""
+    raw_preset["datasets"]["instruct"]["train"], raw_preset["execution"]["gflops"] = 400, 60.0
+    block = raw_preset["experiments"]["rank"][0] | {"lrs": {"fullft": [], "lora": [1e-3]}, "ranks": {"all": [4]}}
+    block |= {"batch_sizes": list(range(1, 101)), "alphas": [1 + number / 100 for number in range(50)], "seeds": 1}
+    plan = make_plan(Preset.model_validate(raw_preset | {"experiments": {"rank": [block]}}))
+    start = time.process_time()
+    assert 1000 < len(plan.jobs) < 2000 < len(plan.sweeps) == 5000
+    # It took 0.3 s on an EPYC beside other work.
+    assert time.process_time() - start < 5

@@ -55,7 +55,7 @@ def finished(raw_preset, tmp_path, monkeypatch):
 def test_a_flipped_bit_is_named_in_all_of_200_places(finished):
     plan, layout, folders = finished
     folder, sweep, tables = folders[0], plan.sweeps[0], layout.tables()
-    job = layout.job(plan.job_of(sweep))
+    job = layout.job(plan.job_of[sweep])
     write_table(collect.sweep_table(folders, sweep), job)
     collect.collect([job], tables, plan, layout)
     write_frame(claims_table([make_claim("C1")]), "claims", tables)
@@ -132,7 +132,7 @@ def test_a_record_of_an_earlier_version_has_no_checksums_and_must_be_of_its_run(
 
 def test_the_file_of_a_damaged_runs_job_is_deleted_with_it(finished):
     plan, layout, folders = finished
-    job = layout.job(plan.job_of(plan.sweeps[0]))
+    job = layout.job(plan.job_of[plan.sweeps[0]])
     write_table(collect.sweep_table(folders, plan.sweeps[0]), job)
     folders[0].record.write_text("{}")
     again = f"; delete {folders[0].final} and {job} to have it trained again, by `lorabench run PRESET {job}`"

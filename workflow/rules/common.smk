@@ -57,6 +57,14 @@ def one_of(names):
     return "|".join(re.escape(name) for name in names) or "(?!)"
 
 
+def none_of(names):
+    """The pattern of a file's name without its suffix, which is none of some names.
+
+    Snakemake reads the whole pattern for each file, so it must not name all jobs.
+    """
+    return rf"(?!(?:{one_of(names)})\.)[^/]+"
+
+
 def jobs_of(experiment=None):
     """The jobs that train an experiment's runs, or all jobs."""
     return PLAN.jobs_of(experiment) if experiment else PLAN.jobs
@@ -107,6 +115,8 @@ def job_data(wildcards):
 
     The names of these files depend on their content, so their times are ignored: the clocks of nodes may differ.
     """
+    if wildcards.job not in JOBS:
+        raise WorkflowError(f"job {wildcards.job!r} is not in the plan")
     job = JOBS[wildcards.job]
     conditions = [sweep.condition for sweep in job.sweeps]
     # The conditions of a job share model and dataset; their held-out problem sets may differ.
@@ -175,7 +185,7 @@ def eval_inputs(wildcards):
     job, evaluation = EVALUATIONS[wildcards.evaluation], LAYOUT.preset.evaluation
     sources = dict.fromkeys(task.source for task in evaluation.tasks if task.source)
     reads = [LAYOUT.dataset(source) for source in sources]
-    reads += [LAYOUT.job(PLAN.job_of(job.sweep))] if job.sweep else []
+    reads += [LAYOUT.job(PLAN.job_of[job.sweep])] if job.sweep else []
     if any(task.name == "lorabench_pretraining" for task in evaluation.tasks):
         reads.append(LAYOUT.pretraining)
     reads = [LAYOUT.eval_tasks, *reads, *model_files(job.model)]

@@ -38,7 +38,7 @@ rule train:
     log:
         LAYOUT.root / "logs/{job}.log",
     wildcard_constraints:
-        job=one_of(job_id for job_id in JOBS if job_id not in SPLIT),
+        job=none_of(SPLIT),
     priority: lambda wildcards: PRIORITIES[wildcards.job]
     retries: retries(COSTS[job_id] for job_id in COSTS if job_id not in SPLIT)
     conda:
