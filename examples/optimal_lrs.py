@@ -11,7 +11,11 @@ from lorabench.api import fit_lr, judge
 from lorabench.utils.files import REFERENCE
 
 SOURCE = REFERENCE / "nhckdvrl"  # Qwen3-0.6B on 32,768 examples of NuminaMath-CoT at four batch sizes
-runs = pd.read_csv(SOURCE / "runs.csv").rename(columns={"final_test_nll": "loss"})
+runs = (
+    pd.read_csv(SOURCE / "runs.csv")
+    .query("dataset == 'NuminaMath-CoT-32768'")
+    .rename(columns={"final_test_nll": "loss"})
+)
 noise = Noise(0.0012, 2, "repeated runs of this model on other data")  # its runs have one seed
 for batch, same_batch in runs.groupby("batch_size"):
     advice = recommend("Qwen/Qwen3-0.6B", tokens=10e6, batch_size=int(batch), steps=32_768 // batch)

@@ -141,7 +141,7 @@ def _draw_measure(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.Data
 
 
 QUESTIONS = {
-    "B2": "LoRA's loss as low as\nfull fine-tuning's?",
+    "B2": "LoRA's loss the same as\nfull fine-tuning's?",
     "A1": "LoRA keeps up all along\na long run?",
     "B1": "LoRA's best LR ten times\nfull fine-tuning's?",
     "B3": "One best LR for all\nranks from 4 up?",
