@@ -35,10 +35,10 @@ class Question(NamedTuple):
     """What was measured, with a place for its number."""
     form: str
     """The format of the number."""
-    if_yes: str
+    if_yes: str = ""
     """What to do where the largest models with a decision say yes."""
-    if_no: str
-    if_open: str
+    if_no: str = ""
+    if_open: str = ""
     """What to do where nothing is decided."""
     factor: float = 1.0
     """By what the numbers of the table are multiplied."""
