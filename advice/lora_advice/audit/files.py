@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_advice.adapter_config import NAME
-from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.config import Task, TrainingConfig
 from lora_advice.audit.readers import adapter, axolotl, llamafactory, torchtune, trl, verl
 from lora_advice.audit.readers.options import frameworks
 from lora_advice.errors import UserError
@@ -51,6 +51,7 @@ def read_paths(
     check: Callable[[TrainingConfig], list[Finding]] = lambda config: [],
     skip_unknown: bool = False,
     hub: bool = False,
+    task: Task | None = None,
 ) -> tuple[list[TrainingConfig], list[Finding], list[NotRead]]:
     """Return the runs that files state, by path and name, what `check` finds of each alone, and the files not read.
 
@@ -67,7 +68,7 @@ def read_paths(
             files.setdefault(os.path.realpath(file), (file, file == path and not skip_unknown))
 
     def answer(item: tuple[Path, bool]) -> dict[str, Any]:
-        runs = _read(item[0], file_format, named=item[1])
+        runs = [replace(run, task=run.task or task) for run in _read(item[0], file_format, named=item[1])]
         found = [finding for run in runs for finding in check(run)]
         return {"configs": [*map(asdict, runs)], "findings": [*map(asdict, found)]}
 

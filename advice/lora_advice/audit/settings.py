@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_advice import formats
 from lora_advice.audit.config import TrainingConfig, say
+from lora_advice.audit.readers.options import frameworks
 from lora_advice.finding import Finding, Level
 from lora_advice.theory import ALPHA
 from lora_advice.variants import VARIANT_NAMES, lr_factor
@@ -24,8 +25,9 @@ LARGE_BATCH = 256
 ALPHA_EXPONENTS = (0.5, 0.75, 1.0)
 """The optimal LR goes as alpha to minus this: while A moves freely, the middle, and while A stands still."""
 FAR = 10.0  # the factor between two learning rates of the same setting from which one of them must be wrong
-_MOST, _FEW = 0.8, 0.05
-"""The shares of steps kept in bf16 above which nothing is said, and below which little is learned."""
+_MOST, _FEW = 0.8, 0.2
+"""The shares of steps kept in bf16 above which nothing is said, and below which runs at the best LR of fp32 lost more
+than a margin: 0.03 nats with 19% kept in SFT, and in RL 50 points of accuracy with 2.5% (studies/bf16)."""
 _TYPICAL_WEIGHT = 0.02  # the standard deviation of the weights of large language models, roughly
 
 
@@ -43,8 +45,9 @@ def check_settings(config: TrainingConfig) -> Iterator[Finding]:
         kept = kept_in_bf16(config.lr or 0.0)
         level: Level = "warning" if kept < _FEW else "note"
         if kept < _MOST:
-            line = config.line("rounded")
-            yield say("rounded", line, level=level, kept=kept, lr=config.lr, size=_TYPICAL_WEIGHT)
+            fp32 = frameworks()[config.format].get("fp32", "weights in fp32")
+            values = {"kept": kept, "lr": config.lr, "size": _TYPICAL_WEIGHT, "fp32": fp32}
+            yield say("rounded", config.line("rounded"), level=level, **values)
     if config.method != "lora":
         return
     alpha, line = config.alpha, config.line("alpha", "rank")
