@@ -11,7 +11,17 @@ from typing import Any
 
 from lora_advice.adapter_config import NAME
 from lora_advice.audit.config import Task, TrainingConfig
-from lora_advice.audit.readers import adapter, axolotl, llamafactory, torchtune, trl, verl
+from lora_advice.audit.readers import (
+    adapter,
+    axolotl,
+    llamafactory,
+    openrlhf,
+    prime_rl,
+    swift,
+    torchtune,
+    trl,
+    verl,
+)
 from lora_advice.audit.readers.options import frameworks
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding
@@ -23,6 +33,9 @@ READERS: dict[str, Callable[[Path, str], list[TrainingConfig]]] = {
     "torchtune": torchtune.read,
     "llamafactory": llamafactory.read,
     "verl": verl.read,
+    "swift": swift.read,
+    "openrlhf": openrlhf.read,
+    "prime_rl": prime_rl.read,
     "trl": trl.read,
 }
 """By format; of those whose marks in `frameworks.yaml` a file has, the first reads it."""
@@ -31,6 +44,7 @@ _SUFFIXES = {
     **dict.fromkeys((".yaml", ".yml", ".json"), "yaml"),
     **dict.fromkeys((".sh", ".bash", ".slurm", ".sbatch"), "script"),
     ".py": "python",
+    ".toml": "toml",
 }
 """The kinds of files."""
 LARGEST = 1_000_000  # bytes; what is larger is data, not a configuration

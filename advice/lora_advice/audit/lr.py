@@ -19,8 +19,6 @@ MOST_DEVICES = 8
 """A finding must hold from one to this number of devices where the file does not say how many there are."""
 
 _TASKS = {False: "supervised fine-tuning", True: "reinforcement learning"}
-# Optimizers whose LR is that of Adam, by what their names hold, and those that only sound like it.
-_ADAM, _NO_ADAM = "adam", ("mini", "schedule", "galore", "apollo", "muon", "adamax")
 
 
 def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEvidence) -> list[Finding]:
@@ -71,7 +69,9 @@ def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEv
         names = " or ".join(far.values())
         assumed.append(f"no source has measured {names} in {_TASKS[place.rl]}, so the interval is an extrapolation")
     if config.task is None:
-        assumed.append(f"the task is not said, so the more lenient one counts, {_TASKS[place.rl]}; --task says which it is")
+        assumed.append(
+            f"the task is not said, so the more lenient one counts, {_TASKS[place.rl]}; --task says which it is"
+        )
         if verdict.log_factor < 0:
             assumed.append("it may be preference training, of which nothing is known")
     # The others are LoRA with another alpha.
@@ -89,29 +89,29 @@ def judge(config: TrainingConfig, model: ModelFacts | None, evidence: LrEvidence
     Where the number of devices is not said, the verdict is the mildest of one device and of MOST_DEVICES, and where the
     task is not said, that of both tasks.
     """
-    optimizer = (config.optimizer or _ADAM).lower()
     if config.task not in (None, "sft", "rl"):
         return f"no source has measured learning rates of {config.task} runs"
     if config.method is None:
         return "the file does not say whether this is LoRA or full fine-tuning"
-    if _ADAM not in optimizer or any(word in optimizer for word in _NO_ADAM):
+    if not config.adam:
         return f"all sources are of Adam, and the optimizer is {config.optimizer}"
     if config.rslora and (config.rank or 0) < 1:
         return "the file does not say the rank, on which the learning rate of rsLoRA depends"
     if config.variant and not {"pissa", "olora"} & {*config.variants}:
         return f"no source has measured learning rates of the variant {config.variant}"
-    verdicts: list[tuple[Verdict, Place]] = []
+    verdicts: list[tuple[Level, Verdict, Place]] = []
     for rl in (False, True) if config.task is None else (config.task == "rl",):
         for devices in (1, MOST_DEVICES) if config.per_device else (1,):
             place = _place(config, model, rl, devices)
             # Optima move with the batch size and the length as was measured; for the width there is the law alone.
             if width := evidence.unmeasured(place).get("width"):
                 return f"no source has measured {width} in {_TASKS[rl]}"
-            verdicts.append((_verdict(config, place, evidence), place))
-            if _level(config, *verdicts[-1], evidence) == "note":
+            verdict = _verdict(config, place, evidence)
+            verdicts.append((_level(config, verdict, place, evidence), verdict, place))
+            if verdicts[-1][0] == "note":
                 break
-    levels = get_args(Level)
-    return max(verdicts, key=lambda judged: (levels.index(_level(config, *judged, evidence)), -judged[0].share.mean))
+    _, verdict, place = max(verdicts, key=lambda judged: (get_args(Level).index(judged[0]), -judged[1].share.mean))
+    return verdict, place
 
 
 def _place(config: TrainingConfig, model: ModelFacts | None, rl: bool, devices: int) -> Place:
@@ -154,10 +154,11 @@ def level(verdict: Verdict) -> Level:
 
 
 def _level(config: TrainingConfig, verdict: Verdict, place: Place, evidence: LrEvidence) -> Level:
-    """Return the level of a finding about a run: beyond all that was measured a warning at most.
+    """Return the level of a finding about a run, which is lower for an LR that is too low, since it only wastes time.
 
-    Where the task is not said, an LR that is too low for SFT and RL may be right for preference training.
+    Where the task is not said it may be right for preference training, and beyond all that was measured it is not sure.
     """
     if config.task is None and verdict.log_factor < 0:
         return "note"
-    return "warning" if level(verdict) == "error" and evidence.unmeasured(place) else level(verdict)
+    extrapolated = verdict.log_factor < 0 and evidence.unmeasured(place)
+    return "warning" if extrapolated and level(verdict) == "error" else level(verdict)

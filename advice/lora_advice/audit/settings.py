@@ -28,6 +28,12 @@ FAR = 10.0  # the factor between two learning rates of the same setting from whi
 _MOST, _FEW = 0.8, 0.2
 """The shares of steps kept in bf16 above which nothing is said, and below which runs at the best LR of fp32 lost more
 than a margin: 0.03 nats with 19% kept in SFT, and in RL 50 points of accuracy with 2.5% (studies/bf16)."""
+_IN_BF16 = {
+    "rl": "on SmolLM2-135M in RL the best learning rate was 8 times as high, and at 1e-5 the accuracy 0.37, not 0.87",
+    "sft": "on SmolLM2-135M in SFT the best learning rate was 4 times as high, and at 1e-4 the loss 0.03 nats higher",
+}
+_TRAINER = ("axolotl", "llamafactory", "trl", "swift")
+"""The formats of frameworks that train with the Trainer of transformers."""
 _TYPICAL_WEIGHT = 0.02  # the standard deviation of the weights of large language models, roughly
 
 
@@ -41,12 +47,15 @@ def check_settings(config: TrainingConfig) -> Iterator[Finding]:
     """Yield what is found of LoRA's scale and variants, of the length and batch of its runs, and of the precision."""
     if config.method == "fullft" and config.bits in (4, 8):
         yield say("quantized", config.line("bits"), bits=config.bits)
-    elif config.method == "fullft" and config.rounded and 0 < (config.lr or 0.0) < _TYPICAL_WEIGHT:
+    elif config.method == "fullft" and config.rounded and config.adam and 0 < (config.lr or 0.0) < _TYPICAL_WEIGHT:
         kept = kept_in_bf16(config.lr or 0.0)
         level: Level = "warning" if kept < _FEW else "note"
         if kept < _MOST:
             fp32 = frameworks()[config.format].get("fp32", "weights in fp32")
+            unless = " unless DeepSpeed or accelerate's FSDP holds them in fp32" if config.format in _TRAINER else ""
+            measured = _IN_BF16.get(config.task or "", "; ".join(_IN_BF16.values()))
             values = {"kept": kept, "lr": config.lr, "size": _TYPICAL_WEIGHT, "fp32": fp32}
+            values |= {"unless": unless, "measured": measured}
             yield say("rounded", config.line("rounded"), level=level, **values)
     if config.method != "lora":
         return
