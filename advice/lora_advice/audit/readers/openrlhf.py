@@ -35,7 +35,9 @@ def _run(path: Path, words: list[Word], program: str, name: str) -> TrainingConf
     rank = number(options[keys["rank"]])
     method: Method | None = "lora" if rank else "fullft"
     # A variable that is not known may hold any options.
-    if any(key in options and options[key] is None for key in keys["rank"].split()) or UNKNOWN in map(str, words):
+    if any(key in options and options[key] is None for key in keys["rank"].split()) or UNKNOWN in [
+        word.text for word in words
+    ]:
         method = None
     findings = []
     stated = [key for key in f"{keys['alpha']} {keys['targets']}".split() if options[key] is not None]

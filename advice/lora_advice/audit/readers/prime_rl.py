@@ -31,7 +31,13 @@ def read(path: Path, content: str) -> list[TrainingConfig]:
     keys |= table["rl_names" if rl else "sft_names"]
     # In its first versions LoRA was an experiment.
     keys |= {field: f"{keys[field]} {keys[field].replace('model.', 'model.experimental.')}" for field in table["lora"]}
-    lora = any(re.match(rf"{re.escape(trainer)}model\.(experimental\.)?lora(\.|$)", name) for name in options.values)
+    lora, offload = (
+        any(
+            re.match(rf"{trainer}model\.{part}(\.|$)", name) and value is not False
+            for name, value in options.values.items()
+        )
+        for part in (r"(experimental\.)?lora", "full_offload")
+    )
     for field, value in table["defaults"].items():
         if (lora or field not in table["lora"]) and options[keys[field]] is None:
             options.values[keys[field].split()[0]] = value
@@ -46,7 +52,7 @@ def read(path: Path, content: str) -> list[TrainingConfig]:
             task=task,
             method="lora" if lora else "fullft",
             # A full offload holds an fp32 copy.
-            rounded=text(options[keys["rounded"]]) == "bfloat16" and not options.has(f"{trainer}model.full_offload"),
+            rounded=text(options[keys["rounded"]]) == "bfloat16" and not offload,
             # A batch counts responses.
             group_size=group if rl else None,
             global_batch=None if batch is None or batch % group else batch // group,

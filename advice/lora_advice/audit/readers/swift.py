@@ -64,7 +64,7 @@ def _run(path: Path, options: Options, command: str | None, name: str) -> list[T
         continued = None
     elif tuner == "full":
         level: Level = "error" if options.has("lora_rank") else "warning"
-        findings += options.without_effect("swift", "all weights are trained", level)
+        findings += options.without_effect("swift", "the tuner is full", level)
     elif continued is not None:
         reason = f"training goes on from the adapter {continued}, which has its own"
         findings += options.without_effect("swift", reason, "warning")
