@@ -34,6 +34,7 @@ from collections.abc import Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -88,8 +89,8 @@ def main() -> None:
         before.update({name: layer.lora_A["default"].weight.detach().clone() for name, layer in layers.items()})
         return model
 
-    layout.runs = layout.root / "moved_a"
-    with mock.patch.object(context, "with_adapter", kept):
+    with mock.patch.object(context, "with_adapter", kept), TemporaryDirectory() as runs:
+        layout.runs = Path(runs)
         train_at([given.lr], 1, plan, sweep, layout)
     spec, machine = layout.model(given.model), machine_of(plan)
     model = load_model(spec)
@@ -97,7 +98,9 @@ def main() -> None:
     train = read_tokens(layout.tokens(given.model, given.dataset), key)["train"]
     some = train.chosen(np.arange(32))
     inputs = layer_inputs(model, some, machine)
-    after = {name: layer.lora_A["default"].weight.detach() for name, layer in layers.items()}
+    # The unembedding, which carries LoRA in the runs, is none of the layers of the line search.
+    before = {name: before[name] for name in inputs}
+    after = {name: layers[name].lora_A["default"].weight.detach() for name in inputs}
     sizes = layer_inputs(model, some, machine, before)
     rows = []
     for (words, factors), orthogonal in product((("random", before), ("moved", after)), (False, True)):
