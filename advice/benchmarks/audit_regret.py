@@ -10,10 +10,11 @@ These files are written into paper_figures/published/evidence; `python workflow/
 - `lr_evidence.json`: what the audit needs of the pooled optima and curvatures, so that it imports and fits nothing.
 - `lr_regret.csv`: each run whose regret is known, and what the audit says of its learning rate without its source.
 - `lr_regret_inside.csv`: the shares of measured regrets within their 95% intervals.
-- `lr_regret_alarms.csv`: how often each level is said, by the measured regret in margins.
+- `lr_regret_alarms.csv`: how often each level is said, by the measured regret in margins; it is a table of
+  advice/docs/audit-codes.md too.
 
 The regret of a run is its loss, in RL its error rate, minus the lowest of its grid. The gain is how far that lowest
-loss is below the loss of the base, where that is known. The margin is 2% of the gain, in RL 10%, or where the base's
+loss is below the loss of the base, where that is known. The margin is 2% of the gain, or where the base's
 loss is not known 1% of the loss. An interval that ends above 95% of the gain ends at the whole gain.
 """
 
@@ -47,6 +48,7 @@ from lorabench.sources.source import SourceModel, read_sources, source_folders
 from lorabench.store.io import write_csv
 from lorabench.store.published import PUBLISHED, evidence_folders
 from lorabench.utils.files import atomic_path
+from lorabench.utils.markdown import write_part
 
 ARM = ["task", "source", "model", "dataset", "method", "rank", "batch_size", "steps"]
 CONDITION = ["task", "source", "model", "dataset"]
@@ -58,6 +60,16 @@ ALL = 0.95
 CLASSES = {"below 1 margin": (-math.inf, 1.0), "1 to 5 margins": (1.0, 5.0), "above 5 margins": (5.0, math.nan)}
 
 MARGINS = {"sft": DEFAULT_MARGINS.loss, "rl": DEFAULT_MARGINS.reward}
+
+PAGE = Path("advice/docs/audit-codes.md")
+
+BEYOND = (
+    ("batch_size", 64, math.inf, 0, 16),
+    ("batch_size", 0, 32, 128, math.inf),
+    ("steps", 0, 150, 600, math.inf),
+    ("steps", 400, math.inf, 0, 100),
+)
+"""Attributes, with the lowest and highest value of the optima that a run is predicted by, and those of the runs."""
 
 # Parts of a mixture with a smaller share are left out.
 _LEAST_SHARE = 2e-5
@@ -272,6 +284,27 @@ def held_to(runs: pd.DataFrame, optima: Sequence[LrOptimum]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def held_beyond(runs: pd.DataFrame, optima: Sequence[LrOptimum]) -> pd.DataFrame:
+    """Predict the regret of SFT runs beyond all batch sizes or lengths of the optima that they are predicted by.
+
+    Returns:
+        The rows of `held_to` for each split of BEYOND, of models of width 500 or more, from all other sources.
+    """
+    rows = []
+    for field, low, high, least, most in BEYOND:
+        part = runs[(runs["task"] == "sft") & (runs["width"] >= 500) & runs[field].between(least, most)]
+        for source, own in part.groupby("source", sort=False):
+            others = [
+                known
+                for known in optima
+                if known.source != source
+                and (known.rl or (not getattr(known, field) < low and not getattr(known, field) > high))
+            ]
+            known = LrEvidence(evidence(others, curvatures(runs[runs["source"] != source])))
+            rows += [_prediction(row, _place(row), known) | {"beyond": field} for row in own.to_dict("records")]
+    return pd.DataFrame(rows)
+
+
 def _place(run: dict[str, Any]) -> Place:
     numbers = [math.nan if pd.isna(run[name]) else float(run[name]) for name in ("batch_size", "steps")]
     return Place(run["family"] or "", float(run["width"]), run["method"], run["task"] == "rl", *numbers)
@@ -320,6 +353,17 @@ def alarms(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(parts)
 
 
+def page_rows(table: pd.DataFrame) -> Iterator[str]:
+    """Yield the lines of the page's table, by the table of alarms."""
+    levels = ["error", "warning", "note"]
+    yield f"| | runs | {' | '.join(levels)} |\n|---|---|---|---|---|"
+    for task, name in (("sft", "SFT"), ("rl", "RL")):
+        counts = table[table["task"] == task].groupby("level")[list(CLASSES)].sum().reindex(levels, fill_value=0)
+        for column in CLASSES:
+            own = ", or diverged" if column == list(CLASSES)[-1] else ""
+            yield f"| {name}, {column}{own} | {counts[column].sum()} | {' | '.join(map(str, counts[column]))} |"
+
+
 def main() -> None:
     """Write the curvatures, and what the audit would have said of each run."""
     sources, presets = read_sources(source_folders()), evidence_folders(Path())
@@ -331,6 +375,7 @@ def main() -> None:
     tables = {"curvatures": curvatures(runs), "regret": rows, "regret_inside": inside(rows)}
     for name, table in (tables | {"regret_alarms": alarms(rows)}).items():
         write_csv(rounded(table), out / f"lr_{name}.csv")
+    write_part(PAGE, "alarms", "`python -m advice.benchmarks.audit_regret`", "\n".join(page_rows(alarms(rows))))
 
 
 def rounded(table: pd.DataFrame) -> pd.DataFrame:

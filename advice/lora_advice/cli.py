@@ -10,7 +10,7 @@ from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from typer import Argument, Option
@@ -74,6 +74,7 @@ def audit(
     skip_unknown: Annotated[
         bool, Option("--skip-unknown", help="Pass over named files that state no training run of a known format.")
     ] = False,
+    task: Annotated[str | None, Option(help="The task of runs whose file does not say it: sft or rl.")] = None,
 ) -> None:
     """Say what is wrong in the configurations of other trainers, from the files alone.
 
@@ -81,7 +82,7 @@ def audit(
     """
     from lora_advice.audit import audit as audit_paths
 
-    report = audit_paths(*paths, file_format=file_format, hub=hub, skip_unknown=skip_unknown)
+    report = audit_paths(*paths, file_format=file_format, hub=hub, skip_unknown=skip_unknown, task=cast(Any, task))
     if sarif is not None:
         write_text(json.dumps(report.sarif(), indent=2) + "\n", sarif)
     if isinstance(sys.stdout, TextIOWrapper):  # a terminal's encoding may lack letters of names

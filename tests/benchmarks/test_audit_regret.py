@@ -8,7 +8,19 @@ import pytest
 from lora_advice.audit.regret import LrEvidence, Place
 from lora_advice.theory import FACTS
 
-from advice.benchmarks.audit_regret import alarms, curvatures, evidence, held_to, inside, measured_runs, rounded
+from advice.benchmarks.audit_regret import (
+    CLASSES,
+    PAGE,
+    alarms,
+    curvatures,
+    evidence,
+    held_beyond,
+    held_to,
+    inside,
+    measured_runs,
+    page_rows,
+    rounded,
+)
 from advice.benchmarks.lr_left_out import by_source, compared, left_out
 from lorabench.sources.lr_optima import known_optima
 from lorabench.sources.source import read_sources, source_folders
@@ -76,6 +88,24 @@ def test_the_committed_errors_of_rules_follow_from_the_sources(optima):
     own = [known for known in optima if (known.source, known.method, known.rl) == ("lorabench", "lora", False)]
     assert own
     assert all(known.rank >= 16 and 1e-4 < known.lr < 1e-2 for known in own)
+
+
+@pytest.mark.slow
+def test_extrapolated_intervals_hold_in_what_was_measured(optima, runs):
+    rows = held_beyond(runs, optima)
+    harmless = rows[rows["margins"] < 1]["level"].value_counts()
+    assert (len(rows), harmless.get("error", 0), harmless.get("warning", 0)) == (523, 0, 2)
+    assert (rows.groupby("beyond")[["share_inside", "loss_inside"]].mean() >= 0.95).all(axis=None)
+
+
+def test_the_page_has_the_committed_alarms():
+    table = pd.read_csv(EVIDENCE / "lr_regret_alarms.csv")
+    page = (REPOSITORY / PAGE).read_text()
+    assert "\n".join(page_rows(table)) in page
+    counts = table.groupby("level")[list(CLASSES)].sum()
+    assert f"So no error and {counts.iloc[:, 0]['warning'] / counts.loc['warning'].sum():.0%} of the warnings" in page
+    costly = counts.iloc[:, 2]
+    assert f"{1 - costly['note'] / costly.sum():.0%} of the runs that had lost\nmore than five margins" in page
 
 
 def test_intervals_hold_and_errors_are_no_false_alarms():

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from lora_advice.audit.config import TrainingConfig
+from lora_advice.audit.config import Task, TrainingConfig
 from lora_advice.audit.files import read_paths
 from lora_advice.audit.lr import lr_findings
 from lora_advice.audit.output import Report
@@ -19,12 +19,19 @@ from lora_advice.finding import Finding, Level
 from lora_advice.models import facts
 
 
-def audit(*paths: str | Path, file_format: str | None = None, hub: bool = False, skip_unknown: bool = False) -> Report:
+def audit(
+    *paths: str | Path,
+    file_format: str | None = None,
+    hub: bool = False,
+    skip_unknown: bool = False,
+    task: Task | None = None,
+) -> Report:
     """Say what is wrong in the configurations of other trainers and in adapters, from the files alone.
 
     Files are recognized, or read as `file_format`, such as `axolotl`. With `hub`, models that are not known here may be
     looked up on the hub. With `skip_unknown`, named files that state no training run are passed over, as those in
-    folders are. A path or a format that does not exist raises UserError. docs/audit.schema.json describes the report.
+    folders are. `task`, `sft` or `rl`, is that of runs whose file does not say it. A path or a format that does not
+    exist raises UserError. docs/audit.schema.json describes the report.
 
     Examples:
         >>> path = Path("sft.yaml")
@@ -39,8 +46,10 @@ def audit(*paths: str | Path, file_format: str | None = None, hub: bool = False,
     """
     if not paths or "" in paths:
         raise UserError("audit: no path is given; a file or a folder is needed, and an empty path is neither")
+    if task not in (None, "sft", "rl"):
+        raise UserError(f"--task {task}: allowed: sft, rl")
     check = partial(check_run, hub=hub)
-    configs, findings, not_read = read_paths([*map(Path, paths)], file_format, check, skip_unknown, hub)
+    configs, findings, not_read = read_paths([*map(Path, paths)], file_format, check, skip_unknown, hub, task)
     findings += compare_runs(configs)
     levels = [finding.level for finding in findings]
     return Report(configs, findings, not_read, {level: levels.count(level) for level in get_args(Level)})

@@ -18,6 +18,8 @@ from lora_advice.variants import Variant
 
 Task = Literal["sft", "rl", "preference", "pretraining"]
 Method = Literal["lora", "fullft"]
+# Optimizers whose LR is that of Adam, by what their names hold, and those that only sound like it.
+_ADAM, _NO_ADAM = "adam", ("mini", "schedule", "galore", "apollo", "muon", "adamax")
 METHODS: dict[Method, str] = {"lora": "LoRA", "fullft": "full fine-tuning"}
 
 
@@ -97,6 +99,12 @@ class TrainingConfig:
         """The factor by which alpha counts more than in LoRA: the root of the rank in rsLoRA, `lr_ratio` in LoRA+."""
         root = math.sqrt(max(1, self.rank or 1)) if "rslora" in self.variants else 1.0
         return root * (self.lr_ratio or 1.0) if "lora_plus" in self.variants else root
+
+    @property
+    def adam(self) -> bool:
+        """Whether the optimizer is Adam, or one whose learning rate is Adam's; one that is not said is."""
+        optimizer = (self.optimizer or _ADAM).lower()
+        return _ADAM in optimizer and not any(word in optimizer for word in _NO_ADAM)
 
     @property
     def where(self) -> str:

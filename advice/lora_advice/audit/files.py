@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_advice.adapter_config import NAME
-from lora_advice.audit.config import TrainingConfig
-from lora_advice.audit.readers import adapter, axolotl, llamafactory, torchtune, trl, verl
+from lora_advice.audit.config import Task, TrainingConfig
+from lora_advice.audit.readers import (
+    adapter,
+    axolotl,
+    llamafactory,
+    openrlhf,
+    prime_rl,
+    swift,
+    torchtune,
+    trl,
+    verl,
+)
 from lora_advice.audit.readers.options import frameworks
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding
@@ -23,6 +33,9 @@ READERS: dict[str, Callable[[Path, str], list[TrainingConfig]]] = {
     "torchtune": torchtune.read,
     "llamafactory": llamafactory.read,
     "verl": verl.read,
+    "swift": swift.read,
+    "openrlhf": openrlhf.read,
+    "prime_rl": prime_rl.read,
     "trl": trl.read,
 }
 """By format; of those whose marks in `frameworks.yaml` a file has, the first reads it."""
@@ -31,6 +44,7 @@ _SUFFIXES = {
     **dict.fromkeys((".yaml", ".yml", ".json"), "yaml"),
     **dict.fromkeys((".sh", ".bash", ".slurm", ".sbatch"), "script"),
     ".py": "python",
+    ".toml": "toml",
 }
 """The kinds of files."""
 LARGEST = 1_000_000  # bytes; what is larger is data, not a configuration
@@ -51,6 +65,7 @@ def read_paths(
     check: Callable[[TrainingConfig], list[Finding]] = lambda config: [],
     skip_unknown: bool = False,
     hub: bool = False,
+    task: Task | None = None,
 ) -> tuple[list[TrainingConfig], list[Finding], list[NotRead]]:
     """Return the runs that files state, by path and name, what `check` finds of each alone, and the files not read.
 
@@ -67,7 +82,7 @@ def read_paths(
             files.setdefault(os.path.realpath(file), (file, file == path and not skip_unknown))
 
     def answer(item: tuple[Path, bool]) -> dict[str, Any]:
-        runs = _read(item[0], file_format, named=item[1])
+        runs = [replace(run, task=run.task or task) for run in _read(item[0], file_format, named=item[1])]
         found = [finding for run in runs for finding in check(run)]
         return {"configs": [*map(asdict, runs)], "findings": [*map(asdict, found)]}
 

@@ -19,8 +19,6 @@ MOST_DEVICES = 8
 """A finding must hold from one to this number of devices where the file does not say how many there are."""
 
 _TASKS = {False: "supervised fine-tuning", True: "reinforcement learning"}
-# Optimizers whose LR is that of Adam, by what their names hold, and those that only sound like it.
-_ADAM, _NO_ADAM = "adam", ("mini", "schedule", "galore", "apollo", "muon", "adamax")
 
 
 def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEvidence) -> list[Finding]:
@@ -40,7 +38,7 @@ def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEv
         distance = f"{size} times {'higher' if verdict.log_factor > 0 else 'lower'} than"
         comparison = f" (the recommended one {verdict.recommended_share:.0%})"
     share, loss, more = verdict.share, verdict.loss, " or more" if verdict.may_diverge else ""
-    unit = "of accuracy" if config.task == "rl" else "nats per token"
+    unit = "of accuracy" if place.rl else "nats per token"
     method, best = METHODS[config.method or "lora"], f"{verdict.recommended.mean:.2g}"
     if config.variants:
         method = " and ".join(VARIANT_NAMES[variant] for variant in config.variants)
@@ -67,47 +65,58 @@ def lr_findings(config: TrainingConfig, model: ModelFacts | None, evidence: LrEv
         assumed.append(f"the number of devices is not said, and 1 to {MOST_DEVICES} are allowed for")
     if math.isnan(place.steps):
         assumed.append("the number of steps is not said")
+    if far := evidence.unmeasured(place):
+        names = " or ".join(far.values())
+        assumed.append(f"no source has measured {names} in {_TASKS[place.rl]}, so the interval is an extrapolation")
+    if config.task is None:
+        assumed.append(
+            f"the task is not said, so the more lenient one counts, {_TASKS[place.rl]}; --task says which it is"
+        )
+        if verdict.log_factor < 0:
+            assumed.append("it may be preference training, of which nothing is known")
     # The others are LoRA with another alpha.
     measured = [variant for variant in config.variants if measured_factor(variant, config.rank).where]
     if place.rl and measured:
         names = " and ".join(VARIANT_NAMES[variant] for variant in measured)
         assumed.append(f"the learning rate of {names} over LoRA's was measured in {_TASKS[False]}")
     source = f"optimal learning rates of {evidence.sources(place)} sources (docs/other-runs.md)"
-    return [Finding(code, level(verdict), message, source, "; ".join(assumed), line=line)]
+    return [Finding(code, _level(config, verdict, place, evidence), message, source, "; ".join(assumed), line=line)]
 
 
 def judge(config: TrainingConfig, model: ModelFacts | None, evidence: LrEvidence) -> tuple[Verdict, Place] | str:
     """Return what a run's learning rate would cost and where, or why nothing is known of it, as the end of a sentence.
 
-    Where the number of devices is not said, the verdict is the mildest of one device and of MOST_DEVICES.
+    Where the number of devices is not said, the verdict is the mildest of one device and of MOST_DEVICES, and where the
+    task is not said, that of both tasks.
     """
-    optimizer = (config.optimizer or _ADAM).lower()
-    if config.task is None:
-        return "the file does not say whether this is supervised fine-tuning or reinforcement learning"
-    if config.task not in ("sft", "rl"):
+    if config.task not in (None, "sft", "rl"):
         return f"no source has measured learning rates of {config.task} runs"
     if config.method is None:
         return "the file does not say whether this is LoRA or full fine-tuning"
-    if _ADAM not in optimizer or any(word in optimizer for word in _NO_ADAM):
+    if not config.adam:
         return f"all sources are of Adam, and the optimizer is {config.optimizer}"
     if config.rslora and (config.rank or 0) < 1:
         return "the file does not say the rank, on which the learning rate of rsLoRA depends"
     if config.variant and not {"pissa", "olora"} & {*config.variants}:
         return f"no source has measured learning rates of the variant {config.variant}"
-    verdicts: list[tuple[Verdict, Place]] = []
-    for devices in (1, MOST_DEVICES) if config.per_device else (1,):
-        place = _place(config, model, devices)
-        if far := evidence.unmeasured(place):
-            return f"no source has measured {' or '.join(far)} in {_TASKS[place.rl]}"
-        verdicts.append((_verdict(config, place, evidence), place))
-        if level(verdicts[-1][0]) == "note":
-            break
-    return max(verdicts, key=lambda judged: (get_args(Level).index(level(judged[0])), -judged[0].share.mean))
+    verdicts: list[tuple[Level, Verdict, Place]] = []
+    for rl in (False, True) if config.task is None else (config.task == "rl",):
+        for devices in (1, MOST_DEVICES) if config.per_device else (1,):
+            place = _place(config, model, rl, devices)
+            # Optima move with the batch size and the length as was measured; for the width there is the law alone.
+            if width := evidence.unmeasured(place).get("width"):
+                return f"no source has measured {width} in {_TASKS[rl]}"
+            verdict = _verdict(config, place, evidence)
+            verdicts.append((_level(config, verdict, place, evidence), verdict, place))
+            if verdicts[-1][0] == "note":
+                break
+    _, verdict, place = max(verdicts, key=lambda judged: (get_args(Level).index(judged[0]), -judged[1].share.mean))
+    return verdict, place
 
 
-def _place(config: TrainingConfig, model: ModelFacts | None, devices: int) -> Place:
+def _place(config: TrainingConfig, model: ModelFacts | None, rl: bool, devices: int) -> Place:
     """Return where the learning rate is used, with a number of devices that counts where the file says none."""
-    batch, steps, rl = math.nan, math.nan, config.task == "rl"
+    batch, steps = math.nan, math.nan
     # Of RL, a global batch counts prompts, and a batch per device responses.
     group = config.group_size if rl else 1
     if config.batch_size is not None and (group or config.global_batch is None):
@@ -142,3 +151,14 @@ def level(verdict: Verdict) -> Level:
     if verdict.outside_95 and (verdict.share.low > verdict.margin or (costs and verdict.may_diverge)):
         return "error"
     return "warning" if verdict.outside_95 or costs else "note"
+
+
+def _level(config: TrainingConfig, verdict: Verdict, place: Place, evidence: LrEvidence) -> Level:
+    """Return the level of a finding about a run, which is lower for an LR that is too low, since it only wastes time.
+
+    Where the task is not said it may be right for preference training, and beyond all that was measured it is not sure.
+    """
+    if config.task is None and verdict.log_factor < 0:
+        return "note"
+    extrapolated = verdict.log_factor < 0 and evidence.unmeasured(place)
+    return "warning" if extrapolated and level(verdict) == "error" else level(verdict)

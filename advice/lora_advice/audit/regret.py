@@ -93,13 +93,13 @@ class LrEvidence:
         """Return the number of sources of optima."""
         return int(self._pooled["optima"][place.task][place.method]["sources"])
 
-    def unmeasured(self, place: Place) -> list[str]:
-        """Return what of a place is far from all that was measured of its method and task, with its value."""
-        measured, far = self._pooled["optima"][place.task][place.method]["measured"], []
+    def unmeasured(self, place: Place) -> dict[str, str]:
+        """Return what of a place is far from all that was measured of its method and task, in words with its value."""
+        measured, far = self._pooled["optima"][place.task][place.method]["measured"], {}
         for field, noun in (("width", "width"), ("batch_size", "batch size"), ("steps", "length in steps")):
             value = getattr(place, field)
             if math.isfinite(value) and min(abs(math.log(other / value)) for other in measured[field]) > math.log(NEAR):
-                far.append(f"a {noun} near {value:,.0f}")
+                far[field] = f"a {noun} near {value:,.0f}"
         return far
 
     def shift(self, alpha: float | None, rank: int | None) -> tuple[float, float]:

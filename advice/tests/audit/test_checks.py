@@ -57,6 +57,18 @@ def test_measured_numbers_are_those_that_are_published():
     ratio = [math.exp(float(summary["lr_ratio"][end])) for end in ("mean", "low", "high")]
     assert ratio == pytest.approx([15.0, 4.82, 46.7], 0.01)
     assert "15 [4.8, 47]" in say("whole", names="", size="", at="").sure
+    full = changed({"method": "fullft", "rank": None, "path": "full.yaml"})
+    (same,) = compare_runs([full, LLAMA])
+    assert ("15 times as high" in same.message, same.sure) == (True, "95% interval 4.8 to 47")
+    (of_rl,) = compare_runs([replace(run, task="rl") for run in (full, LLAMA)])
+    with (PUBLISHED / "evidence/measurements.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["measure"] == "lr_ratio" and row["task"] == "rl"]
+    counted = {source: [] for source in ("kenkuuu", "orbit")}
+    for row in rows:
+        if row["source"] in counted:
+            counted[row["source"]].append(float(row["value"]))
+    means = [f"{math.exp(sum(values) / len(values)):.2g}" for values in counted.values()]
+    assert of_rl.sure == f"in reinforcement learning {' and '.join(means)} were measured"
     growth = [float(summary["gap_growth"][end]) for end in ("mean", "low", "high")]
     assert growth == pytest.approx([-0.005, -0.066, 0.056], abs=0.0006)
     assert "-0.005 nats [-0.066, 0.056]" in say("batch", batch=512).sure

@@ -135,6 +135,15 @@ def test_wrong_arguments_are_refused_in_one_sentence(folder, arguments, message)
     assert sorted(path.name for path in folder.iterdir()) == ["a b.yml", "bad.yml", "wrong.yml"]
 
 
+def test_the_task_of_a_file_that_does_not_say_it_is_the_users(folder):
+    (folder / "trl.yaml").write_text("model_name_or_path: org/model-8b\nuse_peft: true\nlearning_rate: 1.0e-5\n")
+    assert "trl: training of org/model-8b" in audit("trl.yaml")[1]
+    assert "trl: RL of org/model-8b" in audit("trl.yaml", "--task", "rl")[1]
+    assert "axolotl: SFT of" in audit("a b.yml", "--task", "rl")[1]
+    result = CliRunner().invoke(app, ["audit", "trl.yaml", "--task", "dpo"], prog_name="lora-advice")
+    assert (result.exit_code, result.stderr) == (2, "lora-advice: --task dpo: allowed: sft, rl\n")
+
+
 def test_every_code_has_a_heading_in_the_docs():
     package = REPOSITORY / "advice/lora_advice/audit"
     codes = {text["code"] for text in yaml.safe_load((package / "texts.yaml").read_text()).values()}

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 from lora_advice.audit.config import TrainingConfig
-from lora_advice.audit.lr import lr_findings
+from lora_advice.audit.lr import level, lr_findings
 from lora_advice.audit.regret import EVIDENCE, LrEvidence, Place, shipped_evidence
 from lora_advice.models import ModelFacts
 from lora_advice.variants import lr_factor
@@ -120,14 +120,71 @@ def test_a_variant_is_judged_by_its_own_best_learning_rate(name):
         ({"optimizer": "lion_8bit"}, "lion_8bit"),
         ({"variant": "eva"}, "of the variant eva"),
         ({"rslora": True, "rank": -1}, "does not say the rank"),
-        ({"global_batch": 10_000}, "a batch size near 10,000 in supervised"),
-        ({"steps": 10, "base": replace(MODEL, width=256)}, "a width near 256 or a length in steps near 10"),
+        ({"base": replace(MODEL, width=256)}, "a width near 256 in supervised"),
     ],
 )
 def test_nothing_is_said_where_nothing_was_measured(changes, why):
     finding = found(**changes)
     assert (finding.code, finding.level) == ("lr-unknown", "note")
     assert why in finding.message
+
+
+def test_a_batch_size_beyond_the_measured_ones_is_extrapolated():
+    # The optima here grow as the batch size to the power 0.3, and of what is too low an error becomes a warning.
+    small = {"global_batch": 1, "steps": None}
+    finding = found(lr=BEST / 100, **small)
+    assert finding.level == "warning"
+    assert f"than the recommended {BEST / BATCH**0.3:.2g}" in finding.message
+    assert "a batch size near 1 in supervised fine-tuning, so the interval is an extrapolation" in finding.sure
+    assert found(lr=BEST / 100, global_batch=BATCH, steps=None).level == "error"
+    assert found(lr=BEST * 100, **small).level == "error"
+    # Of the sources that there are, the doubt about the power grows with the distance.
+    llama, shipped = ModelFacts("m", "llama", 4096, "made up"), shipped_evidence()
+
+    def interval(batch):
+        place = Place("llama", 4096.0, "lora", True, batch, math.nan)
+        return shipped.verdict(math.log(5e-7), place, *shipped.shift(32, 16)).recommended
+
+    ends = {batch: interval(batch) for batch in (8.0, 128.0)}
+    low, high = ends[8.0].mean / ends[8.0].low, ends[8.0].high / ends[8.0].mean
+    assert low * high > 1.25 * ends[128.0].high / ends[128.0].low
+    pool = SHIPPED["optima"]["rl"]["lora"]
+    power = sum(share * means[1] for share, means in zip(pool["shares"], pool["means"], strict=True))
+    assert 0.25 < power < 0.45
+    assert ends[8.0].mean / ends[128.0].mean == pytest.approx(16**-power, rel=0.02)
+    run = {"task": "rl", "rank": 16, "group_size": 8, "steps": None}
+    levels = {lr: found(shipped, llama, lr=lr, global_batch=1, **run).level for lr in (5e-7, 2e-5)}
+    assert levels == {5e-7: "warning", 2e-5: "note"}
+
+
+def test_a_task_that_is_not_said_counts_as_the_more_lenient_one():
+    # The best LR of RL is here a hundredth of that of SFT; in between both are wrong, and at 100 times as high too.
+    unknown = {"task": None, "global_batch": None, "micro_batch": BATCH, "devices": 1}
+    assert found(lr=BEST, **unknown).level == "note"
+    assert "the more lenient one counts, supervised fine-tuning; --task says" in found(lr=BEST, **unknown).sure
+    assert "counts, reinforcement learning" in found(lr=BEST / 100, **unknown).sure
+    high = found(lr=BEST * 100, **unknown)
+    assert (high.code, high.level) == ("lr", "error")
+    # What is too low for both may be right for preference training.
+    low = found(lr=BEST / 10_000, **unknown)
+    assert low.level == "note"
+    assert low.sure.endswith("it may be preference training, of which nothing is known")
+    assert found(lr=BEST / 10_000, **unknown | {"task": "sft"}).level == "error"
+    full = {"method": "fullft", "rank": None, "alpha": None, "micro_batch": 2}
+    assert found(shipped_evidence(), lr=1e-3, task=None, global_batch=None, steps=None, **full).level == "error"
+
+
+def test_an_lr_of_full_fine_tuning_outside_its_interval_is_judged_as_that_of_lora():
+    for width, rl in ((4096, False), (4096, True), (2048, True), (1024, False)):
+        place = Place("llama", float(width), "fullft", rl, 128.0, math.nan)
+        for method in ("fullft", "lora"):
+            own = place._replace(method=method)
+            best = shipped_evidence().verdict(0.0, own).recommended
+            judged = {
+                factor: level(shipped_evidence().verdict(math.log(end * factor), own))
+                for end, factor in ((best.high, 1.05), (best.high, 10.0), (best.low, 0.1), (best.mean, 1.0))
+            }
+            assert judged == {1.05: "error", 10.0: "error", 0.1: "error", 1.0: "note"}
 
 
 def test_what_is_not_said_widens_the_interval():

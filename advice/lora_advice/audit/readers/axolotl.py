@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_advice.audit.config import Method, Task, TrainingConfig, say
-from lora_advice.audit.readers.options import Options, count, flag, frameworks, names, number, read_yaml, record, text
+from lora_advice.audit.readers.options import (
+    Options,
+    count,
+    flag,
+    frameworks,
+    misspelt,
+    names,
+    number,
+    read_yaml,
+    record,
+    text,
+)
 from lora_advice.finding import Finding
 
 # With these, some of the weights are trained, whole.
@@ -20,7 +31,7 @@ def read(path: Path, content: str) -> list[TrainingConfig]:
         return []
     adapter, continued = text(options["adapter"]), text(options["lora_model_dir"])
     method: Method | None = "lora" if adapter in ("lora", "qlora") else None
-    findings = _lr_findings(options)
+    findings = [*_lr_findings(options), *misspelt("axolotl", options)]
     if adapter is None:
         method = None if any(map(options.has, _PARTIAL)) else "fullft"
         reason = "`adapter` is not set: all weights are trained"
@@ -85,6 +96,8 @@ def read(path: Path, content: str) -> list[TrainingConfig]:
 
 def _lr_findings(options: Options) -> list[Finding]:
     """Return what a learning rate as PyYAML reads it calls for, which Axolotl makes a number itself."""
+    if "learning_rate" not in options:
+        return [say("no-lr")]
     value, line = options["learning_rate"], options.line("learning_rate")
     if not isinstance(value, str) or text(value) is None:
         return []

@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_advice.audit.config import Method, TrainingConfig
-from lora_advice.audit.readers.options import Options, count, flag, frameworks, names, number, read_yaml, record, text
+from lora_advice.audit.readers.options import (
+    Options,
+    count,
+    flag,
+    frameworks,
+    misspelt,
+    names,
+    number,
+    read_yaml,
+    record,
+    text,
+)
 from lora_advice.audit.readers.shell import read_commands, read_flags
 from lora_advice.finding import Level
 
@@ -39,15 +50,15 @@ def _run(path: Path, options: Options, name: str) -> list[TrainingConfig]:
         return []
     if options.has("tokenized_path") and not any(option in options for option in _TRAINING):
         return []
-    findings = []
+    findings = misspelt("llamafactory", options)
     kind = text(options["finetuning_type"]) or "lora"
     continued = None if flag(options["create_new_adapter"]) else text(options["adapter_name_or_path"])
     if kind != "lora":
         level: Level = "error" if options.has("lora_rank") else "warning"
-        findings = options.without_effect("llamafactory", f"finetuning_type is {kind}", level)
+        findings += options.without_effect("llamafactory", f"finetuning_type is {kind}", level)
     elif continued is not None:
         reason = f"training goes on from the adapter {continued}, which has its own, without create_new_adapter"
-        findings = options.without_effect("llamafactory", reason, "warning")
+        findings += options.without_effect("llamafactory", reason, "warning")
     options.fill(frameworks()["llamafactory"]["defaults"])
     rank, steps = count(options["lora_rank"]), number(options["max_steps"]) or 0
     targets: tuple[str, ...] | None = _split(options["lora_target"])

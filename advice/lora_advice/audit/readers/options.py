@@ -7,6 +7,7 @@ for one thing: the first that has a value counts.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -135,6 +136,11 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "variant": lambda value: None if value == "gaussian" else text(value),
 }
 """How the value of a field of a record is read."""
+_SPELT = frozenset(
+    {"lr", "micro_batch", "accumulation", "epochs", "rank", "alpha", "dropout", "rslora", "dora", "targets"}
+)
+"""The fields of which a misspelt option is found."""
+_ALIKE = 0.8  # the least ratio of difflib of a misspelt name
 _LORA_FIELDS = {
     *("rank", "alpha", "dropout", "rslora", "dora", "lr_ratio", "variant"),
     *("targets", "target_parameters", "saved_modules"),
@@ -178,6 +184,34 @@ class Options:
         others = f" (as have {', '.join(stated[1:])})" if stated[1:] else ""
         values = {"first": first, "others": others, "reason": reason}
         return [say("no-options", self.lines.get(stated[0]), level=level, **values)]
+
+
+def misspelt(framework: str, options: Options) -> list[Finding]:
+    """Return options that the framework does not have, and that are like one that it has and that is not set.
+
+    Like it are names that differ in a few letters, and those that other frameworks have for the same thing.
+    """
+    table = frameworks()[framework]
+    own = {field: names.split()[0] for field, names in table["names"].items() if field in _SPELT}
+    known = {name for names in table["names"].values() for name in names.split()} | {*table["near"]}
+    others = {
+        name: own[field]
+        for other in frameworks().values()
+        for field, names in other.get("names", {}).items()
+        for name in names.split()
+        if field in own and "." not in name
+    }
+    findings = []
+    for key in options.values:
+        if "." in key or key in known:
+            continue
+        close = difflib.get_close_matches(key, own.values(), 1, _ALIKE)
+        meant = others.get(key, next(iter(close), None))
+        if meant is not None and options[meant] is None:
+            values = {"framework": table["called"], "key": key, "meant": meant}
+            values |= {"sure": table["sure"]} if "sure" in table else {}
+            findings.append(say("refused" if "sure" in table else "passed-over", options.lines.get(key), **values))
+    return findings
 
 
 def read_yaml(content: str, *, as_omegaconf: bool = False) -> Options:

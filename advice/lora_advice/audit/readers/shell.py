@@ -23,6 +23,11 @@ _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _HEREDOC = re.compile(
     r"(?<!<)<<-?[ \t]*[\"'\\]?(\w+)[\"']?([^\n]*)\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE
 )
+# What `read` takes from the lines that follow is the text of a command.
+_READ = re.compile(
+    r"^[ \t]*(?:IFS=\S*[ \t]+)?read\b[^\n]*<<-?[ \t]*[\"'\\]?(\w+)[\"']?[ \t]*\n(.*?)^[ \t]*\1[ \t]*$",
+    re.DOTALL | re.MULTILINE,
+)
 _ROUND, _CURLY = r"\([^()]*+\)", r"\{[^{}]*+\}"
 for _ in range(3):  # brackets within brackets
     _ROUND, _CURLY = rf"\((?:[^()]++|{_ROUND})*+\)", rf"\{{(?:[^{{}}]++|{_CURLY})*+\}}"
@@ -103,6 +108,7 @@ def read_commands(text: str, known: Mapping[str, str] | None = None) -> list[lis
 
     An array is held as its words in quotes.
     """
+    text = _READ.sub(lambda match: f"\n{match[2]}", text)
     text = _HEREDOC.sub(lambda match: match[2] + "\n" * (1 + match[3].count("\n")), text).replace("\\\n", " \v")
     commands, words, depth, line, variables = list[list[Word]](), list[Word](), 0, 1, dict(known or {})
 

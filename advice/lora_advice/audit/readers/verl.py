@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_advice.audit.config import Method, TrainingConfig, say
-from lora_advice.audit.readers.options import Options, count, frameworks, number, read_yaml, record
+from lora_advice.audit.readers.options import Options, count, frameworks, number, read_yaml, record, text
 from lora_advice.audit.readers.shell import UNKNOWN, Word, read_commands, read_overrides
 from lora_advice.finding import Finding
 
@@ -77,6 +77,10 @@ def _config(path: Path, options: Options, words: Sequence[Word], findings: list[
         lora=method == "lora",
         task="rl" if rl else "sft",
         method=method,
+        # Megatron keeps an fp32 copy. The options `dtype` and `mixed_precision` say in which precision FSDP computes.
+        rounded=text(options[keys["rounded"]]) in ("bf16", "bfloat16")
+        and options["actor_rollout_ref.actor.strategy"] != "megatron"
+        and not re.search(r"bf16_stochastic_round\W+true", str(options.values), re.IGNORECASE),
         steps=steps if steps > 0 else None,
         epochs=epochs,
         devices=None if per_node is None else per_node * (nodes or 1),
