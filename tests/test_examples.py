@@ -1,4 +1,4 @@
-"""The files in examples/: the script runs, and the notebook has the outputs of its code.
+"""The files in examples/: the scripts run, and the notebook has the outputs of its code.
 
 The outputs are committed, since code hosts show a notebook without running it. `python -m tests.test_examples` runs the
 notebook and writes them anew.
@@ -14,6 +14,9 @@ from typing import Any
 import nbformat
 import pytest
 from PIL import Image
+
+from lorabench.api import judge
+from lorabench.store.io import read_table
 
 from .conftest import REPOSITORY
 
@@ -80,6 +83,19 @@ def test_the_script_compares_best_and_recommended_learning_rates(tmp_path, monke
     assert sum("recommended" in line and line.startswith("batch") for line in lines) == 12
     assert any(line.startswith("The optimal LR of LoRA is 10 times") for line in lines)
     assert any(line.startswith("axolotl.yaml, line 7: the learning rate 1e-05 of LoRA is") for line in lines)
+
+
+@pytest.mark.slow
+def test_the_runs_of_the_example_of_the_callback_reach_verdicts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / "finetune.py"), run_name="__main__")
+    assert capsys.readouterr().out.count("trl: SFT of") == 6
+    runs = read_table(tmp_path / "runs", "runs")
+    assert runs.groupby("method")["lr"].nunique().to_dict() == {"fullft": 3, "lora": 3}
+    claims = judge(tmp_path / "runs", claims=["B2"])
+    assert (claims["n_runs"].item(), claims["verdict"].item()) == (6, "inconclusive")
+    page, script = ((REPOSITORY / path).read_text() for path in ("docs/your-model.md", "examples/finetune.py"))
+    assert script[script.index("callback = ") :] in page
 
 
 if __name__ == "__main__":

@@ -137,6 +137,20 @@ def check(
 
 
 @app.command()
+def card(
+    adapter: Annotated[Path, Argument(metavar="ADAPTER", help="The folder of an adapter that PEFT has saved.")],
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the whole card, in place of one part.")] = False,
+) -> None:
+    """Write into an adapter's model card how it was trained, its best learning rates, and what the audit says.
+
+    Of a README.md that is there, all but the part between the command's own two lines stays as it is.
+    """
+    from lora_advice.card import write_card
+
+    print(f"{write_card(adapter, overwrite)} is written")
+
+
+@app.command()
 def recommend(
     model: AnyModel = None,
     dataset_tokens: Tokens = None,

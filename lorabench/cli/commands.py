@@ -33,6 +33,7 @@ app.add_typer(steps, name="step", hidden=True)
 
 ADVICE = {
     "audit": "Say what is wrong in the configurations of other trainers, from the files alone.",
+    "card": "Write into an adapter's model card how it was trained, its best learning rates, and what the audit says.",
     "check": "Say what an adapter's files say, and whether merging and serving keep what it computes.",
     "recommend": "Recommend learning rates with their interval, rank and placement for a model, each with its source.",
     "convert": "Convert a learning rate of LoRA to another alpha, rank, length, batch size or variant.",

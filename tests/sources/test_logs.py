@@ -217,8 +217,12 @@ def test_event_files_are_read_with_the_settings_that_transformers_writes_into_th
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory) -> Path:
-    """Runs of transformers' Trainer with PEFT: both methods, three learning rates, two seeds, a few steps."""
+    """Runs of transformers' Trainer with PEFT: both methods, three learning rates, two seeds, a few steps.
+
+    The callback of lora-advice adds them to the table in the folder `table` beside them.
+    """
     import torch
+    from lora_advice.callback import AuditCallback
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -237,7 +241,8 @@ def sweep(tmp_path_factory) -> Path:
                 eval_steps=4, eval_on_start=True, save_steps=8, save_only_model=True, report_to="none", use_cpu=True,
                 disable_tqdm=True,
             )  # fmt: skip
-            trainer = Trainer(model, arguments, train_dataset=rows[:12], eval_dataset=rows[12:])
+            callback = AuditCallback(folder / "table", dataset="owner/numbers")
+            trainer = Trainer(model, arguments, None, rows[:12], rows[12:], callbacks=[callback])
             trainer.train()
             trainer.create_model_card(finetuned_from=str(base), dataset="owner/numbers")
     return folder / "sweep"
@@ -258,3 +263,21 @@ def test_runs_of_transformers_reach_verdicts_by_two_commands(sweep, tmp_path):
     claims = read_table(tmp_path / "verdicts", "claims").set_index("claim_id")
     assert claims.loc["B2", "n_runs"] == 12
     assert math.isfinite(claims.loc["B2", "estimate"])
+
+
+@pytest.mark.slow
+def test_the_callback_of_lora_advice_has_the_same_runs_and_verdicts(sweep, tmp_path):
+    table = sweep.parent / "table"
+    result = CliRunner().invoke(app, ["claims", "--tables", str(table), "--out", str(tmp_path)])
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    claims = read_table(tmp_path, "claims").set_index("claim_id")
+    # B1 asks for more steps.
+    assert (claims.loc["B2", "n_runs"], claims.loc["B1", "verdict"]) == (12, "setting not met")
+    assert claims.loc["B2", "verdict"] in ("confirmed", "contradicted", "inconclusive")
+    imported_runs, own = imported("trainer-state", sweep)[0].runs, read_table(table, "runs")
+    by = ["method", "lr", "seed"]
+    shared = [name for name in imported_runs if name in own and name != "run_id"]
+    assert {*by, "model", "dataset", "rank", "alpha", "placement", "batch_size", "steps", "final_test_nll"} <= {*shared}
+    pd.testing.assert_frame_equal(
+        *(runs.sort_values(by)[shared].reset_index(drop=True) for runs in (imported_runs, own)), check_dtype=False
+    )

@@ -16,7 +16,7 @@ from lora_advice.audit.settings import check_settings, compare_runs
 from lora_advice.audit.structure import check_layers
 from lora_advice.errors import UserError
 from lora_advice.finding import Finding, Level
-from lora_advice.models import facts
+from lora_advice.models import ModelFacts, facts
 
 
 def audit(
@@ -55,9 +55,9 @@ def audit(
     return Report(configs, findings, not_read, {level: levels.count(level) for level in get_args(Level)})
 
 
-def check_run(config: TrainingConfig, hub: bool = False) -> list[Finding]:
-    """Return what the reader and the checks find of a run alone, errors first."""
-    model = facts(config.model, Path(config.path).parent, hub)
+def check_run(config: TrainingConfig, hub: bool = False, model: ModelFacts | None = None) -> list[Finding]:
+    """Return what the reader and the checks find of a run alone, errors first; `model` is known of a loaded one."""
+    model = model or facts(config.model, Path(config.path).parent, hub)
     findings = [*config.findings, *lr_findings(config, model, shipped_evidence())]
     findings += [*check_layers(config, model), *check_settings(config)]
     findings.sort(key=lambda finding: get_args(Level).index(finding.level))
