@@ -1,6 +1,7 @@
 """What is chosen to be computed, and that each check can fail."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from lorabench.config.loading import load_preset
-from lorabench.doctor import bench
+from lorabench.doctor import bench, gpu_tests
 from lorabench.doctor.bench import Subject, training_subjects
 from lorabench.doctor.record import Record
+from lorabench.errors import UserError
 from lorabench.models import lora
 from lorabench.models.specs import Dimensions, dimensions
 from lorabench.planning.memory import USABLE, title
@@ -21,6 +23,7 @@ from lorabench.training import loss
 from lorabench.training.run import Machine, machine_of
 from lorabench.utils.gpus import GPUS
 
+from ..conftest import REPOSITORY
 from ..training.conftest import DEVICES, condition_of
 
 CPU = Machine(torch.device("cpu"), 4096, 1e9)
@@ -127,6 +130,18 @@ def test_memory_fails_where_the_plan_is_wrong(device, number, smoke):
     assert 0 < seconds < 10
     checks = [bench.check_memory(plan.preset, machine, subject, peak / wrong) for wrong in (1.0, 0.5, 2.0)]
     assert [check.status for check in checks] == ["pass", "fail", "fail"], checks[0].sentence
+
+
+def test_the_tests_of_a_gpu_are_where_the_doctor_runs_them_or_it_says_what_to_do(tmp_path, monkeypatch):
+    marked = [path for path in (REPOSITORY / "tests").rglob("test_*.py") if re.search(r"\bDEVICES\b", path.read_text())]
+    assert len(marked) > 2
+    folders = [REPOSITORY / folder for folder in gpu_tests.FOLDERS]
+    assert all(any(path.is_relative_to(folder) for folder in folders) for path in marked)
+    assert gpu_tests.gpu_tests()[-2:] == list(map(str, folders))
+    # As installed from a wheel.
+    monkeypatch.setattr(gpu_tests, "CLONE", tmp_path)
+    with pytest.raises(UserError, match=r"^the tests of a GPU are in the repository: clone it, and run"):
+        gpu_tests.gpu_tests()
 
 
 @pytest.mark.slow
