@@ -91,10 +91,9 @@ class Call:
 
     def write(self, rows: list[Row], name: str) -> None:
         """Write a table, each row with the machine that made it."""
-        device = torch.device("cpu" if self.small else "cuda")
         about = {
             "form": "small, on a CPU: says nothing about a GPU" if self.small else "GPU",
-            "device": machine_state(device)["device"],
+            "device": machine_state(torch.device("cpu" if self.small else "cuda"))["device"],
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "driver": "" if self.small else driver(),
@@ -168,10 +167,9 @@ class Form:
 def speeds(call: Call, name: str) -> None:
     """Measure what estimates of cost assume, for each model as long as there is time, and write it."""
     planned = make_plan(load_preset("smoke" if call.small else "first_gpu"))
-    # It sets how a GPU computes products in training.
-    machine = machine_of(planned)
     models = {name: dimensions_of_config(architectures()[name]) for name in MODELS}
-    form = Form(planned.preset, machine, TOKENS, LENGTH)
+    # `machine_of` sets how a GPU computes products in training.
+    form = Form(planned.preset, machine_of(planned), TOKENS, LENGTH)
     if call.small:
         models, form = {"a tiny Llama": Dimensions(64, 2, 4, 2, 16, 160, 1024)}, replace(form, tokens=128, length=128)
     rows: list[Row] = []
@@ -180,7 +178,6 @@ def speeds(call: Call, name: str) -> None:
         if time.monotonic() > call.deadline:
             break
     call.write(rows, f"{name}.csv")
-    print(f"measured {len(rows)} speeds")
 
 
 def measured(models: Mapping[str, Dimensions], form: Form) -> Iterator[Row]:
@@ -276,8 +273,6 @@ def runs(call: Call, preset: str, options: list[str]) -> None:
             if isinstance(model, GgufModel) and not any(Path(model_location(model)).glob("*.safetensors")):
                 convert_gguf(model)
     except ModelError as error:
-        if preset == "laptop_more":
-            raise
         print(f"{error}; instead of {preset}, laptop_more is run")
         runs(call, "laptop_more", options)
         return
