@@ -202,12 +202,19 @@ def status(preset: PresetOption = "laptop") -> None:
 
 
 @app.command()
-def doctor(preset: PresetOption = "laptop") -> None:
+def doctor(
+    preset: PresetOption = "laptop",
+    tests: Annotated[bool, Option("--gpu-tests", help="Run the repository's tests of a GPU instead.")] = False,
+) -> None:
     """Check this machine for a preset in some minutes: the numbers, the memory and the speed of a training step.
 
     Writes results/doctor/<device>.json, from which `lorabench plan` takes the speed, and exits with status 1 if a check
     failed.
     """
+    if tests:
+        from lorabench.doctor.gpu_tests import gpu_tests
+
+        os.execv(sys.executable, gpu_tests())
     planned, layout = plan_and_layout(preset)
     with own_gpus(planned):
         from lorabench.doctor.bench import examine

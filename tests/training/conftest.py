@@ -33,6 +33,8 @@ from lorabench.training.sft import ValidationCurve, train_sft
 
 TINY, CPU = TinyModel(kind="tiny"), torch.device("cpu")
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
+# Tests of a GPU have a small form on the CPU, which shows that they can pass and, with a fault, fail.
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 INSTRUCT = {"kind": "instruct", "train": 40, "validation": 8, "test": 8, "max_chars": 120}
 
 # Families without a shipped base, with random weights: grouped heads, biases, tied and scaled embeddings.
@@ -110,7 +112,9 @@ def train(
     protocol = protocol or Protocol()
     autocast = torch.bfloat16 if protocol.precision == "bf16" else None
     machine = Machine(device, max_batch_tokens, processes=processes, autocast=autocast)
-    model = model or (load_model(spec).to(device) if processes.first else skeleton(spec))
+    # Sharding moves the weights from the first process's CPU.
+    start = device if processes.count == 1 else CPU
+    model = model or (load_model(spec).to(start) if processes.first else skeleton(spec))
     if keeping is not None:
         recompute_activations(model, keeping)
     if condition.method != "fullft":

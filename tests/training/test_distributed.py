@@ -1,5 +1,7 @@
 """Two processes give the losses, gradient norms, measures and results of one, also after an interruption or a signal.
 
+On a CPU they talk by gloo, on GPUs, one each, by NCCL.
+
 This module is also the program that runs in each process: `torchrun ... -m tests.training.test_distributed DATA OUT`.
 """
 
@@ -25,10 +27,12 @@ from lorabench.training.loss import MAX_LOGITS
 
 from ..conftest import REPOSITORY
 from .conftest import (
+    CPU,
     BrokenError,
     breaking_at,
     command,
     condition_of,
+    needs_gpu,
     splits_of,
     sweep_of,
     train,
@@ -51,11 +55,12 @@ class Case:
     breaks: bool = False
     keeping: int | None = None
     max_logits: int = MAX_LOGITS["cpu"]
+    on_gpus: bool = False
 
 
 STEPS = 6
 CASES = {
-    "fullft": Case("fullft", breaks=True),
+    "fullft": Case("fullft", breaks=True, on_gpus=True),
     # With rank 1 one process has all of A and the other none.
     "rank-1": Case("lora", 1, breaks=True),
     # One process has two sequences and the other has one, so that the latter computes a part without any sequence.
@@ -63,9 +68,9 @@ CASES = {
     "recompute-moe-lora": Case("lora", 4, base="moe-128", keeping=0),
     # The unembedding shares the embedding's weights, as in small Llama models.
     "tied-fullft": Case("fullft", base="tied"),
-    "bf16-lora": Case("lora", 4, precision="bf16"),
+    "bf16-lora": Case("lora", 4, precision="bf16", on_gpus=True),
     # The logits of 16 tokens at once; the processes have different numbers of pieces.
-    "pieces-fullft": Case("fullft", max_logits=1 << 14, keeping=1),
+    "pieces-fullft": Case("fullft", max_logits=1 << 14, keeping=1, on_gpus=True),
     "pieces-tied-lora": Case("lora", 4, base="tied", max_logits=1 << 14, keeping=0),
     "diverges": Case("fullft", lr=1e3),
 }
@@ -78,13 +83,14 @@ def run_case(
     checkpoints: Path,
     processes: Processes = SINGLE_PROCESS,
     breaks_at: int | None = None,
+    device: torch.device = CPU,
 ):
     """Train a case, from the checkpoint in `checkpoints` if there is one, and return its numbers as plain data."""
     if case.base == "tied":
         spec = PathModel(kind="path", path=str(folder / "tied"), parameters=1, hidden_size=1)
     else:
         spec = TinyModel(kind="tiny", name=case.base)
-    with mock.patch.dict(MAX_LOGITS, cpu=case.max_logits):
+    with mock.patch.dict(MAX_LOGITS, {device.type: case.max_logits}):
         outcome, model = train(
             condition_of(case.method, case.rank, STEPS, case.batch_size),
             data,
@@ -96,6 +102,7 @@ def run_case(
             spec=spec,
             processes=processes,
             keeping=case.keeping,
+            device=device,
         )
     held = sum(local_part(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
     curve, losses = ([vars(part) for part in parts] for parts in (outcome.curve, outcome.test_losses))
@@ -106,33 +113,36 @@ def main(data_folder: Path, out: Path) -> None:
     """Train each case in one of the processes, and write its numbers, and checkpoints, for each case and process."""
     torch.set_num_threads(1)
     processes = join()
-    data = splits_of(data_folder)
+    data, device = splits_of(data_folder), processes.device
     for name, case in CASES.items():
-        results = {"unbroken": run_case(case, data, out, out / name / "unbroken", processes)}
+        if device.type == "cuda" and not case.on_gpus:
+            continue
+        results = {"unbroken": run_case(case, data, out, out / name / "unbroken", processes, device=device)}
         if case.breaks:
             broken = out / name / "broken"
             with suppress(BrokenError):
-                run_case(case, data, out, broken, processes, breaks_at=5)
+                run_case(case, data, out, broken, processes, 5, device)
             if processes.first:
                 # A part of a later step whose other parts were never written is ignored.
                 (broken / "checkpoint.5.1-of-2.safetensors").write_bytes(b"half")
             processes.wait()
             results["files"] = sorted(path.name for path in broken.iterdir())
-            results["resumed"] = run_case(case, data, out, broken, processes)
+            results["resumed"] = run_case(case, data, out, broken, processes, device=device)
         (out / name / f"{processes.rank}.json").write_text(json.dumps(results))
     leave(processes)
 
 
 @pytest.fixture(scope="module")
-def several(tmp_path_factory, data_folder):
-    """Return the folder in which two processes have trained all cases."""
+def several(device, tmp_path_factory, data_folder):
+    """Return the folder in which two processes have trained the cases of a type of device."""
     out = tmp_path_factory.mktemp("several")
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
     write_tied(out / "tied")
     for name in CASES:
         (out / name).mkdir()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     program = [*launcher, "-m", "tests.training.test_distributed", str(data_folder), str(out)]
-    done = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -141,10 +151,23 @@ def curve_of(run) -> dict[tuple, float]:
     return {(point["step"], point["split"], point["metric"]): point["value"] for point in run["curve"]}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_give_the_numbers_of_one(name, several, data, tmp_path, caplog):
-    case = CASES[name]
-    alone = run_case(case, data, several, tmp_path)
+needs_gpus = [
+    *needs_gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"NCCL needs two GPUs, not {torch.cuda.device_count()}"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        *((name, "cpu") for name in CASES),
+        *(pytest.param(name, "cuda", marks=needs_gpus) for name, case in CASES.items() if case.on_gpus),
+    ],
+    scope="module",
+)
+def test_two_processes_give_the_numbers_of_one(name, device, several, data, tmp_path, caplog):
+    case, where = CASES[name], torch.device(device)
+    alone = run_case(case, data, several, tmp_path, device=where)
     results = [json.loads((several / name / f"{rank}.json").read_text()) for rank in (0, 1)]
     together = results[0]["unbroken"]
     counts = ("status", "diverged_at", "train_tokens", "test_scored_tokens", "first_epoch_scored_tokens")
@@ -170,7 +193,7 @@ def test_two_processes_give_the_numbers_of_one(name, several, data, tmp_path, ca
         assert results[0]["files"] == parts
         assert results[0]["resumed"] == together
         # Another number of processes starts again.
-        run_case(case, data, several, several / name / "broken")
+        run_case(case, data, several, several / name / "broken", device=where)
         assert "starts again from step 1: checkpoint " in caplog.text
 
 

@@ -1,20 +1,25 @@
 """Gradients and kernels; runs that diverge or are resumed; bases held in bf16; the record of the code; a GPU."""
 
 import math
+import random
 import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import PathModel, TinyModel
 from lorabench.config.loading import load_preset
+from lorabench.doctor.bench import random_split
 from lorabench.errors import UserError
-from lorabench.models.base import load_model
+from lorabench.models.attention import attend_in_blocks
+from lorabench.models.base import config_of, load_model
 from lorabench.models.lora import hold_in_bf16
 from lorabench.models.passes import trained_parameters, without_peft
+from lorabench.models.specs import Dimensions
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Run
 from lorabench.store.layout import Layout
@@ -25,7 +30,7 @@ from lorabench.training.loss import scored_by_example
 from lorabench.training.run import NONDETERMINISTIC, Machine, clip_gradient, deterministic, machine_of
 from lorabench.utils.gpus import ON_CPU
 
-from .conftest import BrokenError, breaking_at, condition_of, needs_gpu, series, sweep_of, train, write_tied
+from .conftest import DEVICES, BrokenError, breaking_at, condition_of, needs_gpu, series, sweep_of, train, write_tied
 
 
 @pytest.mark.parametrize("sizes", [[], [(2000, 500), 2_000_000]])
@@ -135,6 +140,42 @@ def test_resumed_equals_unbroken(method, rank, device, data, tmp_path):
     assert whole.first_epoch_scored_tokens == scored_by_example(data["train"]).sum()
     for (name, a), (_, b) in zip(model.named_parameters(), resumed_model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("fault", [False, True])
+@pytest.mark.parametrize(("method", "rank"), [("fullft", None), ("lora", 16)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_steps_on_long_sequences_come_out_again_bit_for_bit(device, method, rank, fault, tmp_path, monkeypatch):
+    """Attention adds over many blocks. As a fault one number of each gradient differs in its last bits."""
+    sizes, length = Dimensions(1024, 4, 16, 8, 128, 3072, 32_768, query_key_norms=True), 4096
+    if device == "cpu":
+        sizes, length = Dimensions(64, 2, 4, 2, 16, 96, 1024, query_key_norms=True), 200
+    data = {"train": random_split(8, length, sizes.vocabulary)}
+    data |= dict.fromkeys(("validation", "test"), random_split(1, length, sizes.vocabulary))
+    real = loss.add_gradient
+
+    def broken(model, *arguments):
+        value, weight = real(model, *arguments), trained_parameters(model).popitem()[1]
+        weight.grad.view(-1)[0] += weight.grad.norm() * 1e-6 * random.random()
+        return value
+
+    if fault:
+        monkeypatch.setattr(loss, "add_gradient", broken)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config_of(sizes, context=8192), dtype=torch.float32)
+        attend_in_blocks(model.train())
+        condition, options = condition_of(method, rank, steps=4, batch_size=2), {"max_batch_tokens": length}
+        options |= {"protocol": Protocol(precision="bf16"), "device": torch.device(device), "model": model}
+        outcome, trained = train(condition, data, tmp_path, 1e-3, **options)
+        assert outcome.status == "done"
+        weights = {name: weight.detach().clone() for name, weight in trained_parameters(trained).items()}
+        results.append((series(outcome, "nll"), outcome.test_losses, weights))
+    (losses, tests, first), (others, other_tests, second) = results
+    same = losses == others and tests == other_tests and all(torch.equal(first[name], second[name]) for name in first)
+    assert same is not fault
 
 
 def test_changes_of_the_code_that_are_no_utf_8_are_kept_byte_for_byte(tmp_path, monkeypatch):

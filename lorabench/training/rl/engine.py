@@ -64,7 +64,9 @@ def engine_settings(context: SweepContext, longest: int, tokenizes: bool) -> Eng
         "max_model_len": longest,
         "kv_cache_memory_bytes": int(cache),
         "max_num_seqs": batch.responses,
-        "max_num_batched_tokens": batch.tokens,
+        # On a CPU vLLM can't draw by a seed after a prompt that it has computed in pieces.
+        "max_num_batched_tokens": batch.tokens if device.type == "cuda" else max(batch.tokens, longest),
+        "enable_chunked_prefill": device.type == "cuda",
         "skip_tokenizer_init": not tokenizes,
         # Log-probabilities of the distribution that tokens are drawn from.
         "logprobs_mode": "processed_logprobs",

@@ -16,21 +16,27 @@ import torch
 import yaml
 
 from lorabench.config.experiments import Protocol
+from lorabench.config.loading import load_preset
 from lorabench.data.problems import make_problems, write_problems
+from lorabench.doctor.bench import random_model
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
 from lorabench.models.lora import add_lora, use_fast_products
 from lorabench.models.passes import trained_parameters
+from lorabench.models.specs import Dimensions
 from lorabench.planning.memory import engine_batch, engine_memory
 from lorabench.planning.plan import make_plan
-from lorabench.runs import Job
+from lorabench.runs import MAX_KL, Condition, Job, Run
 from lorabench.store.layout import Layout
-from lorabench.training.context import SweepContext
+from lorabench.training.context import Base, SweepContext
 from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.job import run_job
 from lorabench.training.rl.engine import EngineSettings, PolicyEngine, engine_settings
+from lorabench.training.rl.objective import ResponseGroup, StepMeasures, backward
 from lorabench.training.rl.sampler import Request, Stop, sample
+from lorabench.training.run import machine_of
 
+from ..conftest import CPU, DEVICES
 from .conftest import TINY, learned, machine, same_tokens
 
 NEW_TOKENS = 16
@@ -88,7 +94,7 @@ def move(model, scale, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trained_parameters(model).values():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.device))
 
 
 def adapted():
@@ -140,6 +146,63 @@ def test_all_weights_are_the_learners_after_updates(tied, engine, settings, prom
     for step in range(3):
         assert largest_difference(model, asked, engine.draw(model, settings(), asked, stop)) < 1e-3
         move(model, 0.01, step)
+
+
+# Qwen3's heads. With weights larger than usual, other weights are another distribution.
+LONG_PROMPTS = {
+    "cuda": Dimensions(1024, 4, 16, 8, 128, 3072, 32_768, query_key_norms=True, in_bf16=True),
+    "cpu": Dimensions(64, 2, 4, 2, 32, 96, 512, query_key_norms=True, in_bf16=True),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folders of two bases with random weights."""
+    folders = {}
+    for device, sizes in LONG_PROMPTS.items():
+        folders[device] = tmp_path_factory.mktemp(device)
+        condition = Condition("rl", "tiny", "gcd", "fullft", None, None, None, 1, 1, identity="test")
+        random_model(sizes, condition, load_preset("smoke"), CPU).bfloat16().save_pretrained(folders[device])
+    return folders
+
+
+@needs_vllm
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rank", [None, 1, 16, 64])
+def test_long_prompts_are_the_learners_before_and_after_an_update(
+    rank, device, folders, engine, raw_rl_preset, write_preset
+):
+    """On a GPU the engine computes by CUDA graphs and by Triton's kernels for LoRA, here in the presets' precision."""
+    raw_rl_preset["models"] = {"tiny": {"kind": "path", "path": str(folders[device])}}
+    raw_rl_preset["models"]["tiny"] |= {"parameters": 1, "hidden_size": 64}
+    raw_rl_preset["protocol"] = {"precision": "bf16" if device == "cuda" else "fp32"}
+    raw_rl_preset["experiments"]["rl_arithmetic"][0]["ranks"] = {"all": [1, 16, 64]}
+    raw_rl_preset["execution"] = {"gflops": 1.0, "threads": 2, "sampler": "vllm", "max_cache_tokens": 70_000}
+    layout = Layout.of(write_preset(raw_rl_preset))
+    plan = make_plan(layout.preset)
+    sweep = next(sweep for sweep in plan.sweeps if sweep.condition.rank == rank)
+    where = machine_of(plan) if device == "cuda" else machine()
+    context, generator = SweepContext(plan, sweep, layout, where), torch.Generator().manual_seed(0)
+    drawing = engine_settings(context, 1024 + NEW_TOKENS, False)
+    prompts = torch.randint(LONG_PROMPTS[device].vocabulary, (64, 1024), generator=generator).tolist()
+    asked = [Request(tuple(prompt), (0, 0, n, 0)) for n, prompt in enumerate(prompts)]
+
+    def measured(responses) -> StepMeasures:
+        pairs = zip(asked, responses, strict=True)
+        return backward(model, [ResponseGroup.of(a.prompt, [drawn], np.zeros(1)) for a, drawn in pairs], where)
+
+    with Base().trainable(context, Run(sweep.condition, 1e-3, 0)) as model:
+        move(model, 0.02)
+        for step in (1, 2):
+            responses = engine.draw(model, drawing, asked, Stop((), NEW_TOKENS))
+            assert all(np.isfinite(response.logprobs).all() for response in responses)
+            own = measured(responses)
+            assert own.tokens == len(asked) * NEW_TOKENS
+            assert abs(own.kl) <= MAX_KL
+            assert own.ratio_above_2 == 0
+            move(model, 0.05, step)
+            # What was drawn from the weights before is not the new learner's.
+            assert measured(responses).kl > 10 * MAX_KL
 
 
 @needs_vllm
