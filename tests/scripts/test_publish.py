@@ -31,7 +31,7 @@ from ..handmade import claims_table, curves_of, laptop_like, make_claim, sft
 
 PAGES = {
     "README.md": ["answers"],
-    "docs/index.md": ["answers"],
+    "advice/docs/trainers.md": ["trainers"],
     "docs/other-runs.md": ["evidence"],
     "docs/results.md": ["matrix", "laptop", "overnight"],
     "docs/learning-rate.html": ["facts"],
