@@ -71,7 +71,7 @@ def commands() -> list[str]:
     """Return the lines of all shell blocks without their comments, each once, in the order of the pages."""
     blocks = [block for page in PAGES for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)]
     lines = [line.partition("    #")[0].strip() for block in blocks for line in block.splitlines()]
-    return list(dict.fromkeys(line for line in lines if line))
+    return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
 
 
 @pytest.fixture(scope="module")

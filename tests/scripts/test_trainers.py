@@ -2,6 +2,7 @@
 
 from lora_advice.audit.files import READERS
 
+from lorabench.utils.formats import DASH
 from lorabench.utils.yaml_files import read_yaml
 from pages import trainers_part
 
@@ -18,7 +19,7 @@ def test_defaults_are_those_of_the_readers_and_every_reader_has_a_row():
     assert list(row["LLaMA-Factory"].values())[:5] == ["5e-05", "8", "16", "2", "3.3e-05"]
     assert row["PEFT with transformers"]["alpha/r"] == "1"
     # What is not said has no factor, and what only turns LoRA on here is no default.
-    assert list(row["Axolotl"].values())[:5] == ["must be said"] * 3 + ["–"] * 2
+    assert list(row["Axolotl"].values())[:5] == ["required"] * 3 + [DASH] * 2
     assert row["verl, RL"]["rank r"] == "0 (no LoRA)"
     assert [row[name]["option for alpha/sqrt(r)"] for name in ("Axolotl", "torchtune")] == ["`peft_use_rslora`", "none"]
     asked = {entry["reader"] for entry in read_yaml(REPOSITORY / "workflow/scripts/trainers.yaml")}

@@ -321,7 +321,7 @@ def learning_rate_part(root: Path) -> str:
     return f'<script type="application/json" id="facts">\n{text}\n</script>'
 
 
-def trainers_part(root: Path) -> str:
+def trainers_part(_: Path) -> str:
     """Return what each trainer takes for LoRA where a configuration says nothing, as the audit's readers know it."""
     # The documentation is built with this module, and without lora-advice.
     from lora_advice.audit.files import READERS
@@ -330,7 +330,7 @@ def trainers_part(root: Path) -> str:
     from lora_advice.theory import ALPHA, MOVEMENT
 
     rows = []
-    for asked in read_yaml(root / "workflow/scripts/trainers.yaml"):
+    for asked in read_yaml(Path(__file__).with_name("trainers.yaml")):
         if asked["reader"] not in READERS:
             continue
         framework = frameworks()[asked["reader"]]
