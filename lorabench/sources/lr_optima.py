@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,16 @@ class LrOptimum:
 def known_optima(sources: Sequence[SourceModel], presets: Sequence[Path] = ()) -> list[LrOptimum]:
     """Return all known optima, also those of folders of published presets, such as paper_figures/published/laptop; a
     UserError says if a figure's table names a model that the preset does not have."""
-    optima = [optimum for source in sources for optimum in _source_optima(source)]
+    # Folders of one repository are one source, with the name that comes first.
+    names = {
+        source.file.origin.repository: source.folder
+        for source in sorted(sources, key=lambda source: source.folder, reverse=True)
+    }
+    optima = [
+        replace(optimum, source=names[source.file.origin.repository])
+        for source in sources
+        for optimum in _source_optima(source)
+    ]
     optima += [*_authors_optima(), *_stated_optima({source.folder for source in sources})]
     # A condition that several figures or presets show counts once.
     own: dict[tuple[Any, ...], LrOptimum] = {}
@@ -108,8 +117,6 @@ def _source_optima(source: SourceModel) -> list[LrOptimum]:
     attributes = source.file.attributes
     about: dict[str, Any] = {"source": source.folder, "family": source.about.family, "width": source.about.hidden_size}
     about |= {"mean_lr": mean_lr(attributes.schedule), "rl": source.is_rl}
-    # An alpha may also be a rule, in place of a number.
-    alpha = pd.to_numeric(attributes.alpha, errors="coerce")
     optima = []
     for runs in source.conditions():
         first = {name: runs[name].iloc[0] for name in _CONDITION} | about
@@ -121,7 +128,9 @@ def _source_optima(source: SourceModel) -> list[LrOptimum]:
             lora = at_usual_alpha(lora)
             rank = lora["rank"].max()
             stated = lora.loc[lora["rank"] == rank, "alpha"].dropna()
-            of_lora = {"method": "lora", "alpha": alpha if stated.empty else stated.iloc[0], "rank": rank}
+            # The alpha of a source may also be a rule, in place of a number.
+            alpha = pd.to_numeric(attributes.alpha, errors="coerce") if stated.empty else stated.iloc[0]
+            of_lora = {"method": "lora", "alpha": alpha, "rank": rank}
             optima.append(grid_optimum(lora[lora["rank"] == rank], first | of_lora))
     return optima
 

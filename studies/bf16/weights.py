@@ -91,6 +91,14 @@ def results(layout: Layout, runs: Path, condition: Condition, weights: str) -> l
     return rows
 
 
+def add_rows(path: Path, rows: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """Add rows to a table, in which they replace those of the same names, sort it by these, and return it."""
+    earlier = [pd.read_csv(path)] if path.is_file() else []
+    table = pd.concat([*earlier, rows]).drop_duplicates(names, keep="last").sort_values(names)
+    write_csv(table, path)
+    return table
+
+
 def page_part(table: pd.DataFrame) -> str:
     """Return the table for the page: a row for each LR with runs in bf16, with the mean over seeds."""
     lines = []
@@ -132,12 +140,8 @@ def main() -> None:
     shares = {lr: kept(weights, lr) for lr in rounded["lr"].unique()}
     exact = pd.DataFrame(results(layout, fp32, condition, "fp32"))
     table = pd.concat([rounded.assign(kept=rounded["lr"].map(shares)), exact.assign(kept=1.0)])
-    if TABLE.is_file():
-        table = pd.concat([pd.read_csv(TABLE), table])
     names = ["preset", "model", "dataset", "weights", "lr", "seed"]
-    table = table.drop_duplicates(names, keep="last").sort_values(names)
-    table = table.reindex(columns=[*names, "status", "kept", "accuracy", "nll"])
-    write_csv(table, TABLE)
+    table = add_rows(TABLE, table.reindex(columns=[*names, "status", "kept", "accuracy", "nll"]), names)
     write_part(PAGE, "bf16", "`python -m studies.bf16.weights`", page_part(table))
     print(page_part(table))
 

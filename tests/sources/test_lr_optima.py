@@ -25,6 +25,12 @@ def test_the_optimum_of_a_grid(source):
     assert fullft.losses == (2.1, 2.0, 2.2)
 
 
+def test_folders_of_one_repository_are_one_source(source):
+    folders = [source(name=name) for name in ("made-up-more", "made-up")]
+    optima = [optimum for optimum in known_optima(read_sources(folders)) if optimum.source.startswith("made-up")]
+    assert [optimum.source for optimum in optima] == ["made-up"] * 4
+
+
 def test_an_edge_does_not_count_and_a_diverged_neighbour_bounds(source):
     falling = [row("fullft", lr, loss) for lr, loss in ((1e-5, 2.2), (2e-5, 2.1), (4e-5, 2.0))]
     [own] = read_sources([source(falling)])

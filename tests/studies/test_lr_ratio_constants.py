@@ -7,12 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from advice.benchmarks.lr_left_out import condition_of
 from lorabench.sources.lr_optima import LrOptimum
+from lorabench.sources.source import read_sources, source_folders
+from lorabench.store.published import PUBLISHED
 from lorabench.store.tables import Tables
 from studies.lr_ratio.predictions import MovementTheory, Predictions
 from studies.lr_ratio.scripts import a_without_mean
 from studies.lr_ratio.scripts.constants import fitted, variants
-from studies.lr_ratio.scripts.regret import regrets
+from studies.lr_ratio.scripts.regret import PAGE, known_gains, page_part, regrets
 from studies.lr_ratio.theories import Setting, predicted
 
 from ..conftest import REPOSITORY
@@ -60,7 +63,7 @@ def test_the_cost_of_a_ratio_by_hand():
     lora = replace(full, method="lora", rank=64, lr=5e-4, log_lrs=tuple(map(math.log, lrs)), losses=tuple(losses))
     others = [replace(optimum, source=source, log_lrs=(), losses=()) for source in "bc" for optimum in (full, lora)]
     optima = [full, lora, *others]
-    [row] = regrets(optima, {("a", "m", "d"): 3.0}).to_dict("records")
+    [row] = regrets(optima, {condition_of(full): 1.0}).to_dict("records")
     assert row["ten_cost"] == pytest.approx(0.1 * math.log(2) ** 2, rel=0.01)
     # FullFT gains 1 nat, so that a margin is 2% of it, which is less than 10% of the loss.
     assert row["ten_margins"] == pytest.approx(5 * math.log(2) ** 2, rel=0.01)
@@ -72,3 +75,22 @@ def test_the_cost_of_a_ratio_by_hand():
     [row] = regrets(halved, {}).to_dict("records")
     assert row["ten_cost"] == pytest.approx(0.1 * math.log(2 * 2**-0.75) ** 2, abs=1e-3)
     assert math.isnan(row["ten_margins"])
+
+
+def test_gains_are_those_on_the_same_examples():
+    gains = known_gains(read_sources(source_folders()), [REPOSITORY / PUBLISHED / "laptop_more"])
+    table = pd.read_csv(REPOSITORY / PUBLISHED / "laptop_more/fig1_envelopes.csv")
+    losses = table[table["method"].eq("fullft") | table["element"].eq("before_training")].set_index("step")["nll"]
+    # By the validation loss; by the test loss, which is lower here, it would be 0.79 nats.
+    assert gains["lorabench", "tiny", "instruct", "8.0", "50.0"] == pytest.approx(losses[0] - losses[50])
+    assert losses[0] - losses[50] == pytest.approx(0.535, abs=0.001)
+    # A source without a loss of the base has no gain, one that has only the loss of its first batch that of training.
+    assert math.isnan(gains["nayyirahsan", "Qwen3-0.6B-Base", "sql-2000", "32.0", "126.0"])
+    place = ("apertus", "Apertus-70B-Instruct-2509", "swiss_judgment_prediction", "128.0", "467.0")
+    assert gains[place] == pytest.approx(1.034, abs=0.001)
+    assert gains["orbit", "llama3.1-8b", "math", "1024.0", "150.0"] == pytest.approx(0.21)
+
+
+def test_the_table_of_costs_is_that_of_the_published_conditions():
+    table = pd.read_csv(REPOSITORY / PUBLISHED / "evidence/lr_ratio_regret.csv")
+    assert page_part(table) in (REPOSITORY / PAGE).read_text()

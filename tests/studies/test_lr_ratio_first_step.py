@@ -9,9 +9,8 @@ import torch
 from lorabench.config.inputs import TinyModel
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.base import load_model
-from lorabench.models.lora import targets
 from lorabench.training.run import Machine
-from studies.lr_ratio.scripts.first_step import best_lr, first_ratio, input_means, without
+from studies.lr_ratio.scripts.first_step import best_lr, first_ratio, layer_inputs, mean_share, without
 
 
 def uniform(rank: int, d_in: int = 256) -> torch.Tensor:
@@ -54,19 +53,22 @@ def test_a_without_the_mean_input_does_not_see_it():
 
 def test_the_mean_input_is_all_of_equal_inputs_and_nothing_of_opposite_ones():
     model = load_model(TinyModel(kind="tiny", name="llama-64"))
-    layers = {name: model.get_submodule(name) for name in targets(model, "all", include_unembedding=False)[0]}
     # The last of these is no input.
     ids = np.arange(65, dtype=np.int32) % 16
     split = TokenizedSplit(ids=ids, scored=np.ones(65, bool), offsets=np.array([0, 65]))
     machine = Machine(torch.device("cpu"), 4096)
-    _, share = input_means(model, layers, split, machine)
-    assert 0.05 < share < 0.5
+    assert 0.05 < mean_share(layer_inputs(model, split, machine)) < 0.5
     embedding = model.get_input_embeddings().weight.data
     embedding[:] = embedding[3]
-    means, share = input_means(model, layers, split, machine)
-    assert share == pytest.approx(1, abs=1e-4)
+    inputs = layer_inputs(model, split, machine)
+    assert mean_share(inputs) == pytest.approx(1, abs=1e-4)
     first = "model.layers.0.self_attn.q_proj"
-    assert torch.allclose(means[first], model.model.layers[0].input_layernorm(embedding[3]), atol=1e-5)
+    assert torch.allclose(inputs[first].mean, model.model.layers[0].input_layernorm(embedding[3]), atol=1e-5)
+    # Of A x, where A is a row of ones and one of twos.
+    factors = {name: torch.outer(torch.tensor([1.0, 2.0]), torch.ones(len(seen.mean))) for name, seen in inputs.items()}
+    total = inputs[first].mean.sum().item()
+    seen = layer_inputs(model, split, machine, factors)[first]
+    assert torch.allclose(seen.mean, torch.tensor([total, 2 * total]), atol=1e-4)
+    assert seen.square == pytest.approx(5 * total**2, rel=1e-3)
     embedding[1::2] *= -1
-    means, share = input_means(model, {first: layers[first]}, split, machine)
-    assert share == pytest.approx(0, abs=1e-6)
+    assert layer_inputs(model, split, machine)[first].share == pytest.approx(0, abs=1e-6)

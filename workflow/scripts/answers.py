@@ -18,7 +18,9 @@ from lorabench.claims.judge import CORE
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.figures.evidence import ANSWERS, borderline
 from lorabench.sources.measurements import TINY, holds_again
+from lorabench.sources.source import SOURCE_FILE
 from lorabench.utils import formats
+from lorabench.utils.files import REFERENCE
 from lorabench.utils.yaml_files import read_yaml
 
 
@@ -103,7 +105,10 @@ def _remark(question: Question, cell: Mapping[Any, Any]) -> str:
         again = f"{ANSWERS.get(cell['held_out'], 'not tested')} on held-out seeds"
     if borderline(cell):
         again = f"borderline, but {again}" if same else ", ".join(filter(None, ["borderline", again]))
-    doubted = "" if formats.missing(cell["source"]) else f"in runs of {cell['source']}, which has doubts of its own"
+    doubted = ""
+    if not formats.missing(cell["source"]):
+        precision = read_yaml(REFERENCE / str(cell["source"]) / SOURCE_FILE)["attributes"]["precision"]
+        doubted = f"in runs of {cell['source']}, which has doubts of its own; precision: {precision}"
     return "; ".join(filter(None, [measured, again, doubted]))
 
 

@@ -35,18 +35,17 @@ import pandas as pd
 
 from lorabench.analysis.arms import ALPHA
 from lorabench.data.tokens import cache_key, read_tokens
-from lorabench.models.base import load_tokenizer
+from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import lora_layers
 from lorabench.planning.plan import make_plan
-from lorabench.store.io import write_csv
 from lorabench.store.layout import Layout
 from lorabench.store.published import PUBLISHED
 from lorabench.training import context
 from lorabench.training.run import machine_of
 from lorabench.utils.markdown import table as markdown_table
 from lorabench.utils.markdown import write_part
-from studies.bf16.weights import results, train_at
-from studies.lr_ratio.scripts.first_step import input_means, lowest, without
+from studies.bf16.weights import add_rows, results, train_at
+from studies.lr_ratio.scripts.first_step import layer_inputs, lowest, without
 
 TABLE = Path("studies/lr_ratio/scripts/a_without_mean.csv")
 PUBLISHED_RATIOS, PAGE = PUBLISHED / "lr_smollm2/lr_ratio.csv", Path("studies/lr_ratio/README.md")
@@ -93,16 +92,14 @@ def main() -> None:
     spec = layout.model(condition.model)
     key = cache_key(load_tokenizer(spec), layout.dataset(given.dataset))
     train = read_tokens(layout.tokens(condition.model, given.dataset), key)["train"].chosen(np.arange(32))
+    inputs = layer_inputs(load_model(spec), train, machine_of(plan))
     with_adapter = context.with_adapter
 
     def changed(*arguments: Any) -> Any:
         model = with_adapter(*arguments)
-        layers = dict(lora_layers(model))
-        # LoRA changes nothing yet, so that these are the inputs in the base.
-        means, _ = input_means(model, layers, train, machine_of(plan))
-        for name, layer in layers.items():
+        for name, layer in lora_layers(model):
             a = layer.lora_A["default"].weight
-            a.data.copy_(without(a.data, means[name]))
+            a.data.copy_(without(a.data, inputs[name].mean))
         return model
 
     own, layout.runs = layout.runs, layout.root / "a_without_mean"
@@ -116,9 +113,7 @@ def main() -> None:
     table = pd.DataFrame(rows).rename(columns={"weights": "trained"})
     table["lr"] *= np.where(table["trained"].str.startswith(LABELS[1000.0]), 1000.0, 1.0)
     names = ["preset", "model", "dataset", "trained", "lr", "seed"]
-    earlier = [pd.read_csv(TABLE)] if TABLE.is_file() else []
-    whole = pd.concat([*earlier, table]).round({"lr": 9}).drop_duplicates(names, keep="last")
-    write_csv(whole.sort_values(names), TABLE)
+    add_rows(TABLE, table.round({"lr": 9}), names)
     write_part(
         PAGE, "smollm2", "`python -m studies.lr_ratio.scripts.a_without_mean`", page_part(pd.read_csv(PUBLISHED_RATIOS))
     )

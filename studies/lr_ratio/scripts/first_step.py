@@ -22,14 +22,17 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from lorabench.analysis.arms import ALPHA
 from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
@@ -80,25 +83,43 @@ def best_lr(loss: Callable[[float], float], start: float) -> float:
     return found
 
 
-def input_means(
-    model: nn.Module, layers: Mapping[str, nn.Module], split: TokenizedSplit, machine: Machine
-) -> tuple[dict[str, Tensor], float]:
-    """Return the mean input of each of a model's layers, (d_in,), over the tokens (and fillers) of a split, and the
-    share of the mean in the mean square of the inputs, as a mean over layers."""
-    means: dict[str, list[Tensor]] = {name: [] for name in layers}
-    squares: dict[str, list[float]] = {name: [] for name in layers}
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of the inputs of a layer, or of A x: their mean, (d_in,), and their mean square, over tokens (and
+    fillers)."""
+
+    mean: Tensor
+    square: float
+
+    @property
+    def share(self) -> float:
+        """The share of the mean in the mean square."""
+        return (self.mean @ self.mean).item() / self.square
+
+
+def layer_inputs(
+    model: PreTrainedModel, split: TokenizedSplit, machine: Machine, factors: Mapping[str, Tensor] | None = None
+) -> dict[str, Inputs]:
+    """Return the inputs of each layer that carries LoRA, over a split, or those times the A's that are given."""
+    means, squares = defaultdict[str, list[Tensor]](list), defaultdict[str, list[float]](list)
 
     def add(name: str, _: Any, inputs: tuple[Tensor]) -> None:
         rows = inputs[0].float().flatten(0, -2)
+        rows = rows if factors is None else rows @ factors[name].T
         means[name].append(rows.mean(0))
         squares[name].append(rows.square().sum(1).mean().item())
 
-    hooks = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
+    layers, _ = targets(model, "all", include_unembedding=False)
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(add, name)) for name in layers]
     mean_nll(model, split, machine)
     for hook in hooks:
         hook.remove()
-    found = {name: torch.stack(of_passes).mean(0) for name, of_passes in means.items()}
-    return found, float(np.mean([(mean @ mean).item() / np.mean(squares[name]) for name, mean in found.items()]))
+    return {name: Inputs(torch.stack(means[name]).mean(0), float(np.mean(squares[name]))) for name in layers}
+
+
+def mean_share(inputs: Mapping[str, Inputs]) -> float:
+    """Return the share of the mean input in the mean square, as a mean over layers."""
+    return float(np.mean([layer.share for layer in inputs.values()]))
 
 
 def without(factor: Tensor, mean: Tensor) -> Tensor:
@@ -106,17 +127,28 @@ def without(factor: Tensor, mean: Tensor) -> Tensor:
     return factor - torch.outer(factor @ mean, mean) / (mean @ mean)
 
 
+def random_a(
+    rank: int, generator: torch.Generator, without_mean_of: Mapping[str, Inputs] | None, layer: str, d_in: int
+) -> Tensor:
+    """Return a new A of a layer, (rank, d_in), with rows that are orthogonal to its mean input if inputs are given."""
+    a = (2 * torch.rand(rank, d_in, generator=generator) - 1) / d_in**0.5
+    return a if without_mean_of is None else without(a, without_mean_of[layer].mean)
+
+
 def first_steps(
-    model: nn.Module, train: TokenizedSplit, batch_size: int, rank: int, without_mean: bool, machine: Machine
-) -> tuple[list[tuple[float, float]], float]:
-    """Return both ratios for each of BATCHES batches of a dataset, and the share of the mean input; the model stays as
-    it is."""
+    model: PreTrainedModel,
+    train: TokenizedSplit,
+    batch_size: int,
+    make_a: Callable[[str, int], Tensor],
+    machine: Machine,
+) -> list[tuple[float, float]]:
+    """Return both ratios for each of BATCHES batches of a dataset; the model stays as it is.
+
+    `make_a` returns the A, (r, d_in), of a layer, given its name and d_in, anew for each batch.
+    """
     layers, _ = targets(model, "all", include_unembedding=False)
     batches = list(data_order(len(train), BATCHES, batch_size, seed=0))
-    modules = {layer: model.get_submodule(layer) for layer in layers}
-    means, share = input_means(model, modules, train.chosen(np.arange(32)), machine)
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    generator = torch.Generator().manual_seed(0)
     found = []
     for number, batch in enumerate(batches):
         others = train.chosen(np.concatenate(batches[:number] + batches[number + 1 :]))
@@ -135,17 +167,13 @@ def first_steps(
         model.zero_grad()
         batch_gradient(model, train, batch, machine)
         gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-        factors = {}
-        for layer in layers:
-            d_in = weights[f"{layer}.weight"].shape[1]
-            a = (2 * torch.rand(rank, d_in, generator=generator) - 1) / d_in**0.5
-            factors[f"{layer}.weight"] = without(a, means[layer]) if without_mean else a
+        factors = {f"{layer}.weight": make_a(layer, weights[f"{layer}.weight"].shape[1]) for layer in layers}
         total = sum(gradient.abs().sum().item() for gradient in gradients.values())
         first = first_ratio(total, gradients, factors)
         fullft = best({name: gradient.sign() for name, gradient in gradients.items()}, START)
-        lora = {name: ALPHA / rank * (gradients[name] @ a.T).sign() @ a for name, a in factors.items()}
+        lora = {name: ALPHA / len(a) * (gradients[name] @ a.T).sign() @ a for name, a in factors.items()}
         found.append((first, best(lora, fullft * first) / fullft))
-    return found, share
+    return found
 
 
 def ratios(preset: str, ranks: Sequence[int], without_mean: bool) -> Iterator[dict[str, object]]:
@@ -157,12 +185,21 @@ def ratios(preset: str, ranks: Sequence[int], without_mean: bool) -> Iterator[di
         spec = layout.model(name)
         key = cache_key(load_tokenizer(spec), layout.dataset(dataset))
         train = read_tokens(layout.tokens(name, dataset), key)["train"]
+        model, machine = load_model(spec), machine_of(plan)
+        inputs = layer_inputs(model, train.chosen(np.arange(32)), machine)
         for rank in ranks:
-            steps, share = first_steps(load_model(spec), train, batch_size, rank, without_mean, machine_of(plan))
-            logs = np.log(steps)
+            generator = torch.Generator().manual_seed(0)
+            make_a = partial(random_a, rank, generator, inputs if without_mean else None)
+            logs = np.log(first_steps(model, train, batch_size, make_a, machine))
             # Where a line search found nothing, the mean is NaN.
             (gradient, searched), errors = np.exp(logs.mean(0)), logs.std(0, ddof=1) / math.sqrt(len(logs))
-            row = {"model": name, "dataset": dataset, "batch_size": batch_size, "rank": rank, "mean share": share}
+            row = {
+                "model": name,
+                "dataset": dataset,
+                "batch_size": batch_size,
+                "rank": rank,
+                "mean share": mean_share(inputs),
+            }
             yield row | {"gradient": gradient, "line search": searched, "log error": errors[1]}
 
 

@@ -17,7 +17,8 @@ sweep of the paper's authors has no FullFT, whose LR is then that of their law.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,32 @@ from lorabench.sources.measurements import PROJECT
 from lorabench.sources.source import SourceModel, read_sources, source_folders
 from lorabench.store.io import write_csv
 from lorabench.store.published import PUBLISHED, evidence_folders
+from lorabench.utils.markdown import table as markdown_table
+from lorabench.utils.markdown import write_part
 
-Base = tuple[str, str, str]
-"""A source, a model and a dataset."""
+Condition = tuple[str, ...]
+"""A source, a model, a dataset, a batch size and a number of steps, as text (`condition_of`)."""
+
+RULES = ("ten", "fifteen", "movement", "recommend")
+"""The rules in the order of the page."""
+
+SHOWN_TASKS = {"sft": "SFT, nats", "rl": "RL, accuracy"}
+PAGE = Path("studies/lr_ratio/README.md")
+
+_PLACE = ["model", "dataset", "batch_size", "steps"]
+_FIGURES = (
+    ("fig1_envelopes", "before_training", "envelope", "nll", -1),
+    ("fig6_rl_lr", "base", "accuracy", "accuracy", 1),
+)
+"""Figures whose tables have the base and full fine-tuning: their elements, their values, and which sign is better."""
 
 
-def regrets(optima: Sequence[LrOptimum], before: dict[Base, float]) -> pd.DataFrame:
+def regrets(optima: Sequence[LrOptimum], gains: dict[Condition, float]) -> pd.DataFrame:
     """Return what LRs by each rule cost LoRA, one row per condition, by the width of the model and the length.
 
     Args:
         optima: all that are known.
-        before: losses before training, in RL error rates, by source, model and dataset, as far as they are known.
+        gains: what FullFT gains in nats per token, in RL in accuracy, as far as it is known.
 
     Returns:
         `NAME_cost` is in nats per token, in RL in accuracy, `NAME_margins` in margins of the default rules, and
@@ -76,11 +92,9 @@ def regrets(optima: Sequence[LrOptimum], before: dict[Base, float]) -> pd.DataFr
         row |= {"lora_lr": lora.lr if lora.counts else math.nan, "movement": movement_ratio(lora, log_fullft)}
         gain = margin = math.nan
         if own is not None and own.losses:
-            lowest = min(own.losses)
-            gain = before.get((lora.source, lora.model, lora.dataset), math.nan) - lowest
-            margin = DEFAULT_MARGINS.reward
+            gain, margin = gains.get(condition_of(lora), math.nan), DEFAULT_MARGINS.reward
             if not lora.rl:
-                margin = min(DEFAULT_MARGINS.loss * gain, DEFAULT_MARGINS.final_loss * lowest)
+                margin = min(DEFAULT_MARGINS.loss * gain, DEFAULT_MARGINS.final_loss * min(own.losses))
         shift = pooled_optimum(lora).shift
         at = {"ten": log_fullft + math.log(10) - shift, "fifteen": log_fullft + math.log(15) - shift}
         at["movement"] = log_fullft + math.log(row["movement"])
@@ -93,41 +107,70 @@ def regrets(optima: Sequence[LrOptimum], before: dict[Base, float]) -> pd.DataFr
     return pd.DataFrame(rows).sort_values(["task", "width", "steps"], ascending=[False, True, True], kind="stable")
 
 
-def losses_before_training(sources: Sequence[SourceModel], presets: Sequence[Path]) -> dict[Base, float]:
-    """Return the losses before training, in RL the error rates, of sources and published presets."""
-    before: dict[Base, float] = {}
+def known_gains(sources: Sequence[SourceModel], presets: Sequence[Path]) -> dict[Condition, float]:
+    """Return what FullFT gains over the base at its best LR, in conditions of sources and published presets.
+
+    Both losses are of the same examples, as in the margins of claims: of validation, or, where a source has no other
+    loss of the base than that of its first batch, of training. In RL both accuracies are of the test problems.
+    """
+    gains: dict[Condition, float] = {}
     for source in sources:
-        runs, curves = source.tables.runs, source.tables.curves
-        for dataset, rows in runs.groupby("dataset"):
+        curves = source.tables.curves
+        for runs in source.conditions():
+            fullft = runs[runs["method"].eq("fullft") & runs["status"].eq("done")]
+            if fullft.empty:
+                continue
+            best = fullft[fullft["lr"] == fullft.groupby("lr")["loss"].mean().idxmin()]
             if source.is_rl:
-                value = 1 - float(rows["base_reward"].astype(float).mean()) if "base_reward" in rows else math.nan
+                gain = float(best["final_reward"].mean()) - float(runs["base_reward"].mean())
             else:
-                losses = curves[curves["run_id"].isin(rows["run_id"]) & curves["metric"].eq("nll")]
-                first = losses[losses["split"].eq("validation") & losses["step"].eq(0)]
+                losses = curves[curves["run_id"].isin(runs["run_id"]) & curves["metric"].eq("nll")]
+                first, after = losses[losses["split"].eq("validation") & losses["step"].eq(0)], "final_valid_nll"
                 if first.empty:
-                    # The loss of the first batch, before the first step.
-                    first = losses[losses["split"].eq("train") & losses["step"].eq(1)]
-                value = float(first["value"].astype(float).mean())
-            before[source.folder, source.model, str(dataset)] = value
-    for folder in presets:
-        for figure, element, column in (
-            ("fig1_envelopes", "before_training", "nll"),
-            ("fig6_rl_lr", "base", "accuracy"),
-        ):
-            path = folder / f"{figure}.csv"
-            table = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["element"])
-            for row in table[table["element"] == element].to_dict("records"):
-                value = float(row[column])
-                before[PROJECT, row["model"], row["dataset"]] = value if column == "nll" else 1 - value
-    return before
+                    first, after = losses[losses["split"].eq("train") & losses["step"].eq(1)], "final_train_nll"
+                gain = float(first["value"].mean()) - float(best[after].mean())
+            gains[_condition(source.folder, runs[_PLACE].iloc[0])] = gain
+    for folder, (figure, before, after, value, sign) in product(presets, _FIGURES):
+        path = folder / f"{figure}.csv"
+        if not path.is_file():
+            continue
+        for place, rows in pd.read_csv(path).groupby(_PLACE):
+            # In the first figure all points of the learning curve, so the last step counts.
+            tuned = rows[rows["element"].eq(after) & rows["method"].eq("fullft")]
+            tuned = tuned[tuned["step"] == tuned["step"].max()] if "step" in tuned else tuned
+            base = float(rows.loc[rows["element"].eq(before), value].mean())
+            gains[_condition(PROJECT, place)] = float((sign * (tuned[value] - base)).max())
+    return gains
+
+
+def page_part(costs: pd.DataFrame) -> str:
+    """Return the table of the page: by task and source, the median and the worst cost of each rule."""
+    lines = []
+    for (task, source), rows in costs.groupby(["task", "source"], sort=False):
+        line = [SHOWN_TASKS[str(task)], str(source), f"{len(rows)}"]
+        margins = rows["margin"].dropna()
+        line.append("not known" if margins.empty else f"{margins.median():.2g}")
+        for rule in RULES:
+            worst = rows.nlargest(1, f"{rule}_cost").iloc[0]
+            # A cost beyond the grid is a least one.
+            bound = "≥ " if worst[f"{rule}_at_least"] else ""
+            line.append(f"{rows[f'{rule}_cost'].median():.2g}, {bound}{worst[f'{rule}_cost']:.2g}")
+        lines.append(line)
+    header = ["task", "source", "conditions", "margin", "ten", "fifteen", "`movement`", "pooled"]
+    return "\n".join(["", *markdown_table(header, lines), ""])
+
+
+def _condition(source: str, place: Iterable[Any]) -> Condition:
+    model, dataset, batch_size, steps = place
+    return source, model, dataset, str(float(batch_size)), str(float(steps))
 
 
 def main() -> None:
-    """Write and print the costs in all shipped sources and published presets."""
+    """Write the costs in all shipped sources and published presets, also into the page."""
     sources, presets = read_sources(source_folders()), evidence_folders(Path())
-    costs = regrets(known_optima(sources, presets), losses_before_training(sources, presets))
+    costs = regrets(known_optima(sources, presets), known_gains(sources, presets))
     write_csv(costs, Path() / PUBLISHED / "evidence" / "lr_ratio_regret.csv")
-    print(costs.to_string(index=False, float_format="{:.3g}".format))
+    write_part(PAGE, "regret", "`python -m studies.lr_ratio.scripts.regret`", page_part(costs))
 
 
 if __name__ == "__main__":
