@@ -2,8 +2,9 @@
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PRESET ?= laptop
+PYTHONS ?= 3.11 3.12 3.13 3.14
 
-.PHONY: help setup test plain slow lint format smoke laptop docs dist gpu-pins bench publish
+.PHONY: help setup test plain slow lint format smoke laptop docs dist release gpu-pins bench publish
 
 help:  ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -50,12 +51,18 @@ laptop:  ## Run the default preset, about 13 minutes on two cores.
 docs:  ## Build the documentation into site/.
 	mkdocs build --strict
 
-dist:  ## Build the source archive and the wheel into dist/, and check them.
+dist:  ## Build the source archives and wheels of lorabench and lora-advice into dist/, and check them.
 	pip install -q -c constraints.txt build check-wheel-contents "setuptools>=77" setuptools-scm twine
 	rm -rf dist
 	python -m build --no-isolation -q
+	python -m build --no-isolation -q --outdir dist advice
 	twine check --strict dist/*
 	check-wheel-contents dist/*.whl
+
+# The version is that of the newest section of the changelog, which need not be tagged yet.
+release: export SETUPTOOLS_SCM_PRETEND_VERSION = $(shell python3 workflow/scripts/release.py --version)
+release: dist  ## Build both distributions, check them on each Python that is here, and write build/notes.md.
+	python workflow/scripts/release.py --python $(PYTHONS)
 
 # Below, of numpy, vLLM and the plugin for Slurm ask for different versions, and the second command installs the plugin's.
 RESOLVED := uv pip compile -q --no-config --no-annotate --no-header --python-platform x86_64-manylinux_2_31

@@ -1,8 +1,8 @@
 """What mkdocs adds to the pages in this folder: long tables, made from code and committed files, and links that fit.
 
 The pages link to files of the repository, so that they can be read there as well. On the site, a link to a file that
-has a page of its own leads to that page, and a link to another file becomes plain text. The pages of studies are their
-READMEs.
+has a page of its own leads to that page, and a link to another file becomes plain text. The first page and those of
+studies are READMEs.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 
 ELSEWHERE = {
+    "README.md": "index.md",
     **{
         path.relative_to(ROOT).as_posix(): f"{path.parent.name.replace('_', '-')}.md"
         for path in sorted((ROOT / "studies").glob("*/README.md"))
     },
     **{path.relative_to(ROOT).as_posix(): path.name for path in sorted((ROOT / "advice/docs").glob("*.md"))},
 }
-"""The pages of studies and of lora-advice, which lie in other folders, by their file."""
+"""The first page, and the pages of studies and of lora-advice, which lie in other folders, by their file."""
 
 PAGES = {
     **ELSEWHERE,

@@ -1,14 +1,19 @@
 """What has to agree before a version is tagged, and what the workflows of GitHub and the recipes of images run."""
 
 import re
+import sys
 import tomllib
 from importlib.metadata import requires
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from release import newest
+
 from .conftest import REPOSITORY
+from .workflow.checkout import fresh_clone, shell
 
 ENVIRONMENTS = REPOSITORY / "workflow/envs"
 
@@ -17,8 +22,28 @@ def test_changelog_citation_and_fallback_name_the_same_version_and_date():
     [(version, date), *_] = re.findall(r"^## (\d\S*) \((.*)\)", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
     assert (citation["version"], str(citation["date-released"])) == (version, date)
-    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools_scm"]
-    assert settings["fallback_version"] == f"{version}.dev0"
+    for project in ("pyproject.toml", "advice/pyproject.toml"):
+        settings = tomllib.loads((REPOSITORY / project).read_text())["tool"]["setuptools_scm"]
+        assert settings["fallback_version"] == f"{version}.dev0"
+
+
+def test_notes_are_those_of_the_newest_section_with_a_version():
+    unreleased, older = "# Changelog\n\n## Unreleased\n\n- c\n\n", "## 1.1.0 (2026-11-01)\n"
+    changelog = f"{unreleased}## 1.2.0 (2026-12-01)\n\n- b\n\n### More\n\n- a\n\n{older}"
+    assert newest(changelog) == ("1.2.0", "- b\n\n### More\n\n- a\n")
+    with pytest.raises(SystemExit, match="has no section"):
+        newest(unreleased)
+
+
+@pytest.mark.slow
+def test_both_distributions_are_built_and_work_in_a_fresh_environment(tmp_path):
+    clone, (major, minor, *_) = fresh_clone(tmp_path), sys.version_info
+    shell(f"{sys.executable} -m venv .venv", clone)
+    printed = shell(f"make release PYTHONS='{major}.{minor} 3.99'", clone)
+    assert f"Python {major}.{minor}: lora-advice and lorabench work" in printed
+    assert "Python 3.99: not on this machine, so not checked" in printed
+    _, notes = newest((clone / "CHANGELOG.md").read_text())
+    assert (clone / "build/notes.md").read_text() == notes
 
 
 def test_actions_are_pinned_by_hash():

@@ -19,7 +19,7 @@ from lorabench.store.schemas import SCHEMAS
 from ..conftest import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
-ELSEWHERE = [*REPOSITORY.glob("studies/*/README.md"), *REPOSITORY.glob("advice/docs/*.md")]
+ELSEWHERE = [REPOSITORY / "README.md", *REPOSITORY.glob("studies/*/README.md"), *REPOSITORY.glob("advice/docs/*.md")]
 PAGES = [*(REPOSITORY / name for name in ("config/README.md", "advice/README.md")), *ELSEWHERE]
 PAGES += [*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")]
 

@@ -31,7 +31,7 @@ from ..handmade import claims_table, curves_of, laptop_like, make_claim, sft
 
 PAGES = {
     "README.md": ["answers"],
-    "docs/index.md": ["answers"],
+    "advice/docs/trainers.md": ["trainers"],
     "docs/other-runs.md": ["evidence"],
     "docs/results.md": ["matrix", "laptop", "overnight"],
     "docs/learning-rate.html": ["facts"],
@@ -50,8 +50,8 @@ def places(name: str) -> str:
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a repository that has published evidence, and whose pages have places for the generated parts."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "docs").mkdir()
     for page, names in PAGES.items():
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / page).write_text("".join(map(places, names)))
     shutil.copytree(EVIDENCE, tmp_path / PUBLISHED / "evidence")
     return tmp_path

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -41,6 +40,7 @@ from lorabench.utils.yaml_files import read_yaml
 SOURCES = Path("paper_figures/reference")
 """The folder of the shipped sources, from the root of the repository."""
 
+_README, _TRAINERS = Path("README.md"), Path("advice/docs/trainers.md")
 _RESULTS, _OTHER_RUNS, _RATES = Path("docs/results.md"), Path("docs/other-runs.md"), Path("docs/learning-rate.html")
 
 
@@ -75,7 +75,8 @@ def _parts(root: Path, *presets: str) -> dict[tuple[Path, str], Callable[[Path],
     """Return what makes each part, by its page and name."""
     names = {*presets, *(folder.name for folder in published_folders(root))}
     return {
-        **{(page, "answers"): partial(answers_part, page=page) for page in (Path("README.md"), Path("docs/index.md"))},
+        (_README, "answers"): answers_part,
+        (_TRAINERS, "trainers"): trainers_part,
         (_RESULTS, "matrix"): matrix_part,
         (_OTHER_RUNS, "evidence"): evidence_part,
         (_RATES, "facts"): learning_rate_part,
@@ -92,8 +93,8 @@ def _filled(root: Path, parts: Mapping[tuple[Path, str], str]) -> dict[Path, str
     return texts
 
 
-def answers_part(root: Path, page: Path) -> str:
-    """Return what was found in plain sentences, with the picture that shows it; links are those of a page."""
+def answers_part(root: Path) -> str:
+    """Return what was found in plain sentences, with the picture that shows it."""
     folder = root / PUBLISHED / "evidence"
     cells, measured = pd.read_csv(folder / "matrix.csv"), pd.read_csv(folder / "measurements.csv")
     ratios = measured[measured["measure"].eq("lr_ratio") & measured["counts"] & measured["source"].ne(PROJECT)]
@@ -101,18 +102,13 @@ def answers_part(root: Path, page: Path) -> str:
     of_others = ratios.groupby("source")["value"].mean().map(math.exp)
     more = (
         f" In {len(of_others)} sources of others it is {of_others.min():.2g} to {of_others.max():.2g} times. "
-        f"[What the ratio depends on]({_link('studies/lr_ratio/README.md', page)}); `lorabench recommend` "
-        "estimates a learning rate for your model."
+        "[What the ratio depends on](studies/lr_ratio/README.md); `lorabench recommend` estimates a learning rate for "
+        "your model."
     )
     lines = [f"{count_of_core(cells)} The questions that matter most in use:", ""]
     lines += [f"- {answer(question, cells)}{more if question.claim_id == 'B1' else ''}" for question in QUESTIONS]
-    picture = _link(PUBLISHED / "evidence/matrix.svg", page)
-    return "\n".join([*lines, "", f"![The answers by the size of the model]({picture})", "", reproduced(root, page)])
-
-
-def _link(file: Path | str, page: Path) -> str:
-    """Return the path to a file from the folder of a page; both are paths from the root."""
-    return os.path.relpath(file, page.parent)
+    picture = f"![The answers by the size of the model]({PUBLISHED}/evidence/matrix.svg)"
+    return "\n".join([*lines, "", picture, "", reproduced(root)])
 
 
 def matrix_part(root: Path) -> str:
@@ -148,7 +144,7 @@ def matrix_part(root: Path) -> str:
     return "\n".join(table(["", "claim", *scales], rows))
 
 
-def reproduced(root: Path, page: Path) -> str:
+def reproduced(root: Path) -> str:
     """Return a sentence on how many decided verdicts came out again on held-out seeds, of all presets and of each."""
     tables = {folder.name: again for folder in published_folders(root) if (again := read_held_out(folder)) is not None}
     decided = {name: _as_stated_now(again.dropna(subset="again")) for name, again in tables.items()}
@@ -156,7 +152,7 @@ def reproduced(root: Path, page: Path) -> str:
     for name, claims in decided.items():
         failed = claims.loc[claims["again"] != "yes", "statement"]
         without = f" (not: {'; '.join(failed.unique())})" if len(failed) else ""
-        link = f"[{name}]({_link(_RESULTS, page)}#{name})"
+        link = f"[{name}]({_RESULTS}#{name})"
         batches = f" in {claims['batch'].nunique()} batches" if "batch" in claims else ""
         each.append(f"{link} {len(claims) - len(failed)} of {len(claims)}{batches}{without}")
     every = pd.concat([pd.DataFrame(columns=["again", "p_again"]), *decided.values()])
@@ -323,3 +319,33 @@ def learning_rate_part(root: Path) -> str:
     # A row for each line, and no end of the script in a name.
     text = json.dumps(facts).replace("], [", "],\n[").replace("<", "\\u003c")
     return f'<script type="application/json" id="facts">\n{text}\n</script>'
+
+
+def trainers_part(_: Path) -> str:
+    """Return what each trainer takes for LoRA where a configuration says nothing, as the audit's readers know it."""
+    # The documentation is built with this module, and without lora-advice.
+    from lora_advice.audit.files import READERS
+    from lora_advice.audit.readers.options import frameworks
+    from lora_advice.audit.settings import ALPHA_EXPONENTS
+    from lora_advice.theory import ALPHA, MOVEMENT
+
+    rows = []
+    for asked in read_yaml(Path(__file__).with_name("trainers.yaml")):
+        if asked["reader"] not in READERS:
+            continue
+        framework = frameworks()[asked["reader"]]
+        [run] = READERS[asked["reader"]](Path(asked["file"]), asked["says"])
+        known = {name: getattr(run, name) for name in ("lr", "rank", "alpha") if name not in asked.get("unset", ())}
+        known |= {name: value for name, value in asked.get("without", {}).items() if known.get(name) is None}
+        lr, rank, alpha = known["lr"], known["rank"], known["alpha"]
+        factor = at_32 = formats.DASH
+        if not {str, type(None)} & {type(rank), type(alpha)}:
+            factor = f"{alpha / rank:g}"
+            if isinstance(lr, float):
+                at_32 = f"{lr * (alpha * (1 + MOVEMENT['k'] / rank) / ALPHA) ** ALPHA_EXPONENTS[1]:.1e}"
+        names = framework["names"] | framework.get("lora_names", {})
+        option = f"`{names['rslora']}`" if "rslora" in names else "none"
+        numbers = [value if isinstance(value, str) else f"{value:g}" for value in (lr, rank, alpha)]
+        rows.append([asked["name"], framework["version"], *numbers, factor, at_32, option])
+    head = ["trainer", "version", "LR", "rank r", "alpha", "alpha/r", "LR as at alpha 32", "option for alpha/sqrt(r)"]
+    return "\n".join(table(head, rows))
