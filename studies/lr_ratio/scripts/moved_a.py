@@ -72,15 +72,17 @@ def main() -> None:
     layout = Layout.of(given.preset)
     plan = make_plan(layout.preset)
     wanted = (given.model, given.dataset, RANK, ALPHA, 1.0, 1.0)
-    sweeps = [
-        sweep
-        for sweep in plan.sweeps
-        if (c := sweep.condition).method == "lora"
-        and (c.model, c.dataset, c.rank, c.alpha, c.lr_ratio or 1.0, c.init_a or 1.0) == wanted
-    ]
-    if not sweeps:
+    sweep = next(
+        (
+            sweep
+            for sweep in plan.sweeps
+            if (c := sweep.condition).method == "lora"
+            and (c.model, c.dataset, c.rank, c.alpha, c.lr_ratio or 1.0, c.init_a or 1.0) == wanted
+        ),
+        None,
+    )
+    if sweep is None:
         parser.error(f"preset {given.preset} has no LoRA of rank {RANK} on {given.model!r} and {given.dataset!r}")
-    [sweep] = sweeps[:1]
     with_adapter, layers, before = context.with_adapter, dict[str, Any](), dict[str, Tensor]()
 
     def kept(*arguments: Any) -> Any:
@@ -107,11 +109,21 @@ def main() -> None:
         chosen = {name: without(a, inputs[name].mean) if orthogonal else a for name, a in factors.items()}
         outputs = layer_inputs(model, some, machine, chosen)
         size = np.mean([outputs[name].square / sizes[name].square for name in sizes]) ** 0.5
-        steps = first_steps(model, train, sweep.condition.batch_size, partial(as_it_is, chosen), machine)
-        logs = np.log(steps)
-        row = {"preset": layout.name, "model": given.model, "dataset": given.dataset, "lr": given.lr, "a": words}
-        row |= {"without_mean": orthogonal, "size": size, "mean_share": mean_share(outputs)}
-        rows.append(row | {"line_search": math.exp(logs[:, 1].mean()), "log_error": logs[:, 1].std(ddof=1) / 2})
+        make_a = partial(as_it_is, chosen)
+        logs = np.log(first_steps(model, train, sweep.condition.batch_size, make_a, machine))[:, 1]
+        row = {
+            "preset": layout.name,
+            "model": given.model,
+            "dataset": given.dataset,
+            "lr": given.lr,
+            "a": words,
+            "without_mean": orthogonal,
+            "size": size,
+            "mean_share": mean_share(outputs),
+            "line_search": math.exp(logs.mean()),
+            "log_error": logs.std(ddof=1) / 2,
+        }
+        rows.append(row)
         print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1), flush=True)
     add_rows(TABLE, pd.DataFrame(rows), ["preset", "model", "dataset", "lr", "a", "without_mean"])
 
