@@ -28,6 +28,7 @@ CODE = (
     "lorabench/data/tokens.py",
     "lorabench/models/attention.py",
     "lorabench/models/bf16_products.py",
+    "lorabench/models/fused.py",
     "lorabench/models/passes.py",
     "lorabench/models/lora.py",
     "lorabench/config/fields.py",

@@ -109,9 +109,9 @@ def _batches(preset: str, n: int) -> list[str]:
 def _show_cost(preset: str, experiments: Sequence[str], budget: str) -> None:
     """Print what a batch of these experiments costs, before it is paid."""
     planned, layout = plan_and_layout(preset)
-    speed, _ = measured_speed(planned, layout) or (None, None)
-    if speed is not None:
-        planned = make_plan(planned.preset.with_execution(gflops=speed))
+    speed, _ = measured_speed(planned, layout) or ({}, None)
+    if speed:
+        planned = make_plan(planned.preset.with_execution(**speed))
     jobs = {job.job_id: job for name in experiments for job in planned.jobs_of(name)}
     cost = combined(job_cost(planned, job) for job in jobs.values())
     at_once = max(1, (os.cpu_count() or 1) // planned.preset.execution.threads)

@@ -109,11 +109,11 @@ def plan(
     if gpu is not None:
         if gpu not in GPUS:
             raise UserError(f"gpu {gpu!r} is not known; allowed: {', '.join(GPUS)}")
-        # The preset's `gflops` hold for its own GPU.
-        planned = make_plan(planned.preset.with_execution(gpu=gpu, gflops=None))
-    gflops, measured = measured_speed(planned, layout) or (None, None)
-    if gflops is not None:
-        planned = make_plan(planned.preset.with_execution(gflops=gflops))
+        # The preset's speed is that of its own machine.
+        planned = make_plan(planned.preset.with_execution(gpu=gpu, gflops=None, gpu_time=1.0))
+    speed, measured = measured_speed(planned, layout) or ({}, None)
+    if speed:
+        planned = make_plan(planned.preset.with_execution(**speed))
     plan_table(planned, price, measured)
 
 

@@ -6,26 +6,28 @@ import os
 from collections.abc import Sequence
 from statistics import median
 
+from lorabench.config.fields import METHOD_NAMES
 from lorabench.doctor.record import record_for
 from lorabench.planning.costs import Cost, path_hours, per_experiment
 from lorabench.planning.memory import title
 from lorabench.planning.plan import Plan
-from lorabench.planning.seconds import flops_per_second, run_seconds
+from lorabench.planning.seconds import flops_per_second, run_seconds, training_of
 from lorabench.runs import Job
 from lorabench.store.layout import Layout
 from lorabench.utils.formats import amount, count, number, print_table
 from lorabench.utils.gpus import GB, GPUS, is_called, processor
 
 
-def measured_speed(plan: Plan, layout: Layout) -> tuple[float, str] | None:
+def measured_speed(plan: Plan, layout: Layout) -> tuple[dict[str, float], str] | None:
     """Return the speed of the machine that a plan is for, by the preset's finished runs or by `lorabench doctor`.
 
-    It is the useful GFLOP/s of a job on a CPU or of one GPU: the FLOPs of the cost model for all runs on the preset's
-    GPU, or on this machine's processor, over their seconds. A sentence says where they were measured. None is returned
-    where nothing was measured: then the preset's `gflops` holds, or what lorabench/utils/gpus.py assumes of the GPU.
+    It is a setting of `execution`: of a CPU `gflops`, the FLOPs of the cost model for all runs on this machine's
+    processor over their seconds; of the preset's GPU `gpu_time`. A sentence says where they were measured. None is
+    returned where nothing was measured.
     """
     preset, gpu = plan.preset, plan.preset.execution.gpu
-    # For each run the predicted FLOPs, the seconds that do not depend on the speed, and the measured seconds.
+    unit = 1 / preset.execution.gpu_time if gpu else flops_per_second(preset.execution) / 1e9
+    # For each run the predicted work, the seconds that do not depend on the speed, and the measured seconds.
     work: list[tuple[float, float, float]] = []
     devices: set[str] = set()
     if list(layout.tables().glob("runs.*")):
@@ -38,21 +40,31 @@ def measured_speed(plan: Plan, layout: Layout) -> tuple[float, str] | None:
             here = is_called(gpu, device) if gpu else device == processor()
             if sweep and here and row["status"] == "done" and row["wall_s"]:
                 computing, waiting = run_seconds(preset, sweep, plan.gpus[sweep])
-                work.append((computing * flops_per_second(preset.execution), waiting, row["wall_s"]))
+                work.append((computing * unit, waiting, row["wall_s"]))
                 devices.add(device)
     if work:
         # The fixed seconds are an assumption, so they never count as more than half of a run's measured seconds.
-        speed = sum(flops for flops, *_ in work) / sum(max(wall - waiting, wall / 2) for _, waiting, wall in work)
-        ratios = [(flops / speed + waiting) / wall for flops, waiting, wall in work]
-        return speed / 1e9, (
-            f"measured on {len(work)} runs on {', '.join(sorted(devices))}: {speed / 1e9:,.3g} GFLOP/s; predicted over "
+        speed = sum(amount for amount, *_ in work) / sum(max(wall - waiting, wall / 2) for _, waiting, wall in work)
+        ratios = [(amount / speed + waiting) / wall for amount, waiting, wall in work]
+        setting, text = _speed(gpu, speed)
+        return setting, (
+            f"measured on {len(work)} runs on {', '.join(sorted(devices))}: {text}; predicted over "
             f"measured time, median and range: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
     record = record_for(preset.execution)
     # A CPU's speed depends on the width of the model, the precision and the threads, and so on the preset.
-    if record is None or record.gflops is None or (gpu is None and record.preset != layout.name):
+    if record is None or (gpu is None and record.preset != layout.name):
         return None
-    return record.gflops, record.sentence
+    if gpu and record.gpu_time is not None:
+        return {"gpu_time": record.gpu_time}, record.sentence
+    return None if gpu or record.gflops is None else ({"gflops": record.gflops}, record.sentence)
+
+
+def _speed(gpu: str | None, speed: float) -> tuple[dict[str, float], str]:
+    """Return a setting of `execution` for a speed in GFLOP/s, or of a GPU in units of its roofline's, and its text."""
+    if gpu is None:
+        return {"gflops": speed}, f"{speed:,.3g} GFLOP/s"
+    return {"gpu_time": 1 / speed}, f"{1 / speed:.2f} times the seconds by the roofline"
 
 
 def plan_table(plan: Plan, price: float | None = None, measured: str | None = None) -> None:
@@ -90,19 +102,37 @@ def plan_table(plan: Plan, price: float | None = None, measured: str | None = No
             cells += [f"{row.memory / GB:.0f}", number(row.disk / GB, 2)]
             cells += [] if price is None else [count(row.gpu_hours * price)]
         table.append(cells)
-    assumed = "an assumption, see lorabench/utils/gpus.py" if execution.gflops is None else "execution.gflops"
-    caption = _caption(plan, rows["total"], at_once, paths, "measured" if measured else assumed)
+    caption = _caption(plan, rows["total"], at_once, paths, "measured" if measured else "execution.gflops")
     caption += [measured] if measured else []
     print_table(columns, table, columns[1:], plan.preset.description, caption, total=True)
+    if execution.gpu is not None:
+        training_table(plan)
+
+
+def training_table(plan: Plan) -> None:
+    """Print what training on a token takes, of the largest sweep of each model by LoRA and by full fine-tuning."""
+    columns = ["training of", "method", "of the peak", "products", "elementwise", "attention", "launches"]
+    rows: dict[tuple[str, bool], list[str]] = {}
+    # The sweep with the most FLOPs comes first.
+    for sweep in plan.sweeps:
+        condition = sweep.condition
+        training = training_of(plan.preset, sweep, plan.gpus[sweep])
+        cells = [number(1e6 * seconds, 2) for seconds in (*training.kernels, training.launches)]
+        method = METHOD_NAMES[condition.method] + (f" r{condition.rank}" if condition.rank else "")
+        rows.setdefault(
+            (condition.model, condition.rank is None), [condition.model, method, f"{training.share:.0%}", *cells]
+        )
+    caption = ["microseconds for each trained token, without padding; launches: what the GPU waits for them"]
+    print_table(columns, [rows[key] for key in sorted(rows)], columns[2:], "", caption)
 
 
 def _caption(plan: Plan, total: Cost, at_once: int, paths: Sequence[tuple[float, Job]], speed: str) -> list[str]:
     """Return the sentences on how the costs were estimated, on the longest path and job, and on divided jobs."""
     execution = plan.preset.execution
-    rate, gpu = flops_per_second(execution), execution.gpu
+    gpu = execution.gpu
     longest_job, limit = (number(hours, 3) for hours in (total.longest_job_hours, execution.job_hours))
     if gpu is None:
-        caption = [f"minutes at {number(rate / 1e9, 4)} GFLOP/s per job ({speed}), {at_once} at a time"]
+        caption = [f"minutes at {number(execution.gflops or 0, 4)} GFLOP/s per job ({speed}), {at_once} at a time"]
     else:
         path = ""
         if paths:
@@ -112,7 +142,9 @@ def _caption(plan: Plan, total: Cost, at_once: int, paths: Sequence[tuple[float,
             waves = f" in {len(first.expected_waves())} waves" if plan.is_split(job) else ""
             path = f" ({number(hours / 24, 2)} days), {what}: {number(hours, 2)} to train {job.n_runs} runs{waves}"
         caption = [
-            f"{gpu} of {GPUS[gpu].memory / GB:.0f} GB, at {number(rate / 1e12, 4)} TFLOP/s ({speed})",
+            f"{gpu} of {GPUS[gpu].memory / GB:.0f} GB; products at {number(GPUS[gpu].products / 1e12)} TFLOP/s, bytes "
+            f"read and written at {number(GPUS[gpu].streaming / 1e12)} TB/s (lorabench/utils/gpus.py), and "
+            f"{number(execution.gpu_time)} times the seconds (execution.gpu_time)",
             f"{number(total.gpu_hours / 24)} days on one GPU; however many there are, it takes the hours of "
             f"the critical path{path}",
             f"while it runs, a job needs up to {number(total.working_disk / GB, 2)} GB of disk in "

@@ -267,7 +267,7 @@ def compute(preset: PresetOption = "laptop") -> None:
         from lorabench.training.step_cost import measure_compute
 
         execution = planned.preset.execution
-        settings = experiment, execution.threads, planned.preset.protocol, device_of(execution)
+        settings = experiment, execution.threads, planned.preset.protocol, device_of(execution), execution.fused_kernels
         tables = [measure_compute(name, layout.model(name), *settings) for name in experiment.models]
         write_frame(pd.concat(tables), "compute", layout.tables())
 

@@ -90,9 +90,13 @@ class Execution(Strict):
     """Name of the GPU in lorabench/utils/gpus.py, for the estimates; null for a CPU."""
     max_gpus: Positive = 1
     """Largest number of GPUs of a job, which requests the smallest number among which the model fits (FSDP)."""
+    gpu_time: PositiveFloat = 1.0
+    """Seconds that a GPU takes for passes over those that the plan computes from its peak and bandwidth."""
+    fused_kernels: bool = True
+    """Compute norms, rotary embeddings, SwiGLU and log-probabilities on a GPU in one kernel each, for a Llama or a
+    dense Qwen3; it changes results by rounding alone."""
     gflops: PositiveFloat | None = None
-    """Useful GFLOP/s of a job on a CPU, or of one GPU, for the time estimate; null with `gpu` for the speed that
-    lorabench/utils/gpus.py assumes."""
+    """Useful GFLOP/s of a job on a CPU, for the time estimate; null with `gpu`."""
 
     def recomputed_layers(self, layers: int) -> int:
         """Return how many of a model's `layers` compute their activations again; 0 where `auto` is not decided yet."""
@@ -108,6 +112,10 @@ class Execution(Strict):
                 raise ValueError("gflops: missing; without a gpu the speed of a job must be given")
             if self.max_gpus > 1:
                 raise ValueError(f"max_gpus = {self.max_gpus}: without a gpu a job has none; name the gpu")
+        elif self.gflops is not None:
+            raise ValueError(
+                f"gflops = {self.gflops}: with a gpu its speed follows from lorabench/utils/gpus.py; drop it"
+            )
         elif self.gpu not in GPUS:
             raise ValueError(f"gpu = {self.gpu!r}: not known; allowed: {', '.join(GPUS)}")
         return self

@@ -29,12 +29,14 @@ from lorabench.errors import UserError
 from lorabench.models import bf16_products
 from lorabench.models.attention import attend_in_blocks
 from lorabench.models.base import config_of
+from lorabench.models.fused import fuse
 from lorabench.models.lora import add_lora, hold_in_bf16, use_fast_products
 from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.models.specs import Dimensions, dimensions
 from lorabench.planning import flops
 from lorabench.planning.memory import USABLE, decided, fits, step_memory, title
 from lorabench.planning.plan import Plan
+from lorabench.planning.roofline import arm_seconds
 from lorabench.planning.seconds import flops_per_second
 from lorabench.runs import Condition, Run, Sweep
 from lorabench.store.layout import Layout
@@ -96,6 +98,16 @@ class Subject:
         again = (2.0 * (sizes.active_linear + lora) + attention) * min(self.recomputed, sizes.layers) / sizes.layers
         linear = flops.linear_flops_per_token(sizes, None if condition.rank is None else lora)
         return self.rows * self.length * (linear + 3 * attention + again)
+
+    def planned_seconds(self, preset: Preset) -> float:
+        """Return the plan's seconds of a training step."""
+        if preset.execution.gpu is None:
+            return self.flops(preset) / flops_per_second(preset.execution)
+        preset, tokens = preset.with_execution(activation_checkpointing=self.recomputed), self.rows * self.length
+        arm = self.sizes, self.condition.rank, self.condition.placement
+        each = arm_seconds(preset, *arm, tokens, self.length / 2, self.length / 2)
+        work = tokens * (sum(each.trained.token) + sum(each.trained.scored)) + each.each_pass + each.each_step
+        return work * preset.execution.gpu_time
 
 
 def training_subjects(plan: Plan) -> list[Subject]:
@@ -161,6 +173,8 @@ def random_model(
                 parameter.copy_(parameter.bfloat16())
     if not plain:
         attend_in_blocks(model)
+        if device.type == "cuda" and preset.execution.fused_kernels:
+            fuse(model)
     if recomputed:
         recompute_activations(model, max(0, sizes.layers - recomputed))
     if condition.rank is None:
@@ -316,7 +330,7 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
         sentence = f"a step took {seconds[subject]:.3g} s: {tokens / seconds[subject]:,.0f} tokens/s"
         if preset.execution.gpu is not None:
             sentence += f", {rate / GPUS[preset.execution.gpu].peak_flops:.0%} of the data sheet's FLOP/s"
-        planned = flops_per_second(preset.execution) / 1e9
+        planned = subject.flops(preset) / subject.planned_seconds(preset) / 1e9
         return Check(status="measured", sentence=sentence, value=rate / 1e9, planned=planned, unit="GFLOP/s")
 
     for subject in training_subjects(plan):
@@ -330,6 +344,7 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
             make(f"speed of a step: {title(subject.condition)}", partial(speed_of, subject))
     dense = [subject for subject in seconds if not subject.sizes.experts]
     speed = sum(subject.flops(preset) for subject in dense) / sum(seconds[subject] for subject in dense) if dense else 0
+    planned = sum(subject.planned_seconds(preset) for subject in dense) / preset.execution.gpu_time
     return Record(
         date=date,
         preset=layout.name,
@@ -340,5 +355,6 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
         git_sha=code_state(layout.patches)["git_sha"],
         packages=state["packages"],
         gflops=speed / 1e9 or None,
+        gpu_time=sum(seconds[subject] for subject in dense) / planned if dense and on_gpu else None,
         checks=checks,
     )

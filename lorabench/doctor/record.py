@@ -37,7 +37,8 @@ class Record(Strict):
     """The checks of a machine by `lorabench doctor`, and its speed.
 
     `date` is when they began, `device` torch's name of the GPU or the processor's name, `gpu` the preset's
-    `execution.gpu`, and `gflops` the useful GFLOP/s of a training step by the plan's formula, if it was measured.
+    `execution.gpu`, `gflops` the useful GFLOP/s of a training step by the plan's formula, if it was measured, and
+    `gpu_time` its seconds on a GPU over those of the plan.
     """
 
     date: str
@@ -49,6 +50,7 @@ class Record(Strict):
     git_sha: str | None
     packages: dict[str, str]
     gflops: PositiveFloat | None
+    gpu_time: PositiveFloat | None = None
     checks: list[Check]
 
     @property
@@ -61,6 +63,7 @@ class Record(Strict):
         """The sentence about the speed for `lorabench plan`."""
         failed = f"; {len(self.failed)} of its {len(self.checks)} checks failed" if self.failed else ""
         speed = f"{number(self.gflops)} GFLOP/s in training steps"
+        speed += f", {number(self.gpu_time)} times the plan's seconds" if self.gpu_time else ""
         return f"measured by lorabench doctor on {self.device} on {self.date[:10]}: {speed}{failed}"
 
 

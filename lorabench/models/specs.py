@@ -24,6 +24,8 @@ from lorabench.errors import UserError
 from lorabench.utils.files import digest
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
+FUSED_FAMILIES = ("llama", "qwen3")
+"""The families (`model_type`) whose layers `lorabench.models.fused` computes in fewer kernels on a GPU."""
 SHIPPED = Path(__file__).parent / "shipped"
 """Folder of the tiny bases, which `workflow/scripts/tiny_bases.py` has pretrained."""
 
@@ -124,6 +126,7 @@ class Dimensions:
     experts: int = 0
     active_experts: int = 0
     in_bf16: bool = False  # Whether the model's files hold its weights in bf16.
+    fusible: bool = True  # Whether `lorabench.models.fused` knows its layers.
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -252,6 +255,7 @@ def dimensions_of_config(config: ModelConfig) -> Dimensions:
         experts=experts,
         active_experts=active[0] if experts else 0,
         in_bf16=(config.dtype or config.torch_dtype) == "bfloat16",
+        fusible=config.model_type in FUSED_FAMILIES,
     )
 
 

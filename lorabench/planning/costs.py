@@ -17,6 +17,7 @@ from lorabench.models.specs import dimensions
 from lorabench.planning import flops, seconds
 from lorabench.planning.memory import USABLE, engine_memory, handover_bytes, step_memory, sweep_memory, uses_engine
 from lorabench.planning.plan import Plan
+from lorabench.planning.roofline import arm_seconds
 from lorabench.runs import EvalJob, Job
 from lorabench.utils.gpus import GB, GPUS
 
@@ -193,9 +194,15 @@ def compute_cost(plan: Plan) -> Cost:
         base = sum(step_memory(measured, sizes, None, None, batch, row))
         peaks[model] = 12 * sum(parameters for parameters, _ in adapters) + base
         # A few steps more than are timed count FLOPs and measure memory.
-        arms = None, *(active for _, active in adapters)
-        per_token = sum(flops.linear_flops_per_token(sizes, lora) for lora in arms)
-        time += per_token * (batch * (experiment.repeats + 8)) / seconds.flops_per_second(preset.execution)
+        steps = experiment.repeats + 8
+        if preset.execution.gpu is None:
+            arms = None, *(active for _, active in adapters)
+            per_token = sum(flops.linear_flops_per_token(sizes, lora) for lora in arms)
+            time += steps * batch * per_token / seconds.flops_per_second(preset.execution)
+            continue
+        for rank in (None, *experiment.ranks):
+            each = arm_seconds(measured, sizes, rank, "all" if rank else None, batch, row / 2, row / 2)
+            time += steps * preset.execution.gpu_time * (batch * sum(map(sum, each.trained)) + each.each_step)
     largest = max(peaks, key=lambda model: peaks[model])
     return _on_one(preset, "experiment compute", largest, peaks[largest], time, MB)
 

@@ -39,6 +39,8 @@ class RunWork:
     drawn: float
     context: float
     """The mean number of tokens that a token attends to, but for the rows that are learned from in RL."""
+    learned_context: float
+    """The same in training."""
     trained_flops: float
     """As all FLOPs but those recomputed, it has the unembedding of every token, scored or not, as the paper counts."""
     evaluated_flops: float
@@ -160,6 +162,7 @@ def run_work(preset: Preset, condition: Condition) -> RunWork:
         evaluated_scored,
         drawn,
         context,
+        learned_context,
         trained_flops=trained * training,
         evaluated_flops=evaluated * forward,
         drawn_flops=drawn * forward,

@@ -56,6 +56,11 @@ def uses_engine(preset: Preset, condition: Condition) -> bool:
     return condition.rollouts is not None and preset.execution.sampler == "vllm"
 
 
+def is_fused(preset: Preset, sizes: Dimensions) -> bool:
+    """Return whether a model's layers are computed by `lorabench.models.fused` on the preset's GPU."""
+    return preset.execution.gpu is not None and preset.execution.fused_kernels and sizes.fusible
+
+
 def engine_batch(preset: Preset, condition: Condition | None = None) -> EngineBatch:
     """Return the largest batch of an engine that draws for a condition, or for an evaluation with lm-eval.
 
@@ -191,7 +196,7 @@ def step_memory(
     bf16, recomputed = preset.protocol.precision == "bf16", preset.execution.recomputed_layers(sizes.layers)
     on_cpu = preset.execution.gpu is None
     trained = sizes.parameters if rank is None else lora_parameters(preset, sizes, rank, placement)[0]
-    layer, extra = _layer_bytes(sizes, rank, bf16, gpus), 0
+    layer, extra = _layer_bytes(sizes, rank, bf16, gpus, is_fused(preset, sizes)), 0
     if method == "dora":
         # Magnitudes; the outputs that they scale; and the largest weight with LoRA added, for its norms.
         adapted = sizes.adapted(placement or "all", preset.protocol.include_unembedding)
@@ -308,7 +313,7 @@ def decided(preset: Preset, sweep: Sweep, gpus: int | None = None) -> Preset:
     return choices[bisect_left(choices[:-1], True, key=lambda choice: fits(choice, sweep, gpus))]
 
 
-def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool, gpus: int) -> float:
+def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool, gpus: int, fused: bool) -> float:
     """Return the bytes that a layer keeps of each token for the backward pass."""
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     # By whether the weights are frozen and whether products are in bf16: bytes of the hidden size, queries, keys, and
@@ -319,13 +324,19 @@ def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool, gpus: int) -> 
         (True, False): (16, 8, 8, 4),
         (True, True): (18, 6, 4, 4),
     }[rank is not None, bf16]
+    inner = 8 if bf16 else 16
+    if fused:
+        # Two residuals and what is made of them; queries, keys and values as attention takes them, its result, and what
+        # is normed.
+        number = 2 if bf16 else 4
+        hidden, of_queries, of_keys, of_norms, inner = 8 + 2 * number, 2 * number, 2 * number, number, 3 * number
     kept = hidden * sizes.hidden + of_queries * queries + of_keys * keys
     kept += sizes.query_key_norms * of_norms * (queries + keys)
     if sizes.experts:
         # Experts compute in fp32, each on a copy of its tokens.
         kept += sizes.active_experts * (8 * sizes.hidden + 16 * sizes.intermediate)
     else:
-        kept += (8 if bf16 else 16) * sizes.intermediate
+        kept += inner * sizes.intermediate
     if rank is None:
         return kept
     # A's outputs are kept unless A and B are merged into the weights, which sharded models and bf16 do not do; with

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from math import inf, sqrt
-from typing import Literal
+from math import ceil, inf, sqrt
+from typing import Literal, NamedTuple
 
 from lorabench.config.execution import Execution
 from lorabench.config.fields import CHANGES_BASE
@@ -12,6 +12,7 @@ from lorabench.config.preset import Preset
 from lorabench.models.specs import Dimensions, dimensions
 from lorabench.planning import memory
 from lorabench.planning.flops import graded_problems, longest_sequence, run_work, unembedding_flops_per_token
+from lorabench.planning.roofline import Parts, StepSeconds, arm_seconds, step_seconds
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS
 
@@ -37,9 +38,6 @@ _THROUGH_MEMORY, _HANDOVER_SECONDS = 2e9, 0.2
 _SHARDED = 0.8
 # Seconds of a variant's step over those of a step of LoRA: measured on the tiny bases, on one core (studies/variants).
 _OVER_LORA: dict[str, float] = {"dora": 1.2}
-# Seconds of a mixture of experts on a GPU over those of the same FLOPs in bf16: experts compute in TF32; and of LoRA on
-# the experts, which is added to their weights in each pass, and takes the gradient of their whole weights.
-_EXPERTS, _LORA_ON_EXPERTS = 1.6, 2.4
 # Positions of drawing responses whose rows waiting responses take, over those of rows that are never idle.
 _REFILLED = 1.2
 # Tokens of the longest answer where neither lm-eval's task nor the preset gives a limit; a batch takes as long as its
@@ -50,14 +48,15 @@ _LONGEST_ANSWER = 256
 _PADDING = 1.3
 
 
-def flops_per_second(execution: Execution, gpus: int = 1) -> float:
-    """Return the useful FLOP/s of a job on a CPU, or on the given number of GPUs."""
-    if execution.gflops is not None:
-        single = execution.gflops * 1e9
-    else:
-        assert execution.gpu
-        single = GPUS[execution.gpu].peak_flops * GPUS[execution.gpu].efficiency
-    return single if gpus <= 1 else single * gpus * _SHARDED
+def flops_per_second(execution: Execution) -> float:
+    """Return the useful FLOP/s of a job on a CPU."""
+    assert execution.gflops is not None
+    return execution.gflops * 1e9
+
+
+def _together(execution: Execution, gpus: int) -> float:
+    """Return the speed of some GPUs, of which one by its roofline has the speed 1."""
+    return (gpus * _SHARDED if gpus > 1 else 1.0) / execution.gpu_time
 
 
 def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
@@ -74,22 +73,25 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
         flops *= _OVER_LORA.get(condition.method, 1.0)
         return (flops + _DECODING[execution.sampler] * work.drawn_flops) / flops_per_second(execution), 0.0
     gpu = GPUS[execution.gpu]
-    # A batch is split by length into micro-batches, whose rows are as long as the longest. Examples of generated data
-    # differ little in length, and long ones are alone in their micro-batch. Padding of RL and of evaluations, which
-    # sort all examples by length, is not counted.
+    # Examples share rows without padding, or a batch is split by length into micro-batches, whose rows are as long as
+    # the longest. Then examples of generated data differ little in length, and long ones are alone in their
+    # micro-batch. Padding of RL and of evaluations, which sort all examples by length, is not counted.
     dataset, padded = preset.sources[condition.dataset], 1.0
-    if isinstance(dataset, HubDataset | FileDataset) and 4 * dataset.mean_tokens <= execution.max_batch_tokens:
+    packed = memory.is_fused(preset, sizes) and preset.protocol.precision == "bf16"
+    if (
+        not packed
+        and isinstance(dataset, HubDataset | FileDataset)
+        and 4 * dataset.mean_tokens <= execution.max_batch_tokens
+    ):
         padded += _PADDING / sqrt(max(1, condition.batch_size // gpus))
-    flops = padded * (work.trained_flops + work.recomputed_flops) + work.evaluated_flops
-    # Logits are computed of scored tokens only.
-    training, forward = unembedding_flops_per_token(preset, condition)
-    flops -= (padded * work.trained - work.trained_scored) * training
-    flops -= (work.evaluated - work.evaluated_scored) * forward
-    if sizes.experts:
-        flops *= _EXPERTS if condition.placement in (None, "attn") else _LORA_ON_EXPERTS
-    computing = flops / flops_per_second(execution, gpus)
     at_once = gpus * execution.max_batch_tokens
-    trained, evaluated = max(condition.steps, padded * work.trained / at_once), work.evaluated / at_once
+    trained = condition.steps * ceil(padded * work.trained / condition.steps / at_once)
+    evaluated = work.evaluated / at_once
+    each, speed = pass_seconds(preset, condition), _together(execution, gpus)
+    computing = condition.steps * each.each_step + trained * gpus * each.each_pass
+    computing += padded * work.trained * sum(each.trained.token) + work.trained_scored * sum(each.trained.scored)
+    computing += work.evaluated * sum(each.evaluated.token) + work.evaluated_scored * sum(each.evaluated.scored)
+    computing /= speed
     # However small the model, its passes are launched layer by layer. A training step counts as three passes, two of
     # them backward.
     waiting = max(0.0, (3 * trained + evaluated) * sizes.layers * _LAYER_SECONDS - computing)
@@ -115,7 +117,41 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     # repeated for all heads, and read again.
     cache, bandwidth = work.drawn * work.context * sizes.layers * 12 * sizes.heads * sizes.head_dim, gpu.bandwidth
     drawing = positions * (sizes.layers * _LAYER_SECONDS + 2 * sizes.parameters / bandwidth) + cache / bandwidth / gpus
-    return computing + work.drawn_flops / flops_per_second(execution, gpus), waiting + drawing
+    reading = work.drawn * sum(map(sum, each.evaluated)) / speed
+    return computing + reading, waiting + drawing
+
+
+def pass_seconds(preset: Preset, condition: Condition) -> StepSeconds:
+    """Return the seconds of a condition's passes on one GPU, at the lengths and numbers of tokens of its runs."""
+    work, most = run_work(preset, condition), preset.execution.max_batch_tokens
+    return step_seconds(
+        preset, condition, min(most, work.trained / condition.steps), work.learned_context, work.context
+    )
+
+
+class Training(NamedTuple):
+    """What training on a token takes by the plan, in seconds, and its useful FLOP/s as a share of the GPU's peak."""
+
+    share: float
+    kernels: Parts
+    launches: float
+
+
+def training_of(preset: Preset, sweep: Sweep, gpus: int) -> Training:
+    """Return what training a sweep's runs takes, without padding, evaluations and drawing; for a job on GPUs."""
+    assert preset.execution.gpu
+    peak = GPUS[preset.execution.gpu].peak_flops
+    preset, condition = memory.decided(preset, sweep, gpus), sweep.condition
+    work, each = run_work(preset, condition), pass_seconds(preset, condition)
+    layers = dimensions(preset.models[condition.model]).layers
+    scored, at_once = work.trained_scored / work.trained, gpus * preset.execution.max_batch_tokens
+    passes = condition.steps * ceil(work.trained / condition.steps / at_once)
+    weights = (condition.steps * each.each_step + passes * gpus * each.each_pass) / work.trained
+    kernels = each.trained.token.plus(each.trained.scored, scored).plus(Parts(elementwise=weights))
+    kernels = Parts(*(seconds / _together(preset.execution, 1) for seconds in kernels))
+    launches = max(0.0, 3 * passes * gpus * layers * _LAYER_SECONDS / work.trained - sum(kernels))
+    flops = work.trained_flops / work.trained - (1 - scored) * unembedding_flops_per_token(preset, condition)[0]
+    return Training(flops / (sum(kernels) + launches) / peak, kernels, launches)
 
 
 def _engine_seconds(preset: Preset, sizes: Dimensions, tokens: float, positions: float, context: float) -> float:
@@ -194,7 +230,13 @@ def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
         seconds = _GPU_START_SECONDS + engine * _GPU_ENGINE_START_SECONDS + 4 * sizes.parameters / _READING
     for task in preset.evaluation.tasks:
         documents, longest = min(task.documents, task.limit or task.documents), task.max_new_tokens or _LONGEST_ANSWER
-        read = 2.0 * sizes.active_linear * documents * task.mean_tokens / flops_per_second(execution)
+        tokens = documents * task.mean_tokens
+        if gpu is None:
+            read = 2.0 * sizes.active_linear * tokens / flops_per_second(execution)
+        else:
+            size = preset.evaluation.batch_size * task.mean_tokens
+            each = arm_seconds(preset, sizes, None, None, size, task.mean_tokens, task.mean_tokens).evaluated
+            read = tokens * sum(map(sum, each)) * execution.gpu_time
         if task.about == "forgotten":
             # Tasks about what was forgotten read texts; tasks about what was learned mostly draw answers.
             seconds += read

@@ -20,6 +20,7 @@ from lorabench.config.inputs import FactsDataset, curve_examples
 from lorabench.errors import UserError
 from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.counts import base_parameters, train_flops_per_token
+from lorabench.models.fused import fuse
 from lorabench.models.lora import add_lora, hold_in_bf16, save_adapter, use_fast_products
 from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.models.specs import dimensions
@@ -140,6 +141,8 @@ class Base:
             gc.collect()
             self._model = load_model(spec) if processes.first else skeleton(spec)
             check_plain_head(self._model)
+            if context.machine.device.type == "cuda" and context.plan.preset.execution.fused_kernels:
+                fuse(self._model)
             recomputed, keeping = context.recomputed_layers
             if recomputed:
                 recompute_activations(self._model, keeping)

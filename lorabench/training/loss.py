@@ -7,7 +7,9 @@ and the unembedding are called as modules, so that LoRA on either takes effect.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from heapq import heapreplace
+from math import ceil
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
+from lorabench.models import fused
 from lorabench.models.passes import computing_only, without_peft
 from lorabench.training.distributed import call_as_forward
 from lorabench.training.run import Machine, deterministic
@@ -50,6 +53,25 @@ def micro_batches(lengths: np.ndarray, max_tokens: int, pass_tokens: int) -> lis
     return parts[::-1]
 
 
+def packed_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Deal examples, given their lengths in tokens, into micro-batches of similar size, which have no padding.
+
+    They are as few as it takes for none to have more than `max_tokens`, unless it is a single example. Returned are the
+    positions of each micro-batch's examples.
+    """
+    least = min(len(lengths), ceil(lengths.sum() / max_tokens))
+    parts: list[tuple[int, int, list[int]]] = []
+    for count in range(least, len(lengths) + 1):
+        parts = [(0, number, []) for number in range(count)]
+        for example in np.argsort(-lengths, kind="stable").tolist() if count else ():
+            tokens, number, part = parts[0]
+            part.append(example)
+            heapreplace(parts, (tokens + int(lengths[example]), number, part))
+        if all(tokens <= max_tokens or len(part) == 1 for tokens, _, part in parts):
+            break
+    return [np.array(part) for _, _, part in sorted(parts, key=lambda part: part[1]) if part]
+
+
 class Batch(NamedTuple):
     """The inputs of a model and their next-token targets, each tensor (rows, width), padded on the right.
 
@@ -58,6 +80,14 @@ class Batch(NamedTuple):
 
     inputs: torch.Tensor
     targets: torch.Tensor
+    lengths: tuple[int, ...] | None = None
+    """The tokens of each example, where they share a row without padding."""
+
+    @property
+    def of_model(self) -> dict[str, Any]:
+        """The arguments of a model's forward pass."""
+        shared = {} if self.lengths is None else fused.shared_row(self.lengths, self.inputs.device)
+        return {"input_ids": self.inputs, **shared}
 
     @property
     def scored(self) -> int:
@@ -65,16 +95,30 @@ class Batch(NamedTuple):
         return int((self.targets != IGNORED).sum())
 
 
-def collate(split: TokenizedSplit, examples: Sequence[int] | np.ndarray, device: torch.device | None = None) -> Batch:
-    """Build a batch of examples, given by index; no examples give one token without a target."""
+def collate(
+    split: TokenizedSplit,
+    examples: Sequence[int] | np.ndarray,
+    device: torch.device | None = None,
+    packed: bool = False,
+) -> Batch:
+    """Build a batch of examples, given by index, in a row each or in one row.
+
+    No examples give one token without a target.
+    """
     tokens = [split.example(int(index)) for index in examples]
     # An example's last token is only a target.
-    shape = max(1, len(tokens)), max([1, *(len(ids) - 1 for ids, _ in tokens)])
+    lengths = [len(ids) - 1 for ids, _ in tokens]
+    places: list[tuple[int, int]] = [(row, 0) for row in range(len(tokens))]
+    shape = max(1, len(tokens)), max([1, *lengths])
+    if packed:
+        places = [(0, int(start)) for start in np.cumsum([0, *lengths])[:-1]]
+        shape = 1, max(1, sum(lengths))
     inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
-    for row, (ids, scored) in enumerate(tokens):
-        inputs[row, : len(ids) - 1] = ids[:-1]
-        targets[row, : len(ids) - 1] = np.where(scored[1:], ids[1:], IGNORED)
-    return Batch(torch.as_tensor(inputs, device=device), torch.as_tensor(targets, device=device))
+    for (row, start), (ids, scored) in zip(places, tokens, strict=True):
+        here = slice(start, start + len(ids) - 1)
+        inputs[row, here], targets[row, here] = ids[:-1], np.where(scored[1:], ids[1:], IGNORED)
+    in_a_row = (tuple(lengths) or (1,)) if packed else None
+    return Batch(torch.as_tensor(inputs, device=device), torch.as_tensor(targets, device=device), in_a_row)
 
 
 def scored_by_example(split: TokenizedSplit) -> np.ndarray:
@@ -167,12 +211,12 @@ def add_gradient(
     model: nn.Module, batch: Batch, divisor: int, autocast: torch.dtype | None, max_logits: int | None
 ) -> Tensor:
     """Add the gradient of a batch's NLL divided by `divisor`, and return this quotient, a scalar on the device."""
-    inputs, (tokens, targets) = {"input_ids": batch.inputs}, _scored(batch)
+    inputs, (tokens, targets) = batch.of_model, _scored(batch)
     at_once = len(tokens) if max_logits is None else max(1, max_logits // without_peft(model).config.vocab_size)
     # The context includes the backward pass, since recomputed layers read the tokens again.
     with computing_only(model, tokens):
         return backward_in_pieces(
-            model, inputs, tokens, _nlls(targets), lambda nlls, _: nlls.sum() / divisor, autocast, at_once
+            model, inputs, tokens, _nlls(model, targets), lambda nlls, _: nlls.sum() / divisor, autocast, at_once
         )[0]
 
 
@@ -185,8 +229,10 @@ def batch_gradient(
     """
     processes, device, lengths = machine.processes, machine.device, split.lengths()
     share = examples[processes.share(lengths[examples])]
-    parts = micro_batches(lengths[share], machine.max_batch_tokens, PASS_TOKENS[device.type])
-    batches = [collate(split, part, device) for part in processes.even((share[part] for part in parts), share[:0])]
+    parts, packed = _micro_batches(model, lengths[share], machine)
+    batches = [
+        collate(split, part, device, packed) for part in processes.even((share[part] for part in parts), share[:0])
+    ]
     counts = [lengths[share].sum(), sum(batch.scored for batch in batches)]
     tokens, scored = processes.gather(counts).sum(0).astype(int).tolist()
     nll = torch.zeros((), dtype=torch.float64, device=device)
@@ -203,12 +249,12 @@ def example_nlls(model: nn.Module, split: TokenizedSplit, machine: Machine) -> n
     counts, share = scored_by_example(split), processes.share(split.lengths())
     nats, owners = [np.zeros(0)], [share[:0]]
     at_once = max(1, MAX_LOGITS[kind] // without_peft(model).config.vocab_size)
-    parts = micro_batches(split.lengths()[share], machine.max_batch_tokens, PASS_TOKENS[kind])
+    parts, packed = _micro_batches(model, split.lengths()[share], machine)
     for examples in processes.even((share[part] for part in parts), share[:0]):
-        batch = collate(split, examples, machine.device)
+        batch = collate(split, examples, machine.device, packed)
         tokens, targets = _scored(batch)
         with machine.cast(), computing_only(model, tokens):
-            nlls = call_as_forward(model, of_tokens, {"input_ids": batch.inputs}, tokens, _nlls(targets), at_once)
+            nlls = call_as_forward(model, of_tokens, batch.of_model, tokens, _nlls(model, targets), at_once)
         nats.append(nlls.double().cpu().numpy())
         owners.append(np.repeat(examples, counts[examples]))
     sums = np.bincount(np.concatenate(owners), weights=np.concatenate(nats), minlength=len(split))
@@ -229,8 +275,17 @@ def _scored(batch: Batch) -> tuple[Tensor, Tensor]:
     return tokens, targets[tokens]
 
 
-def _nlls(targets: Tensor) -> OfLogits:
+def _micro_batches(model: nn.Module, lengths: np.ndarray, machine: Machine) -> tuple[list[np.ndarray], bool]:
+    """Return the positions of the examples of each micro-batch, and whether the examples share a row."""
+    if fused.is_fused(model) and machine.autocast == torch.bfloat16:
+        return packed_batches(lengths, machine.max_batch_tokens), True
+    return micro_batches(lengths, machine.max_batch_tokens, PASS_TOKENS[machine.device.type]), False
+
+
+def _nlls(model: nn.Module, targets: Tensor) -> OfLogits:
     """Return the function that computes the NLL of each target."""
+    if fused.is_fused(model):
+        return lambda logits, piece: -fused.logprobs_and_entropies(logits, targets[piece])[0]
     return lambda logits, piece: nn.functional.cross_entropy(logits.float(), targets[piece], reduction="none")
 
 

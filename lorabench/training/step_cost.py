@@ -35,6 +35,7 @@ from lorabench.errors import UserError
 from lorabench.models import bf16_products
 from lorabench.models.base import load_model
 from lorabench.models.counts import base_parameters
+from lorabench.models.fused import fuse
 from lorabench.models.lora import add_lora, hold_in_bf16, targets, use_fast_products
 from lorabench.models.passes import trained_parameters
 from lorabench.store.schemas import COMPUTE
@@ -47,7 +48,13 @@ _WARM_UP = 2
 
 
 def measure_compute(
-    name: str, spec: ModelSpec, experiment: ComputeExperiment, threads: int, protocol: Protocol, device: torch.device
+    name: str,
+    spec: ModelSpec,
+    experiment: ComputeExperiment,
+    threads: int,
+    protocol: Protocol,
+    device: torch.device,
+    fused_kernels: bool = False,
 ) -> pd.DataFrame:
     """Measure a step of FullFT and of LoRA on all layers at each rank, on random tokens that are all scored.
 
@@ -69,6 +76,8 @@ def measure_compute(
             bf16_products.choose_faster()
     base, length = load_model(spec).to(device), experiment.sequence_length
     check_plain_head(base)
+    if cuda and fused_kernels:
+        fuse(base)
     longest = base.config.max_position_embeddings
     if length > longest:
         raise UserError(f"sequence_length = {length}: model {name!r} takes at most {longest} tokens")

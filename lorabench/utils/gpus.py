@@ -36,14 +36,25 @@ _GIB = float(1 << 30)
 class Gpu:
     """A GPU: its peak FLOP/s of dense bf16 products with fp32 accumulation, and its memory in bytes and bytes/s.
 
-    The memory is the least that torch reports, of which the driver keeps a part. `efficiency` is the share of the peak
-    that the cost model assumes in training until runs are measured: for eager PyTorch with autocast of fp32 weights.
+    The memory is the least that torch reports, of which the driver keeps a part. `products` is the FLOP/s that large
+    bf16 products reach, and `streaming` the bytes/s at which a kernel reads and writes: shares of the peaks that are
+    assumed until runs are measured.
     """
 
     peak_flops: float
     memory: float
     bandwidth: float
-    efficiency: float = 0.35
+    share: float = 0.687
+
+    @property
+    def products(self) -> float:
+        """FLOP/s of large bf16 products."""
+        return self.share * self.peak_flops
+
+    @property
+    def streaming(self) -> float:
+        """Bytes/s of a kernel that reads and writes; so 2.85e12 of an H100 and 4.1e12 of an H200."""
+        return 0.853 * self.bandwidth
 
 
 # Memory is what torch reports in public logs of errors; peaks and bandwidths are those of data sheets.
@@ -56,9 +67,9 @@ GPUS = {
     # NVIDIA H200 data sheet, SXM: compute as H100; 4.8 TB/s.
     "H200": Gpu(989.5e12, 139.7 * _GIB, 4800e9),
     # NVIDIA DGX B200 data sheet, of eight: 72 PFLOPS in FP8 with sparsity, so 2.25 each in dense bf16; 8 TB/s.
-    "B200": Gpu(2250e12, 178.3 * _GIB, 8000e9, efficiency=0.3),
+    "B200": Gpu(2250e12, 178.3 * _GIB, 8000e9, share=0.6),
     # NVIDIA L40S data sheet: 733 TFLOPS bf16 with sparsity, 362 dense; 864 GB/s.
-    "L40S": Gpu(362e12, 44.3 * _GIB, 864e9, efficiency=0.3),
+    "L40S": Gpu(362e12, 44.3 * _GIB, 864e9, share=0.6),
     # NVIDIA A10 data sheet: 125 TFLOPS bf16 dense; 600 GB/s.
     "A10": Gpu(125e12, 21.9 * _GIB, 600e9),
     # NVIDIA Ada architecture paper, RTX 4090: 165.2 TFLOPS bf16 with fp32 accumulation, dense; 1,008 GB/s.

@@ -66,12 +66,37 @@ def test_finished_runs_on_this_machine_tell_the_speed_and_others_do_not():
     unknown = odd.assign(run_id="x" + odd["run_id"])
     layout.tables().mkdir(parents=True)
 
-    def speed_from(runs: pd.DataFrame) -> tuple[float, str] | None:
+    def speed_from(runs: pd.DataFrame) -> tuple[dict[str, float], str] | None:
         runs.to_csv(layout.tables() / "runs.csv", index=False)
         return measured_speed(plan, layout)
 
-    gflops, sentence = speed_from(pd.concat([diverged, elsewhere, runs.iloc[4:], unknown]))
-    assert gflops == pytest.approx(12.5)
+    speed, sentence = speed_from(pd.concat([diverged, elsewhere, runs.iloc[4:], unknown]))
+    assert speed == {"gflops": pytest.approx(12.5)}
     assert sentence.startswith(f"measured on {len(runs) - 4} runs on {processor()}: 12.5 GFLOP/s; ")
     assert sentence.endswith("range: 1.00 (1.00 to 1.00)")
     assert speed_from(odd.assign(device="other")) is None
+
+
+def test_a_gpu_is_measured_against_its_roofline_by_runs_or_by_the_doctor():
+    layout = Layout.of("core")
+    plan = make_plan(layout.preset)
+    write_record(record(H100, gpu="H100-80GB", gpu_time=1.25))
+    setting, sentence = measured_speed(plan, layout)
+    assert setting == {"gpu_time": 1.25}
+    assert "1.25 times the plan's seconds" in sentence
+    # Runs that took half as long again for what depends on the speed of the GPU.
+    rows = []
+    for sweep in plan.sweeps:
+        computing, waiting = run_seconds(plan.preset, sweep, plan.gpus[sweep])
+        if waiting < computing:
+            rows += [(run_id, "done", H100, 1.5 * computing + waiting) for run_id in sweep.run_ids]
+    layout.tables().mkdir(parents=True)
+    pd.DataFrame(rows, columns=["run_id", "status", "device", "wall_s"]).to_csv(
+        layout.tables() / "runs.csv", index=False
+    )
+    setting, sentence = measured_speed(plan, layout)
+    assert setting == {"gpu_time": pytest.approx(1.5)}
+    assert f"measured on {len(rows)} runs on {H100}: 1.50 times the seconds by the roofline" in sentence
+    slower = make_plan(plan.preset.with_execution(**setting))
+    fast, slow = (run_seconds(each.preset, each.sweeps[0], 1)[0] for each in (plan, slower))
+    assert slow == pytest.approx(1.5 * fast)

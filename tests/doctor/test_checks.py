@@ -109,7 +109,9 @@ def test_the_gradient_of_a_long_sequence_in_pieces_is_that_of_transformers_and_p
     # The targets of the first piece in each.
     first = loss._nlls
     monkeypatch.setattr(
-        loss, "_nlls", lambda targets: lambda logits, piece: first(targets[: len(logits)])(logits, slice(None))
+        loss,
+        "_nlls",
+        lambda model, targets: lambda logits, piece: first(model, targets[: len(logits)])(logits, slice(None)),
     )
     check = bench.check_parity(smoke.preset, machine, subject, "bf16", long=True)
     assert check.status == "fail", check.sentence

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lorabench.config.loading import load_preset
 from lorabench.config.preset import Preset
 from lorabench.planning.plan import START_SHARE, Plan, make_plan, merged
-from lorabench.planning.seconds import flops_per_second, job_seconds, start_seconds
+from lorabench.planning.seconds import job_seconds, start_seconds
 from lorabench.runs import Job
 
 NAMES = ("laptop", "smollm2", "paper")
@@ -21,6 +21,14 @@ def plan_of(name: str) -> Plan:
     return make_plan(load_preset(name))
 
 
+def at_speed(preset: Preset, faster: float) -> Preset:
+    """Return a preset whose machine is so many times as fast."""
+    execution = preset.execution
+    if execution.gflops is None:
+        return preset.with_execution(gpu_time=execution.gpu_time / faster)
+    return preset.with_execution(gflops=faster * execution.gflops)
+
+
 def seconds(plan: Plan, job: Job) -> float:
     return job_seconds(plan.preset, job, max(plan.gpus[sweep] for sweep in job.sweeps))
 
@@ -29,7 +37,7 @@ def seconds(plan: Plan, job: Job) -> float:
 @pytest.mark.parametrize("faster", [0.02, 1.0, 50.0])
 def test_each_sweep_is_in_one_job_with_others_like_it_and_long_ones_stay_alone(name, faster):
     preset = plan_of(name).preset
-    preset = preset.with_execution(gflops=faster * flops_per_second(preset.execution) / 1e9)
+    preset = at_speed(preset, faster)
     plan, start = Plan(preset, plan_of(name).sweeps), start_seconds(preset)
     assert sorted(s.sweep_id for job in plan.jobs for s in job.sweeps) == sorted(s.sweep_id for s in plan.sweeps)
     alone = {sweep: seconds(plan, Job((sweep,))) for sweep in plan.sweeps}
@@ -85,7 +93,7 @@ def by_trying_every_number(jobs, least, most):
 @pytest.mark.parametrize("faster", [0.2, 1.0, 50.0, 1000.0])
 def test_sweeps_are_in_the_jobs_that_trying_every_number_gives(name, faster, monkeypatch):
     preset = plan_of(name).preset
-    preset = preset.with_execution(gflops=faster * flops_per_second(preset.execution) / 1e9)
+    preset = at_speed(preset, faster)
     jobs = Plan(preset, plan_of(name).sweeps).jobs
     monkeypatch.setattr("lorabench.planning.plan.merged", by_trying_every_number)
     assert Plan(preset, plan_of(name).sweeps).jobs == jobs

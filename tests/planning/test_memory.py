@@ -7,22 +7,24 @@ import subprocess
 import sys
 import weakref
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
 from lorabench.config.experiments import Protocol
 from lorabench.config.inputs import TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
-from lorabench.models import lora
-from lorabench.models.base import load_model
-from lorabench.models.passes import recompute_activations, trained_parameters
-from lorabench.models.specs import dimensions
-from lorabench.planning.memory import LOGITS_AT_ONCE, decided, gpus_needed, step_memory
+from lorabench.models import fused, lora
+from lorabench.models.base import config_of, load_model
+from lorabench.models.passes import recompute_activations, trained_parameters, without_peft
+from lorabench.models.specs import Dimensions, dimensions
+from lorabench.planning.memory import LOGITS_AT_ONCE, _layer_bytes, decided, gpus_needed, step_memory
 from lorabench.planning.plan import make_plan
 from lorabench.training import step_cost
 from lorabench.training.distributed import join, leave, local_part
@@ -92,6 +94,39 @@ def test_memory_is_what_a_step_takes(name, rank, precision, again, shape, method
     assert 1.0 <= estimate / peak < most
     # All logits at once would take more than the estimate leaves room for.
     assert not pieces or estimate + 12 * (size * 1024 - PIECES) > 1.1 * peak
+
+
+@pytest.mark.parametrize(("query_key_norms", "rank", "bf16"), [(False, 8, False), (True, None, True)])
+def test_fused_layers_keep_what_the_plan_says_for_the_backward_pass(query_key_norms, rank, bf16):
+    sizes = Dimensions(256, 3, 8, 2, 64, 320, 128, query_key_norms=query_key_norms)
+
+    def kept(layers):
+        config = config_of(replace(sizes, layers=layers), 1024)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").train()
+        fused.fuse(model)
+        if rank:
+            model = lora.add_lora(model, rank, "all", 32.0, False, 0)
+            lora.use_fast_products(model)
+        saved = {}
+        own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            saved.setdefault(storage.data_ptr(), (tensor, storage.nbytes()))
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        ):
+            # The result holds what is saved, so that no address is taken twice.
+            output = without_peft(model).get_decoder()(input_ids=torch.zeros(2, 600, dtype=torch.long), use_cache=False)
+        assert output.last_hidden_state.requires_grad
+        return sum(size for place, (_, size) in saved.items() if place not in own)
+
+    # Besides: both norms' scales and attention's sums, and copies of the weights in bf16.
+    others = 8 + 4 * sizes.heads + (2 * sizes.layer_parameters / 1200 if bf16 else 0)
+    assert (kept(3) - kept(2)) / 1200 - others == pytest.approx(_layer_bytes(sizes, rank, bf16, 1, True), rel=1e-3)
 
 
 def test_memory_is_what_a_step_of_rl_takes_where_the_logits_come_in_pieces(monkeypatch):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lorabench.errors import UserError
+from lorabench.models import fused
 from lorabench.models.passes import computing_only, without_peft
 from lorabench.planning.flops import SHARED_ROW, row_limit
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, call_as_forward
@@ -244,6 +245,8 @@ def _compute(
     at_once = max(1, MAX_LOGITS[sources.device.type] // without_peft(model).config.vocab_size)
 
     def logprobs_and_entropies(logits: Tensor, piece: slice) -> Tensor:
+        if fused.is_fused(model):
+            return torch.stack(fused.logprobs_and_entropies(logits, targets[piece]), -1)
         distribution = torch.log_softmax(logits.float(), -1)
         chosen = distribution.gather(-1, targets[piece, None]).squeeze(-1)
         with torch.no_grad():
