@@ -343,7 +343,7 @@ def trainers_part(_: Path) -> str:
             factor = f"{alpha / rank:g}"
             if isinstance(lr, float):
                 at_32 = f"{lr * (alpha * (1 + MOVEMENT['k'] / rank) / ALPHA) ** ALPHA_EXPONENTS[1]:.1e}"
-        names = framework["names"] | framework.get("lora_names", {})
+        names = framework.get("names", {}) | framework.get("lora_names", {})
         option = f"`{names['rslora']}`" if "rslora" in names else "none"
         numbers = [value if isinstance(value, str) else f"{value:g}" for value in (lr, rank, alpha)]
         rows.append([asked["name"], framework["version"], *numbers, factor, at_32, option])
