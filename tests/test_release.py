@@ -35,7 +35,7 @@ def test_notes_are_those_of_the_newest_section_with_a_version():
         newest(unreleased)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_distributions_are_built_and_work_in_a_fresh_environment(tmp_path):
     clone, (major, minor, *_) = fresh_clone(tmp_path), sys.version_info
     shell(f"{sys.executable} -m venv .venv", clone)

@@ -60,6 +60,7 @@ ELSEWHERE = {
     ),
     "lorabench evidence --out": "the next command of that name does the same with a table more",
     'pip install "lora-advice': "the suite's tests have it installed",
+    "snakemake doctor": "it trains nothing; tests/workflow/test_slurm_profile.py plans it",
 }
 """The beginnings of commands that are not run here, and why."""
 PLANNED = "lorabench run smollm2"
