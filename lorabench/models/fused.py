@@ -1,8 +1,8 @@
 """Norms, residuals, rotary embeddings, SwiGLU and log-probabilities in one kernel each, where transformers has many.
 
 On a GPU these take longer than the products of a small model, since each of many kernels reads and writes every
-activation. `fuse` replaces the forward pass of the layers of a Llama or a dense Qwen3; passes with a cache stay as they
-were. Every function is computed in fp32 from what is read and rounded once, to the type of products. So the result
+activation. `fuse` replaces the forward pass of the layers of a Llama or a dense Qwen3; passes with a cache keep all but
+SwiGLU. Every function is computed in fp32 from what is read and rounded once, to the type of products. So the result
 differs from that of transformers by the rounding of numbers between its kernels; and the gradients of the layers that
 read a norm are added in the type of products. On a GPU `torch.compile` makes a kernel of each function, and examples
 may share a row. On a CPU nothing is fused, except where a test asks for it.
