@@ -36,7 +36,7 @@ from lorabench.training.rl.objective import ResponseGroup, StepMeasures, backwar
 from lorabench.training.rl.sampler import Request, Stop, sample
 from lorabench.training.run import machine_of
 
-from ..conftest import CPU, DEVICES
+from ..conftest import CPU, needs_gpu
 from .conftest import TINY, learned, machine, same_tokens
 
 NEW_TOKENS = 16
@@ -167,8 +167,11 @@ def folders(tmp_path_factory):
 
 
 @needs_vllm
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rank", [None, 1, 16, 64])
+@pytest.mark.parametrize(
+    ("device", "rank"),
+    # On a CPU each takes a minute.
+    [("cpu", None), ("cpu", 16), *(pytest.param("cuda", rank, marks=needs_gpu) for rank in (None, 1, 16, 64))],
+)
 def test_long_prompts_are_the_learners_before_and_after_an_update(
     rank, device, folders, engine, raw_rl_preset, write_preset
 ):
@@ -219,11 +222,13 @@ def test_a_text_ends_a_response_and_a_limit_cuts_it(engine, settings, tokenizer,
 
 
 @needs_vllm
-def test_the_death_of_the_engine_is_told(engine, settings, prompts, stop):
-    engine.draw(load_model(TINY), settings(), requested(prompts), stop)
-    os.kill(engine._process.pid, signal.SIGKILL)
-    with pytest.raises(UserError, match=r"^the process of vLLM, .* has ended; start the same command"):
-        engine.ask("weights", folder="nowhere")
+def test_the_death_of_the_engine_is_told(tmp_path, settings, prompts, stop):
+    # Tests may run in any order, so that of the others stays alive.
+    with PolicyEngine(SINGLE_PROCESS, tmp_path / "engine.log") as engine:
+        engine.draw(load_model(TINY), settings(), requested(prompts), stop)
+        os.kill(engine._process.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"^the process of vLLM, .* has ended; start the same command"):
+            engine.ask("weights", folder="nowhere")
 
 
 CHILD = "import sys; from lorabench.training.rl.engine_worker import end_with; end_with(int(sys.argv[1]), sys.argv[2])"
