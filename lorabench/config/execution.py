@@ -114,7 +114,7 @@ class Execution(Strict):
                 raise ValueError(f"max_gpus = {self.max_gpus}: without a gpu a job has none; name the gpu")
         elif self.gflops is not None:
             raise ValueError(
-                f"gflops = {self.gflops}: with a gpu its speed follows from lorabench/utils/gpus.py; drop it"
+                f"gflops = {self.gflops}: with a gpu, leave it out; set gpu_time to that of its kernels over the plan's"
             )
         elif self.gpu not in GPUS:
             raise ValueError(f"gpu = {self.gpu!r}: not known; allowed: {', '.join(GPUS)}")

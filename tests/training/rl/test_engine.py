@@ -54,7 +54,8 @@ def context_of(raw_rl_preset, write_preset):
     raw_rl_preset["experiments"]["rl_arithmetic"][0]["ranks"] = {"all": [1, 2], "attn": [4]}
 
     def context(rank: int | None = None, **execution) -> SweepContext:
-        raw_rl_preset["execution"] = {"gflops": 1.0, "threads": 2, "sampler": "vllm"} | execution
+        raw_rl_preset["execution"] = {"gflops": None if "gpu" in execution else 1.0, "threads": 2, "sampler": "vllm"}
+        raw_rl_preset["execution"] |= execution
         layout = Layout.of(write_preset(raw_rl_preset))
         plan = make_plan(layout.preset)
         sweep = next(sweep for sweep in plan.sweeps if sweep.condition.rank == rank)

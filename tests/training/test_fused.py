@@ -16,7 +16,7 @@ from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.training.loss import add_gradient, collate, example_nlls, packed_batches
 from lorabench.training.run import Machine
 
-CPU = torch.device("cpu")
+from .conftest import DEVICES
 
 
 def varlen_attn(query, key, value, starts, same, longest, same_longest, *, scale, window_size, enable_gqa):
@@ -36,7 +36,12 @@ def varlen_attn(query, key, value, starts, same, longest, same_longest, *, scale
 
 @pytest.fixture(autouse=True)
 def _attention_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(fused, "varlen_attn", varlen_attn)
+    on_gpu = fused.varlen_attn
+
+    def chosen(query, *others, **options):
+        return (on_gpu if query.is_cuda else varlen_attn)(query, *others, **options)
+
+    monkeypatch.setattr(fused, "varlen_attn", chosen)
 
 
 def prepared(name, rank, fuse, bf16=False, again=False):
@@ -69,9 +74,9 @@ def some_examples():
 
 def gradient(model, packed, autocast=None):
     """Return the loss of all examples and its gradient, with logits in pieces."""
-    batch = collate(some_examples(), range(9), packed=packed)
+    batch = collate(some_examples(), range(9), next(model.parameters()).device, packed)
     loss = add_gradient(model, batch, batch.scored, autocast, 1 << 17)
-    return loss, torch.cat([parameter.grad.flatten() for parameter in trained_parameters(model).values()])
+    return loss, torch.cat([parameter.grad.flatten() for parameter in trained_parameters(model).values()]).cpu()
 
 
 def error(gradient, reference):
@@ -88,16 +93,18 @@ def test_loss_and_gradient_are_those_of_transformers_in_fp32(name, rank, again):
         assert error(own, reference) < 1e-5
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "rank"), [("llama-64", 8), ("qwen-64", None)])
-def test_rounding_to_bf16_is_no_larger_than_that_of_transformers(name, rank):
+def test_rounding_to_bf16_is_no_larger_than_that_of_transformers(name, rank, device):
+    """On a GPU the functions are compiled."""
     bf16 = torch.bfloat16
     _, reference = gradient(prepared(name, rank, fuse=False), packed=False)
-    _, rounded = gradient(prepared(name, rank, fuse=False, bf16=True), packed=False, autocast=bf16)
-    model = prepared(name, rank, fuse=True, bf16=True)
+    plain, model = (prepared(name, rank, fuse, bf16=True).to(device) for fuse in (False, True))
+    _, rounded = gradient(plain, packed=False, autocast=bf16)
     _, own = gradient(model, packed=True, autocast=bf16)
     assert error(own, reference) < 1.2 * error(rounded, reference) < 0.05
     # Evaluations share rows too, of at most 200 tokens; some examples have over 80.
-    machines = [Machine(CPU, tokens, autocast=bf16) for tokens in (200, 10_000)]
+    machines = [Machine(torch.device(device), tokens, autocast=bf16) for tokens in (200, 10_000)]
     apart, together = (example_nlls(model, some_examples(), machine) for machine in machines)
     assert apart == pytest.approx(together, rel=0.02, abs=0.1)
 
