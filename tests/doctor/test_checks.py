@@ -135,7 +135,11 @@ def test_memory_fails_where_the_plan_is_wrong(device, number, smoke):
 
 
 def test_the_tests_of_a_gpu_are_where_the_doctor_runs_them_or_it_says_what_to_do(tmp_path, monkeypatch):
-    marked = [path for path in (REPOSITORY / "tests").rglob("test_*.py") if re.search(r"\bDEVICES\b", path.read_text())]
+    marked = [
+        path
+        for path in (REPOSITORY / "tests").rglob("test_*.py")
+        if re.search(r"\b(DEVICES|needs_gpu)\b", path.read_text())
+    ]
     assert len(marked) > 2
     folders = [REPOSITORY / folder for folder in gpu_tests.FOLDERS]
     assert all(any(path.is_relative_to(folder) for folder in folders) for path in marked)
