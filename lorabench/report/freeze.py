@@ -88,9 +88,18 @@ def frozen_path(preset: str) -> Path:
     return FROZEN / f"{split_name(name)[0] if first_seed == SEEDS else name}.yaml"
 
 
+# Fields that presets did not have when the first were frozen, with what they are where they are not set.
+_ADDED = (
+    ("execution", "gpu_time", 1.0),
+    ("execution", "fused_kernels", True),
+    ("experiments", "variants", None),
+    ("experiments", "variants_rl", None),
+)
+
+
 def preset_sha256(preset: Preset) -> str:
     """Return the SHA-256, in hexadecimal, of all fields of a preset."""
-    # Presets keep the hashes that they had before there were editions and variants.
+    # Presets keep the hashes that they had before there were editions.
     stated = preset.model_dump(
         mode="json",
         exclude={
@@ -99,13 +108,12 @@ def preset_sha256(preset: Preset) -> str:
             }
         },
     )
-    for name in ("variants", "variants_rl"):
-        if stated["experiments"][name] is None:
-            del stated["experiments"][name]
-    for blocks in stated["experiments"].values():
-        for block in blocks if isinstance(blocks, list) else ():
-            if block["variants"] == ["lora"]:
-                del block["variants"]
+    for part, name, default in _ADDED:
+        if stated[part][name] == default:
+            del stated[part][name]
+    lists = (blocks for blocks in stated["experiments"].values() if isinstance(blocks, list))
+    for block in (block for blocks in lists for block in blocks if block["variants"] == ["lora"]):
+        del block["variants"]
     return digest(stated, 64)
 
 
