@@ -1,11 +1,12 @@
-"""A callback for the trainers of transformers and TRL: it audits a run when it starts, and adds its row to a table.
+"""A callback for the trainers of transformers and TRL: it audits a run, and adds its row to a table.
 
     from lora_advice.callback import AuditCallback
 
     trainer = SFTTrainer(..., callbacks=[AuditCallback("runs", dataset="owner/data")])
 
-After some runs of both methods, `lorabench claims --tables runs --out verdicts` judges the table. The main process
-alone prints and writes; the findings also go to the logger `lora_advice`.
+After some runs of both methods, `lorabench claims --tables runs --out verdicts` judges the table. Each adapter that a
+checkpoint saves gets its card (`card.py`). The main process alone prints and writes; the findings also go to the logger
+`lora_advice`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
 
+from lora_advice.adapter_config import NAME as ADAPTER
 from lora_advice.audit import check_run
 from lora_advice.audit.config import Task
 from lora_advice.audit.loaded import LoadedRun, loaded_run
 from lora_advice.audit.output import Report
+from lora_advice.card import write_card
 from lora_advice.errors import UserError
 from lora_advice.finding import Level
 from lora_advice.runs_table import add_row, check_table
@@ -46,6 +49,8 @@ _Series = Mapping[str, Mapping[int, float]]  # the values of each metric by the 
 
 class AuditCallback(TrainerCallback):  # type: ignore[misc]
     """Says at the start what is wrong in a run's real settings, and adds it to the table of a folder at the end.
+
+    In between it writes the card of each adapter that is saved.
 
     The last evaluation is the test, also one after training. Of two evaluation sets the one with `test` in its name is
     the test, and the other one the validation. A row with the same settings and seed is replaced.
@@ -91,6 +96,17 @@ class AuditCallback(TrainerCallback):  # type: ignore[misc]
                 return
             check_table(self._folder)
         self._run = run
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write how an adapter was trained into the card of its checkpoint."""
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and (folder / ADAPTER).is_file():
+            try:
+                write_card(folder)
+            except Exception as error:
+                self._say(
+                    logging.ERROR, f"{folder} has no card: {error if isinstance(error, UserError) else repr(error)}"
+                )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the row of the run."""

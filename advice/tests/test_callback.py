@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from lora_advice.audit.config import TrainingConfig
 from lora_advice.audit.loaded import LoadedRun, loaded_run, task_of
+from lora_advice.card import START
 from lora_advice.errors import UserError
 
 MODULES = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
@@ -59,9 +60,10 @@ def test_a_run_is_audited_at_its_start_and_has_its_row_at_its_end(tmp_path, base
     data = [{"input_ids": row, "labels": row} for row in ids]
     model = get_peft_model(loaded(base), LoraConfig(r=4, lora_alpha=32))
     callback = AuditCallback(tmp_path / "table", dataset='a, "b"')
-    trainer = Trainer(model, TrainingArguments(**settings(tmp_path)), None, data[:12], data[12:], callbacks=[callback])
+    args = TrainingArguments(**settings(tmp_path, save_strategy="steps", save_steps=4))
+    trainer = Trainer(model, args, None, data[:12], data[12:], callbacks=[callback])
     arguments = (trainer.args, replace(trainer.state, is_world_process_zero=False), trainer.control)
-    for event in (callback.on_train_begin, callback.on_train_end, callback.on_evaluate):
+    for event in (callback.on_train_begin, callback.on_save, callback.on_train_end, callback.on_evaluate):
         event(*arguments, model=model, optimizer=None)
     assert (capsys.readouterr().out, list(tmp_path.glob("table"))) == ("", [])
     with caplog.at_level(logging.INFO, "lora_advice"):
@@ -85,6 +87,13 @@ def test_a_run_is_audited_at_its_start_and_has_its_row_at_its_end(tmp_path, base
             weight.numel() for weight in model.parameters() if weight.requires_grad)),
     }  # fmt: skip
     assert said[-1] == f"the row {row['run_id']} of this run is added to {tmp_path}/table/runs.csv"
+    card = (tmp_path / "run/checkpoint-4/README.md").read_text()
+    assert re.search(r"^\| steps +\| 4 +\|$", card, re.MULTILINE)
+    assert "attention-only" in card
+    # A card that can't be written stops no run.
+    (tmp_path / "run/checkpoint-4/README.md").write_text(START)
+    callback.on_save(trainer.args, trainer.state, trainer.control)
+    assert "checkpoint-4 has no card: " in capsys.readouterr().out
     # An evaluation after training is the last one, and so is the same run again.
     trainer.evaluate(data[:4])
     [renewed] = rows(tmp_path / "table")
