@@ -205,7 +205,12 @@ def draw(runs: pd.DataFrame) -> Figure:
                 spread = flagged.groupby(flagged["factor"].round(3)).cumcount() % 12 * 0.022 - 0.12
                 look: dict[str, Any] = {"color": colour, "s": 14 if level else 9, "alpha": 0.7, "linewidth": 0}
                 axes.scatter(flagged["factor"], -place + shift + spread, marker=mark, **look)
-        axes.set(xscale="log", title=title, xlabel="learning rate over the recommended one", ylim=(0.4 - len(FRAMEWORKS), 0.6))
+        axes.set(
+            xscale="log",
+            title=title,
+            xlabel="learning rate over the recommended one",
+            ylim=(0.4 - len(FRAMEWORKS), 0.6),
+        )
         style.log_ticks(axes.xaxis, subs=(1.0,))
     panels[0].set_yticks([-place for place in range(len(FRAMEWORKS))], [framework.name for framework in FRAMEWORKS])
     handles = [style.line(name, linestyle="", marker="o", color=colour) for name, colour, _ in _LOOKS.values()]

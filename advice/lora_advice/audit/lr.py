@@ -13,7 +13,7 @@ from lora_advice.variants import VARIANT_NAMES, measured_factor
 
 SURE = 0.9
 """An LR outside of the optimum's 80% interval is a warning if it costs more than the margin with this probability, and
-outside of the 95% interval an error if runs may diverge there."""
+one of LoRA outside of the 95% interval an error if runs may diverge there."""
 
 MOST_DEVICES = 8
 """A finding must hold from one to this number of devices where the file does not say how many there are."""
@@ -144,11 +144,12 @@ def _variant_factor(config: TrainingConfig, evidence: LrEvidence) -> tuple[float
     return log_factor, error
 
 
-def level(verdict: Verdict) -> Level:
+def level(verdict: Verdict, method: str) -> Level:
     """Return the level of a finding; advice/docs/audit-codes.md has how often each is right."""
     costs = verdict.outside_80 and verdict.p_margin > SURE
-    # Where runs may diverge, the interval of the loss has no meaning.
-    if verdict.outside_95 and (verdict.share.low > verdict.margin or (costs and verdict.may_diverge)):
+    # The interval of full fine-tuning is wide. Where runs may diverge, that of the loss has no meaning.
+    sure = method == "fullft" or verdict.share.low > verdict.margin or (costs and verdict.may_diverge)
+    if verdict.outside_95 and sure:
         return "error"
     return "warning" if verdict.outside_95 or costs else "note"
 
@@ -161,4 +162,5 @@ def _level(config: TrainingConfig, verdict: Verdict, place: Place, evidence: LrE
     if config.task is None and verdict.log_factor < 0:
         return "note"
     extrapolated = verdict.log_factor < 0 and evidence.unmeasured(place)
-    return "warning" if extrapolated and level(verdict) == "error" else level(verdict)
+    said = level(verdict, place.method)
+    return "warning" if extrapolated and said == "error" else said

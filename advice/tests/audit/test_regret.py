@@ -174,17 +174,17 @@ def test_a_task_that_is_not_said_counts_as_the_more_lenient_one():
     assert found(shipped_evidence(), lr=1e-3, task=None, global_batch=None, steps=None, **full).level == "error"
 
 
-def test_an_lr_of_full_fine_tuning_outside_its_interval_is_judged_as_that_of_lora():
-    for width, rl in ((4096, False), (4096, True), (2048, True), (1024, False)):
-        place = Place("llama", float(width), "fullft", rl, 128.0, math.nan)
-        for method in ("fullft", "lora"):
-            own = place._replace(method=method)
+def test_outside_its_interval_an_lr_of_full_fine_tuning_is_an_error_and_one_of_lora_if_it_costs_more_than_a_margin():
+    for width, rl, low in ((4096, False, "warning"), (4096, True, "error"), (1024, False, "warning")):
+        for method, below in (("fullft", "error"), ("lora", low)):
+            own = Place("llama", float(width), method, rl, 128.0, math.nan)
             best = shipped_evidence().verdict(0.0, own).recommended
             judged = {
-                factor: level(shipped_evidence().verdict(math.log(end * factor), own))
-                for end, factor in ((best.high, 1.05), (best.high, 10.0), (best.low, 0.1), (best.mean, 1.0))
+                (end, factor): level(shipped_evidence().verdict(math.log(getattr(best, end) * factor), own), method)
+                for end, factor in (("high", 1.05), ("high", 10.0), ("low", 0.95), ("low", 0.1), ("mean", 1.0))
             }
-            assert judged == {1.05: "error", 10.0: "error", 0.1: "error", 1.0: "note"}
+            expected = {("high", 1.05): "error", ("high", 10.0): "error", ("low", 0.95): below, ("low", 0.1): "error"}
+            assert judged == expected | {("mean", 1.0): "note"}
 
 
 def test_what_is_not_said_widens_the_interval():
