@@ -104,9 +104,7 @@ class AuditCallback(TrainerCallback):  # type: ignore[misc]
             try:
                 write_card(folder)
             except Exception as error:
-                self._say(
-                    logging.ERROR, f"{folder} has no card: {error if isinstance(error, UserError) else repr(error)}"
-                )
+                self._say(logging.ERROR, f"{folder} has no card: {error!r}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the row of the run."""

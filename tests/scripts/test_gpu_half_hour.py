@@ -45,7 +45,7 @@ def test_the_pieces_follow_each_other_and_go_on_from_their_folder_alone(tmp_path
         assert {row["form"] for row in table} == {"small, on a CPU: says nothing about a GPU"}
         assert {row["device"] for row in table} == {processor()}
         if name == "speeds":
-            assert {row["measure"] for row in table} == {"products", "elementwise", "steps"}
+            assert {row["measure"] for row in table} == {"products", "elementwise", "attention", "steps"}
             assert all(float(row["value"]) > 0 for row in table)
         else:
             assert {row["result"] for row in table} <= {"passed", "skipped"}, table

@@ -148,8 +148,9 @@ def level(verdict: Verdict, method: str) -> Level:
     """Return the level of a finding; advice/docs/audit-codes.md has how often each is right."""
     costs = verdict.outside_80 and verdict.p_margin > SURE
     # The interval of full fine-tuning is wide. Where runs may diverge, that of the loss has no meaning.
-    sure = method == "fullft" or verdict.share.low > verdict.margin or (costs and verdict.may_diverge)
-    if verdict.outside_95 and sure:
+    if verdict.outside_95 and (
+        method == "fullft" or verdict.share.low > verdict.margin or (costs and verdict.may_diverge)
+    ):
         return "error"
     return "warning" if verdict.outside_95 or costs else "note"
 
@@ -161,6 +162,5 @@ def _level(config: TrainingConfig, verdict: Verdict, place: Place, evidence: LrE
     """
     if config.task is None and verdict.log_factor < 0:
         return "note"
-    extrapolated = verdict.log_factor < 0 and evidence.unmeasured(place)
     said = level(verdict, place.method)
-    return "warning" if extrapolated and said == "error" else said
+    return "warning" if said == "error" and verdict.log_factor < 0 and evidence.unmeasured(place) else said
