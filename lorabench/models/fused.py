@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.varlen import varlen_attn
 
 from lorabench.models.attention import NAME
 from lorabench.models.passes import without_peft
@@ -74,6 +73,9 @@ def _layer(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = No
     angles = others.pop("position_embeddings")
     query, key = (_rotated(attention, name, heads, *angles) for name, heads in (("q", query), ("k", key)))
     if (starts := others.pop("starts", None)) is not None:
+        # Its import takes a second.
+        from torch.nn.attention.varlen import varlen_attn
+
         # The only row is flattened; no example in it sees another.
         rows, longest = [tensor[0] for tensor in (query, key, value)], others.pop("longest")
         options: dict[str, Any] = {"scale": attention.scaling, "window_size": (-1, 0), "enable_gqa": True}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention import varlen
 
 from lorabench.config.inputs import TinyModel
 from lorabench.data.tokens import TokenizedSplit
@@ -36,12 +37,12 @@ def varlen_attn(query, key, value, starts, same, longest, same_longest, *, scale
 
 @pytest.fixture(autouse=True)
 def _attention_on_a_cpu(monkeypatch):
-    on_gpu = fused.varlen_attn
+    on_gpu = varlen.varlen_attn
 
     def chosen(query, *others, **options):
         return (on_gpu if query.is_cuda else varlen_attn)(query, *others, **options)
 
-    monkeypatch.setattr(fused, "varlen_attn", chosen)
+    monkeypatch.setattr(varlen, "varlen_attn", chosen)
 
 
 def prepared(name, rank, fuse, bf16=False, again=False):
