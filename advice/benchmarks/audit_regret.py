@@ -315,7 +315,7 @@ def _prediction(run: dict[str, Any], place: Place, known: LrEvidence) -> dict[st
     alpha, rank = (None if pd.isna(run[name]) else int(run[name]) for name in ("alpha", "rank"))
     shift = known.shift(alpha, rank) if method == "lora" else (0.0, 0.0)
     verdict = known.verdict(math.log(run["lr"]), place, *shift)
-    row = run | {"level": level(verdict, method), "factor": math.exp(verdict.log_factor)}
+    row = run | {"level": level(verdict, place), "factor": math.exp(verdict.log_factor)}
     row |= {"outside_80": verdict.outside_80, "outside_95": verdict.outside_95, "p_margin": verdict.p_margin}
     measured = {"share": run["share"], "loss": math.nan if run["lost"] and not rl else run["regret"]}
     for unit, (mean, low, high) in (("share", verdict.share), ("loss", verdict.loss)):

@@ -144,12 +144,14 @@ def _variant_factor(config: TrainingConfig, evidence: LrEvidence) -> tuple[float
     return log_factor, error
 
 
-def level(verdict: Verdict, method: str) -> Level:
+def level(verdict: Verdict, place: Place) -> Level:
     """Return the level of a finding; advice/docs/audit-codes.md has how often each is right."""
+    # In RL, optima of full fine-tuning differ by a factor of 100: of four low LRs within that, three lost nothing.
     costs = verdict.outside_80 and verdict.p_margin > SURE
-    # The interval of full fine-tuning is wide. Where runs may diverge, that of the loss has no meaning.
+    costs &= not (place.rl and verdict.log_factor < 0 and place.method == "fullft")
+    # Where runs may diverge, the interval of the loss has no meaning.
     if verdict.outside_95 and (
-        method == "fullft" or verdict.share.low > verdict.margin or (costs and verdict.may_diverge)
+        place.method == "fullft" or verdict.share.low > verdict.margin or (costs and verdict.may_diverge)
     ):
         return "error"
     return "warning" if verdict.outside_95 or costs else "note"
@@ -162,5 +164,5 @@ def _level(config: TrainingConfig, verdict: Verdict, place: Place, evidence: LrE
     """
     if config.task is None and verdict.log_factor < 0:
         return "note"
-    said = level(verdict, place.method)
+    said = level(verdict, place)
     return "warning" if said == "error" and verdict.log_factor < 0 and evidence.unmeasured(place) else said

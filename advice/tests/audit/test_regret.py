@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 from lora_advice.audit.config import TrainingConfig
-from lora_advice.audit.lr import level, lr_findings
+from lora_advice.audit.lr import SURE, level, lr_findings
 from lora_advice.audit.regret import EVIDENCE, LrEvidence, Place, shipped_evidence
 from lora_advice.models import ModelFacts
 from lora_advice.variants import lr_factor
@@ -179,12 +179,22 @@ def test_outside_its_interval_an_lr_of_full_fine_tuning_is_an_error_and_one_of_l
         for method, below in (("fullft", "error"), ("lora", low)):
             own = Place("llama", float(width), method, rl, 128.0, math.nan)
             best = shipped_evidence().verdict(0.0, own).recommended
-            judged = {
-                (end, factor): level(shipped_evidence().verdict(math.log(getattr(best, end) * factor), own), method)
-                for end, factor in (("high", 1.05), ("high", 10.0), ("low", 0.95), ("low", 0.1), ("mean", 1.0))
-            }
-            expected = {("high", 1.05): "error", ("high", 10.0): "error", ("low", 0.95): below, ("low", 0.1): "error"}
-            assert judged == expected | {("mean", 1.0): "note"}
+
+            def judged(end, factor, own=own, best=best):
+                lr = getattr(best, end) * factor
+                return level(shipped_evidence().verdict(math.log(lr), own), own)
+
+            assert [judged("high", 1.05), judged("high", 10.0), judged("low", 0.1)] == ["error"] * 3
+            assert (judged("low", 0.95), judged("mean", 1.0)) == (below, "note")
+    # Within its interval a low one of full fine-tuning is nothing in RL, where optima differ most.
+    place = Place("llama", 4096.0, "fullft", True, 128.0, math.nan)
+    best = shipped_evidence().verdict(0.0, place).recommended
+    low, high = (shipped_evidence().verdict(math.log(end), place) for end in (best.low * 1.05, best.high / 1.05))
+    for verdict, said in ((low, "note"), (high, "warning")):
+        assert verdict.outside_80
+        assert not verdict.outside_95
+        assert verdict.p_margin > SURE
+        assert level(verdict, place) == said
 
 
 def test_what_is_not_said_widens_the_interval():

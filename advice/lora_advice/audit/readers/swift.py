@@ -59,10 +59,9 @@ def _run(path: Path, options: Options, command: str | None, name: str) -> list[T
         return []  # a classifier, or the vectors of texts
     # What is saved states every option, also those without effect.
     findings = [] if saved or command is None else misspelt("swift", options)
-    tuner, continued = text(options[_TUNER]) or "lora", next(iter(names(options["adapters"]) or ()), None)
-    if saved:
-        continued = None
-    elif tuner == "full":
+    tuner = text(options[_TUNER]) or "lora"
+    continued = None if saved else next(iter(names(options["adapters"]) or ()), None)
+    if tuner == "full" and not saved:
         level: Level = "error" if options.has("lora_rank") else "warning"
         findings += options.without_effect("swift", "the tuner is full", level)
     elif continued is not None:
