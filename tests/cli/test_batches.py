@@ -76,6 +76,7 @@ def test_the_budget_ends_the_batch_at_work(preset: str, capsys):
     assert not Layout.of(preset).batches("B2").exists()
 
 
+@pytest.mark.slow
 def test_some_batches_are_run_and_judged_together_and_again_from_their_tables(preset: str, tmp_path: Path):
     workflow = Workflow({0: 0.0, 1: 0.0, 2: 0.0})
     run_batches(preset, 2, workflow, ["-n"])

@@ -33,6 +33,7 @@ def planned_jobs(output: str) -> dict[str, int]:
     return {rule: int(count) for rule, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE) if rule != "total"}
 
 
+@pytest.mark.slow
 def test_the_main_job_is_the_laptop_preset_whose_data_and_longest_jobs_come_first(tmp_path):
     output = snakemake(tmp_path, *HERE, "--dry-run")
     jobs, plan = planned_jobs(output), make_plan(Layout.of("laptop").preset)
