@@ -246,14 +246,14 @@ def attention(sizes: Dimensions, form: Form) -> Iterator[Row]:
     """Measure attention in bf16, forward and with the backward pass, of sequences of the form's length."""
     rows, device = form.tokens // form.length, form.machine.device
     shapes = [(rows, heads, form.length, sizes.head_dim) for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads)]
-    inputs = [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
-    attend = partial(torch.nn.functional.scaled_dot_product_attention, *inputs, is_causal=True, enable_gqa=True)
+    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
     gradient = torch.randn_like(attend())
     # A token attends to half of the sequence; the plan counts 2.5 times the FLOPs backward.
     flops = 4 * form.tokens * form.length / 2 * sizes.heads * sizes.head_dim
     for what, work, passes in (
         ("forward", torch.no_grad()(attend), 1.0),
-        ("forward and backward", lambda: torch.autograd.grad(attend(), inputs, gradient), 3.5),
+        ("forward and backward", lambda: torch.autograd.grad(attend(), (q, k, v), gradient), 3.5),
     ):
         rate = passes * flops / seconds_of(work, device) / 1e12
         yield {
