@@ -37,6 +37,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_pieces_follow_each_other_and_go_on_from_their_folder_alone(tmp_path):
     out = tmp_path / "out"
     for name in ("tests", "vllm_tests", "speeds"):
