@@ -300,6 +300,11 @@ class SumProblems(KnownProblems, GeneratedSplits):
             raise ValueError(f"carries = {self.carries}: must be below min_digits = {self.min_digits}")
         return self
 
+    def has_other_test_problems(self) -> bool:
+        """Return whether as many test problems can be found again; there are few sums of two digits."""
+        n_sums = 8100 if self.carries == 0 else 3645
+        return self.max_digits > 2 or self.train + self.validation + 2 * self.test < 0.9 * n_sums
+
 
 class HubProblems(KnownProblems):
     """A set of mathematical problems on the Hugging Face hub, whose prompts ask for the answer in a box."""

@@ -19,6 +19,7 @@ from lorabench.config.inputs import (
     GeneratedSplits,
     ModelSpec,
     ProblemSpec,
+    SumProblems,
     model_catalogue,
 )
 from lorabench.config.margins import Margins, checked_predictions
@@ -76,11 +77,14 @@ class Preset(Strict):
 
     @model_validator(mode="after")
     def _other_test_examples(self) -> Self:
-        """Return the preset with other test examples than those of the first seed 0, wherever they are generated."""
+        """Return the preset with other test examples than those of the first seed 0, wherever they are generated and
+        there are enough."""
 
         def changed(spec: Any) -> Any:
             if isinstance(spec, FactsDataset):
                 return spec.model_copy(update={"seed": spec.seed + self.first_seed})
+            if isinstance(spec, SumProblems) and not spec.has_other_test_problems():
+                return spec
             if isinstance(spec, GeneratedSplits) and spec.test_seed is None:
                 return spec.model_copy(update={"test_seed": self.first_seed})
             return spec
