@@ -36,6 +36,7 @@ def common(settings: dict[str, Any]) -> dict[str, Any]:
         "max_grad_norm": 0.0,
         "gradient_checkpointing": False,
         "use_cpu": True,
+        "bf16": False,  # TRL's default is True.
         "dataloader_pin_memory": False,
         "logging_steps": 1,
         "save_strategy": "no",

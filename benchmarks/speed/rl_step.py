@@ -108,6 +108,7 @@ def trl_steps(plan: Plan, layout: Layout) -> StepTimes:
         max_grad_norm=0.0,
         gradient_checkpointing=False,
         use_cpu=True,
+        bf16=False,  # TRL's default is True.
         dataloader_pin_memory=False,
         save_strategy="no",
         report_to=[],
