@@ -300,10 +300,10 @@ class SumProblems(KnownProblems, GeneratedSplits):
             raise ValueError(f"carries = {self.carries}: must be below min_digits = {self.min_digits}")
         return self
 
-    def has_other_test_problems(self) -> bool:
-        """Return whether as many test problems can be found again; there are few sums of two digits."""
-        n_sums = 8100 if self.carries == 0 else 3645
-        return self.max_digits > 2 or self.train + self.validation + 2 * self.test < 0.9 * n_sums
+    def are_few(self) -> bool:
+        """Return whether as many test problems again would leave less than a tenth of all such sums: there are
+        3,645 of two digits with a carry, and 8,100 in all."""
+        return self.max_digits == 2 and self.train + self.validation + 2 * self.test > (7290, 3280)[self.carries]
 
 
 class HubProblems(KnownProblems):

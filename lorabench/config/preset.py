@@ -16,7 +16,6 @@ from lorabench.config.fields import Name, NotNegative, Strict
 from lorabench.config.inputs import (
     DatasetSpec,
     FactsDataset,
-    GeneratedSplits,
     ModelSpec,
     ProblemSpec,
     SumProblems,
@@ -83,17 +82,13 @@ class Preset(Strict):
         def changed(spec: Any) -> Any:
             if isinstance(spec, FactsDataset):
                 return spec.model_copy(update={"seed": spec.seed + self.first_seed})
-            if isinstance(spec, SumProblems) and not spec.has_other_test_problems():
+            if (isinstance(spec, SumProblems) and spec.are_few()) or getattr(spec, "test_seed", 0) is not None:
                 return spec
-            if isinstance(spec, GeneratedSplits) and spec.test_seed is None:
-                return spec.model_copy(update={"test_seed": self.first_seed})
-            return spec
+            return spec.model_copy(update={"test_seed": self.first_seed})
 
-        if not self.first_seed:
-            return self
-        datasets = {name: changed(spec) for name, spec in self.datasets.items()}
-        problems = {name: changed(spec) for name, spec in self.problems.items()}
-        return self.model_copy(update={"datasets": datasets, "problems": problems})
+        sections = {"datasets": self.datasets, "problems": self.problems}
+        changes = {key: {name: changed(spec) for name, spec in section.items()} for key, section in sections.items()}
+        return self.model_copy(update=changes) if self.first_seed else self
 
     def _check_sft(self, block: SftExperiment, where: str) -> None:
         _known(block.datasets, self.datasets, f"{where}.datasets")

@@ -7,6 +7,7 @@ from random import Random
 import pytest
 
 from lorabench.config.inputs import HubProblems, ReasoningProblems, SumProblems
+from lorabench.config.loading import load_preset
 from lorabench.data.grading import BOX, NUMBER_BOX, Grader, last_number, number
 from lorabench.data.problems import controls, make_problems, read_problems, write_problems
 from lorabench.data.reasoning import CAREFUL, Writers, n_carries, sum_problems, written_sum
@@ -61,6 +62,16 @@ def test_too_few_problems_are_refused():
     few = SumProblems(kind="sums", test_seed=100, **COUNTS | {"test": 3000})
     with pytest.raises(UserError, match=r"found \d+ distinct other test problems of kind 'sums'; 3000 are needed"):
         make_problems(few)
+
+
+@pytest.mark.parametrize(
+    ("name", "others"), [("laptop_more@100", {"all-sums", "hopeless"}), ("rl_smollm2@100", {"sums"})]
+)
+def test_held_out_seeds_have_other_test_problems_where_there_are_enough(name, others):
+    problems = load_preset(name).problems
+    assert {name for name, spec in problems.items() if spec.test_seed is not None} == others
+    for spec in problems.values():
+        assert Counter(row["split"] for row in make_problems(spec))["test"] == spec.test
 
 
 def test_gsm8k_keeps_line_separators_and_its_own_test_and_deepmath_is_split(tmp_path):

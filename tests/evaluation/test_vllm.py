@@ -45,7 +45,7 @@ def test_vllm_computes_what_is_said_of_it():
     assert get_args(MaxLoRARanks) == LORA_RANKS
 
 
-@pytest.mark.parametrize("method", ["lora", "fullft"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("fullft", marks=pytest.mark.long)])
 def test_a_run_has_the_same_scores(trained: Prepared, method: str):
     # A preset's results are in a folder of its file's name.
     preset = Path("vllm/mine.yaml")
