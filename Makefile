@@ -18,7 +18,7 @@ test:  ## Run the fast tests, about 3 minutes on 2 cores.
 
 # The other folders do not compute with PyTorch.
 plain:  ## Run the fast tests that train, held to the instructions of a processor without AVX-512, AMX and bf16.
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 pytest $(addprefix tests/, models planning training)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 pytest $(addprefix tests/, models training)
 
 # It takes half as long to read only the files that have such tests.
 slow:  ## Run the end-to-end, process and signal tests that CI runs too.
