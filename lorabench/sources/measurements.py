@@ -115,16 +115,22 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
     """Return the matrix as a tidy table, one row for each of its claims and scale, by claim and ascending size.
 
     Where several sources are of one scale, the worst verdict decides the cell, as within a verdict over several
-    comparisons (see `lorabench.analysis.finding.SEVERITY`). Without any runs behind it a verdict is `not tested`. Given
-    are the claims of all sources, as from `source.judge`, and own presets, each as from `read_own`.
+    comparisons (see `lorabench.analysis.finding.SEVERITY`); one that longer runs would decide counts for less than any
+    decided one. Without any runs behind it a verdict is `not tested`. Given are the claims of all sources, as from
+    `source.judge`, and own presets, each as from `read_own`.
     """
     every = pd.concat([judged.assign(origin=judged["source"]), *own], ignore_index=True)
     every = every[every["claim_id"].isin(_CLAIMS) & every["scale"].notna()].copy()
-    every.loc[every["n_runs"].fillna(0).eq(0), "verdict"] = "not tested"
+    every["verdict"] = every["verdict"].mask(every["n_runs"].fillna(0).eq(0), "not tested")
     # Models of nearly one size share a column, whose place is that of the smallest.
     every["parameters"] = every.groupby("scale")["parameters"].transform("min")
-    # Of equal verdicts, one with a number is shown.
-    ranks = -every["verdict"].map(SEVERITY.index)
+    # Runs that are too short for a claim decide no cell that longer ones do. Of equal verdicts, one with a number is
+    # shown.
+    ranks = (
+        -every["verdict"]
+        .map(SEVERITY.index)
+        .mask(every["would_decide"].eq("longer runs"), SEVERITY.index("confirmed") - 0.5)
+    )
     order = every.assign(claim=every["claim_id"].map(_CLAIMS.index), rank=ranks, unknown=every["estimate"].isna())
     every = order.sort_values(["claim", "parameters", "scale", "rank", "unknown"], kind="stable")
     cell = every.groupby(["claim_id", "scale"])

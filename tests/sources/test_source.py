@@ -51,6 +51,25 @@ def test_a_cell_counts_the_comparisons_of_all_its_sources():
     assert [cell[name] for name in ("n_hold", "n_parts", "part_low", "part_high")] == [2, 3, 0.8, 1.3]
 
 
+@pytest.mark.parametrize(
+    ("remedy", "verdicts", "decides"),
+    [
+        ("longer runs", ["inconclusive", "confirmed"], "1"),
+        ("longer runs", ["inconclusive", "setting not met"], "0"),
+        ("4 seeds", ["inconclusive", "confirmed"], "0"),
+    ],
+)
+def test_runs_that_are_too_short_for_a_claim_leave_no_cell_open_that_longer_ones_decide(remedy, verdicts, decides):
+    own = read_own(REPOSITORY / "paper_figures/published/laptop", "laptop")
+    a8 = own[own["claim_id"] == "A8"]
+    several = [
+        a8.assign(verdict=verdict, would_decide=remedy if verdict == "inconclusive" else None, origin=str(place))
+        for place, verdict in enumerate(verdicts)
+    ]
+    [cell] = matrix(own.iloc[:0].assign(source=None), several).to_dict("records")
+    assert (cell["origin"], cell["verdict"]) == (decides, verdicts[int(decides)])
+
+
 def test_a_source_of_ones_own_stands_next_to_the_shipped_ones(source):
     folder = source(noise={"sd": 0.001, "dof": 9, "source": "made-up repeats"})
     assert source_folders(folder)[-1] == source_folders(folder.parent)[-1] == folder
