@@ -86,7 +86,7 @@ class Preset(Strict):
                 return spec
             return spec.model_copy(update={"test_seed": self.first_seed})
 
-        sections = {"datasets": self.datasets, "problems": self.problems}
+        sections: dict[str, Mapping[str, Any]] = {"datasets": self.datasets, "problems": self.problems}
         changes = {key: {name: changed(spec) for name, spec in section.items()} for key, section in sections.items()}
         return self.model_copy(update=changes) if self.first_seed else self
 
