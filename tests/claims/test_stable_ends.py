@@ -31,8 +31,8 @@ def changed(tables: Tables) -> Tables:
     return Tables(runs, curves, test_losses=test_losses)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("preset", "ends"), [pytest.param("lr_ratio", 10, marks=pytest.mark.long), ("laptop_more", 6)])
+@pytest.mark.long
+@pytest.mark.parametrize(("preset", "ends"), [("lr_ratio", 10), ("laptop_more", 6)])
 def test_a_change_of_losses_by_one_in_a_million_moves_no_end_by_half_a_percent(preset, ends, monkeypatch):
     """The accuracies of `laptop_more` are often equal at several LRs, between which only rounding could choose."""
     monkeypatch.chdir(REPOSITORY)

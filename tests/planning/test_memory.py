@@ -156,7 +156,7 @@ def test_memory_is_what_a_step_of_rl_takes_where_the_logits_come_in_pieces(monke
         ("llama-128", None, 2, "bf16", 16, 128, 1 << 18),
         # With few tokens, what is gathered and the gradients of embedding and unembedding weigh most.
         ("llama-128", None, False, "bf16", 2, 64, 1 << 14),
-        ("moe-128", 8, True, "bf16", 2, 64, 1 << 24),
+        pytest.param("moe-128", 8, True, "bf16", 2, 64, 1 << 24, marks=pytest.mark.long),
     ],
 )
 def test_memory_is_what_a_step_of_two_processes_takes(name, rank, again, precision, batch, length, pieces, monkeypatch):

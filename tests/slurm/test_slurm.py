@@ -180,6 +180,7 @@ def test_the_numbers_are_those_of_a_run_on_this_machine(seen, checkout):
         pd.testing.assert_frame_equal(ours[columns], theirs[columns], check_exact=True)
 
 
+@pytest.mark.slow
 def test_decide_runs_its_batches_as_jobs(cluster, checkout):
     command = [str(Path(sys.executable).with_name("lorabench")), "decide", "B3", "--preset", "cluster.yaml"]
     command += ["--budget", "4m", "--profile", "slurm"]

@@ -16,7 +16,7 @@ from lorabench.errors import UserError
 CLAIMS = ["B1", "B2", "B3"]  # of one scene, so that each world is judged for all three
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_verdicts_are_rarely_wrong():
     quiet = replace(NoiseLevels(), seeds=SeedNoise(0.01, 0.005, 0.001, 0.001, 0.002))
     table = shares(counted(20, CLAIMS, making=Making(quiet, PLAIN, seed=1))).set_index(["claim_id", "effect"])
