@@ -13,10 +13,10 @@ setup:  ## Make the virtual environment with everything for development.
 	python3 -m venv .venv
 	pip install -c constraints.txt -e '.[test,docs]' -e advice
 
-test:  ## Run the fast tests, about 3 minutes on 2 cores.
+test:  ## Run the fast tests, about 4 minutes on 2 cores.
 	pytest
 
-# The other folders do not compute with PyTorch.
+# What other folders compute does not depend on the instructions of a processor.
 plain:  ## Run the fast tests that train, held to the instructions of a processor without AVX-512, AMX and bf16.
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 pytest $(addprefix tests/, models training)
 

@@ -193,8 +193,10 @@ class Block(Strict):
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         if bool(self.ranks) != bool(self.lrs.lora):
-            lora = self.lrs.lora if isinstance(self.lrs.lora, list) else AUTO
-            raise ValueError(f"ranks {self.ranks} and lrs.lora {lora}: give both for LoRA, or neither")
+            raise ValueError(
+                f"ranks {self.ranks} and lrs.lora {self.lrs.lora if isinstance(self.lrs.lora, list) else AUTO}: "
+                "give both for LoRA, or neither"
+            )
         if self.seeds.every > 1 and any(isinstance(grid, AutoLrs) for grid in (self.lrs.fullft, self.lrs.lora)):
             raise ValueError(f"seeds.every = {self.seeds.every}: allowed with fixed LRs, not with lrs: auto")
         if self.variants != ["lora"] and not self.ranks:
@@ -246,8 +248,10 @@ class RlExperiment(Block):
         if self.prompt is not None and self.prompt.count("{question}") != 1:
             raise ValueError(f"prompt = {self.prompt!r}: must contain {{question}} once")
         if self.mean_response_tokens > self.max_new_tokens:
-            mean, longest = self.mean_response_tokens, self.max_new_tokens
-            raise ValueError(f"mean_response_tokens = {mean} is more than max_new_tokens = {longest}")
+            raise ValueError(
+                f"mean_response_tokens = {self.mean_response_tokens} is more than max_new_tokens = "
+                f"{self.max_new_tokens}"
+            )
         return self
 
 

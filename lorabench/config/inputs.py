@@ -132,6 +132,10 @@ class GeneratedSplits(Splits):
     """Seed of other test examples, none of which is among those without it, in whichever split; train and validation
     stay as they are. Null for the test examples of `seed`."""
 
+    def has_other_tests(self) -> bool:
+        """Return whether there are as many test examples again that are in no split."""
+        return True
+
 
 class ChatDataset(GeneratedSplits):
     """An SFT dataset of distinct chats from reasoning-gym, split into train, validation and test."""
@@ -300,10 +304,12 @@ class SumProblems(KnownProblems, GeneratedSplits):
             raise ValueError(f"carries = {self.carries}: must be below min_digits = {self.min_digits}")
         return self
 
-    def are_few(self) -> bool:
-        """Return whether as many test problems again would leave less than a tenth of all such sums: there are
-        3,645 of two digits with a carry, and 8,100 in all."""
-        return self.max_digits == 2 and self.train + self.validation + 2 * self.test > (7290, 3280)[self.carries]
+    def has_other_tests(self) -> bool:
+        """Return whether as many test problems again leave a tenth of all such sums: there are 3,645 of two digits with
+        a carry, and 8,100 in all."""
+        return self.max_digits > 2 or (
+            self.train + self.validation + 2 * self.test <= 0.9 * (3645 if self.carries else 8100)
+        )
 
 
 class HubProblems(KnownProblems):

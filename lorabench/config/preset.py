@@ -16,9 +16,9 @@ from lorabench.config.fields import Name, NotNegative, Strict
 from lorabench.config.inputs import (
     DatasetSpec,
     FactsDataset,
+    GeneratedSplits,
     ModelSpec,
     ProblemSpec,
-    SumProblems,
     model_catalogue,
 )
 from lorabench.config.margins import Margins, checked_predictions
@@ -82,29 +82,34 @@ class Preset(Strict):
         def changed(spec: Any) -> Any:
             if isinstance(spec, FactsDataset):
                 return spec.model_copy(update={"seed": spec.seed + self.first_seed})
-            if (isinstance(spec, SumProblems) and spec.are_few()) or getattr(spec, "test_seed", 0) is not None:
-                return spec
-            return spec.model_copy(update={"test_seed": self.first_seed})
+            if isinstance(spec, GeneratedSplits) and spec.test_seed is None and spec.has_other_tests():
+                return spec.model_copy(update={"test_seed": self.first_seed})
+            return spec
 
-        sections: dict[str, Mapping[str, Any]] = {"datasets": self.datasets, "problems": self.problems}
-        changes = {key: {name: changed(spec) for name, spec in section.items()} for key, section in sections.items()}
-        return self.model_copy(update=changes) if self.first_seed else self
+        if not self.first_seed:
+            return self
+        datasets = {name: changed(spec) for name, spec in self.datasets.items()}
+        problems = {name: changed(spec) for name, spec in self.problems.items()}
+        return self.model_copy(update={"datasets": datasets, "problems": problems})
 
     def _check_sft(self, block: SftExperiment, where: str) -> None:
         _known(block.datasets, self.datasets, f"{where}.datasets")
         for dataset, batch_size in product(block.datasets, block.batch_sizes):
             train = self.datasets[dataset].train
             if train * block.epochs < batch_size:
-                what = f"{batch_size} is more than the {train} training examples of {dataset!r}"
-                raise ValueError(f"{where}.batch_sizes: {what}")
+                raise ValueError(
+                    f"{where}.batch_sizes: {batch_size} is more than the {train} training examples of {dataset!r}"
+                )
 
     def _check_rl(self, block: RlExperiment, where: str) -> None:
         _known([*block.problems, *block.held_out], self.problems, f"{where}.problems")
         for name in block.problems:
             train = self.problems[name].train
             if train < block.problems_per_step:
-                what = f"{block.problems_per_step} is more than the {train} training problems of {name!r}"
-                raise ValueError(f"{where}.problems_per_step: {what}")
+                raise ValueError(
+                    f"{where}.problems_per_step: {block.problems_per_step} is more than the {train} training problems "
+                    f"of {name!r}"
+                )
         # Held-out sets are called by their names in tables, beside the splits.
         if wrong := {*block.problems, "train", "validation", "test"} & set(block.held_out):
             raise ValueError(f"{where}.held_out: {min(wrong)!r} is trained on, or is the name of a split")

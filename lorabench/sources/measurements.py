@@ -120,17 +120,16 @@ def matrix(judged: pd.DataFrame, own: Sequence[pd.DataFrame] = ()) -> pd.DataFra
     `source.judge`, and own presets, each as from `read_own`.
     """
     every = pd.concat([judged.assign(origin=judged["source"]), *own], ignore_index=True)
-    every = every[every["claim_id"].isin(_CLAIMS) & every["scale"].notna()].copy()
-    every["verdict"] = every["verdict"].mask(every["n_runs"].fillna(0).eq(0), "not tested")
     # Models of nearly one size share a column, whose place is that of the smallest.
-    every["parameters"] = every.groupby("scale")["parameters"].transform("min")
-    # Runs that are too short for a claim decide no cell that longer ones do. Of equal verdicts, one with a number is
-    # shown.
-    ranks = (
-        -every["verdict"]
-        .map(SEVERITY.index)
-        .mask(every["would_decide"].eq("longer runs"), SEVERITY.index("confirmed") - 0.5)
+    every = every[every["claim_id"].isin(_CLAIMS) & every["scale"].notna()].assign(
+        verdict=lambda table: table["verdict"].mask(table["n_runs"].fillna(0).eq(0), "not tested"),
+        parameters=lambda table: table.groupby("scale")["parameters"].transform("min"),
     )
+    # Runs that are too short for a claim decide no cell that longer ones do, nor do their estimates count.
+    too_short = every["would_decide"].eq("longer runs")
+    every.loc[too_short, ["part_low", "part_high"]] = np.nan
+    # Of equal verdicts, one with a number is shown.
+    ranks = -every["verdict"].map(SEVERITY.index).mask(too_short, SEVERITY.index("confirmed") - 0.5)
     order = every.assign(claim=every["claim_id"].map(_CLAIMS.index), rank=ranks, unknown=every["estimate"].isna())
     every = order.sort_values(["claim", "parameters", "scale", "rank", "unknown"], kind="stable")
     cell = every.groupby(["claim_id", "scale"])

@@ -52,22 +52,24 @@ def test_a_cell_counts_the_comparisons_of_all_its_sources():
 
 
 @pytest.mark.parametrize(
-    ("remedy", "verdicts", "decides"),
+    ("remedy", "verdicts", "decides", "lowest"),
     [
-        ("longer runs", ["inconclusive", "confirmed"], "1"),
-        ("longer runs", ["inconclusive", "setting not met"], "0"),
-        ("4 seeds", ["inconclusive", "confirmed"], "0"),
+        ("longer runs", ["inconclusive", "confirmed"], 1, 0.2),
+        ("longer runs", ["inconclusive", "setting not met"], 0, 0.2),
+        ("4 seeds", ["inconclusive", "confirmed"], 0, 0.1),
     ],
 )
-def test_runs_that_are_too_short_for_a_claim_leave_no_cell_open_that_longer_ones_decide(remedy, verdicts, decides):
+def test_too_short_runs_leave_no_cell_open_that_longer_ones_decide(remedy, verdicts, decides, lowest):
     own = read_own(REPOSITORY / "paper_figures/published/laptop", "laptop")
     a8 = own[own["claim_id"] == "A8"]
+    assert a8["would_decide"].item() == "longer runs"
     several = [
-        a8.assign(verdict=verdict, would_decide=remedy if verdict == "inconclusive" else None, origin=str(place))
-        for place, verdict in enumerate(verdicts)
+        a8.assign(verdict=verdict, would_decide=remedy if verdict == "inconclusive" else None, part_low=low)
+        for verdict, low in zip(verdicts, (0.1, 0.2), strict=True)
     ]
     [cell] = matrix(own.iloc[:0].assign(source=None), several).to_dict("records")
-    assert (cell["origin"], cell["verdict"]) == (decides, verdicts[int(decides)])
+    # Estimates of runs that are too short don't count.
+    assert (cell["verdict"], cell["part_low"]) == (verdicts[decides], lowest)
 
 
 def test_a_source_of_ones_own_stands_next_to_the_shipped_ones(source):
