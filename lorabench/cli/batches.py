@@ -68,9 +68,8 @@ def decide(preset: str, ids: Sequence[str], budget: str, command: Command, optio
     _batches(preset, 1)
     planned, layout = plan_and_layout(preset)
     experiments = [
-        name for name in planned.preset.experiments.trained() for claim in claims if name in claim.experiments
+        name for name in planned.preset.experiments.trained() if any(name in claim.experiments for claim in claims)
     ]
-    experiments = list(dict.fromkeys(experiments))
     if lacking := [claim.id for claim in claims if not set(claim.experiments) & set(experiments)]:
         raise UserError(
             f"claim {lacking[0]!r}: the preset {layout.name} has none of the experiments that it is judged on"
@@ -129,6 +128,8 @@ def _run(preset: str, batch: str, command: Command, options: list[str], end: flo
     if (path := register(preset, batch)) is not None:
         print(f"{batch} is registered in {path}; commit it if its verdicts are to be published", flush=True)
     words, environment = command(batch, options)
+    # A shell script starts what runs in the background with Ctrl-C's signal ignored, which its processes inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Its messages are no part of what this command prints.
     process = subprocess.Popen(words, env=environment, stdout=2)
     try:

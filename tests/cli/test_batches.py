@@ -1,6 +1,8 @@
 """Claims are decided batch after batch, each registered before its runs; Snakemake is stood in for."""
 
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +69,19 @@ def test_claims_are_run_until_they_are_decided(preset: str, capsys):
     assert page.count("<circle") == len(verdicts)
 
 
-def test_the_budget_ends_the_batch_at_work(preset: str, capsys):
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_the_budget_ends_the_batch_at_work(before, preset: str, capsys):
+    """Also of a command that a script has started in the background, where SIGINT is ignored."""
+
     def slow(preset: str, options: list[str]) -> tuple[list[str], dict[str, str]]:
         return [sys.executable, "-c", "import time; time.sleep(60)"], {}
 
-    decide(preset, ["B2"], "0.2s", slow, [])
+    usual, started = signal.signal(signal.SIGINT, before), time.monotonic()
+    try:
+        decide(preset, ["B2"], "0.2s", slow, [])
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert time.monotonic() - started < 50
     assert "ended before batch" in capsys.readouterr().out
     assert not Layout.of(preset).batches("B2").exists()
 
