@@ -67,7 +67,7 @@ release: dist  ## Build both distributions, check them on each Python that is he
 # Below, of numpy, vLLM and the plugin for Slurm ask for different versions, and the second command installs the plugin's.
 RESOLVED := uv pip compile -q --no-config --no-annotate --no-header --python-platform x86_64-manylinux_2_31
 # Each has PyPI's torch, which is built for CUDA, with its Triton.
-FOR_GPU := grep -E '^(nvidia-cuda-runtime|torch|transformers|triton|vllm)==' | xargs | grep 'nvidia-cuda.* torch=.* triton='
+FOR_GPU := grep -E '^(flash-attn-4|nvidia-cuda-runtime|torch|transformers|triton|vllm)==' | xargs | grep 'nvidia-cuda.* torch=.* triton='
 gpu-pins: SHELL := bash -eo pipefail
 gpu-pins:  ## Check from metadata that the documented commands can be installed for a GPU, and vLLM with its own torch.
 	pip install -q uv==0.13.9
@@ -75,9 +75,9 @@ gpu-pins:  ## Check from metadata that the documented commands can be installed 
 		echo "Python $$python: with the pinned versions, with the oldest allowed ones, and with vLLM"; \
 		$(RESOLVED) --python-version $$python pyproject.toml advice/pyproject.toml -c constraints.txt | $(FOR_GPU); \
 		$(RESOLVED) --python-version $$python pyproject.toml --resolution lowest-direct | $(FOR_GPU); \
-		sed -n 's/^pip install \(vllm==[0-9.]*\) .*/\1/p' docs/cluster.md | grep . | $(RESOLVED) --python-version $$python \
+		sed -n 's/^pip install \(vllm==[^ ]*\) \(flash-attn-4==[^ ]*\) .*/\1\n\2/p' docs/cluster.md | grep . | $(RESOLVED) --python-version $$python \
 			- pyproject.toml -c constraints-vllm.txt --override <(grep ^numpy== constraints-vllm.txt) | \
-			$(FOR_GPU) | grep vllm==; \
+			$(FOR_GPU) | grep 'flash-attn-4=.* vllm=='; \
 	done
 
 bench:  ## Measure the speed against other trainers and print the table.

@@ -329,7 +329,10 @@ def examine(plan: Plan, layout: Layout, say: Callable[[Check], None]) -> Record:
         rate, tokens = subject.flops(preset) / seconds[subject], subject.rows * subject.length
         sentence = f"a step took {seconds[subject]:.3g} s: {tokens / seconds[subject]:,.0f} tokens/s"
         if preset.execution.gpu is not None:
-            sentence += f", {rate / GPUS[preset.execution.gpu].peak_flops:.0%} of the data sheet's FLOP/s"
+            sentence += (
+                f", {rate / GPUS[preset.execution.gpu].peak_flops:.0%} of the data sheet's FLOP/s, with attention by "
+                f"{torch.nn.attention.current_flash_attention_impl() or 'FA2'}"
+            )
         planned = subject.flops(preset) / subject.planned_seconds(preset) / 1e9
         return Check(status="measured", sentence=sentence, value=rate / 1e9, planned=planned, unit="GFLOP/s")
 

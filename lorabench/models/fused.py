@@ -11,6 +11,7 @@ may share a row. On a CPU nothing is fused, except where a test asks for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from itertools import accumulate
 from types import MethodType
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import activate_flash_attention_impl
 
 from lorabench.models.attention import NAME
 from lorabench.models.passes import without_peft
@@ -27,15 +29,24 @@ from lorabench.models.specs import FUSED_FAMILIES
 
 
 def fuse(model: Any) -> None:
-    """Compute the layers of a model with fused functions, if it is of a family whose layers they are."""
+    """Compute the layers of a model with fused functions, if it is of a family whose layers they are.
+
+    From then on PyTorch computes attention by FlashAttention-4, where it is installed and written for the GPU.
+    """
     from transformers import modeling_utils
 
     config, layers = model.config, model.get_decoder().layers
-    if config.model_type not in FUSED_FAMILIES or config.hidden_act != "silu":
+    if (
+        config.model_type not in FUSED_FAMILIES
+        or config.hidden_act != "silu"
+        or config._attn_implementation not in ("sdpa", NAME)
+        or any(getattr(layer.self_attn, "sliding_window", None) for layer in layers)
+    ):
         return
-    windows = any(getattr(layer.self_attn, "sliding_window", None) for layer in layers)
-    if windows or config._attn_implementation not in ("sdpa", NAME):
-        return
+    # Of Hopper and Blackwell.
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10):
+        with suppress(ModuleNotFoundError):
+            activate_flash_attention_impl("FA4")
     attention = modeling_utils.ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
     model.is_fused = True
     for layer in layers:
@@ -97,8 +108,7 @@ def _rotated(attention: Any, name: str, heads: Tensor, cosine: Tensor, sine: Ten
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    product = _SwiGlu.apply(mlp.gate_proj(x), mlp.up_proj(x))  # type: ignore[no-untyped-call]
-    output: Tensor = mlp.down_proj(product)
+    output: Tensor = mlp.down_proj(_SwiGlu.apply(mlp.gate_proj(x), mlp.up_proj(x)))  # type: ignore[no-untyped-call]
     return output
 
 
@@ -107,8 +117,7 @@ def logprobs_and_entropies(logits: Tensor, targets: Tensor) -> tuple[Tensor, Ten
 
     Both are (tokens,), in nats; the logits are (tokens, vocabulary).
     """
-    logprobs, entropies = _Choose.apply(logits, targets[:, None])  # type: ignore[no-untyped-call]
-    return logprobs, entropies
+    return _Choose.apply(logits, targets[:, None])  # type: ignore[no-any-return, no-untyped-call]
 
 
 @cache

@@ -145,7 +145,8 @@ def run_work(preset: Preset, condition: Condition) -> RunWork:
         rows = size if response > room else ceil(size * response / room)
         learned_context = prompt + size * response / rows
         trained, evaluated = episodes * response + rows * prompts, prompts + graded * prompt
-        drawn, context = (episodes + graded) * response, prompt + response
+        # A token attends to the half of its response; most are in responses twice as long as the mean, if these may be.
+        drawn, context = (episodes + graded) * response, prompt + min(response, rollouts.max_new_tokens / 2)
         trained_scored, evaluated_scored = episodes * response, 0.0
     sizes = dimensions(model)
     lora = lora_parameters(preset, sizes, condition.rank, condition.placement)[1]

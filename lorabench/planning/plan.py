@@ -102,7 +102,9 @@ class Plan:
                 is_long = seconds >= enough or is_split(self.preset, sweep, self.gpus[sweep])
                 (jobs if is_long else short).append((seconds, [sweep]))
             jobs += merged(short, max(1, round(sum(seconds for seconds, _ in short) / enough)), most)
-        return tuple(Job(tuple(job)) for _, job in sorted(jobs, key=lambda timed: -timed[0]))
+        # A job that draws takes longer to start.
+        jobs.sort(key=lambda timed: -timed[0] - start_seconds(self.preset, timed[1][0].condition))
+        return tuple(Job(tuple(job)) for _, job in jobs)
 
     def is_split(self, job: Job) -> bool:
         """Return whether each run of a job's only sweep is a job of its own (see `execution.job_hours`)."""
@@ -160,8 +162,7 @@ def merged(jobs: Sequence[Timed], least: int, most: float) -> list[Timed]:
         return longer
 
     # The longest of more jobs is never longer, so the least number that is enough is found by bisection.
-    numbers = range(least, len(jobs))
-    count = least + bisect_left(numbers, True, key=lambda count: max(into(count))[0] <= most)
+    count = least + bisect_left(range(least, len(jobs)), True, key=lambda count: max(into(count))[0] <= most)
     return [(seconds, job) for seconds, _, job in sorted(into(count), key=lambda job: job[1]) if job]
 
 

@@ -18,9 +18,10 @@ from lorabench.planning.memory import is_fused
 from lorabench.runs import Condition
 from lorabench.utils.gpus import GPUS, Gpu
 
-# The share of products' FLOP/s that attention reaches, an assumption: FlashAttention-2 has about half on an H100. Its
-# backward pass takes 2.5 times the FLOPs, since it computes the scores again.
-_ATTENTION, _ATTENTION_BACKWARD = 0.5, 2.5
+# The share of products' FLOP/s that attention reaches, an assumption: FlashAttention-2 has about half on an H100, and
+# FlashAttention-4, by the size of a head, what FlashAttention-3 has there (arXiv:2407.08608, figures 5 and 6: forward
+# and backward, 4,096 tokens). The backward pass takes 2.5 times the FLOPs, since it computes the scores again.
+_ATTENTION, _FLASH_ATTENTION_4, _ATTENTION_BACKWARD = 0.5, {64: 0.68, 128: 0.83}, 2.5
 # Bytes that elementwise kernels read and write for each token in a layer: per hidden number, query and key, query and
 # key that are normed besides, number within the MLP, and rank in an adapted linear layer. Forward, and in training
 # with LoRA and in full fine-tuning both passes; by whether the kernels are fused.
@@ -132,12 +133,15 @@ def _layers(
     # Experts compute in fp32.
     wide = 2 * sizes.active_experts * sizes.intermediate if sizes.experts else sizes.intermediate
     adapted = sum(m.active for m in sizes.adapted(placement, include_unembedding=False)) if placement else 0
-    size = sizes.layers * (hidden * sizes.hidden + (heads + normed * sizes.query_key_norms) * queries_and_keys)
-    size += sizes.layers * inner * wide + per_rank * (rank or 0) * adapted
-    queries = sizes.heads * sizes.head_dim
-    attention = _kernel(gpu, 4.0 * context * queries / _ATTENTION, 4.0 * queries_and_keys)
-    attention *= sizes.layers * (1 + _ATTENTION_BACKWARD * backward)
-    return Parts(products, size / gpu.streaming, attention)
+    size = sizes.layers * (
+        hidden * sizes.hidden + (heads + normed * sizes.query_key_norms) * queries_and_keys + inner * wide
+    )
+    newer = gpu.flash_attention_4 and is_fused(preset, sizes) and _FLASH_ATTENTION_4.get(sizes.head_dim)
+    flops = 4.0 * context * sizes.heads * sizes.head_dim / (newer or _ATTENTION)
+    # Queries, keys, values and results, and backward their gradients too.
+    attention = _kernel(gpu, flops, 4.0 * queries_and_keys)
+    attention += backward * _kernel(gpu, _ATTENTION_BACKWARD * flops, 8.0 * queries_and_keys)
+    return Parts(products, (size + per_rank * (rank or 0) * adapted) / gpu.streaming, sizes.layers * attention)
 
 
 def _product(

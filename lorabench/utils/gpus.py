@@ -28,8 +28,7 @@ ON_CPU = "LORABENCH_ON_CPU"
 
 _POLL = 0.5
 
-GB = 1e9
-_GIB = float(1 << 30)
+GB, _GIB = 1e9, float(1 << 30)
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,14 @@ class Gpu:
 
     The memory is the least that torch reports, of which the driver keeps a part. `products` is the FLOP/s that large
     bf16 products reach, and `streaming` the bytes/s at which a kernel reads and writes: shares of the peaks that are
-    assumed until runs are measured.
+    assumed until runs are measured. FlashAttention-4 is written for some.
     """
 
     peak_flops: float
     memory: float
     bandwidth: float
     share: float = 0.687
+    flash_attention_4: bool = False
 
     @property
     def products(self) -> float:
@@ -63,11 +63,11 @@ GPUS = {
     "A100-40GB": Gpu(312e12, 39.3 * _GIB, 1555e9),
     "A100-80GB": Gpu(312e12, 79.1 * _GIB, 2039e9),
     # NVIDIA H100 data sheet, SXM: 1,979 TFLOPS bf16 with sparsity, so 989.5 dense; 3.35 TB/s.
-    "H100-80GB": Gpu(989.5e12, 79.1 * _GIB, 3350e9),
+    "H100-80GB": Gpu(989.5e12, 79.1 * _GIB, 3350e9, flash_attention_4=True),
     # NVIDIA H200 data sheet, SXM: compute as H100; 4.8 TB/s.
-    "H200": Gpu(989.5e12, 139.7 * _GIB, 4800e9),
+    "H200": Gpu(989.5e12, 139.7 * _GIB, 4800e9, flash_attention_4=True),
     # NVIDIA DGX B200 data sheet, of eight: 72 PFLOPS in FP8 with sparsity, so 2.25 each in dense bf16; 8 TB/s.
-    "B200": Gpu(2250e12, 178.3 * _GIB, 8000e9, share=0.6),
+    "B200": Gpu(2250e12, 178.3 * _GIB, 8000e9, share=0.6, flash_attention_4=True),
     # NVIDIA L40S data sheet: 733 TFLOPS bf16 with sparsity, 362 dense; 864 GB/s.
     "L40S": Gpu(362e12, 44.3 * _GIB, 864e9, share=0.6),
     # NVIDIA A10 data sheet: 125 TFLOPS bf16 dense; 600 GB/s.

@@ -38,11 +38,14 @@ FREE |= {f"aten.{name}" for name in ("empty", "empty_like", "new_empty", "empty_
 
 
 class Kernels(TorchDispatchMode):
-    """Adds up the seconds of all kernels in `parts`, by what takes them; a fused function is one kernel."""
+    """Adds up the seconds of all kernels in `parts`, by what takes them; a fused function is one kernel.
 
-    def __init__(self):
+    Attention reaches a share of other products' FLOP/s.
+    """
+
+    def __init__(self, share):
         super().__init__()
-        self.parts, self.inside = Counter(), False
+        self.parts, self.inside, self.share = Counter(), False, share
 
     def add(self, part, inputs, outputs, flops=0.0):
         tensors = [leaf for leaf in tree_leaves((inputs, outputs)) if isinstance(leaf, torch.Tensor)]
@@ -64,9 +67,9 @@ class Kernels(TorchDispatchMode):
         if self.inside or func.is_view or str(packet) in FREE:
             return results
         if "attention" in str(packet):
-            # Two products forward and five backward with half of the keys, at half of other products' FLOP/s.
+            # Two products forward and five backward with half of the keys.
             products = 5 if "backward" in str(packet) else 2
-            self.add("attention", args, results, products * 2 * args[0].numel() * (LENGTH / 2) / 0.5)
+            self.add("attention", args, results, products * 2 * args[0].numel() * (LENGTH / 2) / self.share)
         elif packet is torch.ops.aten.addmm_:
             self.add("products", args, results, 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1])
         elif packet in flop_registry:
@@ -110,7 +113,8 @@ def counted(sizes, rank, fuse, backward, monkeypatch):
 
         # Weights are cast once for all passes without a gradient, and gradients are added up from the second pass.
         compute()
-        with Kernels() as kernels:
+        # FlashAttention-4 belongs to the fused layers.
+        with Kernels({64: 0.68, 128: 0.83}[sizes.head_dim] if fuse else 0.5) as kernels:
             monkeypatch.setattr(fused, "one_kernel", kernels.one_kernel)
             compute()
     return Parts(*(kernels.parts[name] / tokens for name in Parts._fields))

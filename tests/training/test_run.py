@@ -15,6 +15,7 @@ from lorabench.config.inputs import PathModel, TinyModel
 from lorabench.config.loading import load_preset
 from lorabench.doctor.bench import random_split
 from lorabench.errors import UserError
+from lorabench.models import fused
 from lorabench.models.attention import attend_in_blocks
 from lorabench.models.base import config_of, load_model
 from lorabench.models.lora import hold_in_bf16
@@ -167,6 +168,8 @@ def test_steps_on_long_sequences_come_out_again_bit_for_bit(device, method, rank
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config_of(sizes, context=8192), dtype=torch.float32)
         attend_in_blocks(model.train())
+        if device == "cuda":
+            fused.fuse(model)
         condition, options = condition_of(method, rank, steps=4, batch_size=2), {"max_batch_tokens": length}
         options |= {"protocol": Protocol(precision="bf16"), "device": torch.device(device), "model": model}
         outcome, trained = train(condition, data, tmp_path, 1e-3, **options)

@@ -182,7 +182,8 @@ def speeds(call: Call, name: str) -> None:
 
 def measured(models: Mapping[str, Dimensions], form: Form) -> Iterator[Row]:
     """Measure products, elementwise kernels, attention and training steps of each model, whose weights are random."""
-    for measure in (products, elementwise, attention, steps):
+    # The steps may choose another kernel for attention.
+    for measure in (products, elementwise, attention, steps, attention):
         for model, sizes in models.items():
             for row in measure(sizes, form):
                 yield {"measure": measure.__name__, "model": model} | row
@@ -257,7 +258,7 @@ def attention(sizes: Dimensions, form: Form) -> Iterator[Row]:
     ):
         rate = passes * flops / seconds_of(work, device) / 1e12
         yield {
-            "what": f"{what}, length {form.length}",
+            "what": f"{what}, length {form.length}, {torch.nn.attention.current_flash_attention_impl() or 'PyTorch'}",
             "tokens": form.tokens,
             "value": f"{rate:.4g}",
             "unit": "TFLOP/s",
