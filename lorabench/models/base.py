@@ -240,6 +240,13 @@ def convert_gguf(spec: GgufModel) -> Path:
 
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages on which a run's numbers depend."""
-    names = ["torch", "transformers", "peft", "safetensors", "tokenizers", "numpy"]
-    names += ["reasoning-gym", "math-verify", "lorabench", *["flash-attn-4"] * ("flash_attn.cute" in sys.modules)]
+    numeric = ["torch", "transformers", "peft", "safetensors", "tokenizers", "numpy"]
+    # The last has the kernels of attention, where they are used.
+    names = [
+        *numeric,
+        "reasoning-gym",
+        "math-verify",
+        "lorabench",
+        *["flash-attn-4"] * ("flash_attn.cute" in sys.modules),
+    ]
     return {name: importlib.metadata.version(name) for name in names}

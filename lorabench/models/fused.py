@@ -4,7 +4,7 @@ On a GPU these take longer than the products of a small model, since each of man
 activation. `fuse` replaces the forward pass of the layers of a Llama or a dense Qwen3; passes with a cache keep all but
 SwiGLU. Every function is computed in fp32 from what is read and rounded once, to the type of products. So the result
 differs from that of transformers by the rounding of numbers between its kernels; and the gradients of the layers that
-read a norm are added in the type of products. On a GPU `torch.compile` makes a kernel of each function, and examples
+read a norm are added in the type of products. On a GPU `torch.compile` makes a kernel of each function, and sequences
 may share a row. On a CPU nothing is fused, except where a test asks for it.
 """
 
@@ -43,14 +43,17 @@ def fuse(model: Any) -> None:
         or any(getattr(layer.self_attn, "sliding_window", None) for layer in layers)
     ):
         return
-    # Of Hopper and Blackwell.
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10):
+    # It is written for Hopper and Blackwell, and tuned for these heads.
+    if (
+        torch.cuda.is_available()
+        and torch.cuda.get_device_capability()[0] in (9, 10)
+        and layers[0].self_attn.head_dim in (64, 128)
+    ):
         with suppress(ModuleNotFoundError):
             activate_flash_attention_impl("FA4")
-    attention = modeling_utils.ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
     model.is_fused = True
     for layer in layers:
-        layer.attend = attention
+        layer.attend = modeling_utils.ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
         layer.forward = MethodType(_layer, layer)
         layer.mlp.forward = MethodType(_mlp, layer.mlp)
 
@@ -60,13 +63,27 @@ def is_fused(model: nn.Module) -> bool:
     return getattr(without_peft(model), "is_fused", False)
 
 
-def shared_row(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """Return the arguments with which a fused model computes examples in one row, each as if it were alone."""
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
-    # transformers would make a mask of the whole row, unless it is given one.
-    unused = torch.zeros(1, 1, 1, 1, device=device)
-    return {"position_ids": positions[None], "starts": starts, "longest": max(lengths), "attention_mask": unused}
+def shared_row(sequences: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> dict[str, Any]:
+    """Return the arguments with which a fused model computes sequences in one row, each as if it were alone.
+
+    Each is given by its length and those of its continuations, which follow it in the row and see it and themselves.
+    """
+    spans, start = [], 0
+    for first, others in sequences:
+        whole = torch.arange(start, start + first)
+        # Attention is computed for each sequence and continuation that has tokens.
+        for before, length in ((whole[:0], first), *((whole, other) for other in others if other)):
+            spans.append((before, torch.arange(start, start + length)))
+            start += length
+    keys = torch.cat([places for span in spans for places in span]).to(device)
+    sizes = [[len(own) for _, own in spans], [len(before) + len(own) for before, own in spans]]
+    starts = (torch.tensor([0, *accumulate(some)], dtype=torch.int32).to(device) for some in sizes)
+    return {
+        "position_ids": torch.cat([torch.arange(len(own)) + len(before) for before, own in spans]).to(device)[None],
+        "shared_row": (*starts, *map(max, sizes), keys if len(keys) > start else None),
+        # transformers would make a mask of the whole row, unless it is given one.
+        "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
+    }
 
 
 def _layer(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
@@ -83,14 +100,16 @@ def _layer(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = No
     query, key, value = (getattr(attention, f"{name}_proj")(normed).view(shape) for name in ("q", "k", "v"))
     angles = others.pop("position_embeddings")
     query, key = (_rotated(attention, name, heads, *angles) for name, heads in (("q", query), ("k", key)))
-    if (starts := others.pop("starts", None)) is not None:
+    if row := others.pop("shared_row", None):
         # Its import takes a second.
         from torch.nn.attention.varlen import varlen_attn
 
-        # The only row is flattened; no example in it sees another.
-        rows, longest = [tensor[0] for tensor in (query, key, value)], others.pop("longest")
-        options: dict[str, Any] = {"scale": attention.scaling, "window_size": (-1, 0), "enable_gqa": True}
-        mixed: Any = varlen_attn(rows[0], rows[1], rows[2], starts, starts, longest, longest, **options)
+        # No sequence sees another. Of more keys than queries, a query sees those up to its place from the end.
+        *counts, keys = row
+        heads = [tensor[0] if keys is None else tensor[0, keys] for tensor in (key, value)]
+        mixed: Any = varlen_attn(
+            query[0], *heads, *counts, scale=attention.scaling, window_size=(-1, 0), enable_gqa=True
+        )
     else:
         heads = [tensor.transpose(1, 2) for tensor in (query, key, value)]
         mixed = layer.attend(attention, *heads, attention_mask, scaling=attention.scaling, **others)[0]

@@ -134,8 +134,9 @@ def add_lora(
     layers = dict(lora_layers(peft_model))
     # PEFT rewrites the targets of some mixtures of experts, to load adapters that older versions saved.
     if layers.keys() != names:
-        different = sorted(layers.keys() ^ names)
-        raise UserError(f"PEFT did not put LoRA on the requested layers of {type(model).__name__}: see {different[0]}")
+        raise UserError(
+            f"PEFT did not put LoRA on the requested layers of {type(model).__name__}: see {min(layers.keys() ^ names)}"
+        )
     with torch.no_grad():
         for layer in layers.values():
             factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
@@ -170,8 +171,8 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None
         state = {}
         for name, layer in doubled.items():
             for factor, initial, sign, dim in zip("AB", layer.initial_factors, (1, -1), (0, 1), strict=True):
-                trained = getattr(layer, f"lora_{factor}")["default"].weight.detach()
-                state[f"{name}.lora_{factor}.default.weight"] = torch.cat([trained, sign * initial], dim=dim)
+                key = f"lora_{factor}.default.weight"
+                state[f"{name}.{key}"] = torch.cat([layer.get_parameter(key).detach(), sign * initial], dim=dim)
         config: Any = model.peft_config["default"]
         config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
     # PEFT would else add a copy of an adapted unembedding.

@@ -43,8 +43,7 @@ def computing_only(model: nn.Module, tokens: Tensor) -> Iterator[None]:
         output = forward(flat.index_select(0, tokens)[:, None])
         if not isinstance(output, Tensor):
             return forward(hidden)
-        everywhere = torch.zeros_like(flat, dtype=output.dtype)
-        return everywhere.index_copy(0, tokens, output.flatten(0, 1)).view_as(hidden)
+        return torch.zeros_like(flat, dtype=output.dtype).index_copy(0, tokens, output.flatten(0, 1)).view_as(hidden)
 
     mlp.forward = at_tokens
     try:
@@ -61,9 +60,8 @@ def cache_argument(model: nn.Module) -> str:
 def recompute_activations(model: Any, keeping: int = 0) -> None:
     """Keep only the inputs of all layers but the last `keeping`; the backward pass computes them again, bit for bit."""
     # There is no random state to restore: models have no dropout.
-    options = {"use_reentrant": False, "preserve_rng_state": False}
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(options)
+    enable({"use_reentrant": False, "preserve_rng_state": False})
     layers = getattr(model.get_decoder(), "layers", ())
     for layer in layers[len(layers) - keeping :]:
         layer.gradient_checkpointing = False

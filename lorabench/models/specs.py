@@ -133,11 +133,14 @@ class Dimensions:
         """All linear layers; of an expert, gate and up are one matrix, as in the implementation."""
         d, ff, n = self.hidden, self.intermediate, self.layers
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = [(d, queries, n), (d, keys, 2 * n), (queries, d, n)]
-        matrices = [Matrix("attn", d_in, d_out, count, count) for d_in, d_out, count in attention]
+        matrices = [
+            Matrix("attn", d, queries, n, n),
+            Matrix("attn", d, keys, 2 * n, 2 * n),
+            Matrix("attn", queries, d, n, n),
+        ]
         if self.experts:
-            sizes = [(d, 2 * ff), (ff, d)]
-            matrices += [Matrix("experts", *size, n * self.experts, n * self.active_experts) for size in sizes]
+            counts = n * self.experts, n * self.active_experts
+            matrices += [Matrix("experts", d, 2 * ff, *counts), Matrix("experts", ff, d, *counts)]
             matrices.append(Matrix("router", d, self.experts, n, n))
         else:
             matrices += [Matrix("mlp", d, ff, 2 * n, 2 * n), Matrix("mlp", ff, d, n, n)]
@@ -309,5 +312,4 @@ def kept_shares(length: int, bf16: bool) -> float:
     """Return the mean number of attention probabilities that are kept per query and head for the backward pass."""
     if not blocks_pay(length, bf16):
         return 0.0
-    shares: int = sum((block.stop - block.start) * block.stop for block in blocks(length))
-    return shares / length
+    return sum((block.stop - block.start) * block.stop for block in blocks(length)) / length  # type: ignore[no-any-return]

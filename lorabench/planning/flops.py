@@ -85,6 +85,16 @@ def row_limit(longest: int, max_tokens: int) -> int:
     return min(max_tokens, SHARED_ROW, max(192, 4 * longest))
 
 
+def is_fused(preset: Preset, sizes: Dimensions) -> bool:
+    """Return whether a model's layers are computed by `lorabench.models.fused` on the preset's GPU."""
+    return preset.execution.gpu is not None and preset.execution.fused_kernels and sizes.fusible
+
+
+def share_rows(preset: Preset, sizes: Dimensions) -> bool:
+    """Return whether sequences share a row without padding, and without seeing each other."""
+    return is_fused(preset, sizes) and preset.protocol.precision == "bf16"
+
+
 def lora_parameters(
     preset: Preset, sizes: Dimensions, rank: int | None, placement: Placement | None
 ) -> tuple[int, int]:
@@ -141,12 +151,13 @@ def run_work(preset: Preset, condition: Condition) -> RunWork:
         episodes, graded = steps * condition.batch_size, rollouts.evaluations * graded_problems(preset, condition)
         # A prompt passes through the model once for its group in sampling, and in learning once for each row.
         prompts, size = episodes / rollouts.group_size * prompt, rollouts.group_size
-        room = row_limit(longest_sequence(preset, condition), preset.execution.max_batch_tokens) - prompt
+        one_row, most = share_rows(preset, dimensions(model)), preset.execution.max_batch_tokens
+        room = (most if one_row else row_limit(longest_sequence(preset, condition), most)) - prompt
         rows = size if response > room else ceil(size * response / room)
-        learned_context = prompt + size * response / rows
         trained, evaluated = episodes * response + rows * prompts, prompts + graded * prompt
         # A token attends to the half of its response; most are in responses twice as long as the mean, if these may be.
         drawn, context = (episodes + graded) * response, prompt + min(response, rollouts.max_new_tokens / 2)
+        learned_context = context if one_row else prompt + size * response / rows
         trained_scored, evaluated_scored = episodes * response, 0.0
     sizes = dimensions(model)
     lora = lora_parameters(preset, sizes, condition.rank, condition.placement)[1]

@@ -21,7 +21,7 @@ from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.specs import Dimensions, dimensions, kept_shares, merging_is_cheaper
 from lorabench.models.vllm_support import max_lora_rank
-from lorabench.planning.flops import longest_sequence, lora_parameters, row_limit, run_work
+from lorabench.planning.flops import is_fused, longest_sequence, lora_parameters, row_limit, run_work
 from lorabench.runs import Condition, Sweep
 from lorabench.utils.gpus import GB, GPUS
 
@@ -54,11 +54,6 @@ class EngineBatch(NamedTuple):
 def uses_engine(preset: Preset, condition: Condition) -> bool:
     """Return whether the responses of a condition's runs are drawn by vLLM, an engine of which each process starts."""
     return condition.rollouts is not None and preset.execution.sampler == "vllm"
-
-
-def is_fused(preset: Preset, sizes: Dimensions) -> bool:
-    """Return whether a model's layers are computed by `lorabench.models.fused` on the preset's GPU."""
-    return preset.execution.gpu is not None and preset.execution.fused_kernels and sizes.fusible
 
 
 def engine_batch(preset: Preset, condition: Condition | None = None) -> EngineBatch:
@@ -150,8 +145,7 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> float:
     # The upper limit: a batch may go through the model at once, and all of its tokens may be scored.
     tokens = max(longest, min(execution.max_batch_tokens, condition.batch_size * longest))
     row, method = row_limit(longest, execution.max_batch_tokens) if is_rl else longest, condition.method
-    arm = condition.rank, condition.placement
-    held, step = step_memory(preset, sizes, *arm, tokens, row, gpus, is_rl, method)
+    held, step = step_memory(preset, sizes, condition.rank, condition.placement, tokens, row, gpus, is_rl, method)
     if uses_engine(preset, condition):
         # The engine draws responses next to the trainer and holds its memory throughout.
         return held + step + engine_memory(preset, condition.model, condition)[0]
@@ -168,10 +162,9 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> float:
     # Keys and values have the precision of their products; a layer's buffers grow by copying. One layer's keys and
     # values are repeated for all heads.
     cache = cached * (4 if bf16 else 8) * ((sizes.layers + 1) * keys + queries)
-    # Log-probabilities of each row, and the cumulative sums of their exponentials in double precision.
-    distributions = cached / longest * sizes.vocabulary * 34
-    # Responses are never drawn at the same time as a step is computed.
-    return held + copy + max(step, cast + cache + distributions)
+    # Log-probabilities of each row, and the cumulative sums of their exponentials in double precision. Responses are
+    # never drawn at the same time as a step is computed.
+    return held + copy + max(step, cast + cache + cached / longest * sizes.vocabulary * 34)
 
 
 def step_memory(

@@ -13,15 +13,15 @@ from typing import NamedTuple
 from lorabench.config.fields import Placement
 from lorabench.config.preset import Preset
 from lorabench.models.specs import Dimensions, Matrix, dimensions
-from lorabench.planning.flops import lora_parameters
-from lorabench.planning.memory import is_fused
+from lorabench.planning.flops import SHARED_ROW, is_fused, lora_parameters, share_rows
 from lorabench.runs import Condition
 from lorabench.utils.gpus import GPUS, Gpu
 
 # The share of products' FLOP/s that attention reaches, an assumption: FlashAttention-2 has about half on an H100, and
 # FlashAttention-4, by the size of a head, what FlashAttention-3 has there (arXiv:2407.08608, figures 5 and 6: forward
-# and backward, 4,096 tokens). The backward pass takes 2.5 times the FLOPs, since it computes the scores again.
-_ATTENTION, _FLASH_ATTENTION_4, _ATTENTION_BACKWARD = 0.5, {64: 0.68, 128: 0.83}, 2.5
+# and backward, 4,096 tokens). With a mask, as in rows that responses of RL share, PyTorch has a kernel that takes twice
+# the time of FlashAttention-2 (xformers#1074). The backward pass takes 2.5 times the FLOPs: scores are computed again.
+_ATTENTION, _FLASH_ATTENTION_4, _MASKED, _ATTENTION_BACKWARD = 0.5, {64: 0.68, 128: 0.83}, 0.25, 2.5
 # Bytes that elementwise kernels read and write for each token in a layer: per hidden number, query and key, query and
 # key that are normed besides, number within the MLP, and rank in an adapted linear layer. Forward, and in training
 # with LoRA and in full fine-tuning both passes; by whether the kernels are fused.
@@ -75,7 +75,8 @@ def step_seconds(preset: Preset, condition: Condition, tokens: float, learned: f
     `tokens` go through the model at once, and attend to so many tokens: in training `learned`, in evaluation `context`.
     """
     sizes = dimensions(preset.models[condition.model])
-    return arm_seconds(preset, sizes, condition.rank, condition.placement, tokens, learned, context)
+    masked = condition.rollouts is not None and learned <= SHARED_ROW and not share_rows(preset, sizes)
+    return arm_seconds(preset, sizes, condition.rank, condition.placement, tokens, learned, context, masked)
 
 
 def arm_seconds(
@@ -86,20 +87,28 @@ def arm_seconds(
     tokens: float,
     learned: float,
     context: float,
+    masked: bool = False,
 ) -> StepSeconds:
-    """Return what `step_seconds` does for sizes and an arm; without a rank it is full fine-tuning."""
+    """Return what `step_seconds` does for sizes and an arm; without a rank it is full fine-tuning.
+
+    In training attention may be computed with a mask that is not plainly causal.
+    """
     assert preset.execution.gpu
     gpu, arm = GPUS[preset.execution.gpu], (rank, placement)
+    newer = gpu.flash_attention_4 and is_fused(preset, sizes) and _FLASH_ATTENTION_4.get(sizes.head_dim)
+    # As many tokens would take as long if attention reached all FLOP/s of products.
+    learned, context = learned / (_MASKED if masked else newer or _ATTENTION), context / (newer or _ATTENTION)
     again = preset.execution.recomputed_layers(sizes.layers) / sizes.layers
     trained = _pass(preset, gpu, sizes, arm, tokens, learned, backward=True)
     # Activation checkpointing recomputes layers, and not the unembedding.
-    recomputed = _layers(preset, gpu, sizes, arm, tokens, learned, backward=False)
-    trained = Pass(trained.token.plus(recomputed, again), trained.scored)
+    recomputed = trained.token.plus(_layers(preset, gpu, sizes, arm, tokens, learned, backward=False), again)
     evaluated = _pass(preset, gpu, sizes, arm, tokens, context, backward=False)
     parameters = sizes.parameters if rank is None else lora_parameters(preset, sizes, rank, placement)[0]
     of_weights = sizes.parameters if rank is None else 0
     each_step = _STEP * parameters - _LESS_IN_FIRST * of_weights
-    return StepSeconds(trained, evaluated, _PASS * of_weights / gpu.streaming, each_step / gpu.streaming)
+    return StepSeconds(
+        Pass(recomputed, trained.scored), evaluated, _PASS * of_weights / gpu.streaming, each_step / gpu.streaming
+    )
 
 
 Arm = tuple[int | None, Placement | None]
@@ -136,8 +145,7 @@ def _layers(
     size = sizes.layers * (
         hidden * sizes.hidden + (heads + normed * sizes.query_key_norms) * queries_and_keys + inner * wide
     )
-    newer = gpu.flash_attention_4 and is_fused(preset, sizes) and _FLASH_ATTENTION_4.get(sizes.head_dim)
-    flops = 4.0 * context * sizes.heads * sizes.head_dim / (newer or _ATTENTION)
+    flops = 4.0 * context * sizes.heads * sizes.head_dim
     # Queries, keys, values and results, and backward their gradients too.
     attention = _kernel(gpu, flops, 4.0 * queries_and_keys)
     attention += backward * _kernel(gpu, _ATTENTION_BACKWARD * flops, 8.0 * queries_and_keys)

@@ -11,7 +11,13 @@ from lorabench.config.inputs import FileDataset, HubDataset
 from lorabench.config.preset import Preset
 from lorabench.models.specs import Dimensions, dimensions
 from lorabench.planning import memory
-from lorabench.planning.flops import graded_problems, longest_sequence, run_work, unembedding_flops_per_token
+from lorabench.planning.flops import (
+    graded_problems,
+    longest_sequence,
+    run_work,
+    share_rows,
+    unembedding_flops_per_token,
+)
 from lorabench.planning.roofline import Parts, StepSeconds, arm_seconds, step_seconds
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS
@@ -77,9 +83,8 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     # the longest. Then examples of generated data differ little in length, and long ones are alone in their
     # micro-batch. Padding of RL and of evaluations, which sort all examples by length, is not counted.
     dataset, padded = preset.sources[condition.dataset], 1.0
-    packed = memory.is_fused(preset, sizes) and preset.protocol.precision == "bf16"
     if (
-        not packed
+        not share_rows(preset, sizes)
         and isinstance(dataset, HubDataset | FileDataset)
         and 4 * dataset.mean_tokens <= execution.max_batch_tokens
     ):

@@ -201,8 +201,7 @@ def code_state(patches: Path) -> dict[str, str | None]:
     """
 
     def git(*arguments: str) -> bytes:
-        command = ["git", "-C", str(_REPOSITORY), *arguments]
-        return subprocess.run(command, capture_output=True, check=True, timeout=30).stdout
+        return subprocess.run(["git", *arguments], cwd=_REPOSITORY, capture_output=True, check=True, timeout=30).stdout
 
     unknown: dict[str, str | None] = {"git_sha": None, "git_dirty_patch": None}
     if not (_REPOSITORY / ".git").exists():

@@ -86,8 +86,8 @@ class Batch(NamedTuple):
     @property
     def of_model(self) -> dict[str, Any]:
         """The arguments of a model's forward pass."""
-        shared = {} if self.lengths is None else fused.shared_row(self.lengths, self.inputs.device)
-        return {"input_ids": self.inputs, **shared}
+        sequences = [(length, ()) for length in self.lengths or ()]
+        return {"input_ids": self.inputs} | (fused.shared_row(sequences, self.inputs.device) if sequences else {})
 
     @property
     def scored(self) -> int:
@@ -255,12 +255,11 @@ def example_nlls(model: nn.Module, split: TokenizedSplit, machine: Machine) -> n
         tokens, targets = _scored(batch)
         with machine.cast(), computing_only(model, tokens):
             nlls = call_as_forward(model, of_tokens, batch.of_model, tokens, _nlls(model, targets), at_once)
-        nats.append(nlls.double().cpu().numpy())
+            nats.append(nlls.double().cpu().numpy())
         owners.append(np.repeat(examples, counts[examples]))
     sums = np.bincount(np.concatenate(owners), weights=np.concatenate(nats), minlength=len(split))
     # Each process has measured its share, and has 0 for the examples of the others.
-    whole: np.ndarray = processes.gather(sums).sum(0)
-    return whole
+    return np.sum(processes.gather(sums), 0)  # type: ignore[no-any-return]
 
 
 def mean_nll(model: nn.Module, split: TokenizedSplit, machine: Machine) -> float:
@@ -277,9 +276,14 @@ def _scored(batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _micro_batches(model: nn.Module, lengths: np.ndarray, machine: Machine) -> tuple[list[np.ndarray], bool]:
     """Return the positions of the examples of each micro-batch, and whether the examples share a row."""
-    if fused.is_fused(model) and machine.autocast == torch.bfloat16:
+    if share_rows(model, machine):
         return packed_batches(lengths, machine.max_batch_tokens), True
     return micro_batches(lengths, machine.max_batch_tokens, PASS_TOKENS[machine.device.type]), False
+
+
+def share_rows(model: nn.Module, machine: Machine) -> bool:
+    """Return whether sequences share a row without seeing each other, for which attention has kernels in bf16."""
+    return fused.is_fused(model) and machine.autocast == torch.bfloat16
 
 
 def _nlls(model: nn.Module, targets: Tensor) -> OfLogits:

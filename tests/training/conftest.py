@@ -4,13 +4,16 @@ import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, GemmaConfig, MistralConfig, Qwen2Config
 
 from lorabench.config.experiments import Protocol
@@ -36,6 +39,34 @@ needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), 
 # Tests of a GPU have a small form on the CPU, which shows that they can pass and, with a fault, fail.
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 INSTRUCT = {"kind": "instruct", "train": 40, "validation": 8, "test": 8, "max_chars": 120}
+
+
+def varlen_attn(query, key, value, starts, key_starts, longest, most_keys, *, scale, window_size, enable_gqa):
+    """Compute torch's function of this name, which needs a GPU, sequence by sequence."""
+    ends, key_ends = starts.tolist(), key_starts.tolist()
+    assert (longest, most_keys, window_size) == (max(np.diff(ends)), max(np.diff(key_ends)), (-1, 0))
+    parts = []
+    for (start, end), (first, last) in zip(pairwise(ends), pairwise(key_ends), strict=True):
+        heads = (tensor.transpose(0, 1) for tensor in (query[start:end], key[first:last], value[first:last]))
+        # The last query sees the last key.
+        seen = torch.ones(end - start, last - first, dtype=torch.bool).tril(last - first - end + start)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *heads, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
+        )
+        parts.append(attended.transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.fixture
+def varlen_on_cpu(monkeypatch):
+    """Let fused models compute attention in shared rows on a CPU too."""
+    on_gpu = varlen.varlen_attn
+
+    def chosen(query, *others, **options):
+        return (on_gpu if query.is_cuda else varlen_attn)(query, *others, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", chosen)
+
 
 # Families without a shipped base, with random weights: grouped heads, biases, tied and scaled embeddings.
 FAMILIES: dict[str, Any] = {

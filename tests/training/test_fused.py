@@ -1,13 +1,10 @@
 """Fused layers compute what transformers' do, alone and with examples that share a row, and leave caches alone."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention import varlen
 
 from lorabench.config.inputs import TinyModel
 from lorabench.data.tokens import TokenizedSplit
@@ -19,30 +16,7 @@ from lorabench.training.run import Machine
 
 from .conftest import DEVICES
 
-
-def varlen_attn(query, key, value, starts, same, longest, same_longest, *, scale, window_size, enable_gqa):
-    """Compute torch's function of this name, which needs a GPU, example by example."""
-    assert (same is starts, same_longest, window_size) == (True, longest, (-1, 0))
-    ends = starts.tolist()
-    assert longest == max(np.diff(ends))
-    parts = []
-    for start, end in pairwise(ends):
-        heads = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            *heads, is_causal=True, scale=scale, enable_gqa=enable_gqa
-        )
-        parts.append(attended.transpose(0, 1))
-    return torch.cat(parts)
-
-
-@pytest.fixture(autouse=True)
-def _attention_on_a_cpu(monkeypatch):
-    on_gpu = varlen.varlen_attn
-
-    def chosen(query, *others, **options):
-        return (on_gpu if query.is_cuda else varlen_attn)(query, *others, **options)
-
-    monkeypatch.setattr(varlen, "varlen_attn", chosen)
+pytestmark = pytest.mark.usefixtures("varlen_on_cpu")
 
 
 def prepared(name, rank, fuse, bf16=False, again=False):

@@ -74,8 +74,7 @@ class ProblemTexts:
         ends = {int(self.tokenizer.eos_token_id)}
         if self.rollouts.prompt is None:
             # Base models with a chat template may close a turn by another token than their end-of-text token.
-            turn = self.prompt("a", "b")[len(self.prompt("a")) :]
-            ends |= set(turn) & set(self.tokenizer.all_special_ids)
+            ends |= {*self.prompt("a", "b")[len(self.prompt("a")) :]} & {*self.tokenizer.all_special_ids}
         return Stop(tuple(sorted(ends)), self.rollouts.max_new_tokens, self.rollouts.stop)
 
     def prompt(self, question: str, *response: str) -> tuple[int, ...]:
@@ -96,8 +95,9 @@ class ProblemTexts:
     def read(self, path: Path) -> dict[str, Problems]:
         """Read the splits of a problem set's file; UserError says that a problem makes no prompt, or too long a one."""
         if self.rollouts.prompt is None and not self.tokenizer.chat_template:
-            name = self.tokenizer.name_or_path
-            raise UserError(f"the tokenizer {name!r} has no chat template; give the RL experiment a `prompt`")
+            raise UserError(
+                f"the tokenizer {self.tokenizer.name_or_path!r} has no chat template; give the RL experiment a `prompt`"
+            )
         splits: dict[str, Problems] = {"train": [], "validation": [], "test": []}
         for row in read_problems(path):
             prompt = self.prompt(row["question"])
@@ -214,8 +214,8 @@ def train_rl(
         outcome.record(step, step * condition.batch_size, response_tokens, split, metrics)
 
     def save(step: int) -> None:
-        progress = outcome.progress() | {"step": step, "response_tokens": response_tokens}
-        checkpoint.save(parameters, optimizer, progress | {"evaluations": evaluations, "right": right})
+        counts = {"step": step, "response_tokens": response_tokens, "evaluations": evaluations, "right": right}
+        checkpoint.save(parameters, optimizer, outcome.progress() | counts)
 
     def evaluated(step: int) -> Scores:
         """Evaluate the policy as after a step, and return its scores."""

@@ -4,7 +4,8 @@ The advantage of a response is its reward minus the mean reward of its group, wi
 deviation. There is no KL term, no clipping and no entropy bonus. The loss is the mean over responses.
 
 A row is one sequence with a prompt and some of its responses, each of which attends to the prompt and to itself. A long
-response has a row of its own, with plain causal attention.
+response has a row of its own, with plain causal attention. Where sequences share rows without a mask
+(`lorabench.models.fused`), all prompts and responses of a part are in one row.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from lorabench.models import fused
 from lorabench.models.passes import computing_only, without_peft
 from lorabench.planning.flops import SHARED_ROW, row_limit
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, call_as_forward
-from lorabench.training.loss import MAX_LOGITS, backward_in_pieces, of_tokens
+from lorabench.training.loss import MAX_LOGITS, backward_in_pieces, of_tokens, packed_batches, share_rows
 from lorabench.training.rl.sampler import Request, Response, packed
 from lorabench.training.run import Machine
 
@@ -51,8 +53,8 @@ class ResponseGroup:
 
     def part(self, rows: list[int]) -> ResponseGroup:
         """Return a group of some of the responses, with the advantages that they have in the whole group."""
-        responses = [self.responses[row] for row in rows]
-        return ResponseGroup(self.prompt, responses, self.rewards[rows], self.advantages[rows], self.times[rows])
+        arrays = (array[rows] for array in (self.rewards, self.advantages, self.times))
+        return ResponseGroup(self.prompt, [self.responses[row] for row in rows], *arrays)
 
 
 # What a process without any row computes while other processes have rows.
@@ -82,22 +84,22 @@ def backward(model: torch.nn.Module, groups: Sequence[ResponseGroup], machine: M
     Groups of equal rewards add nothing to the gradient and are only measured, unless there are no other groups. Each
     process computes a share.
     """
-    device, processes = next(model.parameters()).device, machine.processes
+    processes, one_row = machine.processes, share_rows(model, machine)
     episodes = sum(len(group.responses) for group in groups)
     teaching = [group for group in groups if not group.equal] or list(groups)
     idle = [group for group in groups if group.equal] if len(teaching) < len(groups) else []
     # Weight of the tokens, loss, and the sums of entropy, KL, ratio and ratios above 2.
     sums, ratio_max = torch.zeros(6, dtype=torch.float64), 0.0
     for some, learn in ((teaching, True), (idle, False)):
-        for part in processes.even(row_parts(some, machine.max_batch_tokens, processes), []):
-            layout = _Layout.of(part or [_NOTHING], device)
+        for part in processes.even(row_parts(some, machine.max_batch_tokens, processes, one_row), []):
+            layout = _Layout.of(part or [_NOTHING], machine, one_row)
             loss, learner, entropy = _compute(model, layout, episodes, machine, learn)
             if not part:
                 continue
             difference = learner - layout.sampler
             ratio = difference.exp()
             # Numbers of tokens are added by response, whatever the parts of the loss are.
-            by_response = torch.zeros(layout.is_token.shape, device=device)
+            by_response = torch.zeros(layout.is_token.shape, device=machine.device)
             count, *others = (
                 by_response.masked_scatter(layout.is_token, layout.times * measure).sum()
                 for measure in (torch.ones_like(ratio), entropy, -difference, ratio, ratio > 2)
@@ -121,7 +123,7 @@ def check_finite(
         if np.isfinite(response.logprobs).all():
             continue
         group = ResponseGroup.of(request.prompt, [response], np.zeros(1))
-        layout = _Layout.of([group], next(model.parameters()).device)
+        layout = _Layout.of([group], machine, share_rows(model, machine))
         if bool(_compute(model, layout, 1, machine, learn=False)[1].isfinite().all()):
             place, length = int((~np.isfinite(response.logprobs)).argmax()), len(request.prompt)
             raise UserError(
@@ -133,21 +135,25 @@ def check_finite(
 
 
 def row_parts(
-    groups: Sequence[ResponseGroup], max_tokens: int, processes: Processes = SINGLE_PROCESS
+    groups: Sequence[ResponseGroup], max_tokens: int, processes: Processes = SINGLE_PROCESS, one_row: bool = False
 ) -> Iterator[list[ResponseGroup]]:
     """Split groups into rows, and this process's share of the rows into parts with little padding.
 
-    A part has at most `max_tokens` tokens, padding included, unless it is a single row.
+    A part has at most `max_tokens` tokens, padding included, unless it is a single row. With `one_row` there is no
+    padding, and rows may be as long.
     """
-    rows = [row for group in groups for row in _rows(group, max_tokens)]
+    rows = [row for group in groups for row in _rows(group, max_tokens, one_row)]
     lengths = np.array([_length(row) for row in rows])
     share = processes.share(lengths)
+    if one_row:
+        yield from ([rows[index] for index in share[part]] for part in packed_batches(lengths[share], max_tokens))
+        return
     # Rows with a mask and rows without are not computed together.
     for some in (share[lengths[share] <= SHARED_ROW], share[lengths[share] > SHARED_ROW]):
         yield from packed([rows[index] for index in some], _length, max_tokens)
 
 
-def _rows(group: ResponseGroup, max_tokens: int) -> Iterator[ResponseGroup]:
+def _rows(group: ResponseGroup, max_tokens: int, one_row: bool) -> Iterator[ResponseGroup]:
     """Fill rows with the distinct responses, up to the limit of shared rows; a longer one has a row of its own."""
     # Short answers are often drawn several times.
     seen: dict[tuple[bytes, bytes, float], int] = {}
@@ -157,10 +163,13 @@ def _rows(group: ResponseGroup, max_tokens: int) -> Iterator[ResponseGroup]:
     ]
     distinct = list(seen.values())
     group = replace(group.part(distinct), times=np.bincount(first, group.times, len(first))[distinct])
-    limit = row_limit(len(group.prompt) + max(len(response.tokens) for response in group.responses), max_tokens)
+    if not one_row:
+        max_tokens = row_limit(
+            len(group.prompt) + max(len(response.tokens) for response in group.responses), max_tokens
+        )
     row, length = [0], len(group.prompt) + len(group.responses[0].tokens)
     for index, response in enumerate(group.responses[1:], 1):
-        if length + len(response.tokens) > limit:
+        if length + len(response.tokens) > max_tokens:
             yield group.part(row)
             row, length = [], len(group.prompt)
         row.append(index)
@@ -176,12 +185,8 @@ def _length(row: ResponseGroup) -> int:
 class _Layout(NamedTuple):
     """Rows as token sequences: a prompt, then its responses, each with the positions that it would have alone."""
 
-    ids: Tensor
-    """Token ids, (rows, length)."""
-    positions: Tensor
-    """Positions of the tokens, (rows, length)."""
-    segments: Tensor
-    """0 in the prompt, from 1 the number of the response, -1 in padding, (rows, length)."""
+    of_model: dict[str, Any]
+    """The arguments of a model's forward pass, with token ids (rows, length)."""
     is_token: Tensor
     """Whether a response has a token there, (responses, longest response)."""
     sources: Tensor
@@ -196,34 +201,46 @@ class _Layout(NamedTuple):
     """How often the responses of the targets were drawn, (tokens,)."""
 
     @classmethod
-    def of(cls, rows: Sequence[ResponseGroup], device: torch.device) -> _Layout:
-        """Return the layout of rows, on a device."""
-        width = max(map(_length, rows))
-        ids, positions, segments = (np.zeros((len(rows), width), np.int64) for _ in range(3))
-        segments -= 1
+    def of(cls, rows: Sequence[ResponseGroup], machine: Machine, one_row: bool) -> _Layout:
+        """Return the layout of rows, padded or in one row, on the machine's device."""
+        lengths = list(map(_length, rows))
+        shape = (1, sum(lengths)) if one_row else (len(rows), max(lengths))
+        starts = accumulate(lengths, initial=0) if one_row else range(0, shape[0] * shape[1], shape[1])
+        # A segment is 0 in the prompt, from 1 the number of the response, -1 in padding.
+        ids, positions, segments = (np.full(shape[0] * shape[1], fill) for fill in (0, 0, -1))
         responses = [response for row in rows for response in row.responses]
         tokens = [response.tokens for response in responses]
         is_token = np.arange(max(map(len, tokens))) < np.array([[len(ids)] for ids in tokens])
         sources = []
-        for index, row in enumerate(rows):
-            prompt = len(row.prompt)
-            ids[index, :prompt], positions[index, :prompt], segments[index, :prompt] = row.prompt, np.arange(prompt), 0
-            start = prompt
+        for first, row in zip(starts, rows, strict=False):
+            prompt, start = len(row.prompt), first + len(row.prompt)
+            ids[first:start], positions[first:start], segments[first:start] = row.prompt, np.arange(prompt), 0
             for segment, response in enumerate(row.responses, 1):
                 own = slice(start, start + len(response.tokens) - 1)
-                ids[index, own], segments[index, own] = response.tokens[:-1], segment
-                positions[index, own] = np.arange(prompt, prompt + len(response.tokens) - 1)
+                ids[own], segments[own] = response.tokens[:-1], segment
+                positions[own] = np.arange(prompt, prompt + len(response.tokens) - 1)
                 # The prompt's last token predicts the first of every response.
-                sources.append(index * width + np.concatenate([[prompt - 1], np.arange(own.start, own.stop)]))
+                sources.append(np.concatenate([[first + prompt - 1], np.arange(own.start, own.stop)]))
                 start = own.stop
         by_token = [
             np.repeat(np.concatenate(numbers), is_token.sum(1)).astype(np.float32)
             for numbers in ([row.advantages for row in rows], [row.times for row in rows])
         ]
         sampler = np.concatenate([response.logprobs for response in responses]).astype(np.float32)
-        targets = np.concatenate(tokens)
-        arrays = (ids, positions, segments, is_token, np.concatenate(sources), targets, sampler, *by_token)
-        return cls(*(torch.as_tensor(array, device=device) for array in arrays))
+        in_rows = (array.reshape(shape) for array in (ids, positions, segments))
+        arrays = (*in_rows, is_token, np.concatenate(sources), np.concatenate(tokens), sampler, *by_token)
+        whole, places, segment_of, *tensors = (torch.as_tensor(array, device=machine.device) for array in arrays)
+        of_model = {"input_ids": whole}
+        if one_row:
+            sequences = [(len(row.prompt), [len(response.tokens) - 1 for response in row.responses]) for row in rows]
+            of_model |= fused.shared_row(sequences, machine.device)
+        elif shape[1] <= SHARED_ROW:
+            visible = (segment_of[:, None, :] == segment_of[:, :, None]) | (segment_of[:, None, :] == 0)
+            # PyTorch would convert booleans in each layer, and keep each result for the backward pass.
+            mask = torch.zeros(visible.shape, dtype=machine.autocast, device=machine.device)[:, None]
+            mask.masked_fill_(~visible.tril()[:, None], -math.inf)
+            of_model |= {"position_ids": places, "attention_mask": mask}
+        return cls(of_model, *tensors)
 
 
 def _compute(
@@ -233,22 +250,13 @@ def _compute(
 
     With `learn` the gradient is added to the model's weights.
     """
-    segments, sources, targets = layout.segments, layout.sources, layout.targets
-    inputs = {"input_ids": layout.ids}
-    if layout.ids.shape[1] <= SHARED_ROW:
-        visible = ((segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)).tril()[:, None]
-        # PyTorch would convert booleans in each layer, and keep each result for the backward pass.
-        mask = torch.zeros(visible.shape, dtype=machine.autocast, device=visible.device)
-        mask.masked_fill_(~visible, -math.inf)
-        del visible
-        inputs |= {"position_ids": layout.positions, "attention_mask": mask}
-    at_once = max(1, MAX_LOGITS[sources.device.type] // without_peft(model).config.vocab_size)
+    at_once = max(1, MAX_LOGITS[machine.device.type] // without_peft(model).config.vocab_size)
 
     def logprobs_and_entropies(logits: Tensor, piece: slice) -> Tensor:
         if fused.is_fused(model):
-            return torch.stack(fused.logprobs_and_entropies(logits, targets[piece]), -1)
+            return torch.stack(fused.logprobs_and_entropies(logits, layout.targets[piece]), -1)
         distribution = torch.log_softmax(logits.float(), -1)
-        chosen = distribution.gather(-1, targets[piece, None]).squeeze(-1)
+        chosen = distribution.gather(-1, layout.targets[piece, None]).squeeze(-1)
         with torch.no_grad():
             entropy = -(distribution.exp() * distribution).sum(-1)
         return torch.stack([chosen, entropy], -1)
@@ -258,13 +266,15 @@ def _compute(
         return (-layout.times[piece] * (ratio * layout.advantages[piece])).sum() / episodes
 
     # The context includes the backward pass, since recomputed layers read the tokens again.
-    with computing_only(model, sources.unique()):
+    with computing_only(model, layout.sources.unique()):
         if learn:
             total, numbers = backward_in_pieces(
-                model, inputs, sources, logprobs_and_entropies, loss, machine.autocast, at_once
+                model, layout.of_model, layout.sources, logprobs_and_entropies, loss, machine.autocast, at_once
             )
         else:
             with torch.no_grad(), machine.cast():
-                numbers = call_as_forward(model, of_tokens, inputs, sources, logprobs_and_entropies, at_once)
+                numbers = call_as_forward(
+                    model, of_tokens, layout.of_model, layout.sources, logprobs_and_entropies, at_once
+                )
             total = loss(numbers, slice(None))
     return total, numbers[:, 0], numbers[:, 1]

@@ -109,8 +109,8 @@ def draw(logprobs: Tensor, uniform: Tensor, contexts: Tensor) -> Tensor:
     """
     cumulative = logprobs.double().exp().cumsum(-1)
     # The total is 1 up to rounding; scaling by it ensures that no token of probability zero is drawn.
-    threshold = uniform * cumulative[contexts, -1]
-    drawn = torch.searchsorted(cumulative[contexts], threshold[:, None], right=True).squeeze(-1)
+    scaled = (uniform * cumulative[contexts, -1])[:, None]
+    drawn = torch.searchsorted(cumulative[contexts], scaled, right=True).squeeze(-1)
     drawn = drawn.clamp(max=logprobs.shape[-1] - 1)
     return torch.where(uniform < 0, logprobs.argmax(-1)[contexts], drawn)
 
@@ -123,8 +123,9 @@ def _sample_chunk(
     device: torch.device,
 ) -> list[Response]:
     n, longest = len(requests), stop.max_new_tokens
-    greedy = np.full(longest, -1.0)
-    drawn_from = [greedy if r.key is None else np.random.default_rng(r.key).random(longest) for r in requests]
+    drawn_from = [
+        np.full(longest, -1.0) if r.key is None else np.random.default_rng(r.key).random(longest) for r in requests
+    ]
     uniform = torch.as_tensor(np.stack(drawn_from), device=device)
     stops = torch.tensor(stop.tokens, dtype=torch.long, device=device)
     tokens = torch.zeros((n, longest), dtype=torch.long, device=device)
@@ -272,7 +273,6 @@ def sample_in_processes(
     prompts = list(dict.fromkeys(request.prompt for request in requests))
     own = {prompts[index] for index in processes.share(np.array([len(prompt) for prompt in prompts]))}
     indices = [index for index, request in enumerate(requests) if request.prompt in own]
-    drawn = draw([requests[index] for index in indices])
-    parts = processes.gather_objects(list(zip(indices, drawn, strict=True)))
-    gathered = dict(pair for part in parts for pair in part)
+    drawn = zip(indices, draw([requests[index] for index in indices]), strict=True)
+    gathered = dict(pair for part in processes.gather_objects(list(drawn)) for pair in part)
     return [gathered[index] for index in range(len(requests))]

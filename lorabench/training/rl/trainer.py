@@ -98,8 +98,7 @@ class RlTrainer(AbstractContextManager["RlTrainer"]):
             def grade(responses: list[str], answers: list[str]) -> np.ndarray:
                 # All processes use the first one's verdicts, since time limits may expire in some only.
                 verdicts = grader.grade(responses, answers) if processes.first else [False] * len(responses)
-                rewards: np.ndarray = processes.gather(verdicts)[0]
-                return rewards
+                return np.asarray(processes.gather(verdicts)[0])
 
             return grade
 

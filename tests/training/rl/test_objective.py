@@ -1,5 +1,6 @@
 """The objective: its measures, and its gradient by the reference, whose rows hold one response each."""
 
+import copy
 from unittest import mock
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabench.errors import UserError
+from lorabench.models.fused import fuse
 from lorabench.models.passes import trained_parameters
 from lorabench.planning.flops import row_limit
 from lorabench.training import reference
@@ -17,6 +19,7 @@ from lorabench.training.rl import objective
 from lorabench.training.rl.objective import ResponseGroup, backward, check_finite, row_parts
 from lorabench.training.rl.sampler import Request, Response
 
+from ..conftest import DEVICES
 from .conftest import drawn, machine
 
 
@@ -60,20 +63,41 @@ def sharing_rows(tokens):
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "at_once", "shared"),
-    [(60, 7, 2048), (10_000, 10_000, 26)],
+    ("max_tokens", "at_once", "shared", "one_row"),
+    [(60, 7, 2048, False), (10_000, 10_000, 26, False), (60, 7, 2048, True), (10_000, 10_000, 26, True)],
 )
+@pytest.mark.usefixtures("varlen_on_cpu")
 def test_sharing_a_prompt_and_splitting_a_batch_or_its_logits_change_nothing(
-    base, groups, max_tokens, at_once, shared, monkeypatch
+    base, groups, max_tokens, at_once, shared, one_row, monkeypatch
 ):
     monkeypatch.setitem(MAX_LOGITS, "cpu", at_once * base.config.vocab_size)
     expected, loss = plain_gradients(base, groups)
+    if one_row:
+        fuse(base)
+        # It is done in bf16 alone, whose rounding would hide errors.
+        monkeypatch.setattr(objective, "share_rows", lambda model, machine: True)
     with sharing_rows(shared):
         measured = backward(base, groups, machine(max_batch_tokens=max_tokens))
     assert measured.loss == pytest.approx(loss, abs=1e-5)
     assert measured.tokens == sum(len(r.tokens) for group in groups for r in group.responses)
     for name, gradient in gradients(base).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("varlen_on_cpu")
+def test_rounding_to_bf16_is_no_larger_in_one_row_than_with_a_mask(base, groups, device):
+    expected, _ = plain_gradients(base, groups)
+    errors = []
+    for one_row in (False, True):
+        model = copy.deepcopy(base).to(device)
+        if one_row:
+            fuse(model)
+        backward(model, groups, machine(device=torch.device(device), autocast=torch.bfloat16))
+        own = gradients(model)
+        errors.append(sum(float((own[name].cpu() - known).square().sum()) for name, known in expected.items()) ** 0.5)
+    whole = sum(float(known.square().sum()) for known in expected.values()) ** 0.5
+    assert errors[1] < 1.2 * errors[0] < 0.1 * whole
 
 
 @settings(max_examples=15)
@@ -83,20 +107,24 @@ def test_sharing_a_prompt_and_splitting_a_batch_or_its_logits_change_nothing(
     ),
     st.sampled_from([50, 200, 1000]),
     st.sampled_from([30, 100, 2048]),
+    st.booleans(),
 )
-def test_parts_hold_every_response_once_and_fit(shapes, limit, shared):
+def test_parts_hold_every_response_once_and_fit(shapes, limit, shared, one_row):
     groups = [
         ResponseGroup.of((number,) * prompt, [response([1] * n) for n in lengths], np.arange(float(len(lengths))))
         for number, (prompt, lengths) in enumerate(shapes)
     ]
     with sharing_rows(shared):
-        parts = list(row_parts(groups, limit))
+        parts = list(row_parts(groups, limit, one_row=one_row))
     held = sorted((row.prompt[0], reward) for part in parts for row in part for reward in row.rewards)
     assert held == sorted((group.prompt[0], reward) for group in groups for reward in group.rewards)
     assert sum(row.advantages.sum() for part in parts for row in part) == pytest.approx(0, abs=1e-9)
     for part in parts:
         lengths = [len(row.prompt) + sum(len(r.tokens) - 1 for r in row.responses) for row in part]
-        assert len(part) * max(lengths) <= limit or len(part) == len(part[0].responses) == 1
+        tokens = sum(lengths) if one_row else len(part) * max(lengths)
+        assert tokens <= limit or len(part) == len(part[0].responses) == 1
+        if one_row:
+            continue
         # Rows without a mask have one response, and are in other parts than rows with a mask.
         assert max(lengths) <= shared or min(lengths) > shared
         assert max(lengths) <= shared or {len(row.responses) for row in part} == {1}
