@@ -104,7 +104,7 @@ def test_a1_compares_the_lowest_losses_over_lrs_at_each_step():
 @pytest.mark.parametrize(
     ("claim", "changes", "every", "why"),
     [
-        ("A1", {}, {"own": NOISY}, "windows"),
+        pytest.param("A1", {}, {"own": NOISY}, "windows", marks=pytest.mark.slow),
         # All ranks at one step.
         ("A3", {rank: {"shape": departing(47)} for rank in LEAVES}, {}, "fewer than two steps"),
         ("A5", {16: {"shape": shared}}, {}, "too few for a slope; left out: tiny/long r16 stays"),
@@ -114,6 +114,7 @@ def test_inconclusive_where_noise_or_data_leave_it_open(claim, changes, every, w
     verdict_is(judged(claim, *long_world(changes, every)), "inconclusive", why)
 
 
+@pytest.mark.slow
 def test_an_optimum_off_the_grid_leaves_all_open():
     claims = judged(CURVES, *long_world({64: {"lrs": LRS[:4]}}))
     assert set(claims["verdict"]) == {"inconclusive"}

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pandas as pd
+import pytest
 
 from lorabench.analysis.arms import in_experiments
 from lorabench.analysis.estimate import student
@@ -87,6 +88,7 @@ def test_what_fails_on_models_below_1b_alone_is_not_seen_here():
     assert judged(lambda evidence: replace(small, run_ids=()))["verdict"] == "contradicted"
 
 
+@pytest.mark.slow
 def test_presets_meet_the_conditions_that_claims_say_they_meet():
     planned = {}
     for name in PRESETS:

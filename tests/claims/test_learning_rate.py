@@ -108,6 +108,7 @@ def world(models=WIDE, law=LAW, lora=lambda name, lr: lr, fullft=lambda name, lr
     return jitter(runs, sigma), curves
 
 
+@pytest.mark.slow
 def test_a_base_and_models_trained_from_it_count_once():
     # The ratio of one twin is 3 times too high and that of the other 3 times too low: their mean is right.
     factors = {"llama-2": 3.0, "llama-2-chat": 1 / 3}
@@ -211,6 +212,7 @@ def lengths(ratios=LENGTHS, sigma=1e-4):
     return runs.assign(final_valid_nll=runs["run_id"].map(final)), curves
 
 
+@pytest.mark.slow
 def test_short_runs_want_more_where_they_do():
     row = judged("B9", *lengths())
     at_100 = "at step 100 optimal LR LoRA r16 / FullFT = 14.0"
@@ -223,6 +225,7 @@ def test_short_runs_want_more_where_they_do():
         assert (row["verdict"], row["estimate"]) == ("contradicted", pytest.approx(estimate, rel=0.02))
 
 
+@pytest.mark.slow
 def test_short_runs_of_their_own_are_judged_by_fifteen():
     row = judged("B9", *ranks({64: 1.5e-3}, steps=50))
     verdict_is(row, "inconclusive", "50 steps, optimal LR LoRA r64 / FullFT = 15.0", "no runs of 1,000 steps or more")

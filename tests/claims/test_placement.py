@@ -79,7 +79,7 @@ def test_contradicted_where_it_fails(claims, changes, part):
 @pytest.mark.parametrize(
     ("claims", "settings"),
     [
-        (IDS, {"every": {"offsets": (0.0,)}}),
+        pytest.param(IDS, {"every": {"offsets": (0.0,)}}, marks=pytest.mark.slow),
         (["E1", "E3", "E4", "E7"], {"changes": {("attn", 17): {"floor": 2.02}}, "noise": 0.03}),
         (["E1", "E3", "E4", "E7"], {"without": [("attn", 17)]}),
     ],

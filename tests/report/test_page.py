@@ -47,6 +47,7 @@ def own(report, rows) -> Page:
     return report(rows, evals_of(16, None, "base"), by_margin=at_twice_the_margins, evaluation=EVALUATION)
 
 
+@pytest.mark.slow
 def test_every_claim_has_one_place_with_what_it_was_judged_by_and_links_to_its_runs(report, rows):
     page, claims = report(rows, shipped=True), judged_claims()
     assert page.source.count('class="claim"') == len(claims)
