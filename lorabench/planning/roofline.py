@@ -19,8 +19,9 @@ from lorabench.utils.gpus import GPUS, Gpu
 
 # The share of products' FLOP/s that attention reaches, an assumption: FlashAttention-2 has about half on an H100, and
 # FlashAttention-4, by the size of a head, what FlashAttention-3 has there (arXiv:2407.08608, figures 5 and 6: forward
-# and backward, 4,096 tokens). With a mask, as in rows that responses of RL share, PyTorch has a kernel that takes twice
-# the time of FlashAttention-2 (xformers#1074). The backward pass takes 2.5 times the FLOPs: scores are computed again.
+# and backward, 4,096 tokens that all see each other). With a mask, as in rows that responses of RL share, PyTorch has a
+# kernel that takes twice the time of FlashAttention-2 (xformers#1074). The backward pass takes 2.5 times the FLOPs,
+# since it computes the scores again.
 _ATTENTION, _FLASH_ATTENTION_4, _MASKED, _ATTENTION_BACKWARD = 0.5, {64: 0.68, 128: 0.83}, 0.25, 2.5
 # Bytes that elementwise kernels read and write for each token in a layer: per hidden number, query and key, query and
 # key that are normed besides, number within the MLP, and rank in an adapted linear layer. Forward, and in training
