@@ -1,6 +1,7 @@
 """The objective: its measures, and its gradient by the reference, whose rows hold one response each."""
 
 import copy
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -86,18 +87,23 @@ def test_sharing_a_prompt_and_splitting_a_batch_or_its_logits_change_nothing(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.usefixtures("varlen_on_cpu")
-def test_rounding_to_bf16_is_no_larger_in_one_row_than_with_a_mask(base, groups, device):
-    expected, _ = plain_gradients(base, groups)
-    errors = []
-    for one_row in (False, True):
-        model = copy.deepcopy(base).to(device)
-        if one_row:
-            fuse(model)
-        backward(model, groups, machine(device=torch.device(device), autocast=torch.bfloat16))
-        own = gradients(model)
-        errors.append(sum(float((own[name].cpu() - known).square().sum()) for name, known in expected.items()) ** 0.5)
-    whole = sum(float(known.square().sum()) for known in expected.values()) ** 0.5
-    assert errors[1] < 1.2 * errors[0] < 0.1 * whole
+def test_rounding_to_bf16_is_as_large_in_one_row_as_with_a_mask(base, groups, device):
+    errors: dict[bool, list[float]] = {False: [], True: []}
+    for seed in range(5):
+        # What a gradient loses by rounding differs by a factor of two between prompts, and between processors.
+        shuffle = np.random.default_rng(seed).permutation
+        shuffled = [replace(group, prompt=tuple(map(int, shuffle(group.prompt)))) for group in groups]
+        expected, _ = plain_gradients(base, shuffled)
+        whole = sum(float(known.square().sum()) for known in expected.values())
+        for one_row, relative in errors.items():
+            model = copy.deepcopy(base).to(device)
+            if one_row:
+                fuse(model)
+            backward(model, shuffled, machine(device=torch.device(device), autocast=torch.bfloat16))
+            own = gradients(model)
+            off = sum(float((own[name].cpu() - known).square().sum()) for name, known in expected.items())
+            relative.append(off / whole)
+    assert np.mean(errors[True]) ** 0.5 < 1.5 * np.mean(errors[False]) ** 0.5 < 0.06
 
 
 @settings(max_examples=15)
