@@ -13,7 +13,7 @@ setup:  ## Make the virtual environment with everything for development.
 	python3 -m venv .venv
 	pip install -c constraints.txt -e '.[test,docs]' -e advice
 
-test:  ## Run the fast tests, about 4 minutes on 2 cores.
+test:  ## Run the fast tests, about 3 minutes on 2 cores.
 	pytest
 
 # What other folders compute does not depend on the instructions of a processor.
