@@ -140,7 +140,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"write the new answers to {ANSWERS}")
     arguments = parser.parse_args()
     counts, claims, noise = counts_table(), list[pd.DataFrame](), list[pd.DataFrame]()
-    names = sorted(folder.name for folder in PARTIAL.iterdir())
+    # An unfinished preset is not looked at before its time.
+    names = sorted(folder.name for folder in PARTIAL.iterdir() if (PUBLISHED / preset_path(folder.name).stem).is_dir())
     for name in names:
         print(f"judging the saved runs of {name}", file=sys.stderr)
         # A preset is published with its explored runs, if there were any.
