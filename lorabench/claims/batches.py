@@ -45,7 +45,8 @@ def judge_batches(
     predictions: Predictions | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Judge claims (see `judge_claims`) after each registered batch, in ascending order, on all so far; the first
-    decision stays. Return the table `claims`, and `claims_by_batch` with a row for each claim and look."""
+    decision stays, with the numbers of the last look if that has the same verdict. Return the table `claims`, and
+    `claims_by_batch` with a row for each claim and look."""
     arms = {run_id: tuple(map(str, arm.values())) for arm, own in each_arm(tables.runs) for run_id in own["run_id"]}
     counted = [batch.number for batch in batches if batch.status == "registered"]
     alone: list[Mapping[Number, tuple[float, int]]] = []
@@ -61,19 +62,20 @@ def judge_batches(
     if not looks:
         lacking = "; ".join(f"batch {batch.number}: {batch.about}" for batch in batches)
         raise UserError(f"no batch of runs is registered, so none counts ({lacking}); `lorabench freeze` registers one")
-    by_batch = pd.concat(looks, ignore_index=True)
-    decided = by_batch[by_batch["verdict"].isin(DECIDED)].drop_duplicates("claim_id")
-    answers = pd.concat([decided, looks[-1]]).drop_duplicates("claim_id").set_index("claim_id")
-    answers = answers.loc[looks[-1]["claim_id"]].reset_index()
-    last = dict(zip(looks[-1]["claim_id"], looks[-1]["verdict"], strict=True))
+    by_batch, latest = pd.concat(looks, ignore_index=True), looks[-1].set_index("claim_id", drop=False)
+    first = by_batch[by_batch["verdict"].isin(DECIDED)].drop_duplicates("claim_id").set_index("claim_id", drop=False)
+    # The intervals of all looks hold together, so those of the last may be shown where it says what was decided.
+    turned = first[first["verdict"].ne(latest["verdict"].reindex(first.index))]
+    answers = pd.concat([turned, latest]).drop_duplicates("claim_id").loc[latest.index]
+    decided = first[["batches", "spent"]].to_dict("index")
     on_runs = {claim.id for claim in claims if claim.experiments}
     reasons = [
-        f"{in_words(row, batches, last[row['claim_id']])}: {row['reason']}"
-        if row["claim_id"] in on_runs and row["verdict"] in (*DECIDED, "inconclusive")
+        f"{in_words(row | decided.get(name, {}), batches, latest.at[name, 'verdict'])}: {row['reason']}"
+        if name in on_runs and row["verdict"] in (*DECIDED, "inconclusive")
         else row["reason"]
-        for row in answers.to_dict("records")
+        for name, row in answers.to_dict("index").items()
     ]
-    return answers.assign(reason=reasons)[list(judged.columns)], by_batch[CLAIMS_BY_BATCH.names]
+    return answers.assign(reason=reasons).reset_index(drop=True)[list(judged.columns)], by_batch[CLAIMS_BY_BATCH.names]
 
 
 def _of(tables: Tables, numbers: Sequence[int]) -> Tables:
@@ -88,12 +90,12 @@ def _of(tables: Tables, numbers: Sequence[int]) -> Tables:
 
 def in_words(row: Mapping[Any, Any], batches: Sequence[Batch], last: str) -> str:
     """Return in words after how many batches a claim was decided, or what it would take, and which do not count; `row`
-    is that of the deciding look, and `last` the verdict of all batches."""
+    has its verdict, and the `batches` and level `spent` of the deciding look; `last` is the verdict of all batches."""
     number = f"{row['batches']} batch{'es' if row['batches'] > 1 else ''}"
     words = [f"decided after {number}, level spent {row['spent']:.1%} of {LEVEL:.0%}"]
     if row["verdict"] not in DECIDED:
         words = [f"open after {number}, {row['spent']:.1%} of {LEVEL:.0%} spent"]
-        needs = "" if missing(row["would_decide"]) else row["would_decide"]
+        needs = "" if missing(row["would_decide"]) else row["would_decide"].removesuffix(" at this error")
         words += [f"at this error {needs}" if "batches" in needs else f"it needs {needs}"] if needs else []
     elif row["verdict"] != last:
         words.append(f"with later batches {last}")

@@ -3,8 +3,8 @@
 It covers the code of `lorabench.analysis`, `lorabench.claims` and `lorabench.runs`, the texts of their claims, the
 number of draws of an error, and the margins and predictions of a preset; where it has predictions, which studies are
 about, the packages of studies, too, but for their figures and scripts. Comments, docstrings, the layout of code and
-texts, and the version of Python do not count. A mend that answers only where the code before it ended with an error
-counts as that code (lorabench/report/mends.yaml), so that batches of seeds that were frozen before it stay valid.
+texts, and the version of Python do not count. A mend that turns no verdict counts as the code before it
+(lorabench/report/mends.yaml), so that batches of seeds that were frozen before it stay valid.
 """
 
 from __future__ import annotations

@@ -86,13 +86,22 @@ def test_the_first_decision_stays_and_a_later_disagreement_is_shown():
     assert (by_batch["ci_high"] - by_batch["ci_low"]).iloc[1] > 0.2
 
 
+def test_a_decision_that_later_batches_share_has_the_numbers_of_all():
+    claim, by_batch = looks_at(sft.batches({1: 0.0, 2: 0.01, 3: 0.02}), REGISTERED[:3])
+    assert by_batch["verdict"].tolist() == ["confirmed"] * 3
+    assert claim["reason"].startswith("decided after 1 batch, level spent 1.7% of 5%: ")
+    assert claim["n_seeds"] == 15
+    numbers = ["estimate", "ci_low", "ci_high"]
+    assert [claim[name] for name in numbers] == by_batch[numbers].iloc[-1].tolist()
+
+
 def test_batches_that_are_not_registered_are_named_and_not_counted():
     tables = sft.batches({0: 0.5, 1: 0.055, 2: 0.057, 3: 0.5})
     others = [Batch(0, "explored", "explored"), *REGISTERED[:2], Batch(3, "unregistered", "unregistered")]
     claim, by_batch = looks_at(tables, others)
     assert by_batch["batches"].tolist() == [1, 2]
     assert claim["estimate"] == pytest.approx(0.056, abs=0.003)
-    assert "open after 2 batches, 2.5% of 5% spent; at this error " in claim["reason"]
+    assert "open after 2 batches, 2.5% of 5% spent; at this error more than 30 further batches; " in claim["reason"]
     assert "without batch 0 (explored), batch 3 (unregistered)" in claim["reason"]
     with pytest.raises(UserError, match=r"no batch of runs is registered.*batch 0: explored; batch 3: unregistered"):
         looks_at(tables, [others[0], others[-1]])
