@@ -80,7 +80,7 @@ def draw(tables: Tables) -> style.Drawn:
         style.mark(name, mark, color=line, ms=4.8, mfc=face) for name, (line, mark, face) in looks.items()
     ]
     marks.append(style.shade("where the claim holds", "#dcefe2"))
-    gaps: dict[str, Any] = {"handlelength": 1.2, "handletextpad": 0.5, "columnspacing": 1.2}
+    gaps: dict[str, Any] = {"handlelength": 1.2, "handletextpad": 0.5, "columnspacing": 0.8}
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.0, 1 - 0.02 / height)}
     figure.legend(handles=marks, ncols=3, fontsize=_TEXT["fontsize"], **place, **gaps)
     if named.empty:
