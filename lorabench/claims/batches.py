@@ -70,7 +70,7 @@ def judge_batches(
     decided = first[["batches", "spent"]].to_dict("index")
     on_runs = {claim.id for claim in claims if claim.experiments}
     reasons = [
-        f"{in_words(row | decided.get(name, {}), batches, latest.at[name, 'verdict'])}: {row['reason']}"
+        f"{in_words(row | decided.get(name, {}), batches, str(latest.at[name, 'verdict']))}: {row['reason']}"
         if name in on_runs and row["verdict"] in (*DECIDED, "inconclusive")
         else row["reason"]
         for name, row in answers.to_dict("index").items()
