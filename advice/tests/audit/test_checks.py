@@ -56,7 +56,9 @@ def test_measured_numbers_are_those_that_are_published():
         summary = {row["measure"]: row for row in csv.DictReader(file) if not row["attribute"]}
     ratio = [math.exp(float(summary["lr_ratio"][end])) for end in ("mean", "low", "high")]
     assert ratio == pytest.approx([14.4, 4.58, 45.4], 0.01)
-    assert "14 [4.6, 45]" in say("whole", names="", size="", at="").sure
+    whole = say("whole", names="", size="", at="")
+    assert "14 [4.6, 45]" in whole.sure
+    assert whole.source.startswith(f"optima of {summary['lr_ratio']['k']} sources, ")
     full = changed({"method": "fullft", "rank": None, "path": "full.yaml"})
     (same,) = compare_runs([full, LLAMA])
     assert ("14 times as high" in same.message, same.sure) == (True, "95% interval 4.6 to 45")
