@@ -93,7 +93,7 @@ def _between(comparison: Comparison, lower: _Rank, higher: _Rank) -> Estimate:
     return curves.means([(int(first), int(min(end - 1, curves.last)))])[0]
 
 
-@long_claim("A3", over=scope.chosen(scope.learning, scope.full_runs, scope.longest_run))
+@long_claim("A3", over=scope.chosen(scope.learning, scope.full_runs, scope.several_ranks, scope.longest_run))
 def _departure_grows_with_rank(comparison: Comparison) -> Finding:
     ranks = _ranks(comparison)
     ids, (text, problems) = comparison.run_ids(comparison.lora.values()), _described(ranks)
@@ -119,7 +119,7 @@ def _departure_grows_with_rank(comparison: Comparison) -> Finding:
     return decide(Above(0.0), gap, text, ids, margin_rule=f"departures: {comparison.margin.rule}")
 
 
-@long_claim("A4", over=scope.chosen(scope.learning, scope.full_runs, scope.longest_runs))
+@long_claim("A4", over=scope.chosen(scope.learning, scope.full_runs, scope.several_ranks, scope.longest_runs))
 def _no_floor(comparison: Comparison) -> Iterator[Finding]:
     ranks = _ranks(comparison)
     gone = [rank for rank in ranks if rank.departure.left]

@@ -150,7 +150,7 @@ def _same_final_loss(comparison: Comparison) -> Finding:
     return comparison.equal_losses(*highest_and_full(comparison))
 
 
-@claim("A8", over=scope.chosen(scope.learning, scope.longest_run))
+@claim("A8", over=scope.chosen(scope.learning, scope.with_rank_1, scope.longest_run))
 def _rank_1_worse(comparison: Comparison) -> Finding:
     lora, fullft = require(("LoRA r1", comparison.lora.get(1)), ("FullFT", comparison.fullft))
     judged = comparison.worse(lora, fullft)

@@ -123,7 +123,7 @@ def _lr_independent_of_rank(comparison: Comparison) -> Finding:
     return judge_ratio(comparison, arms[high], arms[low], Within.margin(math.log(factor)), margin_rule)
 
 
-@claim("B4", over=scope.chosen(scope.learning, scope.at_one_alpha), conditions=(scope.one_alpha,))
+@claim("B4", over=scope.chosen(scope.learning, scope.with_rank_1, scope.at_one_alpha), conditions=(scope.one_alpha,))
 def _rank_1_lower_lr(comparison: Comparison) -> Finding:
     rank_1, highest = require(("LoRA r1", comparison.lora.get(1)), ("LoRA above rank 1", comparison.highest))
     others = [arm for rank, arm in comparison.lora.items() if rank >= HIGH_RANK] or [highest]

@@ -64,6 +64,12 @@ full_runs = those(lambda comparison: (comparison.runs["steps"] >= FULL_STEPS).an
 beyond_short = those(lambda comparison: (comparison.runs["steps"] > SHORT_RUN).any(), or_all=True)
 """Leave out comparisons of at most `SHORT_RUN` steps, if there are longer ones."""
 
+several_ranks = those(lambda comparison: len(comparison.lora) > 1, or_all=True)
+"""Leave out comparisons of one rank on all layers, if others have several."""
+
+with_rank_1 = those(lambda comparison: 1 in comparison.lora, or_all=True)
+"""Leave out comparisons without rank 1 on all layers, if others have it."""
+
 sweeps_of_both = those(lambda comparison: comparison.fullft and comparison.highest, or_all=True)
 """Leave out comparisons that lack FullFT or LoRA above rank 1 on all layers, if others have both."""
 
@@ -92,8 +98,7 @@ def longest_runs(named: Named) -> Named:
     """Choose, for each model and dataset, the comparison with the most steps; shorter runs are its beginning."""
     by_data: dict[tuple[str, str], Named] = {}
     for name, comparison in named:
-        first = comparison.runs.iloc[0]
-        by_data.setdefault((first["model"], first["dataset"]), []).append((name, comparison))
+        by_data.setdefault(tuple(comparison.runs.iloc[0][["model", "dataset"]]), []).append((name, comparison))
     return [max(of_data, key=lambda pair: pair[1].runs["steps"].fillna(0).max()) for of_data in by_data.values()]
 
 
@@ -128,8 +133,10 @@ def longest_run(named: Named) -> Named:
 
 def lora_runs(evidence: Evidence) -> list[tuple[str, Evidence]]:
     """Return the evidence of the LoRA runs of each model and dataset (see `with_scales`), after its name."""
-    groups = with_scales(evidence.runs).groupby(["model", "dataset"])
-    return [(f"{model}/{dataset}", replace(evidence, runs=runs)) for (model, dataset), runs in groups]
+    return [
+        (f"{model}/{dataset}", replace(evidence, runs=runs))
+        for (model, dataset), runs in with_scales(evidence.runs).groupby(["model", "dataset"])
+    ]
 
 
 def _most_steps(evidence: Evidence) -> float:

@@ -174,6 +174,15 @@ def test_missing_arms_and_curves_and_facts_are_left_out():
     verdict_is(judged("A8", *both), "confirmed")
 
 
+def test_a_dataset_without_the_ranks_of_a_claim_leaves_nothing_open():
+    # More examples are seen of the second dataset, which has one LoRA rank.
+    runs, curves = world(datasets=("long", "second"))
+    one_rank = runs[(runs["dataset"] == "long") | runs["rank"].isna() | (runs["rank"] == max(RANKS))]
+    claims = judged(["A3", "A4", "A8"], one_rank, curves[curves["run_id"].isin(one_rank["run_id"])])
+    assert set(claims["verdict"]) == {"confirmed"}
+    assert "second" not in claims["reason"].str.cat()
+
+
 # Bits of random facts -------------------------------------------------------------------------------------------------
 
 PARAMS, ENTROPY, TOKENS = 1000, 40_000.0, 10_000
