@@ -70,6 +70,13 @@ def together(*worlds):
     return tuple(pd.concat(parts, ignore_index=True) for parts in zip(*worlds, strict=True))
 
 
+def test_a_dataset_without_rank_1_leaves_its_ratio_as_it_is():
+    low = ranks({1: 5e-4, 64: 1.5e-3})
+    both = together(low, ranks({64: 1e-3}, dataset="second"))
+    verdict_is(judged("B4", *both), "confirmed")
+    assert judged("B4", *both)["estimate"] == pytest.approx(judged("B4", *low)["estimate"])
+
+
 def test_the_ratio_of_ten_is_about_runs_of_more_than_100_steps():
     short, long = ranks({64: 4e-4}, steps=50), ranks({64: 1e-3}, steps=500)
     row = judged("B1", *short)
