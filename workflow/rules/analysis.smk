@@ -102,7 +102,7 @@ rule claims:
         preset=PRESET,
         tables=LAYOUT.tables(),
         # Claims are judged again when rules, margins or predictions change, which are not in the tables.
-        rules=lambda wildcards: rules_sha256(
+        rules=lambda wildcards: judged_by(
             LAYOUT.preset.margins, LAYOUT.preset.predictions or {}
         ),
     shell:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from lorabench.claims.rules_hash import rules_sha256
+from lorabench.claims import rules_hash
 from lorabench.config.inputs import GgufModel
 from lorabench.data.identity import has_groups
 from lorabench.errors import UserError
@@ -14,7 +14,7 @@ from lorabench.models.base import CONVERTED, converted_folder
 from lorabench.planning.costs import per_experiment
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
-from lorabench.utils.files import REFERENCE
+from lorabench.utils.files import REFERENCE, file_sha256
 
 PRESET = config.get("preset", "laptop")
 try:
@@ -50,6 +50,12 @@ wildcard_constraints:
     run="[0-9a-f]+",
     experiment="|".join(LAYOUT.preset.experiments.trained()),
     figure="|".join(FIGURE_NAMES),
+
+
+def judged_by(margins=None, predictions=None):
+    """The hash of the rules, and that of their mends, which it counts as the rules before them."""
+    mends = Path(rules_hash.__file__).parents[1] / "report/mends.yaml"
+    return [rules_hash.rules_sha256(margins, predictions), file_sha256(mends)]
 
 
 def one_of(names):

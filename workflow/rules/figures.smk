@@ -27,7 +27,7 @@ rule figure:
         out=LAYOUT.figures,
         caption=lambda wildcards: FIGURES[wildcards.figure].caption,
         # Figures show what is fitted by the rules.
-        rules=lambda wildcards: rules_sha256(),
+        rules=lambda wildcards: judged_by(),
     shell:
         "HF_HUB_OFFLINE=1 lorabench figure {wildcards.figure} {params.tables:q} --out {params.out:q} "
         "2> >(tee {log:q} >&2)"
