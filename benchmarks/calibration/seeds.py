@@ -36,6 +36,8 @@ class SeedNoise:
     """The correlation of the walks of FullFT, LoRA on attention alone, and other LoRA, whose arms share one walk."""
     growth: float = 0.75
     """The rate per ln LR at which walks and what is left grow."""
+    steepness: float = 0.0
+    """The power of an arm's curvature, over that of the noise levels, by which walks and what is left are larger."""
 
 
 class SeedEffects:
@@ -48,15 +50,17 @@ class SeedEffects:
         steps = random.standard_normal((4, 2, seeds, _STEPS)) * math.sqrt(_STEP)
         self.walks = np.pad(np.cumsum(steps, axis=-1), [(0, 0)] * 3 + [(1, 0)])
 
-    def of_arm(self, columns: Mapping[str, Any], x: np.ndarray, seed: np.ndarray) -> np.ndarray:
-        """Return what seeds do to the loss of an arm's runs at distances x from its optimum, (runs,)."""
+    def of_arm(self, columns: Mapping[str, Any], x: np.ndarray, seed: np.ndarray, curvature: float = 1.0) -> np.ndarray:
+        """Return what seeds do to the loss of an arm's runs at distances x from its optimum, (runs,); its curvature is
+        over that of the noise levels."""
         sizes, is_fullft = self.sizes, columns["method"] == "fullft"
         shared, *of_kinds = self.walks
         own = of_kinds[0 if is_fullft else 1 if columns["placement"] == "attn" else 2]
         walks = math.sqrt(sizes.share) * shared + math.sqrt(1 - sizes.share) * own
         side, place = (x > 0).astype(int), np.minimum(abs(x) / _STEP, _STEPS - 1)
         low, high = (walks[side, seed, place.astype(int) + end] for end in (0, 1))
-        walk = low + (high - low) * (place % 1)
-        growing = sizes.walk * walk + sizes.run * self.random.standard_normal(len(x))
+        growing = sizes.walk * (low + (high - low) * (place % 1)) + sizes.run * self.random.standard_normal(len(x))
         level = self.common + is_fullft * self.fullft + sizes.arm * self.random.standard_normal(len(self.common))
-        return np.asarray(level[seed] + np.minimum(np.exp(sizes.growth * x), MOST_GROWTH) * growing)
+        return np.asarray(
+            level[seed] + np.minimum(np.exp(sizes.growth * x), MOST_GROWTH) * growing * curvature**sizes.steepness
+        )

@@ -134,7 +134,7 @@ def _add_sweep(
         lr, seed = cells(arm)
         x = np.log(lr) - arm.optimum
         excess = excess_loss(x, arm, noise)
-        luck = effects.of_arm(arm.columns, x, seed)
+        luck = effects.of_arm(arm.columns, x, seed, arm.curvature)
         level = arm.minimum + excess + luck
         valid_n = math.sqrt(sweep.validation_examples)
         valid = (

@@ -53,6 +53,12 @@ def test_walks_start_at_the_optimum_grow_and_are_shared_by_kinds(losses):
     assert np.var(first[1.0] - other[1.0]) == pytest.approx(2 * 0.3**2 * (1 + math.e), rel=0.1)
 
 
+def test_noise_follows_the_curvature_of_an_arm():
+    effects = SeedEffects(SeedNoise(0.0, 0.0, 0.0, 0.0, run=0.3, steepness=0.5), SEEDS, np.random.default_rng(0))
+    steep = effects.of_arm(LORA, np.zeros(SEEDS), np.arange(SEEDS), curvature=4.0)
+    assert steep.std() == pytest.approx(2 * 0.3, rel=0.05)
+
+
 def test_a_world_is_fitted_and_its_truth_is_near():
     found = errors_of("none of it", 0).set_index("claim_id")
     assert found.index.tolist() == ["B1", "B2", "B3", "E1", "E2"]
