@@ -27,7 +27,7 @@ from lorabench.analysis.alpha_rules import judged_arms
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.rewards import with_error_rates
 from lorabench.claims.judge import judge_claims
-from lorabench.config.loading import preset_path, split_name
+from lorabench.config.loading import preset_path
 from lorabench.data.identity import has_groups
 from lorabench.data.sft import build_dataset
 from lorabench.figures.catalog import FIGURES, save_figure
@@ -141,11 +141,11 @@ def main() -> int:
     arguments = parser.parse_args()
     counts, claims, noise = counts_table(), list[pd.DataFrame](), list[pd.DataFrame]()
     # An unfinished preset is not looked at before its time.
-    names = sorted(folder.name for folder in PARTIAL.iterdir() if (PUBLISHED / preset_path(folder.name).stem).is_dir())
+    names = sorted(path.name for path in PARTIAL.iterdir() if read_provenance(PUBLISHED / preset_path(path.name).stem))
     for name in names:
         print(f"judging the saved runs of {name}", file=sys.stderr)
-        # A preset is published with its explored runs, if there were any.
-        write = arguments.write and (split_name(name)[1] is None or split_name(name)[0] not in names)
+        # What is published of a preset is of its explored runs, if there were any, not of each batch.
+        write = arguments.write and read_provenance(PUBLISHED / preset_path(name).stem)["preset"] == name
         for so_far, table in zip((claims, noise), saved_claims(name, counts, write), strict=True):
             so_far.append(table)
     out: Path = arguments.out
