@@ -109,7 +109,7 @@ def _by_size(column: str, size: Callable[[pd.DataFrame], float], why: str, named
         by_model.setdefault(first["model"], {}).setdefault(first["dataset"], []).append((name, comparison))
     picked: Named = []
     for model, datasets in by_model.items():
-        dataset, note = next(iter(datasets)), f"the only dataset of {model}"
+        dataset, note = next(iter(datasets)), f"the only dataset of {model} with these arms"
         if len(datasets) > 1:
             runs = {key: [comparison.runs for _, comparison in group] for key, group in datasets.items()}
             lacking = any(column not in rows or rows[column].isna().all() for parts in runs.values() for rows in parts)
