@@ -37,7 +37,7 @@ KINDS: Mapping[str, tuple[SeedNoise, Traits]] = {
     "shares nothing": (replace(_MEASURED, fullft=0.008 * math.sqrt(2), share=0.0), _SHAPES),
     "twice the growth": (replace(_MEASURED, growth=1.5), _SHAPES),
     "curvatures differ": (_MEASURED, replace(_SHAPES, curvatures=3.0)),
-    # As in long runs of tiny models, whose arms differ in both by factors of 5 and 3.
+    # In long runs of tiny models, curvatures of arms differ by a factor of 5 and their noise by a factor of 3.
     "noise follows curvature": (replace(_MEASURED, steepness=0.7), replace(_SHAPES, curvatures=3.0)),
     "asymmetries differ": (_MEASURED, replace(_SHAPES, asymmetry=0.6)),
     "cliff at high LR": (_MEASURED, replace(_SHAPES, cliff=2.0)),
